@@ -1,0 +1,43 @@
+"""The errors a user can cause; everything else that fails is a fault of this package.
+
+All of them are ``ValueError``s, so code that knows nothing of this package can catch them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ResNetJaxError(ValueError):
+    """A mistake that the caller can mend; the message is one line that says how."""
+
+
+class ModelError(ResNetJaxError):
+    """An unknown model or field, a field value that is not allowed, or an unusable input shape."""
+
+
+class WeightsError(ResNetJaxError):
+    """A weight file or state dict that cannot be read, or does not fit the model."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """Says that `name` is unknown and which of the known names come closest.
+
+    Args:
+      kind: What was looked up, as a noun: "model", "field of ResNet".
+      name: What the user asked for.
+      known: The names that exist.
+
+    Returns:
+      One line for an error.
+
+    Example:
+      >>> unknown_name("model", "resnet5O", ["resnet50", "resnet101"])
+      "unknown model 'resnet5O'; did you mean 'resnet50'?"
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
+    if close:
+        return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, close))}?"
+    return f"unknown {kind} {name!r}; known: {', '.join(known)}"

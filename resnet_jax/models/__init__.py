@@ -1,0 +1,1 @@
+"""The ResNet family as Flax linen modules; needs jax and flax only."""

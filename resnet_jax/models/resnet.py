@@ -1,0 +1,378 @@
+"""ResNet: a stem, stages of residual blocks, and a linear head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.errors import ModelError
+from resnet_jax.models.blocks import (
+    SHORTCUT_OPTIONS,
+    BottleneckBlock,
+    ResidualBlock,
+    ShortcutOption,
+)
+from resnet_jax.models.layers import (
+    NORM_KINDS,
+    BatchNorm,
+    Conv,
+    Dtype,
+    GroupNorm,
+    Initializer,
+    ModuleDef,
+    NormKind,
+    he_fan_out,
+)
+from resnet_jax.models.stem import ImageNetStem
+
+
+class FeatureInfo(NamedTuple):
+    """What to expect of one of the maps that `ResNet.features` returns."""
+
+    channels: int
+    stride: int  # image pixels per pixel of the map
+
+
+class Stage(nn.Module):
+    """Blocks of one width at one resolution; the first of them may halve it (conv2_x ... conv5_x).
+
+    Args:
+      block_cls: Makes a block: `block_cls(stride=..., ..., name=...)`.
+      stochastic_depth_rates: One a block, which also says how many there are.
+      stride: Stride of the first block.
+      dilation: Dilation of the incoming map.
+      next_dilation: Dilation of the outgoing map.
+      first_in_network: The first block comes right after the stem.
+
+    Returns:
+      Called on [N, H, W, C] with `train`: [N, ceil(H / stride), ceil(W / stride), features].
+
+    Example:
+      >>> block_cls = functools.partial(BottleneckBlock, width=64)
+      >>> stage = Stage(block_cls, stochastic_depth_rates=(0.0, 0.0, 0.0))
+      >>> x = jnp.zeros((1, 56, 56, 64))
+      >>> stage.init_with_output(jax.random.key(0), x, train=False)[0].shape
+      (1, 56, 56, 256)
+    """
+
+    block_cls: ModuleDef
+    stochastic_depth_rates: Sequence[float]
+    stride: int = 1
+    dilation: int = 1
+    next_dilation: int = 1
+    first_in_network: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for index, rate in enumerate(self.stochastic_depth_rates):
+            first = index == 0
+            block = self.block_cls(
+                stride=self.stride if first else 1,
+                dilation=self.dilation if first else self.next_dilation,
+                next_dilation=self.next_dilation,
+                stochastic_depth_rate=rate,
+                first_in_network=self.first_in_network and first,
+                name=f"block{index + 1}",
+            )
+            x = block(x, train)
+        return x
+
+
+class ResNet(nn.Module):
+    """A residual network; the members of the family differ only in these fields.
+
+    Images are NHWC, of any channel count and any size from `output_stride` pixels a side up.
+    `train` chooses between batch statistics (True, with `mutable=["batch_stats"]`) and running
+    statistics (False). A backbone applied with `train=False` has frozen BatchNorm.
+
+    Args:
+      stage_sizes: Blocks in each stage.
+      block_cls: One of the block classes, or a subclass of `ResidualBlock`.
+      stem_cls: One of the stem classes, or a `functools.partial` of it.
+      stage_widths: Width of each stage's blocks, before the block's expansion.
+      num_classes: Classes of the head; 0: no head, `__call__` returns the pooled features.
+      dtype: Precision of the computation. Parameters, statistics and logits stay float32.
+      shortcut: Option A, B, C (He et al. 2015, Table 3), D (ResNet-D), or "none" (plain net).
+      stride_in_1x1: Stride of a bottleneck on its first 1x1 (v1, as in the paper) instead of
+        its 3x3 (v1.5, as everywhere since: 0.5 points better, 5% more work).
+      cardinality: Groups of a bottleneck's 3x3 convolution.
+      base_width: Channels of a bottleneck's group in 64ths of the stage's width.
+      se_ratio: Reduction of squeeze-and-excitation (1/16 in SE-ResNet); 0: none.
+      norm: "batch" or "group".
+      weight_standardization: Standardise every kernel; goes with norm="group".
+      bn_momentum: Share of the old running statistics kept each step.
+      bn_epsilon: Added to the variance in every norm.
+      axis_name: The mapped axis over which devices share batch statistics; None: each its own.
+      bn_group_size: Number of neighbouring devices that share statistics; None: all.
+      zero_init_residual: Every block starts as the identity.
+      kernel_init: Initialiser of the convolutions.
+      head_init: Initialiser of the head's kernel, N(0, 0.01) as in Goyal et al. 2017.
+      stochastic_depth_rate: Drop rate of the last block; it grows linearly from the first.
+      dropout_rate: Drop rate of the pooled features.
+      output_stride: Image pixels per pixel of the last map. Smaller than the network's own:
+        later stages dilate instead of striding, with the same weights. None: the network's own.
+      remat: Recompute each block in the backward pass instead of storing its activations.
+
+    Returns:
+      Called on images [N, H, W, C]: float32 logits [N, num_classes].
+
+    Raises:
+      ModelError: A field's value is not allowed, or the image is too small.
+
+    Example:
+      >>> model = ResNet(stage_sizes=(2, 2, 2, 2), num_classes=10)
+      >>> images = jnp.zeros((1, 64, 64, 3))
+      >>> variables = model.init(jax.random.key(0), images, train=False)
+      >>> model.apply(variables, images, train=False).shape
+      (1, 10)
+    """
+
+    stage_sizes: Sequence[int]
+    block_cls: type[ResidualBlock] = BottleneckBlock
+    stem_cls: ModuleDef = ImageNetStem
+    stage_widths: Sequence[int] = (64, 128, 256, 512)
+    num_classes: int = 1000
+    dtype: Dtype = jnp.float32
+    shortcut: ShortcutOption = "B"
+    stride_in_1x1: bool = False
+    cardinality: int = 1
+    base_width: int = 64
+    se_ratio: float = 0.0
+    norm: NormKind = "batch"
+    weight_standardization: bool = False
+    bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
+    axis_name: str | None = None
+    bn_group_size: int | None = None
+    zero_init_residual: bool = False
+    kernel_init: Initializer = he_fan_out
+    head_init: Initializer = nn.initializers.normal(0.01)
+    stochastic_depth_rate: float = 0.0
+    dropout_rate: float = 0.0
+    output_stride: int | None = None
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        # Lists would make the module unhashable, and so no static argument of jax.jit.
+        object.__setattr__(self, "stage_sizes", tuple(self.stage_sizes))
+        object.__setattr__(self, "stage_widths", tuple(self.stage_widths))
+        _check_fields(self)
+        super().__post_init__()
+
+    def setup(self) -> None:
+        norm_cls = self._norm_cls()
+        conv_cls = functools.partial(
+            Conv,
+            standardize=self.weight_standardization,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+        )
+        self.stem_module = self.stem_cls(
+            activate=not self.block_cls.preactivation,
+            conv_cls=conv_cls,
+            norm_cls=norm_cls,
+            name="stem",
+        )
+        self.stages = list(self._make_stages(conv_cls, norm_cls))
+        if self.block_cls.preactivation:
+            self.final_norm = norm_cls()
+        self.dropout = nn.Dropout(self.dropout_rate)
+        if self.num_classes:
+            # float32 whatever `dtype` is: the loss is sensitive, the work small.
+            self.head = nn.Dense(self.num_classes, kernel_init=self.head_init)
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        *_, x = self.features(images, train=train).values()  # [N, H/32, W/32, C]
+        if self.block_cls.preactivation:
+            x = nn.relu(self.final_norm(x, train))
+        x = x.mean((1, 2), dtype=jnp.float32)  # [N, C]
+        x = self.dropout(x, deterministic=not train)
+        return self.head(x) if self.num_classes else x
+
+    def features(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """The map after the stem and after every stage, for detection, segmentation and the like.
+
+        Args:
+          images: [N, H, W, C].
+          train: As for the call.
+
+        Returns:
+          {"stem", "stage1", ..., "stage4"} -> [N, H / stride, W / stride, channels] in `dtype`;
+          `feature_info` tells channels and strides beforehand. Pre-activation networks return
+          the raw sums, before the final norm and ReLU.
+
+        Example:
+          >>> model = ResNet(stage_sizes=(2, 2, 2, 2), num_classes=0)
+          >>> images = jnp.zeros((1, 64, 64, 3))
+          >>> variables = model.init(jax.random.key(0), images, train=False)
+          >>> maps = model.apply(variables, images, train=False, method="features")
+          >>> maps["stage4"].shape
+          (1, 2, 2, 2048)
+        """
+        self._check_images(images)
+        maps = {"stem": self.stem_module(jnp.asarray(images, self.dtype), train)}
+        x = maps["stem"]
+        for number, stage in enumerate(self.stages, start=1):
+            x = stage(x, train)
+            maps[f"stage{number}"] = x
+        return maps
+
+    def feature_info(self) -> dict[str, FeatureInfo]:
+        """Channels and stride of every map of `features`, without running anything.
+
+        Returns:
+          {"stem", "stage1", ...} -> (channels, stride in image pixels).
+
+        Example:
+          >>> ResNet(stage_sizes=(3, 4, 6, 3)).feature_info()["stage4"]
+          FeatureInfo(channels=2048, stride=32)
+        """
+        side = self._last_stride()
+        images = jax.ShapeDtypeStruct((1, side, side, 3), self.dtype)
+        init = functools.partial(self.clone(parent=None).init_with_output, method="features")
+        maps, _ = jax.eval_shape(functools.partial(init, train=False), jax.random.key(0), images)
+        names = ["stem", *(f"stage{number + 1}" for number in range(len(self.stage_sizes)))]
+        return {
+            name: FeatureInfo(maps[name].shape[-1], side // maps[name].shape[1]) for name in names
+        }
+
+    def _norm_cls(self) -> ModuleDef:
+        if self.norm == "group":
+            return functools.partial(GroupNorm, epsilon=self.bn_epsilon, dtype=self.dtype)
+        return functools.partial(
+            BatchNorm,
+            momentum=self.bn_momentum,
+            epsilon=self.bn_epsilon,
+            axis_name=self.axis_name,
+            group_size=self.bn_group_size,
+            dtype=self.dtype,
+        )
+
+    def _make_stages(self, conv_cls: ModuleDef, norm_cls: ModuleDef) -> Iterator[Stage]:
+        block_cls: Callable[..., nn.Module] = self.block_cls
+        if self.remat:
+            block_cls = nn.remat(self.block_cls, static_argnums=(2,))  # `train`
+        # Huang et al. 2016, equation 4: block l of L is dropped with probability l / L * rate.
+        total = sum(self.stage_sizes)
+        rates = [self.stochastic_depth_rate * (block + 1) / total for block in range(total)]
+        grid = self._grid()
+        for index, (size, width) in enumerate(zip(self.stage_sizes, self.stage_widths)):
+            stride, dilation, next_dilation = next(grid)
+            block = functools.partial(
+                block_cls,
+                width=width,
+                shortcut=self.shortcut,
+                stride_in_1x1=self.stride_in_1x1,
+                cardinality=self.cardinality,
+                base_width=self.base_width,
+                se_ratio=self.se_ratio,
+                zero_init_residual=self.zero_init_residual,
+                conv_cls=conv_cls,
+                norm_cls=norm_cls,
+                dtype=self.dtype,
+            )
+            yield Stage(
+                block,
+                stochastic_depth_rates=tuple(rates[:size]),
+                stride=stride,
+                dilation=dilation,
+                next_dilation=next_dilation,
+                first_in_network=index == 0,
+                name=f"stage{index + 1}",
+            )
+            rates = rates[size:]
+
+    @property
+    def stem_type(self) -> Any:
+        """The class behind `stem_cls`."""
+        stem_cls = self.stem_cls
+        while isinstance(stem_cls, functools.partial):
+            stem_cls = stem_cls.func
+        return stem_cls
+
+    def strides(self) -> list[int]:
+        """Stride of each stage's map without dilation, in image pixels per pixel."""
+        return [self.stem_type.stride * 2**index for index in range(len(self.stage_sizes))]
+
+    def _last_stride(self) -> int:
+        return self.output_stride or self.strides()[-1]
+
+    def _grid(self) -> Iterator[tuple[int, int, int]]:
+        """(stride, dilation, next_dilation) of each stage.
+
+        Every stage but the first halves the resolution. Once `output_stride` is reached, a
+        stage doubles the dilation of all that follows instead: its filters then see the same
+        pixels as before, at every position of the finer grid.
+        """
+        reached, dilation = self.strides()[0], 1
+        yield 1, dilation, dilation
+        for _ in self.stage_sizes[1:]:
+            if reached < self._last_stride():
+                reached *= 2
+                yield 2, dilation, dilation
+            else:
+                yield 1, dilation, dilation * 2
+                dilation *= 2
+
+    def _check_images(self, images: jax.Array) -> None:
+        if images.ndim != 4:
+            raise ModelError(f"images have shape {images.shape}; expected [N, H, W, C]")
+        least = self._last_stride()
+        if min(images.shape[1:3]) < least:
+            raise ModelError(
+                f"images of {images.shape[1]}x{images.shape[2]} pixels are too small: this "
+                f"network needs at least {least}x{least} (its stride); enlarge them, or take a "
+                "network with a CIFAR stem"
+            )
+
+
+def _check_fields(model: ResNet) -> None:
+    """Raises ModelError for the first field whose value is not allowed."""
+    block, stages = model.block_cls, len(model.stage_sizes)
+    strides = model.strides()
+    norm_group = model.bn_group_size
+    rules = {
+        "stage_sizes": (stages > 0 and min(model.stage_sizes) > 0, "positive block counts"),
+        "stage_widths": (len(model.stage_widths) == stages, f"{stages} widths, one a stage"),
+        "num_classes": (model.num_classes >= 0, "0 (no head) or more"),
+        "dtype": (jnp.issubdtype(model.dtype, jnp.floating), "a floating-point type"),
+        "shortcut": (model.shortcut in SHORTCUT_OPTIONS, f"one of {SHORTCUT_OPTIONS}"),
+        "norm": (model.norm in NORM_KINDS, f"one of {NORM_KINDS}"),
+        "cardinality": (
+            model.cardinality >= 1 and (block.bottleneck or model.cardinality == 1),
+            "1 or more, and 1 without bottleneck blocks",
+        ),
+        "base_width": (
+            model.base_width >= 1 and (block.bottleneck or model.base_width == 64),
+            "1 or more, and 64 without bottleneck blocks",
+        ),
+        "se_ratio": (0 <= model.se_ratio <= 1, "between 0 (none) and 1"),
+        "bn_momentum": (0 <= model.bn_momentum < 1, "in [0, 1)"),
+        "bn_epsilon": (model.bn_epsilon > 0, "more than 0"),
+        "bn_group_size": (
+            norm_group is None or (norm_group >= 1 and model.axis_name is not None),
+            "None, or 1 or more together with axis_name",
+        ),
+        "zero_init_residual": (
+            not (model.zero_init_residual and model.shortcut == "none"),
+            "False in a plain network, whose signal it would stop",
+        ),
+        "stochastic_depth_rate": (
+            0 <= model.stochastic_depth_rate < 1
+            and not (model.stochastic_depth_rate and model.shortcut == "none"),
+            "in [0, 1), and 0 in a plain network",
+        ),
+        "dropout_rate": (0 <= model.dropout_rate < 1, "in [0, 1)"),
+        "output_stride": (
+            model.output_stride is None or model.output_stride in strides,
+            f"None or one of {strides}",
+        ),
+    }
+    for field, (holds, allowed) in rules.items():
+        if not holds:
+            raise ModelError(f"{field} = {getattr(model, field)!r} is not allowed: {allowed}")

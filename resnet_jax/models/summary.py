@@ -1,0 +1,163 @@
+"""A table of a network's layers: output shapes, parameters and multiply-adds, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.models.layers import BatchNorm, Conv, GroupNorm
+from resnet_jax.models.resnet import ResNet
+
+_COUNTED = (Conv, nn.Conv, nn.Dense, BatchNorm, nn.BatchNorm, GroupNorm, nn.GroupNorm)
+
+# Simonyan & Zisserman 2015, Table 1, column D: 3x3 convolutions, M a 2x2 max pool.
+_VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a network: its path, output shape, parameters and multiply-adds."""
+
+    path: tuple[str, ...]
+    kind: str
+    output_shape: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A network's layers with totals; its `str` is the table.
+
+    Multiply-adds are those of convolutions and dense layers, for the whole batch, as the paper
+    counts its "FLOPs" (Table 1).
+    """
+
+    layers: tuple[Layer, ...]
+    input_shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(layer.multiply_adds for layer in self.layers)
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "output shape", "parameters", "multiply-adds")
+        rows = [_row("/".join(each.path), each) for each in self.layers]
+        total = ("total", "", "", f"{self.parameters:,}", f"{self.multiply_adds:,}")
+        vgg_parameters, vgg_multiply_adds = vgg16_counts()
+        vgg = ("VGG-16, one 224x224 image", "", "", f"{vgg_parameters:,}", f"{vgg_multiply_adds:,}")
+        lines = _align([header, *rows, total, vgg])
+        rule = "-" * len(lines[0])
+        images = self.input_shape[0]
+        note = (
+            f"input {list(self.input_shape)}: {self.multiply_adds / images / 1e9:.2f} G multiply-adds an "
+            f"image; {100 * self.parameters / vgg_parameters:.0f}% of VGG-16's parameters, "
+            f"{100 * self.multiply_adds / images / vgg_multiply_adds:.0f}% of its multiply-adds"
+        )
+        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], "", note])
+
+
+def summary(model: ResNet, shape: Sequence[int]) -> Summary:
+    """Counts a model's parameters and multiply-adds layer by layer, without running it.
+
+    Args:
+      model: A ResNet.
+      shape: Of the images: (N, H, W, C).
+
+    Returns:
+      The layers in the order in which they run, with totals; print it for a table.
+
+    Raises:
+      ModelError: The image is too small for the model.
+
+    Example:
+      >>> from resnet_jax.models.registry import ResNet50
+      >>> counts = summary(ResNet50(stride_in_1x1=True), (1, 224, 224, 3))
+      >>> counts.parameters, counts.multiply_adds
+      (25557032, 3857973248)
+    """
+    layers: list[Layer] = []
+
+    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, _COUNTED):
+            parameters = jax.tree.leaves(module.variables["params"])
+            # Each output value is a sum over one filter: spatial taps times input channels.
+            kernel = module.variables["params"].get("kernel")
+            sums = 0 if kernel is None else output.size * math.prod(kernel.shape[:-1])
+            layers.append(
+                Layer(
+                    path=module.path,
+                    kind=type(module).__name__,
+                    output_shape=output.shape,
+                    parameters=sum(leaf.size for leaf in parameters),
+                    multiply_adds=sums,
+                )
+            )
+        return output
+
+    # Rematerialised blocks are traced out of order; they compute the same.
+    model = model.clone(parent=None, remat=False)
+    images = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda rng, x: model.init(rng, x, train=False), jax.random.key(0), images)
+    return Summary(tuple(layers), tuple(shape))
+
+
+def vgg16_counts(image_size: int = 224, num_classes: int = 1000) -> tuple[int, int]:
+    """Parameters and multiply-adds of VGG-16, the network that ResNet is compared with.
+
+    Args:
+      image_size: Side in pixels, a multiple of 32.
+      num_classes: Classes.
+
+    Returns:
+      (parameters, multiply-adds for one image).
+
+    Example:
+      >>> vgg16_counts()[0]
+      138357544
+    """
+    parameters = multiply_adds = 0
+    side, channels = image_size, 3
+    for features in _VGG16:
+        if isinstance(features, str):
+            side //= 2
+            continue
+        kernel = 9 * channels * features
+        parameters += kernel + features
+        multiply_adds += kernel * side * side
+        channels = features
+    inputs = channels * side * side
+    for outputs in (4096, 4096, num_classes):
+        parameters += inputs * outputs + outputs
+        multiply_adds += inputs * outputs
+        inputs = outputs
+    return parameters, multiply_adds
+
+
+def _row(name: str, layer: Layer) -> tuple[str, ...]:
+    shape = "x".join(map(str, layer.output_shape))
+    multiply_adds = f"{layer.multiply_adds:,}" if layer.multiply_adds else ""
+    return name, layer.kind, shape, f"{layer.parameters:,}", multiply_adds
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    aligned = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3])]
+        right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:])]
+        aligned.append("  ".join([*left, *right]))
+    return aligned

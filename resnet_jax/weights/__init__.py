@@ -1,0 +1,1 @@
+"""Weights of other frameworks: names, layouts and files."""

@@ -1,0 +1,247 @@
+"""State dicts of PyTorch ResNets <-> Flax variables, exact to the last bit of float32."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from resnet_jax.errors import WeightsError
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.naming import Path, Scheme, schemes_for
+
+Variables = dict[str, Any]
+
+# Training scripts save the state dict beside epoch, optimizer and the like.
+_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net")
+# Left by torch.nn.DataParallel and torch.compile in front of every name.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+def from_torch(
+    model: ResNet, state_dict: Mapping[str, Any], *, reset_head: bool = False
+) -> Variables:
+    """Converts a PyTorch state dict to the variables of a model.
+
+    The names of torchvision and timm, of CIFAR repositories, and of the review are told apart by
+    themselves, inside a checkpoint's "state_dict" and behind "module." too.
+
+    Args:
+      model: The ResNet that the weights are for.
+      state_dict: Names to tensors or arrays of any floating-point type, convolutions
+        [out, in / groups, H, W].
+      reset_head: Leave the head out and initialise a new one, for another set of classes.
+
+    Returns:
+      {"params", "batch_stats"} of float32 NumPy arrays, convolutions [H, W, in / groups, out].
+
+    Raises:
+      WeightsError: Missing or unexpected names or wrong shapes, all of them in one message.
+
+    Example:
+      >>> import resnet_jax as rj
+      >>> model = rj.ResNet20()
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> state_dict = rj.to_torch(model, variables)
+      >>> again = rj.from_torch(model, {f"module.{k}": v for k, v in state_dict.items()})
+      >>> bool((again["params"]["head"]["kernel"] == variables["params"]["head"]["kernel"]).all())
+      True
+    """
+    tensors = _unwrap(state_dict)
+    scheme = _closest_scheme(model, tensors)
+    expected = _expected(model, scheme, tensors)
+    if reset_head:
+        prefix = f"{scheme.head}."
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+        wanted = {path: shape for path, shape in expected.items() if path[1] != "head"}
+    else:
+        wanted = expected
+    arrays = {name: _to_numpy(name, value) for name, value in tensors.items()}
+    _check_fit(scheme, wanted, arrays, reset_head)
+    leaves = {}
+    for path, shape in wanted.items():
+        leaves[path] = _from_torch_layout(arrays[scheme.torch_name(path)], len(shape))
+    if reset_head:
+        leaves |= {
+            path: _initial_head(model, path, shape)
+            for path, shape in expected.items()
+            if path not in wanted
+        }
+    return traverse_util.unflatten_dict(leaves)
+
+
+def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Converts a model's variables to a PyTorch state dict.
+
+    Args:
+      model: The ResNet that the variables belong to.
+      variables: {"params", "batch_stats"}.
+
+    Returns:
+      Names to float32 NumPy arrays: torchvision's names, with timm's for the parts that
+      torchvision does not have and for pre-activation networks. Turn the arrays into tensors
+      with `torch.from_numpy`; `load_state_dict` takes the result with `strict=True`.
+
+    Raises:
+      WeightsError: The variables are not those of this model.
+
+    Example:
+      >>> import resnet_jax as rj
+      >>> model = rj.ResNet20()
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> rj.to_torch(model, variables)["layer1.0.conv1.weight"].shape
+      (16, 16, 3, 3)
+    """
+    scheme = schemes_for(model)[0]
+    collections = {key: variables[key] for key in ("params", "batch_stats") if key in variables}
+    leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, collections))
+    _check_variables(model, leaves)
+    return {
+        scheme.torch_name(path): _to_torch_layout(leaf, scheme.is_conv(path))
+        for path, leaf in leaves.items()
+    }
+
+
+def variable_shapes(model: ResNet, channels: int = 3) -> dict[Path, tuple[int, ...]]:
+    """Shapes of a model's variables, flattened: (collection, module, ..., leaf) -> shape.
+
+    Args:
+      model: A ResNet.
+      channels: Of its images.
+
+    Returns:
+      One entry a parameter or statistic.
+
+    Example:
+      >>> import resnet_jax as rj
+      >>> variable_shapes(rj.ResNet20())["params", "head", "kernel"]
+      (64, 10)
+    """
+    side = model.strides()[-1]
+    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    init = functools.partial(model.clone(parent=None).init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), images)
+    return {path: x.shape for path, x in traverse_util.flatten_dict(variables).items()}
+
+
+def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors themselves: out of a checkpoint's dictionary, without wrappers' prefixes."""
+    for key in _WRAPPER_KEYS:
+        if isinstance(state_dict.get(key), Mapping):
+            return _unwrap(state_dict[key])
+    for prefix in _WRAPPER_PREFIXES:
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            return _unwrap({name.removeprefix(prefix): x for name, x in state_dict.items()})
+    # A counter of steps that only matters where momentum is None; Flax has no such thing.
+    return {name: x for name, x in state_dict.items() if not name.endswith("num_batches_tracked")}
+
+
+def _closest_scheme(model: ResNet, tensors: Mapping[str, Any]) -> Scheme:
+    """The scheme that shares most names with the file; on a tie the first."""
+    paths = variable_shapes(model)
+
+    def shared(scheme: Scheme) -> int:
+        return sum(scheme.torch_name(path) in tensors for path in paths)
+
+    return max(schemes_for(model), key=shared)
+
+
+def _expected(
+    model: ResNet, scheme: Scheme, tensors: Mapping[str, Any]
+) -> dict[Path, tuple[int, ...]]:
+    """Our shapes, with as many image channels as the file's first convolution has."""
+    first = tensors.get(scheme.torch_name(("params", "stem", "conv1", "kernel")))
+    shape = () if first is None else tuple(first.shape)
+    return variable_shapes(model, channels=shape[1] if len(shape) == 4 else 3)
+
+
+def _check_fit(
+    scheme: Scheme,
+    wanted: Mapping[Path, tuple[int, ...]],
+    arrays: Mapping[str, np.ndarray],
+    reset_head: bool,
+) -> None:
+    """Raises one WeightsError that lists every name that is missing, left over or misshapen."""
+    names = {scheme.torch_name(path): shape for path, shape in wanted.items()}
+    missing = sorted(names.keys() - arrays.keys())
+    unexpected = sorted(arrays.keys() - names.keys())
+    misshapen = [
+        f"{name} {_ours(arrays[name].shape, len(shape))} for {shape}"
+        for name, shape in names.items()
+        if name in arrays and _ours(arrays[name].shape, len(shape)) != shape
+    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen)]
+    parts = [f"{len(each)} {what}: {', '.join(each)}" for what, each in faults if each]
+    if not parts:
+        return
+    head = any(name.startswith(f"{scheme.head}.") for name in (*missing, *unexpected, *misshapen))
+    hint = "; pass reset_head=True to start with a new head" if head and not reset_head else ""
+    raise WeightsError(
+        f"the weights ({scheme.name} names) do not fit the model{hint}; {'; '.join(parts)}"
+    )
+
+
+def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
+    stem = leaves.get(("params", "stem", "conv1", "kernel"))
+    expected = variable_shapes(model, 3 if stem is None else stem.shape[-2])
+    wrong = sorted("/".join(path) for path in expected.keys() ^ leaves.keys())
+    wrong += [
+        f"{'/'.join(path)} {leaves[path].shape} for {shape}"
+        for path, shape in expected.items()
+        if path in leaves and leaves[path].shape != shape
+    ]
+    if wrong:
+        raise WeightsError(
+            f"the variables are not this model's; {len(wrong)} differ: {', '.join(wrong)}"
+        )
+
+
+def _to_numpy(name: str, value: Any) -> np.ndarray:
+    """A tensor or array of any floating-point type as a float32 array."""
+    if hasattr(value, "detach"):  # a torch tensor; NumPy has no bfloat16 to give it as
+        value = value.detach().cpu().float().numpy()
+    array = np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise WeightsError(f"{name} holds {array.dtype}, not floating-point numbers")
+    return array.astype(np.float32)
+
+
+def _ours(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The shape that a tensor of theirs has here."""
+    if len(shape) == 4 and ndim == 2 and shape[2:] == (1, 1):
+        shape = shape[:2]
+    if len(shape) == 4:
+        return (*shape[2:], shape[1], shape[0])
+    return shape[::-1]
+
+
+def _from_torch_layout(array: np.ndarray, ndim: int) -> np.ndarray:
+    """[out, in, H, W] -> [H, W, in, out]; [out, in] or [out, in, 1, 1] -> [in, out]."""
+    if ndim == 4:
+        return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
+    if ndim == 2:
+        return np.ascontiguousarray(array.reshape(array.shape[:2]).T)
+    return array
+
+
+def _to_torch_layout(leaf: np.ndarray, dense_as_conv: bool) -> np.ndarray:
+    """The inverse of `_from_torch_layout`."""
+    leaf = leaf.astype(np.float32)
+    if leaf.ndim == 4:
+        return np.ascontiguousarray(leaf.transpose(3, 2, 0, 1))
+    if leaf.ndim == 2:
+        matrix = np.ascontiguousarray(leaf.T)
+        return matrix[:, :, None, None] if dense_as_conv else matrix
+    return leaf
+
+
+def _initial_head(model: ResNet, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A new head: the model's own initialiser with a fixed seed, zeros for the bias."""
+    if path[-1] == "bias":
+        return np.zeros(shape, np.float32)
+    return np.asarray(model.head_init(jax.random.key(0), shape, jnp.float32))

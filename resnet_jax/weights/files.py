@@ -1,0 +1,199 @@
+"""Weight files: .safetensors, .pth and .npz. A file is read whole or not at all, never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from resnet_jax.errors import WeightsError
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.convert import Variables, from_torch, to_torch
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+}
+
+
+def load_weights(
+    model: ResNet,
+    path: str | os.PathLike[str],
+    *,
+    reset_head: bool = False,
+    sha256: str | None = None,
+) -> Variables:
+    """Reads a weight file for a model.
+
+    Args:
+      model: The ResNet that the weights are for.
+      path: A .safetensors, .npz or .pth (.pt) file with any of the names that `from_torch`
+        reads. .pth needs PyTorch.
+      reset_head: Leave the file's head out and initialise a new one.
+      sha256: Checksum that the file must have, as 64 hexadecimal digits.
+
+    Returns:
+      {"params", "batch_stats"} of float32 NumPy arrays.
+
+    Raises:
+      WeightsError: The file is missing, damaged, of another kind, has another checksum, or does
+        not fit the model.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tempfile, resnet_jax as rj
+      >>> model = rj.ResNet20()
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     rj.save_weights(f"{folder}/weights.safetensors", model, variables)
+      ...     again = rj.load_weights(model, f"{folder}/weights.safetensors")
+      >>> bool((again["params"]["head"]["kernel"] == variables["params"]["head"]["kernel"]).all())
+      True
+    """
+    path = Path(path)
+    read = _choose(path, _READERS)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise WeightsError(f"{path} has sha256 {found}, not {sha256}; fetch it again")
+    try:
+        return from_torch(model, read(path, data), reset_head=reset_head)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def save_weights(path: str | os.PathLike[str], model: ResNet, variables: Mapping[str, Any]) -> None:
+    """Writes a model's weights with the names of `to_torch`.
+
+    An existing file is replaced in one step, so that no reader ever sees half a file.
+
+    Args:
+      path: A .safetensors, .npz or .pth (.pt) file. .pth needs PyTorch.
+      model: The ResNet that the variables belong to.
+      variables: {"params", "batch_stats"}.
+
+    Raises:
+      WeightsError: Another kind of file, variables of another model, or a folder that cannot
+        be written.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tempfile, resnet_jax as rj
+      >>> model = rj.ResNet20()
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     rj.save_weights(f"{folder}/weights.npz", model, variables)
+    """
+    path = Path(path)
+    data = _choose(path, _WRITERS)(to_torch(model, variables))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise WeightsError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _choose(path: Path, functions: Mapping[str, Any]) -> Any:
+    if path.suffix not in functions:
+        raise WeightsError(
+            f"{path} is not a weight file; its name must end in one of {', '.join(functions)}"
+        )
+    return functions[path.suffix]
+
+
+def _read_safetensors(path: Path, data: bytes) -> dict[str, np.ndarray]:
+    import safetensors
+
+    try:
+        tensors = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"not a whole safetensors file ({error})") from error
+    arrays = {}
+    for name, tensor in tensors:
+        dtype = _SAFETENSORS_DTYPES.get(tensor["dtype"])
+        if dtype is None:
+            raise WeightsError(
+                f"{name} has type {tensor['dtype']}; floating-point weights have 16 bits or more"
+            )
+        arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    return arrays
+
+
+def _read_npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"not a whole .npz file of arrays ({error})") from error
+
+
+def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
+    torch = _import_torch(path)
+    try:
+        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:  # what torch raises for a bad file has no common class
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise WeightsError(f"not a whole PyTorch file of tensors ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _write_safetensors(arrays: dict[str, np.ndarray]) -> bytes:
+    import safetensors.numpy
+
+    return safetensors.numpy.save(arrays, metadata={"format": "pt"})
+
+
+def _write_npz(arrays: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _write_torch(arrays: dict[str, np.ndarray]) -> bytes:
+    torch = _import_torch(Path("a .pth file"))
+    buffer = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, buffer)
+    return buffer.getvalue()
+
+
+def _import_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(
+            f"{path} needs PyTorch: pip install torch, or use .safetensors"
+        ) from error
+    return torch
+
+
+_READERS = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+}
+_WRITERS = {
+    ".safetensors": _write_safetensors,
+    ".npz": _write_npz,
+    ".pth": _write_torch,
+    ".pt": _write_torch,
+}

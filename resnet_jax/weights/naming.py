@@ -1,0 +1,171 @@
+"""What PyTorch repositories call our layers: one table a naming scheme.
+
+Our paths are ("stage2", "block3", "conv1"); theirs join a prefix for the block and a name inside
+it, such as "layer2.2.conv1". Stages count from 1 everywhere, their blocks from 0, ours from 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.stem import DeepStem
+
+Path = tuple[str, ...]
+
+# Our leaf -> theirs; a norm's scale and a convolution's kernel are both "weight" there.
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """One way of naming a ResNet's layers.
+
+    Args:
+      name: For messages.
+      block: Prefix of a block, with {stage} (from 1), {stage_from_0}, {next_stage}, and {block}
+        (from 0).
+      layers: Our path inside a block, joined by "/" -> the name after the prefix.
+      top: Our path outside the stages, joined by "/" -> the whole name.
+      dense_as_conv: Our dense layers that are 1x1 convolutions there, joined by "/".
+    """
+
+    name: str
+    block: str
+    layers: Mapping[str, str]
+    top: Mapping[str, str]
+    dense_as_conv: frozenset[str] = frozenset()
+
+    @property
+    def head(self) -> str:
+        """Their name of the head."""
+        return self.top["head"]
+
+    def torch_name(self, path: Path) -> str:
+        """Their name of one of our leaves.
+
+        Args:
+          path: (collection, module, ..., leaf), such as
+            ("params", "stage1", "block1", "conv1", "kernel").
+
+        Returns:
+          Such as "layer1.0.conv1.weight".
+        """
+        _, *modules, leaf = path
+        if not modules[0].startswith("stage"):
+            return f"{self.top['/'.join(modules)]}.{_LEAVES[leaf]}"
+        stage, block, *layer = modules
+        number = int(stage.removeprefix("stage"))
+        prefix = self.block.format(
+            stage=number,
+            stage_from_0=number - 1,
+            next_stage=number + 1,
+            block=int(block.removeprefix("block")) - 1,
+        )
+        return f"{prefix}.{self.layers['/'.join(layer)]}.{_LEAVES[leaf]}"
+
+    def is_conv(self, path: Path) -> bool:
+        """Whether one of our dense kernels is a 1x1 convolution there."""
+        modules = path[1:-1]
+        layer = modules[2:] if modules[0].startswith("stage") else modules
+        return "/".join(layer) in self.dense_as_conv
+
+
+def schemes_for(model: ResNet) -> list[Scheme]:
+    """The naming schemes that can hold a model's weights, the one we write first.
+
+    Args:
+      model: A ResNet; its stem, shortcut and kind of block decide some names.
+
+    Returns:
+      For post-activation networks: torchvision (and timm), the CIFAR repositories, the review
+      and its variant with "_x" (these two without gates and deep stems). For pre-activation
+      networks: timm's.
+
+    Example:
+      >>> import resnet_jax as rj
+      >>> [scheme.name for scheme in schemes_for(rj.ResNet50())]
+      ['torchvision', 'CIFAR', 'review', 'review with _x']
+    """
+    if model.block_cls.preactivation:
+        return [_timm_v2()]
+    torchvision = _torchvision(model)
+    cifar = dataclasses.replace(
+        torchvision,
+        name="CIFAR",
+        layers={**torchvision.layers, **_projection("shortcut", 0)},
+        top={**torchvision.top, "head": "linear"},
+    )
+    if model.se_ratio or model.stem_type is DeepStem:
+        return [torchvision, cifar]
+    review = _review()
+    review_x = dataclasses.replace(
+        review, name="review with _x", block="conv{next_stage}_x.{block}"
+    )
+    return [torchvision, cifar, review, review_x]
+
+
+def _torchvision(model: ResNet) -> Scheme:
+    """Names of torchvision, and of timm for what torchvision does not have.
+
+    timm keeps a deep stem in one Sequential, "conv1", whose last norm is "bn1" as ever, and puts
+    an average pool (without parameters) before the projection of option D.
+    """
+    layers = {f"conv{k}": f"conv{k}" for k in (1, 2, 3)}
+    layers |= {f"norm{k}": f"bn{k}" for k in (1, 2, 3)}
+    layers |= _projection("downsample", 1 if model.shortcut == "D" else 0)
+    layers |= {"squeeze_excite/reduce": "se.fc1", "squeeze_excite/expand": "se.fc2"}
+    if model.stem_type is DeepStem:
+        stem = {"conv1": "conv1.0", "norm1": "conv1.1", "conv2": "conv1.3", "norm2": "conv1.4"}
+        stem |= {"conv3": "conv1.6", "norm3": "bn1"}
+        stem |= {"pool_conv": "maxpool.0", "pool_norm": "maxpool.1"}
+    else:
+        stem = {"conv1": "conv1", "norm1": "bn1"}
+    return Scheme(
+        name="torchvision",
+        block="layer{stage}.{block}",
+        layers=layers,
+        top={"head": "fc", **{f"stem/{ours}": theirs for ours, theirs in stem.items()}},
+        dense_as_conv=frozenset({"squeeze_excite/reduce", "squeeze_excite/expand"}),
+    )
+
+
+def _review() -> Scheme:
+    """The review's names: conv, norm and ReLU in turn in a Sequential, "residual_function"."""
+    layers = {f"conv{k}": f"residual_function.{3 * (k - 1)}" for k in (1, 2, 3)}
+    layers |= {f"norm{k}": f"residual_function.{3 * (k - 1) + 1}" for k in (1, 2, 3)}
+    layers |= _projection("shortcut", 0)
+    return Scheme(
+        name="review",
+        block="conv{next_stage}.{block}",
+        layers=layers,
+        top={"head": "fc", "stem/conv1": "conv1.0", "stem/norm1": "conv1.1"},
+    )
+
+
+def _timm_v2() -> Scheme:
+    """Names that timm gives pre-activation networks, BiT among them; the head is a 1x1 convolution."""
+    layers = {f"conv{k}": f"conv{k}" for k in (1, 2, 3)}
+    layers |= {f"norm{k}": f"norm{k}" for k in (1, 2, 3)}
+    layers |= {"projection/conv1": "downsample.conv"}
+    return Scheme(
+        name="timm v2",
+        block="stages.{stage_from_0}.blocks.{block}",
+        layers=layers,
+        top={"stem/conv1": "stem.conv", "final_norm": "norm", "head": "head.fc"},
+        dense_as_conv=frozenset({"head"}),
+    )
+
+
+def _projection(module: str, first: int) -> dict[str, str]:
+    return {
+        "projection/conv1": f"{module}.{first}",
+        "projection/norm1": f"{module}.{first + 1}",
+    }

@@ -1,0 +1,187 @@
+"""Networks from the Hugging Face Hub: weights, and how their images were prepared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.errors import ModelError, WeightsError
+from resnet_jax.models.registry import create_model
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.convert import Variables
+from resnet_jax.weights.files import load_weights
+
+# timm's arguments -> our fields; a network built with any other is refused.
+_MODEL_ARGUMENTS = {"output_stride": "output_stride", "drop_rate": "dropout_rate"}
+# Networks of timm's with one of our names and another function.
+_OTHER_NETWORKS = {
+    name: (
+        "passes the stem's output around its first block before the first norm and ReLU, where "
+        f"the paper (He et al. 2016, section 5) and {name} here pass it after them"
+    )
+    for name in ("resnetv2_18", "resnetv2_34")
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a network's images were prepared.
+
+    Args:
+      image_size: Side of the crop in pixels.
+      crop_fraction: Side of the crop as a share of the resized image's shorter side.
+      interpolation: Filter of the resize: "bilinear", "bicubic", ...
+      mean: Subtracted from each channel, in units of 1 (255 in a uint8 image).
+      std: Divides each channel, in units of 1.
+
+    Example:
+      >>> preprocessing = Preprocessing(image_size=224, crop_fraction=0.875)
+      >>> preprocessing.resize_size
+      256
+      >>> preprocessing.normalize(jnp.zeros((1, 2, 2, 3), jnp.uint8))[0, 0, 0].round(2).tolist()
+      [-2.119999885559082, -2.0399999618530273, -1.7999999523162842]
+    """
+
+    image_size: int = 224
+    crop_fraction: float = 0.875
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def resize_size(self) -> int:
+        """Shorter side in pixels to which an image is resized before the crop."""
+        return int(self.image_size / self.crop_fraction)
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """uint8 images [N, H, W, C] -> float32 images [N, H, W, C] as the network expects them."""
+        scaled = jnp.asarray(images, jnp.float32) / 255
+        return (scaled - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+
+
+class Pretrained(NamedTuple):
+    """A model, its variables, and how its images are prepared."""
+
+    model: ResNet
+    variables: Variables
+    preprocessing: Preprocessing
+
+
+def load_pretrained(
+    repository: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    reset_head: bool = False,
+    **overrides: Any,
+) -> Pretrained:
+    """Loads a network from a repository of the Hugging Face Hub, or from a folder like one.
+
+    The repository holds `config.json` in timm's form and `model.safetensors`. Without a network
+    the Hub's local cache is used.
+
+    Args:
+      repository: "owner/name" on the Hub, or a folder with those two files.
+      revision: Branch, tag or commit on the Hub; name a commit to get the same weights for ever.
+      reset_head: Leave the head out and initialise a new one; set num_classes with it.
+      **overrides: Fields of `ResNet`, such as num_classes, dtype or output_stride.
+
+    Returns:
+      (model, variables, preprocessing).
+
+    Raises:
+      WeightsError: The repository is not reachable and not in the cache, is not a network of
+        this family, or its weights do not fit.
+
+    Example:
+      >>> import tempfile, json, pathlib, resnet_jax as rj
+      >>> model = rj.ResNet20()
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     config = {"architecture": "resnet20", "num_classes": 10}
+      ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+      ...     rj.save_weights(f"{folder}/model.safetensors", model, variables)
+      ...     model, variables, preprocessing = rj.load_pretrained(folder, dtype=jnp.bfloat16)
+      >>> model.num_classes
+      10
+    """
+    folder = _folder(repository, revision)
+    config = _read_config(folder / "config.json")
+    try:
+        model = create_model(config.architecture, **{**config.fields, **overrides})
+    except ModelError as error:
+        raise WeightsError(f"{repository}: {error}") from error
+    variables = load_weights(model, folder / "model.safetensors", reset_head=reset_head)
+    return Pretrained(model, variables, config.preprocessing)
+
+
+class _Config(NamedTuple):
+    architecture: str
+    fields: dict[str, Any]
+    preprocessing: Preprocessing
+
+
+def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
+    """The folder on this machine that holds the repository's two files."""
+    if Path(repository).is_dir():
+        return Path(repository)
+    try:
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise WeightsError(
+            f"{repository} is not a folder here, and the Hub needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from error
+    try:
+        # One call for both files, so that they are of one commit.
+        files = ["config.json", "model.safetensors"]
+        return Path(
+            hub.snapshot_download(os.fspath(repository), revision=revision, allow_patterns=files)
+        )
+    except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise WeightsError(
+            f"{repository} (revision {revision or 'main'}) can be had neither from the Hub nor "
+            f"from the local cache, nor is it a folder here ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _read_config(path: Path) -> _Config:
+    """Reads timm's config.json: facts of the weights stand in "pretrained_cfg"."""
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise WeightsError(f"{path} is not JSON ({error})") from error
+    try:
+        return _parse_config(config)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{path} is not a configuration as timm writes it ({what})") from error
+
+
+def _parse_config(config: dict[str, Any]) -> _Config:
+    architecture = config["architecture"]
+    if architecture in _OTHER_NETWORKS:
+        raise WeightsError(f"timm's {architecture} {_OTHER_NETWORKS[architecture]}")
+    facts = {**config, **config.get("pretrained_cfg", {})}
+    fields = {"num_classes": int(config.get("num_classes", facts.get("num_classes", 1000)))}
+    for argument, value in (config.get("model_args") or {}).items():
+        if argument not in _MODEL_ARGUMENTS:
+            raise WeightsError(f"model_args.{argument} = {value!r} has no counterpart here")
+        fields[_MODEL_ARGUMENTS[argument]] = value
+    default = Preprocessing()
+    preprocessing = Preprocessing(
+        image_size=int(facts.get("input_size", [3, default.image_size])[1]),
+        crop_fraction=float(facts.get("crop_pct", default.crop_fraction)),
+        interpolation=str(facts.get("interpolation", default.interpolation)),
+        mean=tuple(map(float, facts.get("mean", default.mean))),
+        std=tuple(map(float, facts.get("std", default.std))),
+    )
+    return _Config(architecture, fields, preprocessing)
