@@ -33,7 +33,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
       One line for an error.
 
     Example:
-      >>> unknown_name("model", "resnet5O", ["resnet50", "resnet101"])
+      >>> unknown_name("model", "resnet5O", ["resnet50", "plain34"])
       "unknown model 'resnet5O'; did you mean 'resnet50'?"
     """
     known = sorted(known)

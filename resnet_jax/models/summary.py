@@ -44,10 +44,12 @@ class Summary:
 
     @property
     def parameters(self) -> int:
+        """Trainable parameters of all layers."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
     def multiply_adds(self) -> int:
+        """Multiply-adds of all layers for the whole batch."""
         return sum(layer.multiply_adds for layer in self.layers)
 
     def __str__(self) -> str:
@@ -59,10 +61,14 @@ class Summary:
         lines = _align([header, *rows, total, vgg])
         rule = "-" * len(lines[0])
         images = self.input_shape[0]
+        shares = (
+            100 * self.parameters / vgg_parameters,
+            100 * self.multiply_adds / images / vgg_multiply_adds,
+        )
         note = (
-            f"input {list(self.input_shape)}: {self.multiply_adds / images / 1e9:.2f} G multiply-adds an "
-            f"image; {100 * self.parameters / vgg_parameters:.0f}% of VGG-16's parameters, "
-            f"{100 * self.multiply_adds / images / vgg_multiply_adds:.0f}% of its multiply-adds"
+            f"input {list(self.input_shape)}: {self.multiply_adds / images / 1e9:.2f} G "
+            f"multiply-adds an image; {shares[0]:.0f}% of VGG-16's parameters, "
+            f"{shares[1]:.0f}% of its multiply-adds"
         )
         return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], "", note])
 

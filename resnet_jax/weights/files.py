@@ -1,4 +1,4 @@
-"""Weight files: .safetensors, .pth and .npz. A file is read whole or not at all, never unpickled."""
+"""Weight files: .safetensors, .pth and .npz; read whole or not at all, never unpickled."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _review() -> Scheme:
 
 
 def _timm_v2() -> Scheme:
-    """Names that timm gives pre-activation networks, BiT among them; the head is a 1x1 convolution."""
+    """Names that timm gives pre-activation networks; the head is a 1x1 convolution there."""
     layers = {f"conv{k}": f"conv{k}" for k in (1, 2, 3)}
     layers |= {f"norm{k}": f"norm{k}" for k in (1, 2, 3)}
     layers |= {"projection/conv1": "downsample.conv"}

@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 import torch
 
-from tests.parity.settings import LEARNING_RATE, MOMENTUM, STEPS, WEIGHT_DECAY
 from tests.parity.networks import ReviewResNet, TorchvisionResNet18
+from tests.parity.settings import LEARNING_RATE, MOMENTUM, STEPS, WEIGHT_DECAY
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 # The norms that end a residual function. Small scales keep the networks near the identity, as

@@ -136,7 +136,7 @@ def test_running_statistics_after_three_steps(case):
 
 
 def to_review_names(state_dict):
-    """torchvision's names -> the review's, written out a second time as a check on ours."""
+    """Torchvision's names -> the review's, written out a second time as a check on ours."""
     layers = {"conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4, "conv3": 6, "bn3": 7}
     renamed = {}
     for name, array in state_dict.items():

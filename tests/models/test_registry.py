@@ -1,0 +1,135 @@
+"""Every registered model: shapes, dtypes, counts, names."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import resnet_jax as rj
+
+# Parameters of published networks with their usual number of classes, from torchvision, timm and
+# the papers; the rest were counted here once.
+PARAMETERS = {
+    "plain110": 1_727_962,
+    "plain18": 11_515_688,
+    "plain20": 269_722,
+    "plain32": 464_154,
+    "plain34": 21_623_848,
+    "plain44": 658_586,
+    "plain56": 853_018,
+    "resnet101": 44_549_160,
+    "resnet101_cifar": 42_512_970,
+    "resnet101d": 44_568_392,
+    "resnet110": 1_727_962,
+    "resnet1202": 19_421_274,
+    "resnet152": 60_192_808,
+    "resnet152_cifar": 58_156_618,
+    "resnet152d": 60_212_040,
+    "resnet18": 11_689_512,
+    "resnet18_cifar": 11_173_962,
+    "resnet20": 269_722,
+    "resnet200": 64_673_832,
+    "resnet32": 464_154,
+    "resnet34": 21_797_672,
+    "resnet34_cifar": 21_282_122,
+    "resnet44": 658_586,
+    "resnet50": 25_557_032,
+    "resnet50_cifar": 23_520_842,
+    "resnet50c": 25_576_264,
+    "resnet50d": 25_576_264,
+    "resnet50t": 25_573_728,
+    "resnet56": 853_018,
+    "resnetrs101": 63_618_696,
+    "resnetrs152": 86_621_576,
+    "resnetrs50": 35_691_912,
+    "resnetv2_101": 44_541_480,
+    "resnetv2_101x1_bit": 44_541_480,
+    "resnetv2_110": 1_730_522,
+    "resnetv2_152": 60_185_128,
+    "resnetv2_164": 1_703_258,
+    "resnetv2_18": 11_687_720,
+    "resnetv2_200": 64_666_152,
+    "resnetv2_34": 21_795_880,
+    "resnetv2_50": 25_549_352,
+    "resnetv2_50x1_bit": 25_549_352,
+    "resnext101_32x8d": 88_791_336,
+    "resnext101_64x4d": 83_455_272,
+    "resnext50_32x4d": 25_028_904,
+    "seresnet101": 49_326_872,
+    "seresnet152": 66_821_848,
+    "seresnet50": 28_088_024,
+    "wide_resnet101_2": 126_886_696,
+    "wide_resnet28_10": 36_479_194,
+    "wide_resnet50_2": 68_883_240,
+}
+
+
+def test_every_model_is_in_the_table():
+    assert PARAMETERS.keys() == set(rj.list_models())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_counts(name):
+    info = rj.model_info(name)
+    side = info.image_size
+    counts = rj.summary(rj.create_model(name), (1, side, side, 3))
+    assert counts.parameters == PARAMETERS[name] == info.parameters
+    assert counts.multiply_adds == info.multiply_adds
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shapes_and_dtypes(name, dtype):
+    if name == "resnet1202" and dtype == jnp.bfloat16:
+        pytest.skip("the same code as resnet110, and slow to trace")
+    model = rj.create_model(name, dtype=dtype, num_classes=7)
+    side = rj.model_info(name).image_size
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    variables = jax.eval_shape(
+        lambda rng, x: model.init(rng, x, train=False), jax.random.key(0), images
+    )
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits, updates = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images
+    )
+    chex.assert_shape(logits, (2, 7))
+    assert logits.dtype == jnp.float32
+    if "batch_stats" in variables:
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            updates["batch_stats"], variables["batch_stats"]
+        )
+    else:
+        assert model.norm == "group"
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("resnet18", 1.8),
+        ("resnet34", 3.6),
+        ("resnet50", 3.8),
+        ("resnet101", 7.6),
+        ("resnet152", 11.3),
+    ],
+)
+def test_multiply_adds_of_table_1(name, printed):
+    """The paper's figures; it rounds some (7.57 to 7.6) and cuts others (3.86 to 3.8)."""
+    model = rj.create_model(name, stride_in_1x1=True)
+    giga = rj.summary(model, (1, 224, 224, 3)).multiply_adds / 1e9
+    assert printed in (round(giga, 1), int(giga * 10) / 10)
+
+
+def test_constructors_are_public():
+    for name in rj.list_models():
+        constructor = rj.model_info(name).constructor
+        assert getattr(rj, constructor.__name__) is constructor
+        assert constructor() == rj.create_model(name)
+
+
+def test_unknown_names_suggest_close_ones():
+    with pytest.raises(ValueError, match=r"'resnet5'.*'resnet50'"):
+        rj.create_model("resnet5")
+    with pytest.raises(ValueError, match=r"'num_clases'.*'num_classes'"):
+        rj.create_model("resnet50", num_clases=3)
+    with pytest.raises(ValueError, match=r"'num_clases'.*'num_classes'"):
+        rj.ResNet50(num_clases=3)

@@ -1,0 +1,288 @@
+"""Fields of ResNet: what each changes, and what is refused."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import resnet_jax as rj
+
+SIDE = 32
+TINY = {"stage_sizes": (1, 1, 1, 1), "stage_widths": (8, 16, 24, 32), "num_classes": 5}
+TINY_STEM = functools.partial(rj.ImageNetStem, features=8)
+
+
+def tiny(**fields):
+    return rj.ResNet(**{**TINY, "stem_cls": TINY_STEM, **fields})
+
+
+def images(count=4, side=SIDE, channels=3):
+    return jax.random.normal(jax.random.key(1), (count, side, side, channels))
+
+
+def init(model, x):
+    return jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_logits(self):
+        model, x = tiny(), images()
+        variables = init(model, x)
+        logits = self.variant(functools.partial(model.apply, train=False))(variables, x)
+        chex.assert_shape(logits, (4, 5))
+        chex.assert_tree_all_finite(logits)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet20", "resnetv2_18", "resnet50d"])
+def test_features_have_the_promised_strides(name):
+    model = rj.create_model(name)
+    x = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+    init_features = functools.partial(model.init_with_output, train=False, method="features")
+    maps, _ = jax.eval_shape(init_features, jax.random.key(0), x)
+    info = model.feature_info()
+    assert next(iter(info)) == "stem"
+    assert maps.keys() == info.keys()
+    for stage, (channels, stride) in info.items():
+        chex.assert_shape(maps[stage], (2, 64 // stride, 96 // stride, channels))
+
+
+@pytest.mark.parametrize("output_stride", [8])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"stride_in_1x1": True},
+        {"block_cls": rj.BasicBlock},
+        {"block_cls": rj.BasicBlock, "shortcut": "A"},
+        {"shortcut": "C"},
+        {"shortcut": "D"},
+        {"block_cls": rj.PreActBottleneckBlock},
+    ],
+    ids=str,
+)
+def test_dilated_maps_contain_the_strided_ones(fields, output_stride):
+    """Dilation gives the same values, at more places, with the same weights."""
+    fields = {"stage_sizes": (1, 2, 2, 2), **fields}
+    model, x = tiny(**fields), images(2, 64)
+    dilated = tiny(**fields, output_stride=output_stride)
+    variables = init(model, x)
+    features = functools.partial(model.apply, train=False, method="features")
+    fine = functools.partial(dilated.apply, train=False, method="features")
+    coarse_map, fine_map = features(variables, x)["stage4"], fine(variables, x)["stage4"]
+    assert fine_map.shape[1] == 64 // output_stride
+    step = 32 // output_stride
+    chex.assert_trees_all_close(fine_map[:, ::step, ::step], coarse_map, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_stays_close(dtype):
+    x = images()
+    model, half = tiny(), tiny(dtype=dtype)
+    variables = init(model, x)
+    logits, low = (m.apply(variables, x, train=False) for m in (model, half))
+    assert low.dtype == jnp.float32
+    assert float(jnp.linalg.norm(low - logits) / jnp.linalg.norm(logits)) < 0.02
+    maps = half.apply(variables, x, train=False, method="features")
+    assert {m.dtype for m in maps.values()} == {jnp.dtype(dtype)}
+
+
+def test_remat_changes_nothing():
+    x = images()
+    model, remat = tiny(), tiny(remat=True)
+    variables = init(model, x)
+    chex.assert_trees_all_equal_structs(variables, init(remat, x))
+
+    def gradient(m):
+        def loss(params):
+            logits, updates = m.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return jnp.square(logits).mean(), updates
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    chex.assert_trees_all_close(gradient(model), gradient(remat), rtol=1e-4, atol=1e-6)
+    assert "remat" in str(jax.make_jaxpr(lambda: gradient(remat))())
+
+
+@pytest.mark.parametrize("block_cls", [rj.BottleneckBlock, rj.PreActBasicBlock])
+def test_zero_init_residual_starts_as_the_shortcut(block_cls):
+    x = images(2, 8, 32)
+    block = block_cls(width=32 // block_cls.expansion, zero_init_residual=True)
+    out, _ = block.init_with_output(jax.random.key(0), x, train=False)
+    expected = x if block_cls.preactivation else jax.nn.relu(x)
+    chex.assert_trees_all_close(out, expected)
+
+
+def test_plain_blocks_have_no_sum():
+    x = images(2, 8, 16)
+    plain = rj.BasicBlock(width=16, shortcut="none")
+    residual = rj.BasicBlock(width=16)
+    variables = init(plain, x)
+    chex.assert_trees_all_equal_structs(variables, init(residual, x))
+    zeroed = jax.tree.map(jnp.zeros_like, variables)
+    assert not plain.apply(zeroed, x, train=False).any()
+    assert residual.apply(zeroed, x, train=False).any()
+
+
+def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
+    drop = rj.StochasticDepth(rate=0.25)
+    x = jnp.ones((4000, 1, 1, 2))
+    y = drop.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert (y[..., 0] == y[..., 1]).all()  # whole images
+    assert abs(float(y.mean()) - 1) < 0.05
+    bound = tiny(stochastic_depth_rate=0.4).bind({})
+    rates = [stage.stochastic_depth_rates for stage in bound.stages]
+    np.testing.assert_allclose(np.ravel(rates), [0.1, 0.2, 0.3, 0.4])
+
+
+def test_dropout_needs_training():
+    model, x = tiny(dropout_rate=0.5), images()
+    variables = init(model, x)
+    chex.assert_trees_all_equal(
+        model.apply(variables, x, train=False), tiny().apply(variables, x, train=False)
+    )
+    draws = [
+        model.apply(
+            variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(k)}
+        )[0]
+        for k in range(2)
+    ]
+    assert not jnp.allclose(*draws)
+
+
+def test_no_head_gives_pooled_features():
+    model, x = tiny(num_classes=0), images()
+    variables = init(model, x)
+    assert "head" not in variables["params"]
+    pooled = model.apply(variables, x, train=False)
+    last = model.apply(variables, x, train=False, method="features")["stage4"]
+    chex.assert_trees_all_close(pooled, last.mean((1, 2)))
+
+
+def test_train_false_freezes_batch_norm():
+    model, x = tiny(), images()
+    variables = init(model, x)
+    _, updates = model.apply(variables, x, train=False, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+
+
+@pytest.mark.parametrize(("group_size", "groups"), [(None, 1), (2, 2), (1, 4)])
+def test_batch_norm_across_devices(group_size, groups):
+    """Devices of a group together give what one device gives for all their images."""
+    norm = rj.BatchNorm(axis_name="batch", group_size=group_size)
+    alone = rj.BatchNorm()
+    x = jax.random.normal(jax.random.key(0), (8, 4, 4, 3)) * 3 + 5
+    variables = alone.init(jax.random.key(1), x, train=False)
+
+    def apply(module, x):
+        y, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
+        return y, updates["batch_stats"]
+
+    mapped = jax.pmap(functools.partial(apply, norm), axis_name="batch")
+    y, statistics = mapped(x.reshape(4, 2, 4, 4, 3))
+    for group in range(groups):
+        devices = slice(group * 4 // groups, (group + 1) * 4 // groups)
+        together = x.reshape(4, 2, 4, 4, 3)[devices].reshape(-1, 4, 4, 3)
+        expected, expected_statistics = apply(alone, together)
+        chex.assert_trees_all_close(y[devices].reshape(together.shape), expected, atol=1e-5)
+        for device in range(devices.start, devices.stop):
+            found = jax.tree.map(lambda leaf, device=device: leaf[device], statistics)
+            chex.assert_trees_all_close(found, expected_statistics, rtol=1e-5)
+
+
+def test_batch_norm_under_shard_map():
+    norm = rj.BatchNorm(axis_name="batch")
+    x = jax.random.normal(jax.random.key(0), (8, 2, 2, 3))
+    variables = norm.init(jax.random.key(1), x, train=False)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
+
+    def apply(x):
+        return norm.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+    spec = PartitionSpec("batch")
+    y = jax.shard_map(apply, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+    expected, _ = rj.BatchNorm().apply(variables, x, train=True, mutable=["batch_stats"])
+    chex.assert_trees_all_close(y, expected, atol=1e-5)
+
+
+def test_batch_norm_with_a_large_mean():
+    """One pass over the data loses the variance unless it is centred on the running mean."""
+    x = 1000 + jax.random.normal(jax.random.key(0), (64, 4, 4, 2))
+    norm = rj.BatchNorm()
+    variables = norm.init(jax.random.key(1), x, train=False)
+    exact = np.asarray(x, np.float64)
+    variables["batch_stats"]["mean"] = jnp.asarray(exact.mean((0, 1, 2)) + 0.5, jnp.float32)
+    y, _ = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + norm.epsilon)
+    assert np.abs(y - expected).max() < 1e-3
+
+
+def test_any_number_of_channels():
+    x = images(2, channels=9)
+    chex.assert_shape(tiny().apply(init(tiny(), x), x, train=False), (2, 5))
+
+
+def test_lists_are_fine_and_modules_hash():
+    model = rj.ResNet(stage_sizes=[1, 1], stage_widths=[8, 8])
+    assert hash(model) == hash(rj.ResNet(stage_sizes=(1, 1), stage_widths=(8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stage_sizes": (2, 0, 2, 2)}, "stage_sizes"),
+        ({"stage_widths": (8, 8)}, "stage_widths"),
+        ({"num_classes": -1}, "num_classes = -1"),
+        ({"dtype": jnp.int32}, "dtype"),
+        ({"shortcut": "E"}, "shortcut = 'E'.*'A'"),
+        ({"norm": "layer"}, "norm = 'layer'.*'group'"),
+        ({"cardinality": 2, "block_cls": rj.BasicBlock}, "cardinality = 2"),
+        ({"base_width": 128, "block_cls": rj.BasicBlock}, "base_width = 128"),
+        ({"se_ratio": -0.5}, "se_ratio"),
+        ({"bn_momentum": 1.0}, "bn_momentum"),
+        ({"bn_epsilon": 0.0}, "bn_epsilon"),
+        ({"bn_group_size": 2}, "bn_group_size = 2.*axis_name"),
+        ({"zero_init_residual": True, "shortcut": "none"}, "zero_init_residual"),
+        ({"stochastic_depth_rate": 0.1, "shortcut": "none"}, "stochastic_depth_rate"),
+        ({"dropout_rate": 1.0}, "dropout_rate"),
+        ({"output_stride": 12}, r"output_stride = 12.*\[4, 8, 16, 32\]"),
+    ],
+)
+def test_refused_fields(fields, message):
+    with pytest.raises(rj.ModelError, match=message):
+        tiny(**fields)
+
+
+def test_refused_images():
+    with pytest.raises(rj.ModelError, match=r"16x16 pixels are too small.*32x32"):
+        init(tiny(), images(side=16))
+    with pytest.raises(rj.ModelError, match=r"expected \[N, H, W, C\]"):
+        init(tiny(), jnp.zeros((32, 32, 3)))
+
+
+def test_refused_group_size():
+    norm = rj.BatchNorm(axis_name="batch", group_size=3)
+    x = jnp.zeros((4, 1, 2, 2, 3))
+    variables = norm.init(jax.random.key(0), x[0], train=False)
+    apply = functools.partial(norm.apply, variables, train=True, mutable=["batch_stats"])
+    with pytest.raises(rj.ModelError, match="bn_group_size = 3 does not divide the 4 devices"):
+        jax.pmap(apply, axis_name="batch")(x)
+
+
+def test_from_nnx():
+    linen, x = tiny(), images()
+    model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(x, train=False)
+    logits = model(x, train=False)
+    chex.assert_shape(logits, (4, 5))
+    before = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    model(x, train=True, mutable=["batch_stats"])
+    after = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    assert any(not jnp.array_equal(b, a) for b, a in zip(before, after))

@@ -1,0 +1,260 @@
+"""Naming schemes, weight files, and what is refused."""
+
+import functools
+import hashlib
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import resnet_jax as rj
+from resnet_jax.weights.convert import variable_shapes
+from resnet_jax.weights.naming import schemes_for
+
+SUFFIXES = [".safetensors", ".npz", ".pth"]
+
+
+@functools.cache
+def network(name="resnet20", **fields):
+    """(model, variables) with every leaf different from its initial value."""
+    model = rj.create_model(name, **fields)
+    side = rj.model_info(name).image_size
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, side, side, 3)), train=False)
+    )
+    generator = np.random.default_rng(0)
+    fill = lambda leaf: generator.normal(size=leaf.shape).astype(np.float32)  # noqa: E731
+    return model, jax.tree.map(fill, shapes)
+
+
+def renamed(model, state_dict, scheme_index):
+    """A state dict with another scheme's names, in the order of to_torch."""
+    first, other = (schemes_for(model)[index] for index in (0, scheme_index))
+    paths = variable_shapes(model)
+    names = {first.torch_name(path): other.torch_name(path) for path in paths}
+    return {names[name]: array for name, array in state_dict.items()}
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50d", "resnetrs50", "resnetv2_164"])
+def test_round_trip_is_exact(name):
+    model, variables = network(name)
+    again = rj.from_torch(model, rj.to_torch(model, variables))
+    chex.assert_trees_all_equal(again, variables)
+
+
+@pytest.mark.parametrize("scheme", range(4))
+def test_every_scheme_is_recognised(scheme):
+    model, variables = network("resnet18_cifar")
+    state_dict = renamed(model, rj.to_torch(model, variables), scheme)
+    chex.assert_trees_all_equal(rj.from_torch(model, state_dict), variables)
+
+
+def test_names_of_the_schemes():
+    model, variables = network("resnet18_cifar")
+    state_dict = rj.to_torch(model, variables)
+    expected = [
+        ("bn1.weight", "layer2.0.downsample.1.running_var", "layer4.1.conv2.weight", "fc.bias"),
+        ("bn1.weight", "layer2.0.shortcut.1.running_var", "layer4.1.conv2.weight", "linear.bias"),
+        ("conv1.1.weight", "conv3.0.shortcut.1.running_var", "conv5.1.residual_function.3.weight"),
+        ("conv3_x.0.shortcut.1.running_var", "conv5_x.1.residual_function.3.weight", "fc.bias"),
+    ]
+    for scheme, names in enumerate(expected):
+        assert set(names) <= renamed(model, state_dict, scheme).keys()
+
+
+def test_checkpoints_are_unwrapped():
+    model, variables = network()
+    state_dict = {f"module.{k}": v for k, v in rj.to_torch(model, variables).items()}
+    state_dict["module.bn1.num_batches_tracked"] = np.int64(7)
+    checkpoint = {"state_dict": state_dict, "best_prec1": 91.7, "epoch": 200}
+    chex.assert_trees_all_equal(rj.from_torch(model, checkpoint), variables)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_precisions_load(dtype, tmp_path):
+    model, variables = network()
+    low = {name: array.astype(dtype) for name, array in rj.to_torch(model, variables).items()}
+    loaded = rj.from_torch(model, low)
+    chex.assert_trees_all_equal(
+        loaded, jax.tree.map(lambda x: x.astype(dtype).astype("f4"), variables)
+    )
+    if dtype != ml_dtypes.bfloat16:  # safetensors writes bfloat16 through jax only
+        safetensors.numpy.save_file(low, tmp_path / "low.safetensors")
+        chex.assert_trees_all_equal(rj.load_weights(model, tmp_path / "low.safetensors"), loaded)
+
+
+def test_bfloat16_file_loads(tmp_path):
+    safetensors_flax = pytest.importorskip("safetensors.flax")
+    model, variables = network()
+    low = {k: jnp.asarray(v, jnp.bfloat16) for k, v in rj.to_torch(model, variables).items()}
+    safetensors_flax.save_file(low, tmp_path / "low.safetensors")
+    chex.assert_trees_all_equal(
+        rj.load_weights(model, tmp_path / "low.safetensors"), rj.from_torch(model, low)
+    )
+
+
+def test_missing_unexpected_and_misshapen_names_in_one_error():
+    model, variables = network()
+    state_dict = rj.to_torch(model, variables)
+    del state_dict["layer1.0.conv1.weight"], state_dict["bn1.bias"]
+    state_dict["extra.weight"] = np.zeros(3, np.float32)
+    state_dict["layer2.0.conv1.weight"] = np.zeros((1, 1, 3, 3), np.float32)
+    with pytest.raises(rj.WeightsError) as caught:
+        rj.from_torch(model, state_dict)
+    message = str(caught.value)
+    assert "2 missing: bn1.bias, layer1.0.conv1.weight" in message
+    assert "1 unexpected: extra.weight" in message
+    assert "1 of the wrong shape: layer2.0.conv1.weight" in message
+
+
+def test_another_head_only_when_asked_for():
+    _, variables = network()
+    state_dict = rj.to_torch(rj.ResNet20(), variables)
+    for classes in (0, 37):
+        model = rj.ResNet20(num_classes=classes)
+        with pytest.raises(rj.WeightsError, match=r"reset_head=True.*fc\.weight"):
+            rj.from_torch(model, state_dict)
+        loaded = rj.from_torch(model, state_dict, reset_head=True)
+        assert ("head" in loaded["params"]) == bool(classes)
+        if classes:
+            chex.assert_shape(loaded["params"]["head"]["kernel"], (64, 37))
+        chex.assert_trees_all_equal(loaded["params"]["stage1"], variables["params"]["stage1"])
+
+
+def test_any_number_of_image_channels():
+    model = rj.ResNet20()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
+    chex.assert_trees_all_equal(rj.from_torch(model, rj.to_torch(model, variables)), variables)
+
+
+def test_variables_of_another_model():
+    _, variables = network()
+    with pytest.raises(rj.WeightsError, match="not this model's"):
+        rj.to_torch(rj.ResNet32(), variables)
+
+
+def skip_without_torch(suffix):
+    if suffix == ".pth":
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_file_round_trip(suffix, tmp_path):
+    skip_without_torch(suffix)
+    model, variables = network()
+    path = tmp_path / f"weights{suffix}"
+    rj.save_weights(path, model, variables)
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    chex.assert_trees_all_equal(rj.load_weights(model, path, sha256=checksum), variables)
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(rj.WeightsError, match="has sha256"):
+        rj.load_weights(model, path, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_files(suffix, share, tmp_path):
+    skip_without_torch(suffix)
+    model, variables = network()
+    path = tmp_path / f"weights{suffix}"
+    rj.save_weights(path, model, variables)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(rj.WeightsError, match=r"weights\.\w+: not a whole"):
+        rj.load_weights(model, path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth"])
+def test_nothing_is_unpickled(suffix, tmp_path):
+    skip_without_torch(suffix)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".npz":
+        np.savez(path, a=np.array([print], dtype=object))
+    else:
+        import torch
+
+        torch.save({"a": print}, path)
+    with pytest.raises(rj.WeightsError):
+        rj.load_weights(rj.ResNet20(), path)
+
+
+def test_files_that_are_not_there(tmp_path):
+    model, variables = network()
+    with pytest.raises(rj.WeightsError, match=r"cannot read .*No such file"):
+        rj.load_weights(model, tmp_path / "none.safetensors")
+    with pytest.raises(rj.WeightsError, match=r"must end in one of \.safetensors"):
+        rj.load_weights(model, tmp_path / "weights.h5")
+    with pytest.raises(rj.WeightsError, match="cannot write"):
+        rj.save_weights(tmp_path / "none" / "weights.npz", model, variables)
+
+
+CONFIG = {
+    "architecture": "resnet20",
+    "num_classes": 10,
+    "pretrained_cfg": {
+        "input_size": [3, 32, 32],
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+    },
+}
+
+
+def make_repository(folder, config=CONFIG):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    rj.save_weights(folder / "model.safetensors", *network())
+    return folder
+
+
+def check_pretrained(pretrained):
+    model, variables, preprocessing = pretrained
+    assert model == rj.ResNet20()
+    chex.assert_trees_all_equal(variables, network()[1])
+    assert preprocessing == rj.Preprocessing(32, 0.9, "bicubic", (0.5,) * 3, (0.25,) * 3)
+
+
+def test_pretrained_from_a_folder(tmp_path):
+    folder = make_repository(tmp_path / "net")
+    check_pretrained(rj.load_pretrained(folder))
+    model, variables, _ = rj.load_pretrained(folder, num_classes=3, reset_head=True)
+    chex.assert_shape(variables["params"]["head"]["kernel"], (64, 3))
+    assert model.num_classes == 3
+
+
+def test_pretrained_from_the_cache(tmp_path, monkeypatch):
+    """Offline, the Hub's cache is used; what is not in it is said to be so."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = "0123456789" * 4
+    repository = tmp_path / "models--timm--tiny"
+    make_repository(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    check_pretrained(rj.load_pretrained("timm/tiny"))
+    check_pretrained(rj.load_pretrained("timm/tiny", revision=commit))
+    with pytest.raises(rj.WeightsError, match=r"timm/other .revision main. can be had neither"):
+        rj.load_pretrained("timm/other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "vit_base"}, "unknown model 'vit_base'"),
+        ({"architecture": "resnetv2_18"}, "first norm and ReLU"),
+        ({"model_args": {"aa_layer": "blur"}}, "model_args.aa_layer = 'blur'"),
+        ({"pretrained_cfg": {"input_size": "large"}}, "not a configuration"),
+        ({"num_classes": 11}, "reset_head=True"),
+    ],
+)
+def test_other_repositories_are_refused(change, message, tmp_path):
+    folder = make_repository(tmp_path / "net", {**CONFIG, **change})
+    with pytest.raises(rj.WeightsError, match=message):
+        rj.load_pretrained(folder)
