@@ -30,7 +30,9 @@ def recorded(case):
         pytest.importorskip("torch", reason="PyTorch is not installed")
         from tests.parity import record
 
-        arrays = record.record(record.REDUCED[name][0], width=64, side=32)
+        arrays = record.record(
+            record.REDUCED[name][0], width=64, side=32, noise=record.NOISE_AT_FULL_WIDTH
+        )
     else:
         with np.load(FIXTURES / f"{name}.npz") as file:
             arrays = dict(file)
@@ -131,8 +133,11 @@ def test_running_statistics_after_three_steps(case):
     found = rj.to_torch(model, {"params": params, "batch_stats": batch_stats})
     if case.startswith("review"):
         found = to_review_names(found)
+    # The statistics of the second and third step follow from gradients. At full width some ReLU
+    # always rounds to the other side, so there they are held to the gradients' tolerance.
+    tolerance = GRADIENTS if case.endswith("live") else FORWARD
     for name, expected in part(arrays, "after").items():
-        assert_close(found[name], expected, FORWARD)
+        assert_close(found[name], expected, tolerance)
 
 
 def to_review_names(state_dict):
