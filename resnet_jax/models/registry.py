@@ -89,6 +89,8 @@ def _register(
 
     def construct(**overrides: Any) -> ResNet:
         for field in overrides:
+            if field == "pretrained":
+                raise ModelError(f"{name}: weights come from rj.load_pretrained or rj.load_weights")
             if field not in _FIELDS:
                 raise ModelError(f"{name}: {unknown_name('field', field, _FIELDS)}")
         return ResNet(**{**fields, **overrides})

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from resnet_jax.errors import ModelError
 from resnet_jax.models.blocks import (
@@ -322,6 +323,17 @@ class ResNet(nn.Module):
     def _check_images(self, images: jax.Array) -> None:
         if images.ndim != 4:
             raise ModelError(f"images have shape {images.shape}; expected [N, H, W, C]")
+        if images.shape[1] <= 4 < images.shape[3]:
+            raise ModelError(
+                f"images of shape {images.shape} look like [N, C, H, W]; transpose them to "
+                "[N, H, W, C]: images.transpose(0, 2, 3, 1)"
+            )
+        kernel = self.variables.get("params", {}).get("stem", {}).get("conv1", {}).get("kernel")
+        if kernel is not None and kernel.shape[2] != images.shape[3]:
+            raise ModelError(
+                f"images have {images.shape[3]} channels, the network's weights take "
+                f"{kernel.shape[2]}"
+            )
         least = self._last_stride()
         if min(images.shape[1:3]) < least:
             raise ModelError(
@@ -329,6 +341,17 @@ class ResNet(nn.Module):
                 f"network needs at least {least}x{least} (its stride); enlarge them, or take a "
                 "network with a CIFAR stem"
             )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and value >= 0
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(dtype, jnp.floating))
+    except TypeError:
+        return False
 
 
 def _check_fields(model: ResNet) -> None:
@@ -339,8 +362,8 @@ def _check_fields(model: ResNet) -> None:
     rules = {
         "stage_sizes": (stages > 0 and min(model.stage_sizes) > 0, "positive block counts"),
         "stage_widths": (len(model.stage_widths) == stages, f"{stages} widths, one a stage"),
-        "num_classes": (model.num_classes >= 0, "0 (no head) or more"),
-        "dtype": (jnp.issubdtype(model.dtype, jnp.floating), "a floating-point type"),
+        "num_classes": (_is_count(model.num_classes), "0 (no head) or more"),
+        "dtype": (_is_floating(model.dtype), "a floating-point type such as jnp.bfloat16"),
         "shortcut": (model.shortcut in SHORTCUT_OPTIONS, f"one of {SHORTCUT_OPTIONS}"),
         "norm": (model.norm in NORM_KINDS, f"one of {NORM_KINDS}"),
         "cardinality": (

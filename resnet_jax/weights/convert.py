@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,6 @@ Variables = dict[str, Any]
 
 # Training scripts save the state dict beside epoch, optimizer and the like.
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net")
-# Left by torch.nn.DataParallel and torch.compile in front of every name.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def from_torch(
@@ -52,6 +50,7 @@ def from_torch(
       >>> bool((again["params"]["head"]["kernel"] == variables["params"]["head"]["kernel"]).all())
       True
     """
+    check_model(model)
     tensors = _unwrap(state_dict)
     scheme = _closest_scheme(model, tensors)
     expected = _expected(model, scheme, tensors)
@@ -62,7 +61,7 @@ def from_torch(
     else:
         wanted = expected
     arrays = {name: _to_numpy(name, value) for name, value in tensors.items()}
-    _check_fit(scheme, wanted, arrays, reset_head)
+    _check_fit(scheme, wanted, arrays, model.stage_sizes, reset_head)
     leaves = {}
     for path, shape in wanted.items():
         leaves[path] = _from_torch_layout(arrays[scheme.torch_name(path)], len(shape))
@@ -97,6 +96,7 @@ def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarra
       >>> rj.to_torch(model, variables)["layer1.0.conv1.weight"].shape
       (16, 16, 3, 3)
     """
+    check_model(model)
     scheme = schemes_for(model)[0]
     collections = {key: variables[key] for key in ("params", "batch_stats") if key in variables}
     leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, collections))
@@ -129,14 +129,27 @@ def variable_shapes(model: ResNet, channels: int = 3) -> dict[Path, tuple[int, .
     return {path: x.shape for path, x in traverse_util.flatten_dict(variables).items()}
 
 
+def check_model(model: Any) -> None:
+    """Raises WeightsError where something else stands in a model's place."""
+    if not isinstance(model, ResNet):
+        raise WeightsError(f"the model is a {type(model).__name__}, not a ResNet of this package")
+
+
 def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors themselves: out of a checkpoint's dictionary, without wrappers' prefixes."""
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise WeightsError(f"expected a state dict, not a {kind}; pass network.state_dict()")
     for key in _WRAPPER_KEYS:
         if isinstance(state_dict.get(key), Mapping):
             return _unwrap(state_dict[key])
-    for prefix in _WRAPPER_PREFIXES:
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            return _unwrap({name.removeprefix(prefix): x for name, x in state_dict.items()})
+    if not any(hasattr(value, "shape") and "." in name for name, value in state_dict.items()):
+        raise WeightsError(f"no state dict among its keys: {', '.join(state_dict) or 'none'}")
+    # "module." of DataParallel, "_orig_mod." of torch.compile, "model." of trainers: a ResNet's
+    # own names never share their first part.
+    first, _, _ = next(iter(state_dict)).partition(".")
+    if len(state_dict) > 1 and all(name.startswith(f"{first}.") for name in state_dict):
+        return _unwrap({name.removeprefix(f"{first}."): x for name, x in state_dict.items()})
     # A counter of steps that only matters where momentum is None; Flax has no such thing.
     return {name: x for name, x in state_dict.items() if not name.endswith("num_batches_tracked")}
 
@@ -164,6 +177,7 @@ def _check_fit(
     scheme: Scheme,
     wanted: Mapping[Path, tuple[int, ...]],
     arrays: Mapping[str, np.ndarray],
+    stage_sizes: Sequence[int],
     reset_head: bool,
 ) -> None:
     """Raises one WeightsError that lists every name that is missing, left over or misshapen."""
@@ -171,16 +185,22 @@ def _check_fit(
     missing = sorted(names.keys() - arrays.keys())
     unexpected = sorted(arrays.keys() - names.keys())
     misshapen = [
-        f"{name} {_ours(arrays[name].shape, len(shape))} for {shape}"
+        name
         for name, shape in names.items()
         if name in arrays and _ours(arrays[name].shape, len(shape)) != shape
     ]
-    faults = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen)]
+    shapes = [f"{name} {arrays[name].shape} for {_theirs(names[name])}" for name in misshapen]
+    faults = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
     parts = [f"{len(each)} {what}: {', '.join(each)}" for what, each in faults if each]
     if not parts:
         return
-    head = any(name.startswith(f"{scheme.head}.") for name in (*missing, *unexpected, *misshapen))
-    hint = "; pass reset_head=True to start with a new head" if head and not reset_head else ""
+    wrong = (*missing, *unexpected, *misshapen)
+    blocks = scheme.stage_sizes(arrays)
+    hint = ""
+    if all(name.startswith(f"{scheme.head}.") for name in wrong) and not reset_head:
+        hint = "; pass reset_head=True to start with a new head"
+    elif blocks and blocks != tuple(stage_sizes):
+        hint = f": its stages have {blocks} blocks, the model's {tuple(stage_sizes)}"
     raise WeightsError(
         f"the weights ({scheme.name} names) do not fit the model{hint}; {'; '.join(parts)}"
     )
@@ -204,7 +224,8 @@ def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
 def _to_numpy(name: str, value: Any) -> np.ndarray:
     """A tensor or array of any floating-point type as a float32 array."""
     if hasattr(value, "detach"):  # a torch tensor; NumPy has no bfloat16 to give it as
-        value = value.detach().cpu().float().numpy()
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.is_floating_point() else value.numpy()
     array = np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise WeightsError(f"{name} holds {array.dtype}, not floating-point numbers")
@@ -218,6 +239,11 @@ def _ours(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
     if len(shape) == 4:
         return (*shape[2:], shape[1], shape[0])
     return shape[::-1]
+
+
+def _theirs(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The inverse of `_ours`, but for dense layers that are 1x1 convolutions there."""
+    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
 def _from_torch_layout(array: np.ndarray, ndim: int) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 
 from resnet_jax.errors import WeightsError
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.convert import Variables, from_torch, to_torch
+from resnet_jax.weights.convert import Variables, check_model, from_torch, to_torch
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -38,8 +40,8 @@ def load_weights(
 
     Args:
       model: The ResNet that the weights are for.
-      path: A .safetensors, .npz or .pth (.pt) file with any of the names that `from_torch`
-        reads. .pth needs PyTorch.
+      path: A .safetensors, .npz or .pth (.pt, .bin, .ckpt, .pth.tar) file with any of the names
+        that `from_torch` reads. .pth needs PyTorch.
       reset_head: Leave the file's head out and initialise a new one.
       sha256: Checksum that the file must have, as 64 hexadecimal digits.
 
@@ -60,8 +62,11 @@ def load_weights(
       >>> bool((again["params"]["head"]["kernel"] == variables["params"]["head"]["kernel"]).all())
       True
     """
+    check_model(model)
     path = Path(path)
     read = _choose(path, _READERS)
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise WeightsError(f"sha256 = {sha256!r} is not a checksum of 64 hexadecimal digits")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -96,6 +101,7 @@ def save_weights(path: str | os.PathLike[str], model: ResNet, variables: Mapping
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     rj.save_weights(f"{folder}/weights.npz", model, variables)
     """
+    check_model(model)
     path = Path(path)
     data = _choose(path, _WRITERS)(to_torch(model, variables))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -148,6 +154,13 @@ def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
     torch = _import_torch(path)
     try:
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        if not data.startswith(_TORCH_MAGIC):
+            raise WeightsError("not a PyTorch file") from error
+        raise WeightsError(
+            "holds Python objects beside tensors, which are never unpickled here; where you "
+            "trust it, load it with torch and pass its state dict to rj.from_torch"
+        ) from error
     except Exception as error:  # what torch raises for a bad file has no common class
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise WeightsError(f"not a whole PyTorch file of tensors ({reason})") from error
@@ -185,11 +198,16 @@ def _import_torch(path: Path) -> Any:
     return torch
 
 
+# A zip archive, or the pickle of versions before 1.6.
+_TORCH_MAGIC = (b"PK", b"\x80")
 _READERS = {
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".pth": _read_torch,
     ".pt": _read_torch,
+    ".bin": _read_torch,
+    ".ckpt": _read_torch,
+    ".tar": _read_torch,  # "model_best.pth.tar" is a .pth file
 }
 _WRITERS = {
     ".safetensors": _write_safetensors,

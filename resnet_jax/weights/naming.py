@@ -7,7 +7,8 @@ it, such as "layer2.2.conv1". Stages count from 1 everywhere, their blocks from 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import DeepStem
@@ -70,6 +71,25 @@ class Scheme:
             block=int(block.removeprefix("block")) - 1,
         )
         return f"{prefix}.{self.layers['/'.join(layer)]}.{_LEAVES[leaf]}"
+
+    def stage_sizes(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Blocks in each stage of a network with these names.
+
+        Args:
+          names: Of a state dict.
+
+        Returns:
+          One count a stage, () where no block has this scheme's prefix.
+        """
+        blocks: dict[int, set[int]] = {}
+        stage, block = r"(?P<stage>\d+)", r"(?P<block>\d+)"
+        prefix = self.block.replace(".", r"\.").format(
+            stage=stage, stage_from_0=stage, next_stage=stage, block=block
+        )
+        for name in names:
+            if match := re.match(prefix, name):
+                blocks.setdefault(int(match["stage"]), set()).add(int(match["block"]))
+        return tuple(len(blocks[stage]) for stage in sorted(blocks))
 
     def is_conv(self, path: Path) -> bool:
         """Whether one of our dense kernels is a 1x1 convolution there."""

@@ -133,3 +133,5 @@ def test_unknown_names_suggest_close_ones():
         rj.create_model("resnet50", num_clases=3)
     with pytest.raises(ValueError, match=r"'num_clases'.*'num_classes'"):
         rj.ResNet50(num_clases=3)
+    with pytest.raises(ValueError, match=r"rj\.load_pretrained"):
+        rj.ResNet50(pretrained=True)

@@ -241,7 +241,9 @@ def test_lists_are_fine_and_modules_hash():
         ({"stage_sizes": (2, 0, 2, 2)}, "stage_sizes"),
         ({"stage_widths": (8, 8)}, "stage_widths"),
         ({"num_classes": -1}, "num_classes = -1"),
+        ({"num_classes": "10"}, "num_classes = '10'"),
         ({"dtype": jnp.int32}, "dtype"),
+        ({"dtype": "bf16"}, "dtype = 'bf16'.*bfloat16"),
         ({"shortcut": "E"}, "shortcut = 'E'.*'A'"),
         ({"norm": "layer"}, "norm = 'layer'.*'group'"),
         ({"cardinality": 2, "block_cls": rj.BasicBlock}, "cardinality = 2"),
@@ -266,6 +268,10 @@ def test_refused_images():
         init(tiny(), images(side=16))
     with pytest.raises(rj.ModelError, match=r"expected \[N, H, W, C\]"):
         init(tiny(), jnp.zeros((32, 32, 3)))
+    with pytest.raises(rj.ModelError, match=r"look like \[N, C, H, W\]"):
+        init(tiny(), jnp.zeros((2, 3, 32, 32)))
+    with pytest.raises(rj.ModelError, match="have 4 channels, the network's weights take 3"):
+        tiny().apply(init(tiny(), images()), images(channels=4), train=False)
 
 
 def test_refused_group_size():

@@ -109,7 +109,49 @@ def test_missing_unexpected_and_misshapen_names_in_one_error():
     message = str(caught.value)
     assert "2 missing: bn1.bias, layer1.0.conv1.weight" in message
     assert "1 unexpected: extra.weight" in message
-    assert "1 of the wrong shape: layer2.0.conv1.weight" in message
+    assert "1 of the wrong shape: layer2.0.conv1.weight (1, 1, 3, 3) for (32, 16, 3, 3)" in message
+    assert "reset_head" not in message
+
+
+def test_another_depth_is_named():
+    _, variables = network()
+    with pytest.raises(rj.WeightsError, match=r"its stages have \(3, 3, 3\) blocks.*\(5, 5, 5\)"):
+        rj.from_torch(rj.ResNet32(), rj.to_torch(rj.ResNet20(), variables))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.module."])
+def test_prefixes_of_wrappers(prefix):
+    model, variables = network()
+    state_dict = {f"{prefix}{name}": x for name, x in rj.to_torch(model, variables).items()}
+    chex.assert_trees_all_equal(rj.from_torch(model, state_dict), variables)
+
+
+def test_what_is_no_state_dict():
+    model, variables = network()
+    for content in ({}, {"epoch": 1, "ema": rj.to_torch(model, variables)}):
+        with pytest.raises(rj.WeightsError, match=f"no state dict.*: {'none|epoch, ema'}"):
+            rj.from_torch(model, content)
+    with pytest.raises(rj.WeightsError, match=r"not a ResNet20Torch; pass network.state_dict()"):
+        rj.from_torch(model, type("ResNet20Torch", (), {})())
+    with pytest.raises(rj.WeightsError, match="the model is a str"):
+        rj.load_weights("resnet20", "weights.npz")
+
+
+def test_integers_are_refused():
+    model, variables = network()
+    state_dict = rj.to_torch(model, variables)
+    for convert in (np.asarray, *_tensor()):
+        damaged = {**state_dict, "conv1.weight": convert(np.zeros((16, 3, 3, 3), np.int8))}
+        with pytest.raises(rj.WeightsError, match=r"conv1\.weight holds int8"):
+            rj.from_torch(model, damaged)
+
+
+def _tensor():
+    try:
+        import torch
+    except ImportError:
+        return []
+    return [torch.from_numpy]
 
 
 def test_another_head_only_when_asked_for():
@@ -154,6 +196,8 @@ def test_file_round_trip(suffix, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(rj.WeightsError, match="has sha256"):
         rj.load_weights(model, path, sha256="0" * 64)
+    with pytest.raises(rj.WeightsError, match="64 hexadecimal digits"):
+        rj.load_weights(model, path, sha256=checksum[:8])
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -179,7 +223,7 @@ def test_nothing_is_unpickled(suffix, tmp_path):
         import torch
 
         torch.save({"a": print}, path)
-    with pytest.raises(rj.WeightsError):
+    with pytest.raises(rj.WeightsError, match=r"objects|allow_pickle"):
         rj.load_weights(rj.ResNet20(), path)
 
 
