@@ -140,6 +140,10 @@ class StochasticDepth(nn.Module):
 class ResidualBlock(nn.Module):
     """Fields and the sum that all blocks share; a subclass adds the residual function.
 
+    A block of your own defines `__call__(x, train)`, builds its layers with `conv_cls` and
+    `norm_cls`, and ends in `add_shortcut`. Class attributes say what it is: `expansion` (output
+    channels per `width`), `bottleneck` (takes cardinality and base_width) and `preactivation`.
+
     Args:
       width: Channels inside the block; its output has `width * expansion`.
       stride: Step of the output grid on the input grid.
@@ -159,6 +163,20 @@ class ResidualBlock(nn.Module):
         (He et al. 2016, section 5).
       conv_cls: Makes a convolution.
       norm_cls: Makes a norm.
+      dtype: Precision of squeeze-and-excitation. Convolutions and norms have their own:
+        `conv_cls=functools.partial(Conv, dtype=...)`, `norm_cls=functools.partial(...)`.
+
+    Example:
+      >>> class OneConvBlock(ResidualBlock):
+      ...     @nn.compact
+      ...     def __call__(self, x, train):
+      ...         y = self.conv_cls(self.width, 3, stride=self.stride, name="conv1")(x)
+      ...         y = self.norm_cls(scale_init=self.last_scale_init, name="norm1")(y, train)
+      ...         return nn.relu(self.add_shortcut(y, x, train))
+      >>> x = jnp.zeros((1, 8, 8, 16))
+      >>> block = OneConvBlock(width=32, stride=2)
+      >>> block.init_with_output(jax.random.key(0), x, train=False)[0].shape
+      (1, 4, 4, 32)
     """
 
     width: int
@@ -192,6 +210,7 @@ class ResidualBlock(nn.Module):
         return self.stride > 1 or self.next_dilation > self.dilation
 
     def make_shortcut(self) -> Shortcut:
+        """The path around this block; its parameters are under "projection"."""
         return Shortcut(
             features=self.features,
             option=self.shortcut,
@@ -217,10 +236,12 @@ class ResidualBlock(nn.Module):
 
     @property
     def last_scale_init(self) -> Initializer:
+        """Initialiser for the scale of the norm that ends a post-activation residual."""
         return nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
 
     @property
     def last_conv_options(self) -> dict[str, Initializer]:
+        """Arguments for the convolution that ends a pre-activation residual."""
         return {"kernel_init": nn.initializers.zeros} if self.zero_init_residual else {}
 
 

@@ -6,6 +6,7 @@ convolution on one side only and make weights from other frameworks inexact.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -102,14 +103,16 @@ class BatchNorm(nn.Module):
 
     Differs from `flax.linen.BatchNorm` in two points: the running variance is the unbiased one
     (n / (n - 1)), so that statistics equal those of a network trained in PyTorch, and the sums
-    are taken of the deviations from the running mean, which is exact for any shift and keeps
-    the one-pass variance accurate when the mean is large beside the spread.
+    are taken of the deviations from the first image's mean, which is exact for any shift and
+    keeps the one-pass variance accurate when the mean is large beside the spread.
 
     Args:
       momentum: Share of the old running statistics kept each step (PyTorch's 0.1 is 0.9 here).
       epsilon: Added to the variance.
-      axis_name: The mapped axis whose devices share their statistics; None: each its own.
+      axis_name: The mapped axis whose devices share their statistics; None: each its own. Not
+        needed under `jax.jit` with a sharded batch, where the sums are over all of it anyway.
       group_size: Number of neighbouring devices on that axis that share; None: all of them.
+        Under `jax.shard_map` groups need `check_vma=False`.
       scale_init: Initialiser of the scale (gamma).
       dtype: Precision of the output; scale, bias and all statistics are float32.
 
@@ -145,7 +148,7 @@ class BatchNorm(nn.Module):
 
         mean, variance = running_mean.value, running_var.value
         if train:
-            mean, variance, count = self._batch_statistics(x, lax.stop_gradient(mean))
+            mean, variance, count = self._batch_statistics(x)
             if not self.is_initializing():
                 unbiased = variance * (count / max(count - 1, 1))
                 running_mean.value = self._blend(running_mean.value, mean)
@@ -153,19 +156,26 @@ class BatchNorm(nn.Module):
         multiplier = scale * lax.rsqrt(variance + self.epsilon)
         return ((x.astype(jnp.float32) - mean) * multiplier + bias).astype(self.dtype)
 
-    def _batch_statistics(self, x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
         """Mean and biased variance [C] over the batch, all sharing devices together."""
-        deviation = x.astype(jnp.float32) - shift
-        moments = jnp.stack([deviation.mean((0, 1, 2)), jnp.square(deviation).mean((0, 1, 2))])
-        count = x.size // x.shape[-1]
+        x = x.astype(jnp.float32)
+        shift = lax.stop_gradient(x[0].mean((0, 1)))
+        deviation = x - shift
+        offset, mean_of_squares = deviation.mean((0, 1, 2)), jnp.square(deviation).mean((0, 1, 2))
+        # Rounding can leave a constant channel with a variance just below zero.
+        variance = jnp.maximum(mean_of_squares - jnp.square(offset), 0.0)
+        mean = offset + shift
+        count = math.prod(x.shape[:3])
         if self.axis_name is not None and not self.is_initializing():
             groups = self._device_groups()
-            moments = lax.pmean(moments, self.axis_name, axis_index_groups=groups)
+            average = functools.partial(
+                lax.pmean, axis_name=self.axis_name, axis_index_groups=groups
+            )
+            own_mean, mean = mean, average(mean)
+            # The variance within devices, and that of their means.
+            variance = average(variance + jnp.square(own_mean - mean))
             count *= lax.psum(1, self.axis_name) if groups is None else len(groups[0])
-        mean, mean_of_squares = moments
-        # Rounding can leave a constant channel with a variance just below zero.
-        variance = jnp.maximum(mean_of_squares - jnp.square(mean), 0.0)
-        return mean + shift, variance, count
+        return mean, variance, count
 
     def _device_groups(self) -> list[list[int]] | None:
         if self.group_size is None:

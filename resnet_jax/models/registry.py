@@ -54,7 +54,7 @@ class Architecture:
 
 
 _ARCHITECTURES: dict[str, Architecture] = {}
-_FIELDS = {field.name for field in dataclasses.fields(ResNet)} - {"parent", "name"}
+_FIELDS = {field.name for field in dataclasses.fields(ResNet)}  # linen's name and parent too
 
 _DOCUMENTATION = """{name}: {paper}.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -89,12 +89,15 @@ class ResNet(nn.Module):
 
     Images are NHWC, of any channel count and any size from `output_stride` pixels a side up.
     `train` chooses between batch statistics (True, with `mutable=["batch_stats"]`) and running
-    statistics (False). A backbone applied with `train=False` has frozen BatchNorm.
+    statistics (False). A backbone applied with `train=False` has frozen BatchNorm. Training with
+    stochastic depth or dropout also needs `rngs={"dropout": key}`. `init` needs neither a key for
+    them nor the mapped axis of `axis_name`.
 
     Args:
       stage_sizes: Blocks in each stage.
       block_cls: One of the block classes, or a subclass of `ResidualBlock`.
-      stem_cls: One of the stem classes, or a `functools.partial` of it.
+      stem_cls: One of the stem classes, or a `functools.partial` of it. A stem of your own takes
+        `activate`, `conv_cls` and `norm_cls`, and has its stride as class attribute `stride`.
       stage_widths: Width of each stage's blocks, before the block's expansion.
       num_classes: Classes of the head; 0: no head, `__call__` returns the pooled features.
       dtype: Precision of the computation. Parameters, statistics and logits stay float32.
@@ -110,7 +113,8 @@ class ResNet(nn.Module):
       bn_epsilon: Added to the variance in every norm.
       axis_name: The mapped axis over which devices share batch statistics; None: each its own.
       bn_group_size: Number of neighbouring devices that share statistics; None: all.
-      zero_init_residual: Every block starts as the identity.
+      zero_init_residual: Every residual function starts as 0, and so every block without a
+        projection as the identity (pre-activation: all but the first).
       kernel_init: Initialiser of the convolutions.
       head_init: Initialiser of the head's kernel, N(0, 0.01) as in Goyal et al. 2017.
       stochastic_depth_rate: Drop rate of the last block; it grows linearly from the first.
@@ -120,7 +124,8 @@ class ResNet(nn.Module):
       remat: Recompute each block in the backward pass instead of storing its activations.
 
     Returns:
-      Called on images [N, H, W, C]: float32 logits [N, num_classes].
+      Called on images [N, H, W, C]: float32 logits [N, num_classes]; with num_classes=0 float32
+      pooled features [N, channels].
 
     Raises:
       ModelError: A field's value is not allowed, or the image is too small.
@@ -179,7 +184,7 @@ class ResNet(nn.Module):
             norm_cls=norm_cls,
             name="stem",
         )
-        self.stages = list(self._make_stages(conv_cls, norm_cls))
+        self.stages = self._make_stages(conv_cls, norm_cls)
         if self.block_cls.preactivation:
             self.final_norm = norm_cls()
         self.dropout = nn.Dropout(self.dropout_rate)
@@ -188,6 +193,10 @@ class ResNet(nn.Module):
             self.head = nn.Dense(self.num_classes, kernel_init=self.head_init)
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        if train and self.norm == "batch" and not self.is_mutable_collection("batch_stats"):
+            raise ModelError(
+                'train=True updates the running statistics: apply with mutable=["batch_stats"]'
+            )
         *_, x = self.features(images, train=train).values()  # [N, H/32, W/32, C]
         if self.block_cls.preactivation:
             x = nn.relu(self.final_norm(x, train))
@@ -203,7 +212,7 @@ class ResNet(nn.Module):
           train: As for the call.
 
         Returns:
-          {"stem", "stage1", ..., "stage4"} -> [N, H / stride, W / stride, channels] in `dtype`;
+          {"stem", ..., "stage4"} -> [N, ceil(H / stride), ceil(W / stride), channels] in `dtype`;
           `feature_info` tells channels and strides beforehand. Pre-activation networks return
           the raw sums, before the final norm and ReLU.
 
@@ -254,16 +263,17 @@ class ResNet(nn.Module):
             dtype=self.dtype,
         )
 
-    def _make_stages(self, conv_cls: ModuleDef, norm_cls: ModuleDef) -> Iterator[Stage]:
+    def _make_stages(self, conv_cls: ModuleDef, norm_cls: ModuleDef) -> list[Stage]:
         block_cls: Callable[..., nn.Module] = self.block_cls
         if self.remat:
             block_cls = nn.remat(self.block_cls, static_argnums=(2,))  # `train`
         # Huang et al. 2016, equation 4: block l of L is dropped with probability l / L * rate.
         total = sum(self.stage_sizes)
         rates = [self.stochastic_depth_rate * (block + 1) / total for block in range(total)]
-        grid = self._grid()
-        for index, (size, width) in enumerate(zip(self.stage_sizes, self.stage_widths)):
-            stride, dilation, next_dilation = next(grid)
+        stages = []
+        for index, grid in enumerate(self._grid()):
+            stride, dilation, next_dilation = grid
+            size, width = self.stage_sizes[index], self.stage_widths[index]
             block = functools.partial(
                 block_cls,
                 width=width,
@@ -277,7 +287,7 @@ class ResNet(nn.Module):
                 norm_cls=norm_cls,
                 dtype=self.dtype,
             )
-            yield Stage(
+            stage = Stage(
                 block,
                 stochastic_depth_rates=tuple(rates[:size]),
                 stride=stride,
@@ -286,24 +296,23 @@ class ResNet(nn.Module):
                 first_in_network=index == 0,
                 name=f"stage{index + 1}",
             )
+            stages.append(stage)
             rates = rates[size:]
+        return stages
 
     @property
     def stem_type(self) -> Any:
         """The class behind `stem_cls`."""
-        stem_cls = self.stem_cls
-        while isinstance(stem_cls, functools.partial):
-            stem_cls = stem_cls.func
-        return stem_cls
+        return _unwrapped(self.stem_cls)
 
     def strides(self) -> list[int]:
         """Stride of each stage's map without dilation, in image pixels per pixel."""
-        return [self.stem_type.stride * 2**index for index in range(len(self.stage_sizes))]
+        return _strides(self)
 
     def _last_stride(self) -> int:
         return self.output_stride or self.strides()[-1]
 
-    def _grid(self) -> Iterator[tuple[int, int, int]]:
+    def _grid(self) -> list[tuple[int, int, int]]:
         """(stride, dilation, next_dilation) of each stage.
 
         Every stage but the first halves the resolution. Once `output_stride` is reached, a
@@ -311,14 +320,15 @@ class ResNet(nn.Module):
         pixels as before, at every position of the finer grid.
         """
         reached, dilation = self.strides()[0], 1
-        yield 1, dilation, dilation
+        grid = [(1, dilation, dilation)]
         for _ in self.stage_sizes[1:]:
             if reached < self._last_stride():
                 reached *= 2
-                yield 2, dilation, dilation
+                grid.append((2, dilation, dilation))
             else:
-                yield 1, dilation, dilation * 2
+                grid.append((1, dilation, dilation * 2))
                 dilation *= 2
+        return grid
 
     def _check_images(self, images: jax.Array) -> None:
         if images.ndim != 4:
@@ -335,7 +345,8 @@ class ResNet(nn.Module):
                 f"{kernel.shape[2]}"
             )
         least = self._last_stride()
-        if min(images.shape[1:3]) < least:
+        # One comparison a side: jax.export's symbolic sides cannot be compared with each other.
+        if any(side < least for side in images.shape[1:3]):
             raise ModelError(
                 f"images of {images.shape[1]}x{images.shape[2]} pixels are too small: this "
                 f"network needs at least {least}x{least} (its stride); enlarge them, or take a "
@@ -343,8 +354,20 @@ class ResNet(nn.Module):
             )
 
 
+def _unwrapped(stem_cls: Any) -> Any:
+    while isinstance(stem_cls, functools.partial):
+        stem_cls = stem_cls.func
+    return stem_cls
+
+
+# Not methods: linen wraps those, and a module that is still being built cannot be wrapped.
+def _strides(model: ResNet) -> list[int]:
+    first = _unwrapped(model.stem_cls).stride
+    return [first * 2**index for index in range(len(model.stage_sizes))]
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and value >= 0
+    return isinstance(value, int | np.integer) and bool(value >= 0)
 
 
 def _is_floating(dtype: Any) -> bool:
@@ -357,7 +380,11 @@ def _is_floating(dtype: Any) -> bool:
 def _check_fields(model: ResNet) -> None:
     """Raises ModelError for the first field whose value is not allowed."""
     block, stages = model.block_cls, len(model.stage_sizes)
-    strides = model.strides()
+    if not (isinstance(block, type) and issubclass(block, ResidualBlock)):
+        raise ModelError(f"block_cls = {block!r} is not a subclass of ResidualBlock")
+    if not isinstance(getattr(_unwrapped(model.stem_cls), "stride", None), int):
+        raise ModelError(f"stem_cls = {model.stem_cls!r} has no class attribute `stride`")
+    strides = _strides(model)
     norm_group = model.bn_group_size
     rules = {
         "stage_sizes": (stages > 0 and min(model.stage_sizes) > 0, "positive block counts"),
@@ -366,6 +393,10 @@ def _check_fields(model: ResNet) -> None:
         "dtype": (_is_floating(model.dtype), "a floating-point type such as jnp.bfloat16"),
         "shortcut": (model.shortcut in SHORTCUT_OPTIONS, f"one of {SHORTCUT_OPTIONS}"),
         "norm": (model.norm in NORM_KINDS, f"one of {NORM_KINDS}"),
+        "weight_standardization": (
+            model.norm == "group" or not model.weight_standardization,
+            "False with norm = 'batch'",
+        ),
         "cardinality": (
             model.cardinality >= 1 and (block.bottleneck or model.cardinality == 1),
             "1 or more, and 1 without bottleneck blocks",
@@ -392,7 +423,8 @@ def _check_fields(model: ResNet) -> None:
         ),
         "dropout_rate": (0 <= model.dropout_rate < 1, "in [0, 1)"),
         "output_stride": (
-            model.output_stride is None or model.output_stride in strides,
+            model.output_stride is None
+            or (_is_count(model.output_stride) and model.output_stride in strides),
             f"None or one of {strides}",
         ),
     }

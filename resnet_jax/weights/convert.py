@@ -33,7 +33,8 @@ def from_torch(
       model: The ResNet that the weights are for.
       state_dict: Names to tensors or arrays of any floating-point type, convolutions
         [out, in / groups, H, W].
-      reset_head: Leave the head out and initialise a new one, for another set of classes.
+      reset_head: Leave the head out and initialise a new one, the same each time, for another
+        set of classes.
 
     Returns:
       {"params", "batch_stats"} of float32 NumPy arrays, convolutions [H, W, in / groups, out].

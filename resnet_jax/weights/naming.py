@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
+from resnet_jax.errors import WeightsError
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import DeepStem
 
@@ -64,13 +65,16 @@ class Scheme:
             return f"{self.top['/'.join(modules)]}.{_LEAVES[leaf]}"
         stage, block, *layer = modules
         number = int(stage.removeprefix("stage"))
+        name = "/".join(layer)
+        if name not in self.layers:
+            raise WeightsError(f"{self.name} names have none for a block's layer {name!r}")
         prefix = self.block.format(
             stage=number,
             stage_from_0=number - 1,
             next_stage=number + 1,
             block=int(block.removeprefix("block")) - 1,
         )
-        return f"{prefix}.{self.layers['/'.join(layer)]}.{_LEAVES[leaf]}"
+        return f"{prefix}.{self.layers[name]}.{_LEAVES[leaf]}"
 
     def stage_sizes(self, names: Iterable[str]) -> tuple[int, ...]:
         """Blocks in each stage of a network with these names.

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,12 +215,11 @@ def test_batch_norm_under_shard_map():
 
 
 def test_batch_norm_with_a_large_mean():
-    """One pass over the data loses the variance unless it is centred on the running mean."""
+    """One pass over the data loses the variance unless the data is centred first."""
     x = 1000 + jax.random.normal(jax.random.key(0), (64, 4, 4, 2))
     norm = rj.BatchNorm()
     variables = norm.init(jax.random.key(1), x, train=False)
     exact = np.asarray(x, np.float64)
-    variables["batch_stats"]["mean"] = jnp.asarray(exact.mean((0, 1, 2)) + 0.5, jnp.float32)
     y, _ = norm.apply(variables, x, train=True, mutable=["batch_stats"])
     expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + norm.epsilon)
     assert np.abs(y - expected).max() < 1e-3
@@ -255,6 +255,10 @@ def test_lists_are_fine_and_modules_hash():
         ({"zero_init_residual": True, "shortcut": "none"}, "zero_init_residual"),
         ({"stochastic_depth_rate": 0.1, "shortcut": "none"}, "stochastic_depth_rate"),
         ({"dropout_rate": 1.0}, "dropout_rate"),
+        ({"block_cls": "basic"}, "block_cls = 'basic'"),
+        ({"stem_cls": nn.Dense}, "stem_cls.*stride"),
+        ({"weight_standardization": True}, "weight_standardization"),
+        ({"output_stride": 8.0}, "output_stride = 8.0"),
         ({"output_stride": 12}, r"output_stride = 12.*\[4, 8, 16, 32\]"),
     ],
 )
@@ -272,6 +276,28 @@ def test_refused_images():
         init(tiny(), jnp.zeros((2, 3, 32, 32)))
     with pytest.raises(rj.ModelError, match="have 4 channels, the network's weights take 3"):
         tiny().apply(init(tiny(), images()), images(channels=4), train=False)
+
+
+def test_training_without_mutable_statistics():
+    variables = init(tiny(), images())
+    with pytest.raises(rj.ModelError, match=r'mutable=\["batch_stats"\]'):
+        tiny().apply(variables, images(), train=True)
+
+
+def test_tabulate_and_names():
+    model = rj.ResNet20(stage_sizes=(1, 1, 1), name="backbone")
+    table = model.tabulate(jax.random.key(0), images(), train=False)
+    assert "stage3/block1" in table
+    assert model.name == "backbone"
+
+
+def test_export_of_any_size():
+    n, h, w = jax.export.symbolic_shape("n, h, w", constraints=["h >= 32", "w >= 32"])
+    model = rj.ResNet18(num_classes=3, stage_sizes=(1, 1, 1, 1), stage_widths=(8, 8, 8, 8))
+    variables = init(model, images())
+    forward = jax.jit(lambda x: model.apply(variables, x, train=False))
+    exported = jax.export.export(forward)(jax.ShapeDtypeStruct((n, h, w, 3), jnp.float32))
+    assert exported.out_avals[0].shape[1] == 3
 
 
 def test_refused_group_size():
