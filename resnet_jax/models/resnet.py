@@ -170,6 +170,7 @@ class ResNet(nn.Module):
         _check_fields(self)
         super().__post_init__()
 
+    # nn.nowrap below: these build or check, and are no layers for tabulate to list.
     def setup(self) -> None:
         norm_cls = self._norm_cls()
         conv_cls = functools.partial(
@@ -232,6 +233,7 @@ class ResNet(nn.Module):
             maps[f"stage{number}"] = x
         return maps
 
+    @nn.nowrap
     def feature_info(self) -> dict[str, FeatureInfo]:
         """Channels and stride of every map of `features`, without running anything.
 
@@ -251,6 +253,7 @@ class ResNet(nn.Module):
             name: FeatureInfo(maps[name].shape[-1], side // maps[name].shape[1]) for name in names
         }
 
+    @nn.nowrap
     def _norm_cls(self) -> ModuleDef:
         if self.norm == "group":
             return functools.partial(GroupNorm, epsilon=self.bn_epsilon, dtype=self.dtype)
@@ -263,6 +266,7 @@ class ResNet(nn.Module):
             dtype=self.dtype,
         )
 
+    @nn.nowrap
     def _make_stages(self, conv_cls: ModuleDef, norm_cls: ModuleDef) -> list[Stage]:
         block_cls: Callable[..., nn.Module] = self.block_cls
         if self.remat:
@@ -303,15 +307,21 @@ class ResNet(nn.Module):
     @property
     def stem_type(self) -> Any:
         """The class behind `stem_cls`."""
-        return _unwrapped(self.stem_cls)
+        stem_cls = self.stem_cls
+        while isinstance(stem_cls, functools.partial):
+            stem_cls = stem_cls.func
+        return stem_cls
 
+    @nn.nowrap
     def strides(self) -> list[int]:
         """Stride of each stage's map without dilation, in image pixels per pixel."""
-        return _strides(self)
+        return [self.stem_type.stride * 2**index for index in range(len(self.stage_sizes))]
 
+    @nn.nowrap
     def _last_stride(self) -> int:
         return self.output_stride or self.strides()[-1]
 
+    @nn.nowrap
     def _grid(self) -> list[tuple[int, int, int]]:
         """(stride, dilation, next_dilation) of each stage.
 
@@ -330,6 +340,7 @@ class ResNet(nn.Module):
                 dilation *= 2
         return grid
 
+    @nn.nowrap
     def _check_images(self, images: jax.Array) -> None:
         if images.ndim != 4:
             raise ModelError(f"images have shape {images.shape}; expected [N, H, W, C]")
@@ -354,18 +365,6 @@ class ResNet(nn.Module):
             )
 
 
-def _unwrapped(stem_cls: Any) -> Any:
-    while isinstance(stem_cls, functools.partial):
-        stem_cls = stem_cls.func
-    return stem_cls
-
-
-# Not methods: linen wraps those, and a module that is still being built cannot be wrapped.
-def _strides(model: ResNet) -> list[int]:
-    first = _unwrapped(model.stem_cls).stride
-    return [first * 2**index for index in range(len(model.stage_sizes))]
-
-
 def _is_count(value: Any) -> bool:
     return isinstance(value, int | np.integer) and bool(value >= 0)
 
@@ -382,9 +381,9 @@ def _check_fields(model: ResNet) -> None:
     block, stages = model.block_cls, len(model.stage_sizes)
     if not (isinstance(block, type) and issubclass(block, ResidualBlock)):
         raise ModelError(f"block_cls = {block!r} is not a subclass of ResidualBlock")
-    if not isinstance(getattr(_unwrapped(model.stem_cls), "stride", None), int):
+    if not isinstance(getattr(model.stem_type, "stride", None), int):
         raise ModelError(f"stem_cls = {model.stem_cls!r} has no class attribute `stride`")
-    strides = _strides(model)
+    strides = model.strides()
     norm_group = model.bn_group_size
     rules = {
         "stage_sizes": (stages > 0 and min(model.stage_sizes) > 0, "positive block counts"),
