@@ -25,7 +25,7 @@ BATCH, SIDE = 8, 64
 REDUCED = {"review_resnet50": (ReviewResNet, 4), "torchvision_resnet18": (TorchvisionResNet18, 8)}
 
 
-def randomize(network, seed):
+def randomize(network, seed=0):
     """Gives norms random scales, biases and statistics, so that each of them shows.
 
     Even channels get biases near 2 and odd ones near -2, so that ReLUs pass about half of what
