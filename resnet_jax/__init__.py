@@ -4,8 +4,12 @@ Importing this loads jax and flax; everything else is loaded by the function tha
 """
 
 from resnet_jax.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
     ModelError,
     ResNetJaxError,
+    StoppedError,
     WeightsError,
 )
 from resnet_jax.models.blocks import (
@@ -118,8 +122,11 @@ __all__ = [
     "BiTResNet101x1",
     "BottleneckBlock",
     "CifarStem",
+    "ConfigError",
     "Conv",
+    "DataError",
     "DeepStem",
+    "DivergedError",
     "FeatureInfo",
     "GroupNorm",
     "ImageNetStem",
@@ -181,6 +188,7 @@ __all__ = [
     "SqueezeExcite",
     "Stage",
     "StochasticDepth",
+    "StoppedError",
     "Summary",
     "WeightsError",
     "WideResNet28_10",

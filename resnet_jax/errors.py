@@ -21,6 +21,22 @@ class WeightsError(ResNetJaxError):
     """A weight file or state dict that cannot be read, or does not fit the model."""
 
 
+class ConfigError(ResNetJaxError):
+    """A field of a run's configuration, or a workdir, that cannot be used as it is."""
+
+
+class DataError(ResNetJaxError):
+    """A data set that is missing, half-prepared, damaged, or not one to train on."""
+
+
+class DivergedError(ResNetJaxError):
+    """Training has diverged: the loss is no longer a number."""
+
+
+class StoppedError(ResNetJaxError):
+    """A signal stopped a run between two steps; the same command goes on with it."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Says that `name` is unknown and which of the known names come closest.
 

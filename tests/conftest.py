@@ -1,13 +1,15 @@
-"""One compilation cache and eight CPU devices for all tests."""
+"""One compilation cache, one folder of data sets, and eight CPU devices for all tests."""
 
 import os
 import pathlib
 
-# Before jax starts its backend.
+TEMPORARY = pathlib.Path(__file__).parents[1] / "tmp"
+
+# Before jax starts its backend, and before TFDS is imported.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
 
 import jax
 
-CACHE = pathlib.Path(__file__).parents[1] / "tmp" / "jax-cache"
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_compilation_cache_dir", str(TEMPORARY / "jax-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

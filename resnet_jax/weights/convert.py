@@ -108,6 +108,35 @@ def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarra
     }
 
 
+def fit_variables(
+    model: ResNet, variables: Mapping[str, Any], *, reset_head: bool = False
+) -> Variables:
+    """Checks that variables are those of a model, with a new head where it is asked for.
+
+    Args:
+      model: The ResNet that the variables are for.
+      variables: {"params", "batch_stats"}.
+      reset_head: Leave the head out and initialise a new one.
+
+    Returns:
+      {"params", "batch_stats"} of float32 NumPy arrays.
+
+    Raises:
+      WeightsError: They are another model's.
+    """
+    leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(variables)))
+    if reset_head:
+        leaves = {path: leaf for path, leaf in leaves.items() if path[1] != "head"}
+        channels = leaves["params", "stem", "conv1", "kernel"].shape[2]
+        leaves |= {
+            path: _initial_head(model, path, shape)
+            for path, shape in variable_shapes(model, channels).items()
+            if path[1] == "head"
+        }
+    _check_variables(model, leaves)
+    return traverse_util.unflatten_dict(leaves)
+
+
 def variable_shapes(model: ResNet, channels: int = 3) -> dict[Path, tuple[int, ...]]:
     """Shapes of a model's variables, flattened: (collection, module, ..., leaf) -> shape.
 

@@ -15,9 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from resnet_jax.errors import WeightsError
+from resnet_jax.errors import ResNetJaxError, WeightsError
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.convert import Variables, check_model, from_torch, to_torch
+from resnet_jax.weights.convert import Variables, check_model, fit_variables, from_torch, to_torch
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -41,7 +41,8 @@ def load_weights(
     Args:
       model: The ResNet that the weights are for.
       path: A .safetensors, .npz or .pth (.pt, .bin, .ckpt, .pth.tar) file with any of the names
-        that `from_torch` reads. .pth needs PyTorch.
+        that `from_torch` reads, or the workdir of a run, of which the best state is taken. .pth
+        needs PyTorch, a workdir the extra `train`.
       reset_head: Leave the file's head out and initialise a new one.
       sha256: Checksum that the file must have, as 64 hexadecimal digits.
 
@@ -64,6 +65,8 @@ def load_weights(
     """
     check_model(model)
     path = Path(path)
+    if path.is_dir():
+        return _from_workdir(model, path, reset_head)
     read = _choose(path, _READERS)
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise WeightsError(f"sha256 = {sha256!r} is not a checksum of 64 hexadecimal digits")
@@ -78,6 +81,22 @@ def load_weights(
         return from_torch(model, read(path, data), reset_head=reset_head)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+
+
+def _from_workdir(model: ResNet, workdir: Path, reset_head: bool) -> Variables:
+    # A loader for what the trainer wrote; imported here, so that weights do not need the trainer.
+    try:
+        from resnet_jax.training.checkpoint import load_variables
+    except ImportError as error:
+        raise WeightsError(
+            f"{workdir} is a folder, and reading a workdir needs {error.name}: "
+            "pip install 'resnet-jax-linen[train]'"
+        ) from error
+    try:
+        _, variables = load_variables(workdir)
+        return fit_variables(model, variables, reset_head=reset_head)
+    except ResNetJaxError as error:
+        raise WeightsError(f"{workdir}: {error}") from error
 
 
 def save_weights(path: str | os.PathLike[str], model: ResNet, variables: Mapping[str, Any]) -> None:

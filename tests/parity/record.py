@@ -25,12 +25,13 @@ BATCH, SIDE = 8, 64
 REDUCED = {"review_resnet50": (ReviewResNet, 4), "torchvision_resnet18": (TorchvisionResNet18, 8)}
 
 
-def randomize(network, seed=0):
+def randomize(network, seed=0, offset=2.0):
     """Gives norms random scales, biases and statistics, so that each of them shows.
 
-    Even channels get biases near 2 and odd ones near -2, so that ReLUs pass about half of what
-    they see, as always, but few inputs lie within rounding of 0. There a gradient is a matter of
-    luck: PyTorch in float32 would differ from itself in float64 by a percent.
+    Even channels get biases near `offset` and odd ones near its negative, so that ReLUs pass
+    about half of what they see, as always, but few inputs lie within rounding of 0. There a
+    gradient is a matter of luck: PyTorch in float32 would differ from itself in float64 by a
+    percent.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -42,8 +43,8 @@ def randomize(network, seed=0):
             else:
                 tensor.uniform_(0.5, 1.0, generator=generator)
             if name.endswith("bias"):
-                tensor[0::2] += 2
-                tensor[1::2] -= 2
+                tensor[0::2] += offset
+                tensor[1::2] -= offset
 
 
 def record(network_cls, width):

@@ -1,0 +1,50 @@
+"""ImageNet as torchvision's IMAGENET1K_V2 weights were trained (pytorch.org/blog, 2021).
+
+Command: python -m resnet_jax prepare imagenet2012 --manual_dir=DIR
+         python train.py --config=configs/imagenet_torchvision_v2.py[:MODEL]
+Hardware: 8 GPUs or 8 TPU chips, days.
+Expected: top-1 of ResNet-50 80.86%, 101 81.89%, 152 82.28% (torchvision's table), 600 epochs.
+"""
+
+from resnet_jax.training.config import (
+    Augment,
+    Config,
+    Data,
+    Evaluate,
+    Loss,
+    Model,
+    Optimizer,
+    Schedule,
+    Train,
+)
+
+
+def get_config(model: str = "resnet50") -> Config:
+    """600 epochs with everything: TrivialAugment, mixing, erasing, EMA, repeats."""
+    return Config(
+        model=Model(name=model, dtype="bfloat16"),
+        data=Data(
+            name="tfds:imagenet2012",
+            eval_split="validation",
+            image_size=176,
+            crop="random_resized",
+            eval_size=224,
+            eval_resize=232,
+            repeats=4,
+            workers=8,
+        ),
+        augment=Augment(
+            flip=True,
+            trivial=True,
+            erase=0.1,
+            mixup=0.2,
+            cutmix=1.0,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+        ),
+        optimizer=Optimizer(learning_rate=0.5, weight_decay=2e-5),
+        schedule=Schedule(name="cosine", warmup_epochs=5.0, warmup_start=0.01),
+        loss=Loss(label_smoothing=0.1),
+        train=Train(epochs=600.0, batch_size=1024, ema_decay=0.99998, ema_every=32),
+        evaluate=Evaluate(every_epochs=5.0),
+    )

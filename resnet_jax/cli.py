@@ -1,0 +1,193 @@
+"""`python -m resnet_jax COMMAND`: the command line.
+
+A mistake of the user's ends with one line and exit code 2; a run that diverged with 70; one that a
+signal stopped, with everything saved, with 75.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.errors import ConfigError, DivergedError, ResNetJaxError, StoppedError
+
+MISTAKE, DIVERGED, STOPPED = 2, 70, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: Command and arguments; None: those of the process.
+
+    Returns:
+      The exit code.
+
+    Example:
+      >>> main(["summary", "resnet2O"])
+      2
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    # `train` takes any --config.field=value, which only its own flags know.
+    known = arguments[:1] if arguments[:1] == ["train"] else arguments
+    options = parser.parse_args(known)
+    options.rest = arguments[1:]
+    try:
+        options.command(options)
+    except DivergedError as error:
+        return _fail(error, DIVERGED)
+    except StoppedError as error:
+        return _fail(error, STOPPED)
+    except ResNetJaxError as error:
+        return _fail(error, MISTAKE)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("resnet_jax"):
+            raise
+        missing = f"{error.name} is not installed; pip install 'resnet-jax-linen[train]'"
+        return _fail(Exception(missing), MISTAKE)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m resnet_jax", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    # Its own --help, because it lists the fields of the configuration.
+    train = commands.add_parser("train", help="train a network", add_help=False)
+    train.set_defaults(command=_train)
+
+    summary = commands.add_parser("summary", help="print a network's layers")
+    summary.add_argument("model", help="one of resnet_jax.list_models()")
+    summary.add_argument("--num_classes", type=int, help="classes of the head")
+    summary.add_argument("--image_size", type=int, help="side of the images in pixels")
+    summary.add_argument("--channels", type=int, default=3, help="of the images")
+    summary.set_defaults(command=_summary)
+
+    prepare = commands.add_parser("prepare", help="prepare a TFDS data set")
+    prepare.add_argument("name", help="digits, or NAME[:VERSION] of TFDS")
+    prepare.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
+    prepare.add_argument("--manual_dir", default="", help="where archives that you fetched lie")
+    prepare.set_defaults(command=_prepare)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    config, workdir = parse_train_flags(options.rest)
+    if config is None:
+        print(_TRAIN_HELP + _fields_help())
+        return
+    from resnet_jax.training.loop import train
+
+    result = train(config, workdir)
+    top1 = result.metrics["top1"]
+    print(f"top-1 {top1:.2%} after {result.steps} steps; everything is in {result.workdir}")
+
+
+def _summary(options: argparse.Namespace) -> None:
+    from resnet_jax.models.registry import create_model, model_info
+    from resnet_jax.models.summary import summary
+
+    side = options.image_size or model_info(options.model).image_size
+    overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    model = create_model(options.model, **overrides)
+    print(summary(model, (1, side, side, options.channels)))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from resnet_jax.data.prepare import prepare
+
+    prepare(options.name, options.data_dir, options.manual_dir)
+
+
+_TRAIN_HELP = """usage: python train.py [--config=FILE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]
+
+Trains the network that a configuration describes; the same command goes on with a stopped run.
+
+  --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits)
+  --workdir  where the run is kept (default: runs/ and the configuration's name)
+
+Fields of the configuration and their defaults in an empty one:
+
+"""
+
+
+def _fields_help() -> str:
+    from resnet_jax.training.config import Config, to_flat
+
+    return "\n".join(f"  --config.{name}={value}" for name, value in to_flat(Config()).items())
+
+
+def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
+    """The flags of train.py.
+
+    Args:
+      arguments: Such as ["--config=configs/digits.py", "--config.train.epochs=3"].
+
+    Returns:
+      (Config, workdir); the first is None where help is asked for.
+
+    Raises:
+      ConfigError: An unknown flag, field or file, or a value that cannot be read.
+
+    Example:
+      >>> parse_train_flags(["--config.train.epochs=3"])[0].train.epochs
+      3.0
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from resnet_jax.training.config import Config
+
+    if {"-h", "--help"} & set(arguments):
+        return None, Path()
+    default = Path(__file__).parents[1] / "configs" / "digits.py"
+    argv = ["train.py", *arguments]
+    values = flags.FlagValues()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints before it raises
+            config_flags.DEFINE_config_file(
+                "config", str(default), flag_values=values, sys_argv=argv
+            )
+            flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+            left = values(argv)
+        config = values.config
+        file, _, argument = config_flags.get_config_filename(values["config"]).partition(":")
+    except (flags.Error, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(_flag_fault(error, arguments)) from error
+    if len(left) > 1:
+        raise ConfigError(f"{left[1]!r} is not a flag; write --config.FIELD=VALUE")
+    if not isinstance(config, Config):
+        raise ConfigError(f"--config={file}: {_file_fault(Path(file))}")
+    name = "-".join(part for part in (Path(file).stem, argument) if part)
+    return config, Path(values.workdir or Path("runs") / name)
+
+
+def _file_fault(file: Path) -> str:
+    if file.is_file():
+        return "its get_config() does not return a resnet_jax.training.config.Config"
+    recipes = sorted(Path(__file__).parents[1].glob("configs/*.py"))
+    return f"no such file; there are {', '.join(f'configs/{path.name}' for path in recipes)}"
+
+
+def _flag_fault(error: Exception, arguments: Sequence[str]) -> str:
+    """One line for what is wrong with a flag: the library's own texts name no alternatives."""
+    from resnet_jax.errors import unknown_name
+    from resnet_jax.training.config import Config, to_flat
+
+    fields = to_flat(Config())
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and name.removeprefix("config.") not in fields:
+            return unknown_name("field", name.removeprefix("config."), fields)
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Images: sources, decoding, augmentation, and the batches of a run."""

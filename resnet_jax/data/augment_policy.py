@@ -1,0 +1,312 @@
+"""The operations of RandAugment and TrivialAugment on one image, and the draws among them.
+
+A vmapped `lax.switch` computes all its branches. So an operation is not a branch on images: it
+is an `Edit`, a few small arrays, and every image passes through one table lookup, one warp and
+two blends, of which all but the chosen operation's are the identity.
+
+Images are float32 [H, W, C] with the whole values 0..255 of a uint8 image. Results are rounded
+to the nearest value, where Pillow cuts off the fraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from resnet_jax.data.augment_ops import blend, rotation, smooth, warp
+
+
+class Edit(NamedTuple):
+    """What one operation does to an image.
+
+    Args:
+      table: New level of each of the 256 levels [256, C].
+      matrix: Affine map [2, 3] from a pixel (x, y) of the result to one of the image, in pixels.
+      color: Factor of the distance to the grey image.
+      sharpness: Factor of the distance to the smoothed image.
+    """
+
+    table: jax.Array
+    matrix: jax.Array
+    color: jax.Array
+    sharpness: jax.Array
+
+
+def transform(
+    image: jax.Array,
+    operation: str,
+    value: float | jax.Array = 0.0,
+    fill: jax.typing.ArrayLike = 0.0,
+    nearest: bool = False,
+) -> jax.Array:
+    """Applies one operation to an image.
+
+    Args:
+      image: [H, W, C], whole values in 0..255.
+      operation: A key of `EDITS`.
+      value: Degrees, pixels, share of the side, factor, bits, or threshold.
+      fill: Value, or one for each channel, of what an affine operation brings in.
+      nearest: Affine operations take the nearest pixel instead of interpolating bilinearly.
+
+    Returns:
+      The same shape, whole values in 0..255.
+
+    Example:
+      >>> transform(jnp.full((1, 1, 3), 200.0), "Posterize", 1.0)[0, 0].tolist()
+      [128.0, 128.0, 128.0]
+    """
+    return _apply(image, EDITS[operation](image, jnp.asarray(value, jnp.float32)), fill, nearest)
+
+
+def rand_augment(
+    image: jax.Array,
+    key: jax.Array,
+    layers: int,
+    magnitude: float,
+    magnitude_std: float,
+    fill: jax.typing.ArrayLike,
+) -> jax.Array:
+    """RandAugment (Cubuk et al. 2020) as timm's "rand-mM-nN-mstdS-inc1".
+
+    Each layer draws one of 15 operations with replacement and applies it with probability 1/2;
+    all grow in severity with the magnitude. timm draws bilinear or bicubic interpolation; here
+    it is always bilinear.
+
+    Args:
+      image: [H, W, C], whole values in 0..255.
+      key: Of this image's draws.
+      layers: Number of draws.
+      magnitude: 0 to 10.
+      magnitude_std: Standard deviation of each draw's magnitude, which is clipped to 0..10.
+      fill: Value, or one for each channel, of what an affine operation brings in.
+
+    Returns:
+      The same shape, whole values in 0..255.
+
+    Example:
+      >>> rand_augment(jnp.zeros((8, 8, 3)), jax.random.key(0), 2, 9.0, 0.5, 128.0).shape
+      (8, 8, 3)
+    """
+
+    def layer(image: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        chosen, applied, strength, side = jax.random.split(key, 4)
+        identity = len(RAND_OPERATIONS) - 1
+        index = jax.random.randint(chosen, (), 0, identity)
+        index = jnp.where(jax.random.bernoulli(applied), index, identity)
+        level = magnitude + magnitude_std * jax.random.normal(strength)
+        level = jnp.clip(level, 0, 10) / 10
+        edit = _choose(image, RAND_OPERATIONS, index, level, _sign(side))
+        return _apply(image, edit, fill, nearest=False), None
+
+    return lax.scan(layer, image, jax.random.split(key, layers))[0]
+
+
+def trivial_augment(image: jax.Array, key: jax.Array) -> jax.Array:
+    """TrivialAugment wide (Müller & Hutter 2021): one operation, one of 31 magnitudes.
+
+    As torchvision's `TrivialAugmentWide`: affine operations take the nearest pixel and bring in
+    black.
+
+    Args:
+      image: [H, W, C], whole values in 0..255.
+      key: Of this image's draws.
+
+    Returns:
+      The same shape, whole values in 0..255.
+
+    Example:
+      >>> trivial_augment(jnp.zeros((8, 8, 3)), jax.random.key(0)).shape
+      (8, 8, 3)
+    """
+    chosen, strength, side = jax.random.split(key, 3)
+    index = jax.random.randint(chosen, (), 0, len(TRIVIAL_OPERATIONS))
+    level = jax.random.randint(strength, (), 0, 31) / 30
+    edit = _choose(image, TRIVIAL_OPERATIONS, index, level, _sign(side))
+    return _apply(image, edit, 0.0, nearest=True)
+
+
+def _choose(
+    image: jax.Array, operations: Operations, index: jax.Array, level: jax.Array, sign: jax.Array
+) -> Edit:
+    def branch(name: str, value: Value) -> Callable[..., Edit]:
+        return lambda image, level, sign: EDITS[name](image, value(level, sign))
+
+    branches = [branch(name, value) for name, value in operations.items()]
+    return lax.switch(index, branches, image, level, sign)
+
+
+def _apply(image: jax.Array, edit: Edit, fill: jax.typing.ArrayLike, nearest: bool) -> jax.Array:
+    channels = image.shape[-1]
+    places = image.astype(jnp.int32) * channels + jnp.arange(channels)
+    image = edit.table.ravel().at[places].get(mode="promise_in_bounds")
+    image = _round(warp(image, edit.matrix, fill, nearest))
+    if image.shape[-1] == 3:
+        image = _round(blend(image, _grey(image), edit.color))
+    return _round(blend(image, smooth(image), edit.sharpness))
+
+
+def _grey(image: jax.Array) -> jax.Array:
+    """The brightness of each pixel [H, W, 1] in Pillow's fixed-point numbers."""
+    if image.shape[-1] == 1:
+        return image
+    weighed = image.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
+    return ((weighed.sum(-1, keepdims=True) + 2**15) >> 16).astype(jnp.float32)
+
+
+def _sign(key: jax.Array) -> jax.Array:
+    return jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+
+
+def _round(values: jax.Array) -> jax.Array:
+    # Halves go up, as in Pillow, and not to the even neighbour.
+    return jnp.floor(values + 0.5)
+
+
+def _matrix(rows: tuple[tuple[float | jax.Array, ...], ...]) -> jax.Array:
+    return jnp.array(rows, jnp.float32)
+
+
+def _identity(image: jax.Array, value: float | jax.Array = 0.0) -> Edit:
+    del value
+    table = jnp.broadcast_to(jnp.arange(256)[:, None], (256, image.shape[-1]))
+    matrix = _matrix(((1, 0, 0), (0, 1, 0)))
+    return Edit(table.astype(jnp.float32), matrix, jnp.float32(1), jnp.float32(1))
+
+
+Levels = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Matrix = Callable[[jax.Array, int, int], tuple[tuple[float | jax.Array, ...], ...]]
+
+
+def _table(new_levels: Levels) -> Callable[[jax.Array, jax.Array], Edit]:
+    """An operation that maps levels: given the image, all levels [256, C], and the value."""
+
+    def edit(image: jax.Array, value: jax.Array) -> Edit:
+        identity = _identity(image)
+        return identity._replace(table=_round(new_levels(image, identity.table, value)))
+
+    return edit
+
+
+def _affine(rows: Matrix) -> Callable[[jax.Array, jax.Array], Edit]:
+    """An operation that moves pixels: given the value, the height and the width."""
+    return lambda image, value: _identity(image)._replace(
+        matrix=_matrix(rows(value, *image.shape[:2]))
+    )
+
+
+def _auto_contrast(image: jax.Array, levels: jax.Array, value: jax.Array) -> jax.Array:
+    low, high = (x.astype(jnp.int32) for x in (image.min((0, 1)), image.max((0, 1))))
+    # In integers: the brightest level gives 255 exactly.
+    stretched = (levels.astype(jnp.int32) - low) * 255 // jnp.maximum(high - low, 1)
+    return jnp.where(high > low, jnp.clip(stretched, 0, 255), levels)
+
+
+def _equalize(image: jax.Array, levels: jax.Array, value: jax.Array) -> jax.Array:
+    def channel(pixels: jax.Array, levels: jax.Array) -> jax.Array:
+        counts = jnp.zeros(256, jnp.int32).at[pixels].add(1, mode="promise_in_bounds")
+        # Pillow leaves out the brightest level that occurs, which maps to 255 anyway.
+        step = (pixels.size - counts[pixels.max()]) // 255
+        darker = jnp.cumsum(counts) - counts
+        table = jnp.minimum((darker + step // 2) // jnp.maximum(step, 1), 255)
+        return jnp.where(step > 0, table, levels)
+
+    pixels = image.astype(jnp.int32).reshape(-1, image.shape[-1])
+    return jax.vmap(channel, 1, 1)(pixels, levels)
+
+
+def _posterize(image: jax.Array, levels: jax.Array, bits: jax.Array) -> jax.Array:
+    step = jnp.round(jnp.exp2(8 - bits))
+    return jnp.floor(levels / step) * step
+
+
+def _contrast(image: jax.Array, levels: jax.Array, factor: jax.Array) -> jax.Array:
+    return blend(levels, _round(_grey(image).mean()), factor)
+
+
+EDITS: dict[str, Callable[[jax.Array, jax.Array], Edit]] = {
+    "Identity": _identity,
+    "AutoContrast": _table(_auto_contrast),
+    "Equalize": _table(_equalize),
+    "Invert": _table(lambda image, levels, value: 255 - levels),
+    "Posterize": _table(_posterize),
+    "Solarize": _table(
+        lambda image, levels, threshold: jnp.where(levels < threshold, levels, 255 - levels)
+    ),
+    "SolarizeAdd": _table(
+        lambda image, levels, added: jnp.where(
+            levels < 128, jnp.minimum(levels + added, 255), levels
+        )
+    ),
+    "Brightness": _table(lambda image, levels, factor: blend(levels, jnp.zeros(()), factor)),
+    "Contrast": _table(_contrast),
+    "Color": lambda image, value: _identity(image)._replace(color=value),
+    "Sharpness": lambda image, value: _identity(image)._replace(sharpness=value),
+    "Rotate": lambda image, value: _identity(image)._replace(
+        matrix=rotation(value, *image.shape[:2])
+    ),
+    "ShearX": _affine(lambda value, height, width: ((1, value, 0), (0, 1, 0))),
+    "ShearY": _affine(lambda value, height, width: ((1, 0, 0), (value, 1, 0))),
+    "TranslateX": _affine(lambda value, height, width: ((1, 0, value), (0, 1, 0))),
+    "TranslateY": _affine(lambda value, height, width: ((1, 0, 0), (0, 1, value))),
+    "TranslateXRel": _affine(lambda value, height, width: ((1, 0, value * width), (0, 1, 0))),
+    "TranslateYRel": _affine(lambda value, height, width: ((1, 0, 0), (0, 1, value * height))),
+}
+
+# From a level in 0..1 and a sign to the value of an operation.
+Value = Callable[[jax.Array, jax.Array], jax.Array]
+Operations = dict[str, Value]
+
+
+def _signed(largest: float) -> Value:
+    return lambda level, sign: sign * level * largest
+
+
+def _factor(spread: float) -> Value:
+    # Both papers keep a factor positive: timm's least is 0.1, torchvision's 0.01.
+    return lambda level, sign: jnp.maximum(1 + sign * level * spread, 1 - spread)
+
+
+def _unused(level: jax.Array, sign: jax.Array) -> jax.Array:
+    return jnp.zeros(())
+
+
+# timm's set of increasing severity; the identity, which comes last, stands for "not applied".
+RAND_OPERATIONS: Operations = {
+    "AutoContrast": _unused,
+    "Equalize": _unused,
+    "Invert": _unused,
+    "Rotate": _signed(30.0),
+    "Posterize": lambda level, sign: 4 - jnp.floor(4 * level),
+    "Solarize": lambda level, sign: 256 - jnp.floor(256 * level),
+    "SolarizeAdd": lambda level, sign: jnp.floor(110 * level),
+    "Color": _factor(0.9),
+    "Contrast": _factor(0.9),
+    "Brightness": _factor(0.9),
+    "Sharpness": _factor(0.9),
+    "ShearX": _signed(0.3),
+    "ShearY": _signed(0.3),
+    "TranslateXRel": _signed(0.45),
+    "TranslateYRel": _signed(0.45),
+    "Identity": _unused,
+}
+
+TRIVIAL_OPERATIONS: Operations = {
+    "Identity": _unused,
+    "ShearX": _signed(0.99),
+    "ShearY": _signed(0.99),
+    "TranslateX": lambda level, sign: sign * jnp.floor(32 * level),
+    "TranslateY": lambda level, sign: sign * jnp.floor(32 * level),
+    "Rotate": _signed(135.0),
+    "Brightness": _factor(0.99),
+    "Color": _factor(0.99),
+    "Contrast": _factor(0.99),
+    "Sharpness": _factor(0.99),
+    "Posterize": lambda level, sign: 8 - jnp.round(6 * level),
+    "Solarize": lambda level, sign: 255 * (1 - level),
+    "AutoContrast": _unused,
+    "Equalize": _unused,
+}

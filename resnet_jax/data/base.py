@@ -1,0 +1,116 @@
+"""What every source of images has in common."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import operator
+from collections.abc import Sequence
+
+from resnet_jax.errors import DataError
+
+
+class Source(abc.ABC):
+    """Encoded images with labels, in a fixed order and with random access.
+
+    Safe to read from many threads; pickles small and opens its files again after unpickling.
+
+    Attributes:
+      class_names: The name of each label.
+      channels: 1 or 3, as stored.
+      image_shape: (height, width) in pixels; None where images differ or it is not known.
+      fingerprint: 16 hexadecimal digits that change when the data set or its split does.
+
+    Example:
+      >>> import tempfile
+      >>> from resnet_jax.data.sources import open_source
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     source = open_source("digits", "test", folder)
+      ...     image, label = source[0]
+      >>> image[:4], 0 <= label < source.num_classes, source.image_name(0)
+      (b'\\x89PNG', True, 'test[0]')
+    """
+
+    class_names: tuple[str, ...]
+    channels: int
+    image_shape: tuple[int, int] | None
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        """The number of labels, whether or not the split has images of all of them."""
+        return len(self.class_names)
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        return self._read(self._position(index))
+
+    def image_name(self, index: int) -> str:
+        """The image's path, or its place in the split, for messages."""
+        return self._name(self._position(index))
+
+    @abc.abstractmethod
+    def _read(self, position: int) -> tuple[bytes, int]: ...
+
+    @abc.abstractmethod
+    def _name(self, position: int) -> str: ...
+
+    def _position(self, index: int) -> int:
+        position = operator.index(index)
+        if position < 0:
+            position += len(self)
+        if not 0 <= position < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return position
+
+
+def fault(field: str, value: object, reason: object) -> DataError:
+    """An error of one line: which field, what it was, and why it will not do.
+
+    Args:
+      field: Dotted name of the configuration's field.
+      value: What it was set to.
+      reason: What is wrong and what to do, as text or as the error that tells it.
+
+    Returns:
+      The error, to be raised.
+
+    Example:
+      >>> str(fault("data.name", "cifar", "must be digits"))
+      "data.name = 'cifar': must be digits"
+    """
+    return DataError(f"{field} = {value!r}: {one_line(reason)}")
+
+
+def one_line(text: object) -> str:
+    """Joins the lines of a message from elsewhere.
+
+    Args:
+      text: The message, or the error that has it.
+
+    Returns:
+      One line; the error's class if it says nothing.
+
+    Example:
+      >>> one_line(ValueError("no such file:\\n  a.txt")), one_line(EOFError())
+      ('no such file: a.txt', 'EOFError')
+    """
+    return " ".join(str(text).split()) or type(text).__name__
+
+
+def digest(parts: Sequence[object]) -> str:
+    """A fingerprint: 16 hexadecimal digits of the parts' text.
+
+    Args:
+      parts: What tells one data set from another.
+
+    Returns:
+      The same for the same parts, on every machine.
+
+    Example:
+      >>> digest(["digits", "train", 1437]) == digest(["digits", "test", 360])
+      False
+    """
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]

@@ -1,0 +1,135 @@
+"""Folders of image files as a source: PATH/SPLIT/CLASS/image.jpg."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+from pathlib import Path
+
+from resnet_jax.data.base import Source, digest, fault
+from resnet_jax.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class FolderSource(Source):
+    """PATH/SPLIT/CLASS/image files."""
+
+    def __init__(self, name: str, root: Path, split: str, train_split: str, field: str) -> None:
+        self._folder = _split_folder(name, root, split, field)
+        classes = _class_folders(self._folder, field, split)
+        self.class_names = tuple(classes)
+        reference = root / train_split
+        if split != train_split and train_split and reference.is_dir():
+            trained = _class_folders(reference, "data.train_split", train_split)
+            _check_classes(field, split, classes, train_split, trained)
+        if len(classes) < 2:
+            raise fault(field, split, f"{self._folder} has one class, {classes[0]}; needs two")
+        files = {each: _image_files(self._folder / each, field, split) for each in classes}
+        self._files = [[file for file, _ in files[each]] for each in classes]
+        self._ends = list(itertools.accumulate(map(len, self._files)))
+        self.channels = _stored_channels(self._folder, classes, self._files, field, split)
+        self.image_shape = None
+        sizes = [f"{each}/{file} {size}" for each in classes for file, size in files[each]]
+        self.fingerprint = digest([split, len(self), *sizes])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _place(self, position: int) -> tuple[Path, int]:
+        label = bisect.bisect_right(self._ends, position)
+        file = self._files[label][position - self._ends[label]]  # counted from the class's end
+        return self._folder / self.class_names[label] / file, label
+
+    def _name(self, position: int) -> str:
+        return str(self._place(position)[0])
+
+    def _read(self, position: int) -> tuple[bytes, int]:
+        path, label = self._place(position)
+        try:
+            return path.read_bytes(), label
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _split_folder(name: str, root: Path, split: str, field: str) -> Path:
+    if not root.is_dir():
+        raise fault("data.name", name, f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS")
+    folder = root / split
+    if split and folder.is_dir() and folder.resolve() != root.resolve():
+        return folder
+    there = [each for each in _scan(root, "data.name", name) if (root / each).is_dir()]
+    if not there:
+        raise fault("data.name", name, f"{root} has no folders; it needs {split}/CLASS/image.jpg")
+    shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
+    part = "; a part of a folder cannot be chosen" if "[" in split else ""
+    raise fault(field, split, f"{root} has no folder of this name{part}; it has: {shown}")
+
+
+def _class_folders(folder: Path, field: str, split: str) -> list[str]:
+    classes = [each for each in _scan(folder, field, split) if (folder / each).is_dir()]
+    if not classes:
+        raise fault(field, split, f"{folder} has no class folders; it needs CLASS/image.jpg")
+    return classes
+
+
+def _check_classes(
+    field: str, split: str, classes: list[str], train_split: str, trained: list[str]
+) -> None:
+    unknown, absent = set(classes) - set(trained), set(trained) - set(classes)
+    for which, names in (("more", unknown), ("fewer", absent)):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise fault(
+                field,
+                split,
+                f"has {len(names)} classes {which} than data.train_split = {train_split!r} "
+                f"({shown}); both need the same class folders",
+            )
+
+
+def _image_files(folder: Path, field: str, split: str) -> list[tuple[str, int]]:
+    """Names and sizes in bytes, in the order of the names."""
+    try:
+        with os.scandir(folder) as entries:
+            files = [
+                (entry.name, entry.stat().st_size)
+                for entry in entries
+                if not entry.name.startswith(".")
+                and entry.name.lower().endswith(IMAGE_SUFFIXES)
+                and entry.is_file()
+            ]
+    except OSError as error:
+        raise fault(field, split, f"cannot read {folder} ({error.strerror or error})") from error
+    if not files:
+        raise fault(
+            field, split, f"class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)})"
+        )
+    return sorted(files)
+
+
+def _scan(folder: Path, field: str, value: str) -> list[str]:
+    """Names in a folder, sorted, without hidden ones."""
+    try:
+        return sorted(each for each in os.listdir(folder) if not each.startswith("."))
+    except OSError as error:
+        raise fault(field, value, f"cannot read {folder} ({error.strerror or error})") from error
+
+
+def _stored_channels(
+    folder: Path, classes: list[str], files: list[list[str]], field: str, split: str
+) -> int:
+    """1 if the first image of every class is grey, else 3; damaged ones do not count."""
+    from PIL import Image
+
+    modes = set()
+    for each, names in zip(classes, files):
+        try:
+            with Image.open(folder / each / names[0]) as image:
+                modes.add(image.mode)
+        except (OSError, Image.DecompressionBombError):
+            continue
+    if not modes:
+        raise fault(field, split, f"the first image of no class of {folder} can be opened")
+    return 1 if modes == {"L"} else 3

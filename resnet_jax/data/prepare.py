@@ -1,0 +1,206 @@
+"""Preparing TFDS data sets: TensorFlow downloads and writes once, ArrayRecord is read without."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from resnet_jax.data.base import fault, one_line
+from resnet_jax.data.tfds_files import (
+    find_prepared,
+    import_tfds,
+    is_known,
+    missing_shards,
+    prepare_digits,
+    tfds_root,
+)
+from resnet_jax.errors import DataError
+
+# ImageNet's licence forbids TFDS to fetch these; TFDS itself asks for them after minutes only.
+_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+_DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENOTDIR)
+_LENGTH = struct.Struct("<Q")
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> None:
+    """Makes a TFDS data set ready for `open_source`; does nothing if it is.
+
+    The digits are written at once. A copy in TFRecord files, as TFDS writes by default, is
+    converted where it lies, without TensorFlow and without a download; the old files stay and
+    remain readable (ImageNet's copy needs as much space again; delete them if you like). An
+    interrupted conversion goes on where it stopped. Everything else is downloaded and written
+    by TFDS's own builder, which needs TensorFlow.
+
+    Args:
+      name: "digits" or NAME[/CONFIG][:VERSION] of TFDS, with or without "tfds:".
+      data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
+      manual_dir: Folder of archives that you downloaded yourself, such as ImageNet's; "":
+        downloads/manual in the data folder.
+
+    Raises:
+      DataError: An unknown name, TensorFlow or an archive is missing, a download failed, or the
+        disk is full or not writable.
+
+    Example:
+      >>> import tempfile
+      >>> from resnet_jax.data.sources import open_source
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     prepare("digits", folder)
+      ...     open_source("digits", "test", folder).num_classes
+      10
+    """
+    name = name.removeprefix("tfds:")
+    if name == "digits":
+        prepare_digits(data_dir)
+        return
+    if name.startswith("folder:"):
+        raise fault("data.name", name, "image folders are read as they are")
+    try:
+        folder = find_prepared(name, data_dir)
+    except DataError:
+        if not is_known(name.partition(":")[0]):
+            raise
+        _download(name, data_dir, manual_dir)
+    else:
+        _convert(name, folder)
+
+
+def _download(name: str, data_dir: str, manual_dir: str) -> None:
+    """Runs TFDS's own builder."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise fault(
+            "data.name",
+            f"tfds:{name}",
+            "TFDS needs TensorFlow to prepare it (never to read it): pip install '.[prepare]'",
+        )
+    root = tfds_root(data_dir)
+    archives = str(manual_dir or root / "downloads" / "manual")
+    _check_archives(name, archives)
+    tfds = import_tfds()
+    # A folder that is not there would be an error even for data sets that need no archives.
+    settings = tfds.download.DownloadConfig(
+        manual_dir=archives if os.path.isdir(archives) else None, try_download_gcs=False
+    )
+    try:
+        builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
+        builder.download_and_prepare(download_config=settings)
+    except Exception as error:  # each builder and the network raise their own
+        raise _explain(name, str(root), error) from error
+
+
+def _check_archives(name: str, folder: str) -> None:
+    needed = _ARCHIVES.get(name.partition(":")[0].partition("/")[0], ())
+    missing = [each for each in needed if not os.path.isfile(os.path.join(folder, each))]
+    if missing:
+        raise fault(
+            "manual_dir",
+            folder,
+            f"{' and '.join(missing)} must be there; download from "
+            "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php (needs an account)",
+        )
+
+
+def _explain(name: str, root: str, error: Exception) -> DataError:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        where = f" {error.filename}" if error.filename else ""
+        return fault("data.data_dir", root, f"cannot write{where} ({error.strerror})")
+    if any(sign in str(error) for sign in ("disk space", os.strerror(errno.ENOSPC))):
+        return fault("data.data_dir", root, error)
+    return fault(
+        "data.name",
+        f"tfds:{name}",
+        f"preparing failed, nothing was kept but finished downloads ({type(error).__name__}: "
+        f"{one_line(error)})",
+    )
+
+
+def _convert(name: str, folder: Any) -> None:
+    """Adds ArrayRecord files beside the TFRecord files of a prepared data set, if it has none."""
+    tfds = import_tfds()
+    try:
+        info = tfds.builder_from_directory(folder).info
+    except Exception as error:  # a damaged or very old description
+        reason = f"cannot read its description in {folder} ({one_line(error)}); delete the folder"
+        raise fault("data.name", f"tfds:{name}", reason) from error
+    formats = {each.value for each in info.available_file_formats()}
+    if "array_record" in formats:
+        return
+    if "tfrecord" not in formats:
+        raise fault(
+            "data.name",
+            f"tfds:{name}",
+            f"{folder} holds {'/'.join(sorted(formats))}; only tfrecord can be converted",
+        )
+    if missing := missing_shards(info.splits.values()):
+        raise fault(
+            "data.name", f"tfds:{name}", f"{folder} lacks {len(missing)} files, as {missing[0]}"
+        )
+    try:
+        for split in info.splits.values():
+            _convert_split(split)
+        # The description comes last: until then the data set is still a TFRecord one.
+        info.add_alternative_file_format("array_record")
+        partial = folder / f"incomplete.{os.getpid()}.json"
+        partial.write_text(info.as_json)
+        partial.replace(folder / "dataset_info.json")
+    except (OSError, RuntimeError) as error:  # riegeli raises the latter when the disk is full
+        raise _explain(name, str(folder), error) from error
+
+
+def _convert_split(split: Any) -> None:
+    template = split.filename_template
+    shards = template.sharded_filepaths(split.num_shards)
+    targets = template.replace(filetype_suffix="array_record").sharded_filepaths(split.num_shards)
+    for shard, target, length in zip(shards, targets, split.shard_lengths):
+        if target.exists():
+            continue
+        partial = target.with_name(f"incomplete.{os.getpid()}.{target.name}")
+        try:
+            count = _convert_shard(shard, partial)
+            if count != length:
+                raise DataError(f"{shard} holds {count} examples, not {length}: it is damaged")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        _log.info("converted %s: %d examples", shard.name, count)
+
+
+def _convert_shard(shard: Any, target: Any) -> int:
+    """Copies the examples, serialised as they are, and counts them."""
+    from array_record.python import array_record_module
+
+    # TFDS writes groups of one too: an example is read without its neighbours.
+    writer = array_record_module.ArrayRecordWriter(str(target), "group_size:1")
+    count = 0
+    try:
+        for example in _read_tfrecord(shard):
+            writer.write(example)
+            count += 1
+    finally:
+        writer.close()
+    return count
+
+
+def _read_tfrecord(path: Any) -> Iterator[bytes]:
+    """The records of a TFRecord file: length, its checksum (4 bytes), content, its checksum.
+
+    The checksums (CRC-32C) are not compared: Python has none fast enough for 140 GB. A damaged
+    image shows when it is decoded.
+    """
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        while (start := file.tell()) < end:
+            header = file.read(12)
+            length = _LENGTH.unpack_from(header)[0] if len(header) == 12 else end
+            if start + 12 + length + 4 > end:
+                raise DataError(f"{path} ends within an example: it is damaged")
+            yield file.read(length)
+            file.seek(4, os.SEEK_CUR)

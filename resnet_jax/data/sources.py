@@ -1,0 +1,192 @@
+"""Where images and labels come from: TFDS data sets, folders of files, the embedded digits.
+
+Every source hands out *encoded* images: decoding is the loader's work, so that it can cut a crop
+while it decodes. Nothing here needs TensorFlow: TFDS reads ArrayRecord files without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.data.base import Source, digest, fault, one_line
+from resnet_jax.data.folders import FolderSource
+from resnet_jax.data.tfds_files import find_prepared, import_tfds, missing_shards, prepare_digits
+from resnet_jax.errors import DataError
+
+__all__ = ["Source", "open_source"]
+
+
+def open_source(name: str, split: str, data_dir: str = "", *, train_split: str = "train") -> Source:
+    """Opens one split of a data set.
+
+    Args:
+      name: "digits", "tfds:NAME[:VERSION]" or "folder:PATH", as in `data.name`. A TFDS data set
+        must have been prepared; the digits prepare themselves.
+      split: The split, as in `data.train_split`. A folder's is the name of a folder; TFDS's may
+        be an expression such as "train[:90%]".
+      data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
+      train_split: The split that is trained on. A folder's classes are those of this split,
+        whichever split is opened.
+
+    Returns:
+      The open source.
+
+    Raises:
+      DataError: The data set or the split is missing, half-prepared, damaged or not one of
+        labelled images. One line that names the field, its value and what to do.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     len(open_source("digits", "train[:50%]", folder))
+      718
+    """
+    field = "data.train_split" if split == train_split else "data.eval_split"
+    kind, _, rest = name.partition(":")
+    if name == "digits":
+        return _TfdsSource(name, prepare_digits(data_dir), split, field)
+    if kind == "tfds" and rest:
+        return _TfdsSource(name, find_prepared(rest, data_dir), split, field)
+    if kind == "folder" and rest:
+        return FolderSource(name, Path(rest).expanduser().absolute(), split, train_split, field)
+    raise fault("data.name", name, "must be digits, tfds:NAME[:VERSION] or folder:PATH")
+
+
+class _TfdsSource(Source):
+    """One split of a prepared TFDS data set in ArrayRecord files."""
+
+    def __init__(self, name: str, folder: Path, split: str, field: str) -> None:
+        self._folder, self._split = str(folder), split
+        self._set_up()
+        info = _open_builder(name, folder).info
+        self._image_key, self._label_key = _keys(name, info)
+        label, shape = info.features[self._label_key], info.features[self._image_key].shape
+        self.class_names = tuple(label.names or map(str, range(label.num_classes)))
+        self.channels = 1 if shape[-1] == 1 else 3
+        self.image_shape = None if None in shape[:2] else (shape[0], shape[1])
+        self._length = _check_split(name, info, split, field)
+        self.fingerprint = digest([info.full_name, split, self._length])
+        for position in (0, self._length - 1):  # damage is better found now than in an hour
+            self._read(position)
+
+    def _set_up(self) -> None:
+        self._records: Any = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither locks nor open files pickle.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_records", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_up()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _name(self, position: int) -> str:
+        return f"{self._split}[{position}]"
+
+    def _read(self, position: int) -> tuple[bytes, int]:
+        try:
+            record = self._open()[position]
+            image, label = record[self._image_key], record[self._label_key]
+        except Exception as error:  # what riegeli and protobuf raise has no common class
+            raise self._damage(position, f"cannot be read ({one_line(error)})") from error
+        # A file that was cut off at a block's end gives records without content.
+        if not image or label is None:
+            raise self._damage(position, "is empty")
+        if not 0 <= int(label) < self.num_classes:
+            raise DataError(
+                f"{self._name(position)} of {self._folder} has no label ({int(label)}); "
+                "choose another split"
+            )
+        return bytes(image), int(label)
+
+    def _damage(self, position: int, what: str) -> DataError:
+        return DataError(
+            f"{self._name(position)} of {self._folder} {what}; the file is damaged: delete the "
+            "folder and prepare it again"
+        )
+
+    def _open(self) -> Any:
+        if self._records is None:
+            with self._lock:
+                if self._records is None:
+                    self._records = _data_source(self._folder, self._split)
+        return self._records
+
+
+def _open_builder(name: str, folder: Path) -> Any:
+    tfds = import_tfds()
+    try:
+        builder = tfds.builder_from_directory(folder)
+        formats = {each.value for each in builder.info.available_file_formats()}
+    except Exception as error:  # a damaged or very old description
+        reason = f"cannot read its description in {folder} ({one_line(error)})"
+        raise fault("data.name", name, reason) from error
+    if "array_record" not in formats:
+        base, _, version = name.removeprefix("tfds:").partition(":")
+        root = folder.parents[base.count("/") + 1]
+        raise fault(
+            "data.name",
+            name,
+            f"prepared as {'/'.join(sorted(formats))} in {folder}, and needs array_record; run: "
+            f"python -m resnet_jax prepare {base}{version and ':' + version} --data_dir={root} "
+            "(converts, without a download)",
+        )
+    builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
+    return builder
+
+
+def _data_source(folder: str, split: str) -> Any:
+    tfds = import_tfds()
+    builder = tfds.builder_from_directory(folder)
+    # Masks and other images beside the main one would be decoded for nothing.
+    decoders = {
+        key: tfds.decode.SkipDecoding()
+        for key, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
+    return builder.as_data_source(split, decoders=decoders, file_format="array_record")
+
+
+def _keys(name: str, info: Any) -> tuple[str, str]:
+    """The features that hold the image and the label."""
+    features = import_tfds().features
+    pair = info.supervised_keys or ("image", "label")
+    kinds = (features.Image, features.ClassLabel)
+    for key, kind in zip(pair, kinds):
+        known = isinstance(key, str) and key in info.features
+        if not (known and isinstance(info.features[key], kind)):
+            raise fault(
+                "data.name",
+                name,
+                f"has no image with one label (its features: {', '.join(info.features)})",
+            )
+    if (info.features[pair[1]].num_classes or 0) < 2:
+        raise fault("data.name", name, "has fewer than two classes")
+    return pair[0], pair[1]
+
+
+def _check_split(name: str, info: Any, split: str, field: str) -> int:
+    """The number of images in a split that exists and is whole."""
+    known = ", ".join(info.splits)
+    try:
+        part = info.splits[split]
+    except Exception as error:  # TFDS's parser raises several kinds
+        raise fault(
+            field, split, f"{name} has no such split; its splits: {known}, or parts as train[:90%]"
+        ) from error
+    if not part.num_examples:
+        raise fault(field, split, f"selects no image of {name}; its splits: {known}")
+    if missing := missing_shards([part]):
+        raise fault(
+            "data.name",
+            name,
+            f"half-prepared: {len(missing)} files of split {split} are missing, such as "
+            f"{missing[0]}; delete {info.data_dir} and prepare it again",
+        )
+    return part.num_examples

@@ -1,0 +1,209 @@
+"""Where prepared TFDS data sets lie on disk, and whether they are whole. Asks no network."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.data.base import fault
+from resnet_jax.errors import DataError
+
+
+def import_tfds() -> Any:
+    """The module tensorflow_datasets, without TensorFlow.
+
+    Returns:
+      The module.
+
+    Raises:
+      DataError: It is not installed.
+
+    Example:
+      >>> import_tfds().__name__
+      'tensorflow_datasets'
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(
+            f"reading TFDS data sets needs tensorflow-datasets ({error}): pip install "
+            "tensorflow-datasets array_record importlib_resources"
+        ) from error
+    return tfds
+
+
+def tfds_root(data_dir: str) -> Path:
+    """The folder that TFDS data sets are in.
+
+    Args:
+      data_dir: As in `data.data_dir`; "": TFDS's own default.
+
+    Returns:
+      An absolute path, or one of etils' if it is in a bucket.
+
+    Example:
+      >>> str(tfds_root("/data"))
+      '/data'
+    """
+    tfds = import_tfds()
+    from etils import epath
+
+    path = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    return path if path.is_absolute() else epath.Path.cwd() / path  # for workers elsewhere
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Splits the name of a TFDS data set.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION].
+
+    Returns:
+      NAME[/CONFIG], and VERSION or "".
+
+    Example:
+      >>> split_name("cifar10:3.0.2")
+      ('cifar10', '3.0.2')
+    """
+    base, _, version = name.partition(":")
+    return base, version
+
+
+def is_known(name: str) -> bool:
+    """Whether TFDS has a builder of this NAME[/CONFIG]; asks no network."""
+    return name.partition("/")[0] in _tfds_names()
+
+
+def _tfds_names() -> list[str]:
+    return import_tfds().core.load.list_builders(with_community_datasets=False)
+
+
+def find_prepared(name: str, data_dir: str) -> Path:
+    """Finds a prepared TFDS data set; the highest version unless one is named.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION], without "tfds:".
+      data_dir: As in `data.data_dir`.
+
+    Returns:
+      The folder with dataset_info.json.
+
+    Raises:
+      DataError: There is none.
+
+    Example:
+      >>> find_prepared("fashion_mnist", "/nowhere")
+      Traceback (most recent call last):
+      resnet_jax.errors.DataError: data.name = 'tfds:fashion_mnist': not prepared in \
+data.data_dir = '/nowhere'; run: python -m resnet_jax prepare fashion_mnist --data_dir=/nowhere
+    """
+    base, version = split_name(name)
+    root = tfds_root(data_dir)
+    place = f"data.data_dir = {str(root)!r}"
+    hint = f"run: python -m resnet_jax prepare {name} --data_dir={root}"
+    folder = root / base
+    entries = _listed(folder)
+    # TFDS writes into incomplete.RANDOM_VERSION and renames it when all is there.
+    finished = [each for each in entries if not each.startswith("incomplete.")]
+    found = [each for each in finished if (folder / each / "dataset_info.json").exists()]
+    if version in found:
+        return folder / version
+    if found and not version:
+        return folder / max(found, key=_version_key)
+    if found:
+        reason = f"{place} has no version {version} of it, only {', '.join(sorted(found))}"
+    elif finished != entries:
+        reason = f"half-prepared in {place} (preparing still runs, or was interrupted); {hint}"
+    elif configs := [each for each in entries if _has_version(folder / each)]:
+        reason = f"has configurations in {place}; choose one, such as tfds:{base}/{configs[0]}"
+    elif not is_known(base):
+        close = difflib.get_close_matches(base.partition("/")[0], _tfds_names(), n=3)
+        guess = f"; did you mean {' or '.join(close)}?" if close else ""
+        reason = f"neither prepared in {place} nor known to TFDS{guess}"
+    else:
+        reason = f"not prepared in {place}; {hint}"
+    raise fault("data.name", f"tfds:{name}", reason)
+
+
+def _listed(folder: Any) -> list[str]:
+    try:
+        return sorted(each.name for each in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise fault("data.data_dir", str(folder), error.strerror or error) from error
+
+
+def _has_version(folder: Any) -> bool:
+    return folder.is_dir() and any((e / "dataset_info.json").exists() for e in folder.iterdir())
+
+
+def _version_key(version: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdecimal() else -1 for part in version.split("."))
+
+
+def missing_shards(infos: Iterable[Any]) -> list[str]:
+    """Names of the files that a split needs and that are not there.
+
+    Args:
+      infos: TFDS's descriptions of splits.
+
+    Returns:
+      File names, sorted.
+
+    Example:
+      >>> missing_shards([])
+      []
+    """
+    paths = {path for info in infos for path in info.filepaths}
+    return sorted(path.name for path in paths if not path.exists())
+
+
+def prepare_digits(data_dir: str) -> Path:
+    """Prepares scikit-learn's digits as a TFDS data set, unless they are there and whole.
+
+    Args:
+      data_dir: As in `data.data_dir`.
+
+    Returns:
+      The data set's folder.
+
+    Raises:
+      DataError: scikit-learn is missing, or the folder cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     prepare_digits(folder).relative_to(folder).as_posix()
+      'digits/1.0.0'
+    """
+    tfds = import_tfds()
+    root = tfds_root(data_dir)
+    from resnet_jax.data import digits
+
+    folder: Any = root / "digits" / digits.VERSION
+    existed = folder.exists()  # asked first: another process may finish in between
+    if _is_whole(tfds, folder):
+        return folder
+    try:
+        if existed:
+            folder.rmtree()
+        digits.prepare(root)
+    except ImportError as error:
+        raise fault(
+            "data.name", "digits", "needs scikit-learn: pip install scikit-learn"
+        ) from error
+    except OSError as error:
+        # Another process may have been faster; renaming onto its folder fails.
+        if not _is_whole(tfds, folder):
+            reason = f"cannot write the digits there ({error.strerror or error})"
+            raise fault("data.data_dir", str(root), reason) from error
+    return folder
+
+
+def _is_whole(tfds: Any, folder: Path) -> bool:
+    if not (folder / "dataset_info.json").exists():
+        return False
+    return not missing_shards(tfds.builder_from_directory(folder).info.splits.values())

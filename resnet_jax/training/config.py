@@ -1,0 +1,609 @@
+"""What a run is: typed fields with their units, checked before any device or data is touched."""
+
+# No `from __future__ import annotations`: the flags library reads the types of the fields.
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
+
+from resnet_jax.errors import ConfigError, ModelError
+from resnet_jax.models.blocks import SHORTCUT_OPTIONS
+from resnet_jax.models.registry import create_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+BN_SYNC = ("none", "all", "group")
+CROPS = ("center", "random_resized", "scale_jitter")
+INTERPOLATIONS = ("bilinear", "bicubic")
+OPTIMIZERS = ("sgd", "lars", "lamb", "adamw")
+DECAYS = ("l2", "decoupled")
+SCHEDULES = ("constant", "step", "cosine", "linear", "one_cycle", "plateau")
+LOSSES = ("softmax", "bce")
+
+
+@dataclasses.dataclass
+class Model:
+    """The network.
+
+    Args:
+      name: One of `resnet_jax.list_models()`.
+      num_classes: Classes of the head; 0: as many as the data set has.
+      dtype: Precision of the computation: float32, bfloat16 or float16 (with a loss scale).
+      shortcut: A, B, C, D or none; unset: as registered under the name.
+      stride_in_1x1: Bottlenecks as in the paper (v1) instead of v1.5.
+      zero_init_residual: Residual functions start at 0 (Goyal et al. 2017, section 5.1).
+      bn_momentum: Share of the old running statistics kept each step.
+      bn_sync: Devices that share batch statistics: "none", "all", or a "group".
+      bn_group_size: Devices in a group, for bn_sync = "group".
+      stochastic_depth_rate: Drop rate of the last block's residual.
+      dropout_rate: Drop rate of the pooled features.
+      remat: Recompute each block in the backward pass, to save memory.
+    """
+
+    name: str = "resnet20"
+    num_classes: int = 0
+    dtype: str = "float32"
+    shortcut: Optional[str] = None  # noqa: UP045 (the flags library reads Optional only)
+    stride_in_1x1: bool = False
+    zero_init_residual: bool = False
+    bn_momentum: float = 0.9
+    bn_sync: str = "none"
+    bn_group_size: int = 0
+    stochastic_depth_rate: float = 0.0
+    dropout_rate: float = 0.0
+    remat: bool = False
+
+
+@dataclasses.dataclass
+class Data:
+    """Images and labels, and what the host does with them.
+
+    Args:
+      name: "digits", "tfds:NAME[:VERSION]", or "folder:PATH" with SPLIT/CLASS/image files.
+      data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
+      train_split: Trained on; any TFDS split expression, such as "train[:90%]".
+      eval_split: Evaluated on.
+      channels: 1 or 3; 0: as the data set has.
+      image_size: Side of the training images in pixels.
+      crop: "center" (resize the shorter side, cut the centre), "random_resized" (Szegedy et al.
+        2015) or "scale_jitter" (He et al. 2015, section 3.4).
+      crop_area: Least and largest share of the image in a random resized crop.
+      crop_ratio: Least and largest width / height of a random resized crop.
+      jitter_sides: Least and largest shorter side in pixels for the scale jitter.
+      interpolation: "bilinear" or "bicubic".
+      eval_size: Side of the evaluated images in pixels; 0: image_size.
+      eval_resize: Shorter side in pixels before the centre crop of evaluation; 0: eval_size.
+      memory_gib: Data sets whose crops do not vary stay in memory up to this size in GiB.
+      workers: Processes that read and decode; 0: threads of this process only.
+      threads: Reading threads of each process.
+      prefetch: Batches made ahead.
+      max_corrupt: Undecodable images that are skipped before a run stops.
+      repeats: Times each image appears in a batch, differently augmented (Hoffer et al. 2020).
+    """
+
+    name: str = "digits"
+    data_dir: str = ""
+    train_split: str = "train"
+    eval_split: str = "test"
+    channels: int = 0
+    image_size: int = 32
+    crop: str = "center"
+    crop_area: tuple[float, ...] = (0.08, 1.0)
+    crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    jitter_sides: tuple[int, ...] = (256, 480)
+    interpolation: str = "bilinear"
+    eval_size: int = 0
+    eval_resize: int = 0
+    memory_gib: float = 2.0
+    workers: int = 0
+    threads: int = 8
+    prefetch: int = 4
+    max_corrupt: int = 10
+    repeats: int = 1
+
+
+@dataclasses.dataclass
+class Augment:
+    """What the device does with uint8 training images, in this order.
+
+    Args:
+      flip: Mirror half of the images.
+      pad: Border in pixels, in the mean colour, of which a random crop drops as much again.
+      rotate: Largest rotation in degrees, either way.
+      trivial: TrivialAugment wide (Müller & Hutter 2021).
+      rand_layers: Operations of RandAugment (Cubuk et al. 2020); 0: none.
+      rand_magnitude: Its magnitude, 0 to 10.
+      rand_magnitude_std: Standard deviation of the magnitude from image to image.
+      brightness: Factor in [1 - x, 1 + x].
+      contrast: Factor in [1 - x, 1 + x].
+      saturation: Factor in [1 - x, 1 + x].
+      hue: Shift in [-x, x] of the colour circle, at most 0.5.
+      pca: Standard deviation of AlexNet's colour shift (0.1 in He et al. 2015).
+      erase: Probability of random erasing, by the mean colour (Zhong et al. 2020).
+      cutout: Side in pixels of the square of mean colour (DeVries & Taylor 2017).
+      mixup: alpha of mixup's Beta(alpha, alpha) (Zhang et al. 2018); 0: none.
+      cutmix: alpha of CutMix (Yun et al. 2019); 0: none. With both, each pair
+        draws one. Mixing needs an even number of images on each device.
+      mean: Subtracted from each channel, in units of 1 (255 in a uint8 image).
+      std: Divides each channel, in units of 1.
+    """
+
+    flip: bool = False
+    pad: int = 0
+    rotate: float = 0.0
+    trivial: bool = False
+    rand_layers: int = 0
+    rand_magnitude: float = 9.0
+    rand_magnitude_std: float = 0.5
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    pca: float = 0.0
+    erase: float = 0.0
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.25,)
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """How gradients become updates.
+
+    Args:
+      name: sgd, lars, lamb or adamw.
+      learning_rate: Peak learning rate, for `base_batch` images a step where that is given.
+      base_batch: The learning rate is multiplied by batch_size / base_batch (256 in Goyal et al.
+        2017); 0: it stands as it is.
+      momentum: Of sgd and lars.
+      nesterov: Nesterov's momentum, for sgd and lars.
+      beta1: Of lamb and adamw.
+      beta2: Of lamb and adamw.
+      epsilon: Of lamb and adamw.
+      trust_coefficient: Of lars.
+      weight_decay: Coefficient of the decay.
+      decay: "l2": part of the gradient; "decoupled": beside it, times the learning rate (lamb
+        and adamw always).
+      decay_norms_and_biases: Decay them too, as the paper does.
+      clip_norm: Largest global norm of the gradient; 0: no limit.
+      backbone_rate: Learning rate of everything but the head, as a share of the head's; 0
+        freezes the backbone, its batch statistics included.
+    """
+
+    name: str = "sgd"
+    learning_rate: float = 0.1
+    base_batch: int = 0
+    momentum: float = 0.9
+    nesterov: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-6
+    trust_coefficient: float = 0.001
+    weight_decay: float = 1e-4
+    decay: str = "l2"
+    decay_norms_and_biases: bool = False
+    clip_norm: float = 0.0
+    backbone_rate: float = 1.0
+
+
+@dataclasses.dataclass
+class Schedule:
+    """The learning rate over a run.
+
+    Args:
+      name: constant, step, cosine, linear, one_cycle or plateau.
+      warmup_epochs: Epochs of linear warm-up (one_cycle: of its rising part).
+      warmup_start: Where the warm-up starts, as a share of the peak.
+      boundaries: Shares of the run, in (0, 1), after which a step schedule drops.
+      factor: What a drop multiplies the learning rate by (step, plateau).
+      final: Where cosine, linear and one_cycle end, as a share of the peak.
+      patience: Epochs without a better training loss before a plateau schedule drops.
+    """
+
+    name: str = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_start: float = 0.0
+    boundaries: tuple[float, ...] = (0.5, 0.75)
+    factor: float = 0.1
+    final: float = 0.0
+    patience: int = 5
+
+
+@dataclasses.dataclass
+class Loss:
+    """What is minimised.
+
+    Args:
+      name: "softmax" cross-entropy, or "bce": a binary cross-entropy for each class.
+      label_smoothing: Share of the label spread over all classes.
+      bce_threshold: For bce: targets above it count as 1, others as 0; 0: targets as they are.
+    """
+
+    name: str = "softmax"
+    label_smoothing: float = 0.0
+    bce_threshold: float = 0.0
+
+
+@dataclasses.dataclass
+class Train:
+    """Length and size of the run.
+
+    Args:
+      epochs: Passes over the training images; may be a fraction.
+      steps: Optimizer steps; 0: they follow from epochs.
+      batch_size: Images an optimizer step, on all devices together.
+      accumulate: Parts in which a device takes its share of a batch, to save memory.
+      seed: Of initial parameters, order, crops and augmentation.
+      ema_decay: Of the moving average of parameters and statistics; 0: none.
+      ema_every: Steps between its updates.
+    """
+
+    epochs: float = 10.0
+    steps: int = 0
+    batch_size: int = 128
+    accumulate: int = 1
+    seed: int = 0
+    ema_decay: float = 0.0
+    ema_every: int = 1
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Evaluation while training.
+
+    Args:
+      every_epochs: Epochs between evaluations; the end is always evaluated.
+      batch_size: Images a step, on all devices together; 0: that of training.
+    """
+
+    every_epochs: float = 1.0
+    batch_size: int = 0
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What is kept, and what a run starts from.
+
+    Args:
+      every_steps: Steps between checkpoints, beside those at each evaluation; 0: only those.
+      keep: Newest checkpoints kept; the best by top-1 stays beside them.
+      init_from: Weight file, workdir or Hub name ("timm/resnet50.a1_in1k") of the initial
+        parameters; "": random ones.
+      reset_head: Start with a new head, for other classes than those of init_from.
+      allow_change: Resume although the configuration differs from the workdir's.
+    """
+
+    every_steps: int = 0
+    keep: int = 1
+    init_from: str = ""
+    reset_head: bool = False
+    allow_change: bool = False
+
+
+@dataclasses.dataclass
+class Log:
+    """What a run tells.
+
+    Args:
+      every_steps: Steps between training records; each is the mean since the last.
+      tensorboard: Write event files too.
+      wandb: Project on Weights & Biases; "": none.
+      profile: "FIRST:LAST" steps to trace with jax.profiler; "": none.
+      compile_cache: Folder of compiled programs; "": none.
+    """
+
+    every_steps: int = 50
+    tensorboard: bool = True
+    wandb: str = ""
+    profile: str = ""
+    compile_cache: str = "~/.cache/resnet_jax/xla"
+
+
+@dataclasses.dataclass
+class Config:
+    """A whole run; `configs/` holds recipes that return one.
+
+    Example:
+      >>> config = Config(train=Train(epochs=5.0))
+      >>> config.optimizer.learning_rate
+      0.1
+    """
+
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    augment: Augment = dataclasses.field(default_factory=Augment)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    loss: Loss = dataclasses.field(default_factory=Loss)
+    train: Train = dataclasses.field(default_factory=Train)
+    evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    log: Log = dataclasses.field(default_factory=Log)
+
+
+def check(config: Config) -> None:
+    """Checks every field, without touching devices or data.
+
+    Args:
+      config: The configuration of a run.
+
+    Raises:
+      ConfigError: Lists every fault: field, value and what is allowed.
+
+    Example:
+      >>> check(Config(train=Train(batch_size=0)))
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: train.batch_size = 0: must be 1 or more
+    """
+    faults = list(_type_faults(config)) or list(_value_faults(config))
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def _type_faults(config: Config) -> Iterator[str]:
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        for name, hint in get_type_hints(type(section)).items():
+            value = getattr(section, name)
+            if not _has_type(value, hint):
+                kind = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
+                yield f"{part.name}.{name} = {value!r}: must be of type {kind}"
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Union:
+        return any(_has_type(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        each = get_args(hint)[0]
+        return isinstance(value, tuple | list) and all(_has_type(x, each) for x in value)
+    if hint is float:  # 1 for 1.0; a bool is not a number here
+        return (
+            isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+Rule = tuple[Callable[[Any], bool], str]
+_POSITIVE: Rule = (lambda x: x > 0, "must be more than 0")
+_NOT_NEGATIVE: Rule = (lambda x: x >= 0, "must be 0 or more")
+_AT_LEAST_1: Rule = (lambda x: x >= 1, "must be 1 or more")
+_SHARE: Rule = (lambda x: 0 <= x <= 1, "must be in [0, 1]")
+_RATE: Rule = (lambda x: 0 <= x < 1, "must be in [0, 1)")
+_RANGE: Rule = (
+    lambda x: len(x) == 2 and 0 < x[0] <= x[1],
+    "must be two positive numbers, the smaller first",
+)
+
+
+def _one_of(allowed: tuple[str, ...]) -> Rule:
+    return (lambda x: x in allowed, f"must be one of {', '.join(allowed)}")
+
+
+_RULES: dict[str, Rule] = {
+    "model.num_classes": _NOT_NEGATIVE,
+    "model.dtype": _one_of(DTYPES),
+    "model.shortcut": (
+        lambda x: x is None or x in SHORTCUT_OPTIONS,
+        f"must be one of {', '.join(SHORTCUT_OPTIONS)}",
+    ),
+    "model.bn_momentum": _RATE,
+    "model.bn_sync": _one_of(BN_SYNC),
+    "model.bn_group_size": _NOT_NEGATIVE,
+    "model.stochastic_depth_rate": _RATE,
+    "model.dropout_rate": _RATE,
+    "data.name": (
+        lambda x: x == "digits" or (x.partition(":")[0] in ("tfds", "folder") and x.count(":")),
+        "must be digits, tfds:NAME[:VERSION] or folder:PATH",
+    ),
+    "data.channels": (lambda x: x in (0, 1, 3), "must be 0 (the data set's own), 1 or 3"),
+    "data.image_size": _AT_LEAST_1,
+    "data.crop": _one_of(CROPS),
+    "data.crop_area": (
+        lambda x: _RANGE[0](x) and x[1] <= 1,
+        "must be two shares in (0, 1], the smaller first",
+    ),
+    "data.crop_ratio": _RANGE,
+    "data.jitter_sides": _RANGE,
+    "data.interpolation": _one_of(INTERPOLATIONS),
+    "data.eval_size": _NOT_NEGATIVE,
+    "data.eval_resize": _NOT_NEGATIVE,
+    "data.memory_gib": _NOT_NEGATIVE,
+    "data.workers": _NOT_NEGATIVE,
+    "data.threads": _AT_LEAST_1,
+    "data.prefetch": _AT_LEAST_1,
+    "data.max_corrupt": _NOT_NEGATIVE,
+    "data.repeats": _AT_LEAST_1,
+    "augment.pad": _NOT_NEGATIVE,
+    "augment.rotate": (lambda x: 0 <= x <= 180, "must be in [0, 180] degrees"),
+    "augment.rand_layers": _NOT_NEGATIVE,
+    "augment.rand_magnitude": (lambda x: 0 <= x <= 10, "must be in [0, 10]"),
+    "augment.rand_magnitude_std": _NOT_NEGATIVE,
+    "augment.brightness": _SHARE,
+    "augment.contrast": _SHARE,
+    "augment.saturation": _SHARE,
+    "augment.hue": (lambda x: 0 <= x <= 0.5, "must be in [0, 0.5]"),
+    "augment.pca": _NOT_NEGATIVE,
+    "augment.erase": _SHARE,
+    "augment.cutout": _NOT_NEGATIVE,
+    "augment.mixup": _NOT_NEGATIVE,
+    "augment.cutmix": _NOT_NEGATIVE,
+    "augment.mean": (lambda x: len(x) in (1, 3), "must have 1 or 3 numbers"),
+    "augment.std": (lambda x: len(x) in (1, 3) and min(x) > 0, "must have 1 or 3 positive numbers"),
+    "optimizer.name": _one_of(OPTIMIZERS),
+    "optimizer.learning_rate": _NOT_NEGATIVE,
+    "optimizer.base_batch": _NOT_NEGATIVE,
+    "optimizer.momentum": _RATE,
+    "optimizer.beta1": _RATE,
+    "optimizer.beta2": _RATE,
+    "optimizer.epsilon": _POSITIVE,
+    "optimizer.trust_coefficient": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.decay": _one_of(DECAYS),
+    "optimizer.clip_norm": _NOT_NEGATIVE,
+    "optimizer.backbone_rate": _SHARE,
+    "schedule.name": _one_of(SCHEDULES),
+    "schedule.warmup_epochs": _NOT_NEGATIVE,
+    "schedule.warmup_start": _SHARE,
+    "schedule.boundaries": (
+        lambda x: all(0 < each < 1 for each in x) and list(x) == sorted(set(x)),
+        "must be growing shares of the run in (0, 1)",
+    ),
+    "schedule.factor": (lambda x: 0 < x < 1, "must be in (0, 1)"),
+    "schedule.final": _SHARE,
+    "schedule.patience": _AT_LEAST_1,
+    "loss.name": _one_of(LOSSES),
+    "loss.label_smoothing": _RATE,
+    "loss.bce_threshold": _RATE,
+    "train.epochs": _POSITIVE,
+    "train.steps": _NOT_NEGATIVE,
+    "train.batch_size": _AT_LEAST_1,
+    "train.accumulate": _AT_LEAST_1,
+    "train.seed": (lambda x: 0 <= x < 2**31, "must be in [0, 2^31)"),
+    "train.ema_decay": _RATE,
+    "train.ema_every": _AT_LEAST_1,
+    "evaluate.every_epochs": _POSITIVE,
+    "evaluate.batch_size": _NOT_NEGATIVE,
+    "checkpoint.every_steps": _NOT_NEGATIVE,
+    "checkpoint.keep": _AT_LEAST_1,
+    "log.every_steps": _AT_LEAST_1,
+    "log.profile": (
+        lambda x: not x or profile_steps(x) is not None,
+        "must be FIRST:LAST, two growing step numbers",
+    ),
+}
+
+
+def _value_faults(config: Config) -> Iterator[str]:
+    values = to_flat(config)
+    for name, (holds, allowed) in _RULES.items():
+        if not holds(values[name]):
+            yield f"{name} = {values[name]!r}: {allowed}"
+    yield from _joint_faults(config)
+    try:
+        create_model(config.model.name, **registered_overrides(config.model))
+    except ModelError as error:
+        yield f"model.name = {config.model.name!r}: {error}"
+
+
+def _joint_faults(config: Config) -> Iterator[str]:
+    """Fields that do not go together."""
+    data, train = config.data, config.train
+    if (config.model.bn_sync == "group") != (config.model.bn_group_size > 0):
+        yield (
+            f"model.bn_group_size = {config.model.bn_group_size}: must be given with "
+            "model.bn_sync = 'group', and only then"
+        )
+    if data.eval_resize and data.eval_resize < (data.eval_size or data.image_size):
+        yield f"data.eval_resize = {data.eval_resize}: must not be less than the evaluated side"
+    if data.crop == "scale_jitter" and data.jitter_sides[0] < data.image_size:
+        yield f"data.jitter_sides = {data.jitter_sides}: must not be less than data.image_size"
+    if len(config.augment.mean) != len(config.augment.std):
+        yield f"augment.std = {config.augment.std}: must have as many numbers as augment.mean"
+    if config.augment.trivial and config.augment.rand_layers:
+        yield f"augment.rand_layers = {config.augment.rand_layers}: must be 0 with augment.trivial"
+    if not train.steps and config.schedule.warmup_epochs > train.epochs:
+        yield (
+            f"schedule.warmup_epochs = {config.schedule.warmup_epochs}: must not be more than "
+            f"train.epochs = {train.epochs}"
+        )
+
+
+def registered_overrides(model: Model) -> dict[str, Any]:
+    """The fields that `resnet_jax.ResNet` has under the same names, as far as they are set."""
+    overrides = dataclasses.asdict(model)
+    for name in ("name", "num_classes", "dtype", "bn_sync", "bn_group_size"):
+        del overrides[name]
+    if overrides["shortcut"] is None:
+        del overrides["shortcut"]
+    return overrides
+
+
+def profile_steps(text: str) -> tuple[int, int] | None:
+    """ "10:15" -> (10, 15): the steps of a trace; None where the text says something else."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        return None
+    return int(first), int(last)
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """The fields by their dotted names.
+
+    Args:
+      config: The configuration of a run.
+
+    Returns:
+      Such as {"model.name": "resnet20", ...}.
+
+    Example:
+      >>> to_flat(Config())["train.batch_size"]
+      128
+    """
+    return {
+        f"{part.name}.{field.name}": getattr(getattr(config, part.name), field.name)
+        for part in dataclasses.fields(config)
+        for field in dataclasses.fields(getattr(config, part.name))
+    }
+
+
+def to_json(config: Config) -> str:
+    """The configuration as readable JSON.
+
+    Args:
+      config: The configuration of a run.
+
+    Returns:
+      A JSON object of objects, one field a line.
+
+    Example:
+      >>> json.loads(to_json(Config()))["data"]["name"]
+      'digits'
+    """
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def differences(config: Config, stored: dict[str, Any]) -> list[str]:
+    """Fields in which a stored configuration differs, leaving aside what changes no result.
+
+    Args:
+      config: The configuration of a run.
+      stored: What `to_json` wrote for an earlier one, parsed.
+
+    Returns:
+      One "field: stored -> now" each, in the order of the fields.
+
+    Example:
+      >>> stored = json.loads(to_json(Config()))
+      >>> differences(Config(train=Train(seed=1)), stored)
+      ['train.seed: 0 -> 1']
+    """
+    found = []
+    for name, value in json_fields(config).items():
+        section, _, field = name.partition(".")
+        before = stored.get(section, {}).get(field)
+        if before != value and section != "log" and name not in _FREE:
+            found.append(f"{name}: {before!r} -> {value!r}")
+    return found
+
+
+# How fast batches come, where data lies and what is kept may change from one start to the next.
+_FREE = {
+    "data.data_dir",
+    "data.memory_gib",
+    "data.workers",
+    "data.threads",
+    "data.prefetch",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.allow_change",
+}
+
+
+def json_fields(config: Config) -> dict[str, Any]:
+    """`to_flat` with the values as JSON gives them back (lists for tuples)."""
+    return {name: json.loads(json.dumps(value)) for name, value in to_flat(config).items()}

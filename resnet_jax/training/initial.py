@@ -1,0 +1,57 @@
+"""Where a run's parameters come from: chance, a weight file, a workdir, or the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.errors import ConfigError, WeightsError
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.training.config import Config
+from resnet_jax.weights.files import load_weights
+from resnet_jax.weights.pretrained import load_pretrained
+
+
+def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str, Any] | None:
+    """The variables that checkpoint.init_from names.
+
+    Args:
+      config: The configuration of a run.
+      model: Its network.
+      channels: Of its images.
+
+    Returns:
+      {"params", "batch_stats"}; None where the run starts from random parameters.
+
+    Raises:
+      ConfigError: They cannot be read or do not fit, as the message of `load_weights` says.
+
+    Example:
+      >>> import resnet_jax as rj
+      >>> initial_variables(Config(), rj.ResNet20(), channels=3) is None
+      True
+    """
+    name = config.checkpoint.init_from
+    if not name:
+        return None
+    reset_head = config.checkpoint.reset_head
+    try:
+        if Path(name).expanduser().exists() or name.count("/") != 1 or Path(name).suffix in _FILES:
+            variables = load_weights(model, Path(name).expanduser(), reset_head=reset_head)
+        else:
+            _, variables, _ = load_pretrained(
+                name, reset_head=reset_head, num_classes=model.num_classes
+            )
+    except WeightsError as error:
+        hint = str(error).replace("reset_head=True", "--config.checkpoint.reset_head=true")
+        raise ConfigError(f"checkpoint.init_from = {name!r}: {hint}") from error
+    found = variables["params"]["stem"]["conv1"]["kernel"].shape[2]
+    if found != channels:
+        raise ConfigError(
+            f"checkpoint.init_from = {name!r}: its network takes {found} channels, the data has "
+            f"{channels}; set data.channels = {found}"
+        )
+    return variables
+
+
+_FILES = (".safetensors", ".npz", ".pth", ".pt")

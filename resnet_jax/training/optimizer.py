@@ -1,0 +1,215 @@
+"""Learning-rate schedules and optimizers, composed from optax."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from resnet_jax.training.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a run is.
+
+    Args:
+      steps: Optimizer steps.
+      steps_per_epoch: Steps that see as many images as the data set has; a fraction.
+
+    Example:
+      >>> Length.of(Config(), images=1_000).steps
+      78
+    """
+
+    steps: int
+    steps_per_epoch: float
+
+    @classmethod
+    def of(cls, config: Config, images: int) -> Length:
+        """From epochs, batch size and the number of training images."""
+        per_epoch = images / config.train.batch_size
+        return cls(config.train.steps or max(1, round(config.train.epochs * per_epoch)), per_epoch)
+
+
+def peak_learning_rate(config: Config) -> float:
+    """The highest learning rate of a run (Goyal et al. 2017, section 2.1: linear in the batch).
+
+    Args:
+      config: The configuration of a run.
+
+    Returns:
+      optimizer.learning_rate, times batch_size / base_batch where that is given.
+
+    Example:
+      >>> from resnet_jax.training.config import Optimizer, Train
+      >>> optimizer = Optimizer(learning_rate=0.1, base_batch=256)
+      >>> peak_learning_rate(Config(optimizer=optimizer, train=Train(batch_size=1024)))
+      0.4
+    """
+    optimizer = config.optimizer
+    if not optimizer.base_batch:
+        return optimizer.learning_rate
+    return optimizer.learning_rate * config.train.batch_size / optimizer.base_batch
+
+
+def make_schedule(config: Config, length: Length) -> optax.Schedule:
+    """The learning rate as a function of the number of completed steps.
+
+    Args:
+      config: The configuration of a run.
+      length: Its number of steps.
+
+    Returns:
+      An optax schedule. A plateau schedule is constant here: `make_optimizer` lowers it.
+
+    Example:
+      >>> schedule = make_schedule(Config(), Length(steps=100, steps_per_epoch=10.0))
+      >>> round(float(schedule(50)), 4)
+      0.05
+    """
+    schedule, peak = config.schedule, peak_learning_rate(config)
+    warmup = min(round(schedule.warmup_epochs * length.steps_per_epoch), length.steps)
+    rest = max(length.steps - warmup, 1)
+    if schedule.name == "one_cycle":
+        # Up and down in straight lines (Smith & Topin 2018).
+        up = max(warmup, 1)
+        rising = optax.schedules.linear_schedule(peak * schedule.warmup_start, peak, up)
+        falling = optax.schedules.linear_schedule(peak, peak * schedule.final, rest)
+        return optax.schedules.join_schedules([rising, falling], [up])
+    if schedule.name == "step":
+        drops = {
+            round(share * length.steps) - warmup: schedule.factor for share in schedule.boundaries
+        }
+        main = optax.schedules.piecewise_constant_schedule(peak, drops)
+    elif schedule.name == "cosine":
+        main = optax.schedules.cosine_decay_schedule(peak, rest, schedule.final)
+    elif schedule.name == "linear":
+        main = optax.schedules.linear_schedule(peak, peak * schedule.final, rest)
+    else:
+        main = optax.schedules.constant_schedule(peak)
+    if not warmup:
+        return main
+    rising = optax.schedules.linear_schedule(peak * schedule.warmup_start, peak, warmup)
+    return optax.schedules.join_schedules([rising, main], [warmup])
+
+
+def make_optimizer(config: Config, length: Length) -> optax.GradientTransformationExtraArgs:
+    """Everything between a gradient and an update.
+
+    Args:
+      config: The configuration of a run.
+      length: Its number of steps.
+
+    Returns:
+      A transformation whose `update` also takes `value`, the loss, for a plateau schedule.
+
+    Example:
+      >>> optimizer = make_optimizer(Config(), Length(steps=100, steps_per_epoch=10.0))
+      >>> params = {"head": {"kernel": jnp.ones((2, 2))}}
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update(params, state, params, value=jnp.array(1.0))
+      >>> round(float(updates["head"]["kernel"][0, 0]), 5)
+      -0.10001
+    """
+    fields = config.optimizer
+    parts = [optax.clip_by_global_norm(fields.clip_norm)] if fields.clip_norm else []
+    parts.append(_descent(config, make_schedule(config, length)))
+    if config.schedule.name == "plateau":
+        parts.append(
+            optax.contrib.reduce_on_plateau(
+                factor=config.schedule.factor,
+                patience=config.schedule.patience,
+                accumulation_size=max(1, math.ceil(length.steps_per_epoch)),
+            )
+        )
+    if fields.backbone_rate != 1:
+        parts.append(_scale_backbone(fields.backbone_rate))
+    return optax.chain(*parts)
+
+
+def _descent(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    fields = config.optimizer
+    decay, mask = fields.weight_decay, _decayed
+    if fields.decay_norms_and_biases:
+        mask = _all
+    if fields.name == "lars":
+        return optax.lars(
+            schedule,
+            weight_decay=decay,
+            weight_decay_mask=mask,
+            trust_coefficient=fields.trust_coefficient,
+            trust_ratio_mask=_decayed,
+            momentum=fields.momentum,
+            nesterov=fields.nesterov,
+        )
+    if fields.name == "lamb":
+        return optax.lamb(schedule, fields.beta1, fields.beta2, fields.epsilon, 0.0, decay, mask)
+    if fields.name == "adamw":
+        return optax.adamw(
+            schedule, fields.beta1, fields.beta2, fields.epsilon, weight_decay=decay, mask=mask
+        )
+    add_decay = optax.add_decayed_weights(decay, mask)
+    momentum = (
+        optax.trace(fields.momentum, fields.nesterov) if fields.momentum else optax.identity()
+    )
+    scale = optax.scale_by_learning_rate(schedule)
+    if fields.decay == "l2":
+        return optax.chain(add_decay, momentum, scale)
+    return optax.chain(momentum, add_decay, scale)
+
+
+def _decayed(params: chex.ArrayTree) -> chex.ArrayTree:
+    """Kernels, not the scales and biases of norms nor other biases (Goyal et al. 2017, 5.1)."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def _all(params: chex.ArrayTree) -> chex.ArrayTree:
+    return jax.tree.map(lambda x: True, params)
+
+
+def _scale_backbone(rate: float) -> optax.GradientTransformation:
+    """Multiplies the updates of everything but the head."""
+
+    def scale(updates: dict, params: dict | None) -> dict:
+        del params
+        return {
+            name: part if name == "head" else jax.tree.map(lambda x: rate * x, part)
+            for name, part in updates.items()
+        }
+
+    return optax.stateless(scale)
+
+
+def current_learning_rate(
+    schedule: optax.Schedule, step: jax.Array, opt_state: optax.OptState
+) -> jax.Array:
+    """The learning rate that the next step uses.
+
+    Args:
+      schedule: From `make_schedule`.
+      step: Completed steps.
+      opt_state: State of `make_optimizer`'s transformation.
+
+    Returns:
+      A scalar, with the drops of a plateau schedule.
+
+    Example:
+      >>> length = Length(steps=10, steps_per_epoch=5.0)
+      >>> state = make_optimizer(Config(), length).init({"head": jnp.zeros((2, 2))})
+      >>> round(float(current_learning_rate(make_schedule(Config(), length), 0, state)), 4)
+      0.1
+    """
+    rate = jnp.asarray(schedule(step), jnp.float32)
+    for state in jax.tree.leaves(opt_state, is_leaf=_is_plateau):
+        if _is_plateau(state):
+            rate = rate * state.scale
+    return rate
+
+
+def _is_plateau(state: object) -> bool:
+    return isinstance(state, optax.contrib.ReduceLROnPlateauState)

@@ -1,0 +1,155 @@
+"""Devices and hosts: the one file that says pmap.
+
+A step is written for one device; here it runs on all of them. State goes in and comes out without
+an axis for devices, so a checkpoint fits any number of them. Batches have one: [D, N / D, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from resnet_jax.errors import ConfigError
+
+AXIS = "batch"
+
+
+def data_parallel(
+    step: Callable[..., Any], devices: Sequence[jax.Device] | None = None
+) -> Callable[..., Any]:
+    """Runs a step(state, batch) -> (state, metrics) on all devices, each with its share.
+
+    The state is donated: its memory becomes the new state's. Whatever the step returns must be
+    equal on all devices (by `lax.pmean`), because only the first device's is seen.
+
+    Args:
+      step: A pure function that may use collectives over the axis "batch".
+      devices: Which; None: all.
+
+    Returns:
+      The compiled step; batches have a leading axis of local devices.
+
+    Example:
+      >>> from jax import lax
+      >>> def step(state, batch):
+      ...     return state + 1, lax.pmean(batch.mean(), AXIS)
+      >>> state, mean = data_parallel(step)(np.float32(0), shard(np.ones(8, np.float32)))
+      >>> float(state), float(mean)
+      (1.0, 1.0)
+    """
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        donate_argnums=(0,),
+        devices=devices,
+    )
+
+
+def data_parallel_sums(
+    step: Callable[..., Any], devices: Sequence[jax.Device] | None = None
+) -> Callable[..., Any]:
+    """Runs a step(variables, batch) -> sums on all devices; nothing is donated.
+
+    Args:
+      step: A pure function that sums over the axis "batch" by `lax.psum`.
+      devices: Which; None: all.
+
+    Returns:
+      The compiled step; batches have a leading axis of local devices.
+
+    Example:
+      >>> from jax import lax
+      >>> total = data_parallel_sums(lambda variables, batch: lax.psum(batch.sum(), AXIS))
+      >>> float(total(np.float32(0), shard(np.ones(8, np.float32))))
+      8.0
+    """
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+
+def shard(batch: Any, devices: int | None = None) -> Any:
+    """Splits a host's batch over its devices.
+
+    Args:
+      batch: Arrays [N, ...], N a multiple of the number of devices.
+      devices: How many; None: all of this host.
+
+    Returns:
+      Arrays [D, N / D, ...].
+
+    Example:
+      >>> shard({"labels": np.arange(8)})["labels"].shape[0] == jax.local_device_count()
+      True
+    """
+    devices = devices or jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch)
+
+
+def place(state: Any) -> Any:
+    """Puts a state on all devices, as the step gives it back: so one program fits every step.
+
+    Args:
+      state: NumPy arrays.
+
+    Returns:
+      Arrays of their own, which the step may take over.
+
+    Example:
+      >>> place({"step": np.int32(0)})["step"].is_fully_replicated
+      True
+    """
+    if jax.process_count() > 1:
+        return state
+    return jax.device_put(state, jax.NamedSharding(_mesh(), jax.P()))
+
+
+def _mesh() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+
+
+def put(batch: Any) -> Any:
+    """Splits a host's batch over its devices and starts to send it to them.
+
+    Called ahead of the step, so that the transfer runs beside the step before.
+
+    Args:
+      batch: Arrays [N, ...], N a multiple of the number of local devices.
+
+    Returns:
+      Arrays [D, N / D, ...] as the compiled step expects them.
+
+    Example:
+      >>> put(np.zeros((8, 2))).ndim
+      3
+    """
+    split = shard(batch)
+    if jax.process_count() > 1:  # there the step takes this host's arrays and sends them itself
+        return split
+    return jax.device_put(split, jax.NamedSharding(_mesh(), jax.P(AXIS)))
+
+
+def check_divisible(sizes: Mapping[str, int], parts: int = 1, why: str = "") -> None:
+    """Checks that global batches can be split over all devices.
+
+    Args:
+      sizes: Field names to global batch sizes.
+      parts: Number that each device's share must be a multiple of.
+      why: What that number comes from.
+
+    Raises:
+      ConfigError: Names the field, its value, and the nearest sizes that do.
+
+    Example:
+      >>> check_divisible({"train.batch_size": 64 * jax.device_count()})
+    """
+    unit = jax.device_count() * parts
+    for field, size in sizes.items():
+        if size % unit:
+            lower, upper = size // unit * unit, (size // unit + 1) * unit
+            nearest = f"{lower} or {upper}" if lower else str(upper)
+            what = f"{jax.device_count()} devices" + (f" x {parts} ({why})" if parts > 1 else "")
+            raise ConfigError(f"{field} = {size}: must be a multiple of {what}, such as {nearest}")

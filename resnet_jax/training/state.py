@@ -1,0 +1,113 @@
+"""Everything a run carries from step to step; all of it is in every checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.training.config import Config
+
+
+class LossScale(struct.PyTreeNode):
+    """Keeps float16 gradients from vanishing: the loss is multiplied, the gradients divided.
+
+    Args:
+      value: The factor; halved when a gradient overflows, doubled after 2,000 steps without.
+      good_steps: Steps since the last change.
+
+    Example:
+      >>> scale = LossScale.create()
+      >>> float(scale.update(jnp.array(False)).value)
+      32768.0
+    """
+
+    value: jax.Array
+    good_steps: jax.Array
+
+    @classmethod
+    def create(cls) -> LossScale:
+        """The scale of a new run, 2^16."""
+        return cls(jnp.float32(2.0**16), jnp.int32(0))
+
+    def update(self, finite: jax.Array) -> LossScale:
+        """After a step whose gradients were all finite, or not."""
+        grown = self.good_steps + 1 >= 2_000
+        value = jnp.where(finite, jnp.where(grown, self.value * 2, self.value), self.value / 2)
+        good_steps = jnp.where(finite & ~grown, self.good_steps + 1, 0)
+        return LossScale(jnp.maximum(value, 1.0), good_steps)
+
+
+class TrainState(struct.PyTreeNode):
+    """What a training step takes and gives.
+
+    Randomness and the position in the data are not here: both follow from seed and step.
+
+    Args:
+      step: Completed optimizer steps.
+      params: Of the model.
+      batch_stats: Its running statistics.
+      opt_state: Of the optimizer.
+      ema: Moving averages {"params", "batch_stats"}; {} without.
+      loss_scale: For float16; None otherwise.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: dict[str, Any]
+    loss_scale: LossScale | None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """{"params", "batch_stats"}, as the model applies them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    model: ResNet,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    channels: int,
+    initial: dict[str, Any] | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      model: The network.
+      optimizer: From `make_optimizer`.
+      config: The configuration of the run.
+      channels: Of the images.
+      initial: Variables to start from; None: random ones that follow from train.seed.
+
+    Returns:
+      A state of NumPy arrays, so that nothing but the step's own copies is ever donated.
+
+    Example:
+      >>> import resnet_jax as rj
+      >>> state = create_state(rj.ResNet20(), optax.sgd(0.1), Config(), channels=3)
+      >>> int(state.step), sorted(state.variables)
+      (0, ['batch_stats', 'params'])
+    """
+    if initial is None:
+        side = config.data.image_size
+        images = jnp.zeros((1, side, side, channels))
+        init = jax.jit(lambda key: model.init(key, images, train=False))
+        initial = init(jax.random.key(config.train.seed))
+    params, batch_stats = initial["params"], initial.get("batch_stats", {})
+    averaged = {"params": params, "batch_stats": batch_stats} if config.train.ema_decay else {}
+    state = TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        ema=averaged,
+        loss_scale=LossScale.create() if config.model.dtype == "float16" else None,
+    )
+    return jax.tree.map(lambda x: np.array(x), state)

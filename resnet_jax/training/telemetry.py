@@ -1,0 +1,231 @@
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from resnet_jax.training.config import Config
+
+Record = dict[str, Any]
+
+# Peak of dense bf16 matrix products in FLOP/s a chip, by what JAX calls it (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v2": 45e12,
+    "TPU v3": 123e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "Tesla T4": 65e12,
+    "Tesla V100-SXM2-16GB": 125e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, in the order of the steps.
+
+    Args:
+      path: The file.
+      completed_steps: Records past them are dropped: those steps are about to be taken again.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = MetricsFile(Path(folder, "metrics.jsonl"), completed_steps=0)
+      ...     file.write({"step": 1, "split": "train", "loss": 0.5})
+      ...     file.close()
+      ...     print(Path(folder, "metrics.jsonl").read_text().strip())
+      {"step": 1, "split": "train", "loss": 0.5}
+    """
+
+    def __init__(self, path: Path, completed_steps: int) -> None:
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _step(line) <= completed_steps]
+            if kept != lines:
+                partial = path.with_name(f".{path.name}.partial")
+                partial.write_text("".join(kept))
+                os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Adds a record; it is on its way to the disk when this returns."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _step(line: str) -> float:
+    """The step of a record; a line that was cut off counts as one past the end."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Telemetry:
+    """Takes the records of a run and tells them wherever the configuration says.
+
+    Args:
+      config: The configuration of the run.
+      workdir: Its folder; None: nothing is written (another process writes).
+      completed_steps: Steps that were done before this start.
+      total_steps: Steps of the whole run.
+      steps_per_epoch: May be a fraction.
+      stream: Where a person reads; the progress bar appears where it is a terminal.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path | None,
+        completed_steps: int,
+        total_steps: int,
+        steps_per_epoch: float,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._steps_per_epoch = steps_per_epoch
+        self._total = total_steps
+        self._stream = stream or sys.stderr
+        self._writers: list[Any] = []
+        self._bar: tqdm | None = None
+        self._start = time.monotonic()
+        self._completed = completed_steps
+        self._shows = workdir is not None
+        if workdir is None:
+            return
+        self._writers.append(MetricsFile(workdir / "metrics.jsonl", completed_steps))
+        if config.log.tensorboard:
+            self._writers.append(_TensorBoard(workdir / "tensorboard", completed_steps))
+        if config.log.wandb:
+            self._writers.append(_WeightsAndBiases(config, workdir))
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=completed_steps,
+                unit="step",
+                dynamic_ncols=True,
+                file=self._stream,
+            )
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to the number of completed steps."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def record(self, record: Record) -> None:
+        """Writes a record of "step", "split", loss, top1, ... and shows it."""
+        for writer in self._writers:
+            writer.write(record)
+        if not self._shows:
+            return
+        if record["split"] != "train":
+            self.say(_evaluation_line(record))
+        elif self._bar is not None:
+            epoch = record["step"] / self._steps_per_epoch
+            self._bar.set_description(f"epoch {epoch:.1f}", refresh=False)
+            self._bar.set_postfix_str(_values(record))
+        else:
+            self.say(self._progress_line(record))
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches."""
+        if not self._shows:
+            return
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Closes files and bar."""
+        if self._bar is not None:
+            self._bar.close()
+        for writer in self._writers:
+            writer.close()
+
+    def _progress_line(self, record: Record) -> str:
+        step = record["step"]
+        done = max(step - self._completed, 1)
+        left = (time.monotonic() - self._start) / done * (self._total - step)
+        return (
+            f"step {step}/{self._total}  epoch {step / self._steps_per_epoch:.1f}  "
+            f"{_values(record)}  {_duration(left)} left"
+        )
+
+
+def _values(record: Record) -> str:
+    text = f"loss {record['loss']:.3f}  top-1 {record['top1']:.1%}"
+    text += f"  {record['images_per_second']:,.0f} images/s"
+    return text + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")
+
+
+def _evaluation_line(record: Record) -> str:
+    name = record["split"] + (" (EMA)" if record.get("weights") == "ema" else "")
+    text = f"step {record['step']}  {name}: top-1 {record['top1']:.2%}"
+    return f"{text}  top-5 {record['top5']:.2%}  loss {record['loss']:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, completed_steps: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        # Records past `purge_step` are hidden: those steps are taken again.
+        self._writer = SummaryWriter(str(folder), purge_step=completed_steps + 1, flush_secs=10)
+
+    def write(self, record: Record) -> None:
+        name = record["split"] + ("_ema" if record.get("weights") == "ema" else "")
+        for key, value in record.items():
+            if isinstance(value, float):
+                self._writer.add_scalar(f"{name}/{key}", value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, config: Config, workdir: Path) -> None:
+        import dataclasses
+
+        import wandb
+
+        # The id of a workdir is its name, so that a resumed run goes on where it was.
+        name = workdir.absolute().name
+        self._run = wandb.init(
+            project=config.log.wandb,
+            id=name,
+            name=name,
+            dir=str(workdir),
+            config=dataclasses.asdict(config),
+            resume="allow",
+        )
+
+    def write(self, record: Record) -> None:
+        name = record["split"] + ("_ema" if record.get("weights") == "ema" else "")
+        values = {f"{name}/{k}": v for k, v in record.items() if isinstance(v, float)}
+        self._run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,631 @@
+"""Sources: the digits, TFDS data sets without TensorFlow, folders of images; all their mistakes."""
+
+import concurrent.futures
+import errno
+import importlib.util
+import io
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from resnet_jax.data import digits, folders, prepare, tfds_files
+from resnet_jax.data.sources import open_source
+from resnet_jax.errors import DataError
+
+
+def encoded(array, kind="JPEG"):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind)
+    return file.getvalue()
+
+
+def pixels(image):
+    with Image.open(io.BytesIO(image)) as opened:
+        return np.asarray(opened)
+
+
+def message(*args, call=open_source, **kwargs):
+    """The text of the DataError that a call raises: one line always."""
+    with pytest.raises(DataError) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    return text
+
+
+# --- The digits -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("digits"))
+    prepare.prepare("digits", folder)
+    return folder
+
+
+def test_digits_equal_scikit_learns(digits_dir):
+    train, test = (open_source("digits", split, digits_dir) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1437, 360)
+    found = [(pixels(image).tobytes(), label) for part in (train, test) for image, label in part]
+    original = load_digits()
+    scaled = np.rint(original.images / 16 * 255).astype(np.uint8)
+    expected = [(image.tobytes(), int(label)) for image, label in zip(scaled, original.target)]
+    assert sorted(found) == sorted(expected)
+    assert (scaled.min(), scaled.max()) == (0, 255)
+
+
+def test_digits_are_described(digits_dir):
+    source = open_source("digits", "test", digits_dir)
+    assert source.class_names == tuple("0123456789")
+    assert (source.num_classes, source.channels, source.image_shape) == (10, 1, (8, 8))
+    assert source.image_name(7) == "test[7]"
+
+
+def test_digits_splits_hold_every_class_alike():
+    for images, labels in digits.load().values():
+        assert images.shape[1:] == (8, 8)
+        counts = np.bincount(labels, minlength=10)
+        assert counts.max() - counts.min() <= 0.06 * len(labels) / 10 + 2
+
+
+def test_digits_splits_stay_the_same():
+    """Accuracies on the test split are compared from release to release."""
+    sums = {name: zlib.crc32(images.tobytes()) for name, (images, _) in digits.load().items()}
+    assert sums == {"train": 892334940, "test": 2824193226}
+
+
+def test_parts_of_a_split_are_disjoint_and_whole(digits_dir):
+    first, rest = (
+        list(open_source("digits", part, digits_dir)) for part in ("train[:90%]", "train[90%:]")
+    )
+    assert len(first) == 1293
+    assert first + rest == list(open_source("digits", "train", digits_dir))
+    assert len(open_source("digits", "train[:100]+test", digits_dir)) == 460
+
+
+def test_indices_are_those_of_a_sequence(digits_dir):
+    source = open_source("digits", "test", digits_dir)
+    assert source[-1] == source[359] == source[np.int64(359)]
+    assert isinstance(source[0][1], int)
+    for index in (360, -361):
+        with pytest.raises(IndexError, match="of 360"):
+            source[index]
+
+
+def test_digits_prepare_themselves_once(tmp_path):
+    open_source("digits", "test", str(tmp_path))
+    info = tmp_path / "digits" / "1.0.0" / "dataset_info.json"
+    before = info.stat().st_mtime_ns
+    open_source("digits", "train", str(tmp_path))
+    assert info.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("lost", ["dataset_info.json", "digits-test.array_record-00000-of-00001"])
+def test_an_interrupted_prepare_is_redone(digits_dir, tmp_path, lost):
+    shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "digits" / "1.0.0" / lost).unlink()
+    (tmp_path / "digits" / "incomplete.ABCDEF_1.0.0").mkdir()
+    assert len(open_source("digits", "test", str(tmp_path))) == 360
+
+
+def test_two_processes_may_prepare_the_digits(tmp_path, monkeypatch):
+    real = digits.prepare
+
+    def lose_the_race(root):
+        real(root)  # the other process
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(digits, "prepare", lose_the_race)
+    assert len(open_source("digits", "test", str(tmp_path))) == 360
+
+
+def test_digits_without_a_place_or_scikit_learn(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    text = message("digits", "train", str(tmp_path / "file"))
+    assert f"data.data_dir = '{tmp_path / 'file'}': cannot write the digits" in text
+
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    text = message("digits", "train", str(tmp_path / "other"))
+    assert text == "data.name = 'digits': needs scikit-learn: pip install scikit-learn"
+
+
+def test_nothing_imports_tensorflow(digits_dir):
+    code = f"""
+import sys
+import resnet_jax, resnet_jax.data.sources, resnet_jax.data.prepare
+assert "tensorflow_datasets" not in sys.modules
+import tensorflow_datasets.core.registered as registered
+before = set(registered._DATASET_REGISTRY)
+source = resnet_jax.data.sources.open_source("digits", "train", {digits_dir!r})
+source[0]
+resnet_jax.data.prepare.prepare("digits", {digits_dir!r})
+import resnet_jax.data.digits
+assert set(registered._DATASET_REGISTRY) == before
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- TFDS -----------------------------------------------------------------------------------
+
+PHOTOS = [
+    np.random.default_rng(seed).integers(0, 256, (6 + seed % 3, 9, 3), np.uint8)
+    for seed in range(12)
+]
+
+
+class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """JPEGs of several sizes, other names of features, a mask beside the image, unlabelled ones."""
+
+    VERSION = tfds.core.Version("1.2.0")
+
+    def _info(self):
+        features = {
+            "mask": tfds.features.Image(shape=(None, None, 1)),
+            "photo": tfds.features.Image(),
+            "kind": tfds.features.ClassLabel(names=["cat", "dog", "eel"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("photo", "kind"),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(0), "unlabelled": self._generate_examples(-1)}
+
+    def _generate_examples(self, sign):
+        for key, photo in enumerate(PHOTOS):
+            label = sign if sign < 0 else key % 3
+            yield key, {"mask": b"not an image", "photo": encoded(photo), "kind": label}
+
+
+class Vectors(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"vector": np.float32})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"vector": np.float32(1)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    for builder in (Photos, Vectors):
+        builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return folder
+
+
+@pytest.fixture
+def photos_dir(prepared, tmp_path):
+    """A copy of the prepared data sets that a test may damage."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_tfds_gives_the_bytes_as_stored(prepared):
+    source = open_source("tfds:photos", "train", str(prepared))
+    expected = [(encoded(photo), key % 3) for key, photo in enumerate(PHOTOS)]
+    assert sorted(source) == sorted(expected)
+    assert source.class_names == ("cat", "dog", "eel")
+    assert (source.channels, source.image_shape) == (3, None)
+    assert list(open_source("tfds:photos:1.2.0", "train", str(prepared))) == list(source)
+
+
+def test_tfds_takes_the_highest_version(photos_dir):
+    folder = photos_dir / "photos"
+    for version in ("1.10.0", "1.9.0"):
+        shutil.copytree(folder / "1.2.0", folder / version)
+    assert tfds_files.find_prepared("photos", str(photos_dir)).name == "1.10.0"
+    assert tfds_files.find_prepared("photos:1.9.0", str(photos_dir)).name == "1.9.0"
+
+
+def test_tfds_default_folder(prepared, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(prepared))
+    assert len(open_source("tfds:photos", "train")) == 12
+
+
+def test_tfds_reads_from_threads(digits_dir):
+    source = open_source("digits", "train", digits_dir)
+    expected = list(source)
+    source = pickle.loads(pickle.dumps(source))  # noqa: S301 - with no reader open yet
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.__getitem__, range(len(source)))) == expected
+
+
+def test_tfds_names_that_are_not_there(prepared):
+    place = str(prepared)
+    assert message("tfds:cifar10", "train", place) == (
+        f"data.name = 'tfds:cifar10': not prepared in data.data_dir = '{place}'; run: "
+        f"python -m resnet_jax prepare cifar10 --data_dir={place}"
+    )
+    assert "did you mean cifar10" in message("tfds:cifar1O", "train", place)
+    text = message("tfds:photos:9.0.0", "train", place)
+    assert "no version 9.0.0" in text
+    assert "only 1.2.0" in text
+    for name in ("tfds:", "cifar10", "", "folder:"):
+        text = message(name, "train", place)
+        assert text.startswith(f"data.name = {name!r}: must be digits, tfds:NAME[:VERSION]")
+
+
+def test_tfds_configurations(photos_dir):
+    shutil.move(photos_dir / "photos", photos_dir / "base")
+    shutil.move(photos_dir / "base", photos_dir / "photos" / "small")
+    assert "choose one, such as tfds:photos/small" in message("tfds:photos", "train", photos_dir)
+    assert len(open_source("tfds:photos/small", "train", str(photos_dir))) == 12
+
+
+@pytest.mark.parametrize(
+    "split", ["trian", "train[", "train[:200%]", "train[:0]", "", "validation"]
+)
+def test_tfds_splits_that_are_not_there(prepared, split):
+    text = message("tfds:photos", split, str(prepared))
+    assert text.startswith(f"data.eval_split = {split!r}: ")
+    assert "its splits: train, unlabelled" in text
+    text = message("tfds:photos", split, str(prepared), train_split=split)
+    assert text.startswith(f"data.train_split = {split!r}: ")
+
+
+def test_tfds_data_sets_that_cannot_train(prepared):
+    assert "no image with one label (its features: vector)" in message(
+        "tfds:vectors", "train", str(prepared)
+    )
+    assert "has no label (-1); choose another split" in message(
+        "tfds:photos", "unlabelled", str(prepared)
+    )
+
+
+def test_tfds_half_prepared(photos_dir):
+    folder = photos_dir / "photos"
+    (folder / "1.2.0" / "photos-train.array_record-00000-of-00001").unlink()
+    text = message("tfds:photos", "train", str(photos_dir))
+    assert "half-prepared: 1 files of split train are missing" in text
+    shutil.move(folder / "1.2.0", folder / "incomplete.ABCDEF_1.2.0")
+    text = message("tfds:photos", "train", str(photos_dir))
+    assert "half-prepared in data.data_dir" in text
+    assert "python -m resnet_jax prepare photos" in text
+
+
+@pytest.mark.parametrize("size", [0, 100, 65536])
+def test_tfds_files_that_were_cut_off(photos_dir, size):
+    path = photos_dir / "photos" / "1.2.0" / "photos-train.array_record-00000-of-00001"
+    path.write_bytes(path.read_bytes()[:size])
+    text = message("tfds:photos", "train", str(photos_dir))
+    assert "train[0] of" in text
+    assert "the file is damaged" in text
+
+
+def test_tfds_description_that_is_damaged(photos_dir):
+    (photos_dir / "photos" / "1.2.0" / "dataset_info.json").write_text("{")
+    text = message("tfds:photos", "train", str(photos_dir))
+    assert text.startswith("data.name = 'tfds:photos': cannot read its description")
+    again = message("photos", str(photos_dir), call=prepare.prepare)
+    assert again.startswith(text[:55])
+
+
+def test_tfds_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    assert "pip install tensorflow-datasets" in message("tfds:photos", "train")
+
+
+# --- Preparing ------------------------------------------------------------------------------
+
+
+def to_tfrecord(folder):
+    """Turns a prepared data set into what TFDS writes with TensorFlow."""
+    info = tfds.builder_from_directory(folder).info
+    for split in info.splits.values():
+        (path,) = split.filepaths
+        raw = tfds.builder_from_directory(folder).as_data_source(
+            split.name, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        frames = [struct.pack("<QI", len(each), 0) + each + b"crc." for each in raw]
+        path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(b"".join(frames))
+        path.unlink()
+    description = folder / "dataset_info.json"
+    description.write_text(description.read_text().replace('"array_record"', '"tfrecord"'))
+
+
+def test_prepare_converts_tfrecord(photos_dir):
+    place, folder = str(photos_dir), photos_dir / "photos" / "1.2.0"
+    before = open_source("tfds:photos", "train", place)
+    expected = list(before)
+    to_tfrecord(folder)
+    text = message("tfds:photos", "train", place)
+    assert "prepared as tfrecord" in text
+    assert f"python -m resnet_jax prepare photos --data_dir={place}" in text
+
+    prepare.prepare("tfds:photos", place)
+    after = open_source("tfds:photos", "train", place)
+    assert list(after) == expected
+    assert after.fingerprint == before.fingerprint
+    assert len(list(folder.glob("*.tfrecord-*"))) == 2
+    prepare.prepare("photos", place)  # nothing left to do
+    for path in folder.glob("*.tfrecord-*"):  # as the docstring allows
+        path.unlink()
+    assert list(open_source("tfds:photos", "train", place)) == expected
+    assert not list(folder.glob("incomplete*"))
+
+
+def test_prepare_goes_on_with_a_conversion(photos_dir):
+    folder = photos_dir / "photos" / "1.2.0"
+    to_tfrecord(folder)
+    whole = folder / "photos-unlabelled.tfrecord-00000-of-00001"
+    content = whole.read_bytes()
+    for cut in (content[:-5], content[:7], content + b"123", content[: len(content) // 12]):
+        whole.write_bytes(cut)
+        assert "damaged" in message("photos", str(photos_dir), call=prepare.prepare)
+        assert "tfrecord" in message("tfds:photos", "train", str(photos_dir))
+    assert not list(folder.glob("incomplete*"))
+    whole.write_bytes(content)
+    done = (folder / "photos-train.array_record-00000-of-00001").stat().st_mtime_ns
+    prepare.prepare("photos", str(photos_dir))
+    assert (folder / "photos-train.array_record-00000-of-00001").stat().st_mtime_ns == done
+    assert len(open_source("tfds:photos", "train", str(photos_dir))) == 12
+
+
+def test_prepare_counts_the_examples(photos_dir):
+    folder = photos_dir / "photos" / "1.2.0"
+    to_tfrecord(folder)
+    path = folder / "photos-train.tfrecord-00000-of-00001"
+    content = path.read_bytes()
+    (first,) = struct.unpack_from("<Q", content)
+    path.write_bytes(content[12 + first + 4 :])
+    assert "holds 11 examples, not 12" in message("photos", photos_dir, call=prepare.prepare)
+    path.unlink()
+    assert "lacks 1 files" in message("photos", str(photos_dir), call=prepare.prepare)
+
+
+def test_prepare_needs_tensorflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    text = message("cifar10", str(tmp_path), call=prepare.prepare)
+    assert text == (
+        "data.name = 'tfds:cifar10': TFDS needs TensorFlow to prepare it (never to read it): "
+        "pip install '.[prepare]'"
+    )
+
+
+@pytest.mark.parametrize("name", ["no_such_set", "folder:/images", "no_such_set:1.0.0"])
+def test_prepare_unknown_names(tmp_path, name):
+    assert message(name, str(tmp_path), call=prepare.prepare).startswith("data.name = ")
+
+
+def test_prepare_wants_imagenets_archives_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    text = message("imagenet2012", str(tmp_path), call=prepare.prepare)
+    assert f"manual_dir = '{tmp_path}/downloads/manual'" in text
+    assert "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar" in text
+    assert "image-net.org" in text
+    (tmp_path / "ILSVRC2012_img_train.tar").touch()
+    text = message("imagenet2012:5.1.0", str(tmp_path), str(tmp_path), call=prepare.prepare)
+    assert "': ILSVRC2012_img_val.tar must be there" in text
+
+
+class Failing:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, name, **settings):
+        assert settings["file_format"] == "array_record"
+        return self
+
+    def download_and_prepare(self, download_config):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "start", "part"),
+    [
+        (ConnectionError("no\nroute"), "data.name = 'tfds:cifar10'", "ConnectionError: no route"),
+        (AssertionError(), "data.name = 'tfds:cifar10'", "(AssertionError: AssertionError)"),
+        (OSError(errno.ENOSPC, "No space left", "/d/x"), "data.data_dir = ", "cannot write /d/x"),
+        (PermissionError(errno.EACCES, "Permission denied"), "data.data_dir = ", "denied"),
+        (RuntimeError("write: No space left on device"), "data.data_dir = ", "No space left"),
+        (OSError("Not enough disk space. Needed: 1 GiB"), "data.data_dir = ", "Needed: 1 GiB"),
+    ],
+)
+def test_prepare_explains_failures(tmp_path, monkeypatch, error, start, part):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tfds, "builder", Failing(error))
+    text = message("cifar10", str(tmp_path), call=prepare.prepare)
+    assert text.startswith(start)
+    assert part in text
+
+
+# --- Folders --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two splits of two classes, with things beside them that are not images."""
+    root = tmp_path / "images"
+    for split, count in (("train", 3), ("test", 2)):
+        for kind in ("cat", "dog"):
+            folder = root / split / kind
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.jpg").write_bytes(encoded(PHOTOS[number]))
+            (folder / ".hidden.jpg").touch()
+            (folder / "notes.txt").touch()
+    (root / "train" / ".cache").mkdir()
+    (root / "train" / "dog" / "3.PNG").write_bytes(encoded(PHOTOS[3], "PNG"))
+    (root / "train" / "README").touch()
+    return root
+
+
+def test_folder_order_and_labels(images):
+    source = open_source(f"folder:{images}", "train")
+    assert source.class_names == ("cat", "dog")
+    names = [source.image_name(index) for index in range(len(source))]
+    expected = ["cat/0.jpg", "cat/1.jpg", "cat/2.jpg"]
+    expected += ["dog/0.jpg", "dog/1.jpg", "dog/2.jpg", "dog/3.PNG"]
+    assert names == [str(images / "train" / each) for each in expected]
+    assert [label for _, label in source] == [0, 0, 0, 1, 1, 1, 1]
+    assert source[-1] == (encoded(PHOTOS[3], "PNG"), 1)
+    assert (source.num_classes, source.channels, source.image_shape) == (2, 3, None)
+
+
+def test_folder_suffixes(images):
+    for suffix in ("jpeg", "webp", "bmp", "JPG"):
+        (images / "test" / "cat" / f"more.{suffix}").write_bytes(b"image")
+    assert len(open_source(f"folder:{images}", "test")) == 8
+
+
+def test_folder_of_grey_images(images):
+    for number in range(2):
+        path = images / "test" / "cat" / f"{number}.jpg"
+        path.write_bytes(encoded(PHOTOS[number][..., 0]))
+    assert open_source(f"folder:{images}", "test").channels == 3  # the dogs have colours
+    for number in range(2):
+        path = images / "test" / "dog" / f"{number}.jpg"
+        path.write_bytes(encoded(PHOTOS[number][..., 0]))
+    assert open_source(f"folder:{images}", "test").channels == 1
+    (images / "test" / "dog" / "0.jpg").write_bytes(b"damaged")
+    assert open_source(f"folder:{images}", "test").channels == 1
+    (images / "test" / "cat" / "0.jpg").write_bytes(b"damaged")
+    assert "can be opened" in message(f"folder:{images}", "test")
+
+
+def test_folder_under_home(images, monkeypatch):
+    monkeypatch.setenv("HOME", str(images.parent))
+    assert len(open_source("folder:~/images", "test")) == 4
+    monkeypatch.chdir(images.parent)
+    source = open_source("folder:images", "test")
+    monkeypatch.chdir("/")
+    assert source[0][1] == 0
+
+
+def test_folder_splits_that_are_not_there(images):
+    text = message(f"folder:{images}", "validation")
+    assert text.startswith("data.eval_split = 'validation'")
+    assert text.endswith("it has: test, train")
+    text = message(f"folder:{images}", "train[:90%]", train_split="train[:90%]")
+    assert text.startswith("data.train_split = 'train[:90%]'")
+    assert "a part of a folder cannot be chosen" in text
+    for split in ("", "."):
+        assert "it has: test, train" in message(f"folder:{images}", split)
+
+
+def test_folder_that_is_no_data_set(images, tmp_path):
+    assert "is not a folder" in message(f"folder:{tmp_path}/nowhere", "train")
+    assert "is not a folder" in message(f"folder:{images}/train/README", "train")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    assert "has no class folders" in message(f"folder:{tmp_path}/empty", "train")
+    (tmp_path / "empty" / "train").rmdir()
+    assert "has no folders" in message(f"folder:{tmp_path}/empty", "train")
+
+
+def test_folder_needs_two_classes_with_images(images):
+    shutil.rmtree(images / "train" / "cat")
+    text = message(f"folder:{images}", "train")
+    assert "has one class, dog; needs two" in text
+    (images / "train" / "cat").mkdir()
+    text = message(f"folder:{images}", "train")
+    assert f"class folder {images}/train/cat has no images (.jpg, .jpeg" in text
+
+
+def test_folder_classes_are_those_of_the_train_split(images):
+    shutil.copytree(images / "test" / "cat", images / "test" / "eel")
+    text = message(f"folder:{images}", "test")
+    assert text.startswith("data.eval_split = 'test': has 1 classes more than data.train_split")
+    assert "(eel)" in text
+    shutil.rmtree(images / "test" / "eel")
+    shutil.rmtree(images / "test" / "cat")
+    assert "1 classes fewer than" in message(f"folder:{images}", "test")
+    assert "has one class" in message(f"folder:{images}", "test", train_split="training")
+
+
+def test_folder_that_cannot_be_read(images, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(folders.os, "scandir", refuse)
+    assert "cannot read" in message(f"folder:{images}", "train")
+    monkeypatch.undo()
+    monkeypatch.setattr(folders.os, "listdir", refuse)
+    assert "Permission denied" in message(f"folder:{images}", "train")
+
+
+def test_folder_file_that_vanished(images):
+    source = open_source(f"folder:{images}", "train")
+    path = images / "train" / "cat" / "1.jpg"
+    path.unlink()
+    text = message(1, call=source.__getitem__)
+    assert text == f"cannot read {path}: No such file or directory"
+
+
+# --- All ------------------------------------------------------------------------------------
+
+
+def test_sources_pickle(prepared, images):
+    for source in (
+        open_source("tfds:photos", "train", str(prepared)),
+        open_source(f"folder:{images}", "train"),
+    ):
+        pickled = pickle.dumps(source)
+        assert len(pickled) < 2000
+        again = pickle.loads(pickled)  # noqa: S301
+        assert again.image_name(2) == source.image_name(2)
+        assert list(again) == list(source)
+        for name in ("class_names", "channels", "image_shape", "fingerprint"):
+            assert getattr(again, name) == getattr(source, name)
+
+
+def test_sources_pickle_into_another_process(prepared, tmp_path):
+    source = open_source("tfds:photos", "train", str(prepared))
+    (tmp_path / "source.pickle").write_bytes(pickle.dumps(source))
+    code = (
+        "import pickle, sys; source = pickle.load(open(sys.argv[1], 'rb'));"
+        "assert 'tensorflow' not in sys.modules; print(len(source), source[3][1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "source.pickle"], capture_output=True, text=True
+    )
+    assert done.stdout == f"12 {source[3][1]}\n", done.stderr
+
+
+def test_fingerprints_tell_data_apart(digits_dir, prepared, images):
+    folder = f"folder:{images}"
+    seen = {
+        open_source("digits", "train", digits_dir).fingerprint,
+        open_source("digits", "test", digits_dir).fingerprint,
+        open_source("digits", "train[:50%]", digits_dir).fingerprint,
+        open_source("tfds:photos", "train", str(prepared)).fingerprint,
+        open_source(folder, "train").fingerprint,
+        open_source(folder, "test").fingerprint,
+    }
+    assert len(seen) == 6
+    assert all(len(each) == 16 and int(each, 16) >= 0 for each in seen)
+
+
+def test_fingerprint_of_a_folder_follows_its_files(images, tmp_path):
+    first = open_source(f"folder:{images}", "train").fingerprint
+    copy = tmp_path / "copy"
+    shutil.copytree(images, copy)
+    assert open_source(f"folder:{copy}", "train").fingerprint == first
+    (copy / "train" / "cat" / "notes.txt").write_text("not an image")
+    assert open_source(f"folder:{copy}", "train").fingerprint == first
+    with open(copy / "train" / "cat" / "1.jpg", "ab") as file:
+        file.write(b"!")
+    longer = open_source(f"folder:{copy}", "train").fingerprint
+    os.rename(copy / "train" / "cat" / "1.jpg", copy / "train" / "cat" / "4.jpg")
+    renamed = open_source(f"folder:{copy}", "train").fingerprint
+    assert len({first, longer, renamed}) == 3

@@ -1,0 +1,67 @@
+"""Measures are exact: the same at any batch size and number of devices, each image once."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import resnet_jax as rj
+from resnet_jax.data.augment import normalize
+from resnet_jax.data.loader import MemoryImages, evaluation_batches
+from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
+from resnet_jax.training import parallel
+from resnet_jax.training.config import Augment
+
+
+@functools.cache
+def setting():
+    model = rj.ResNet(
+        stage_sizes=(1,),
+        stage_widths=(8,),
+        block_cls=rj.BasicBlock,
+        stem_cls=rj.CifarStem,
+        num_classes=10,
+    )
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (37, 8, 8, 3), dtype=np.uint8)
+    labels = rng.integers(0, 10, 37).astype(np.int32)
+    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)), train=False)
+    return model, MemoryImages(images, labels), variables
+
+
+@functools.cache
+def expected():
+    model, data, variables = setting()
+    logits = np.asarray(
+        model.apply(variables, normalize(data.images, Augment()), train=False), np.float64
+    )
+    own = logits[np.arange(37), data.labels]
+    rank = (logits >= own[:, None]).sum(1)
+    loss = np.log(np.exp(logits).sum(1)) - own
+    return {
+        "images": 37,
+        "loss": loss.mean(),
+        "top1": (rank <= 1).mean(),
+        "top5": (rank <= 5).mean(),
+    }
+
+
+@pytest.mark.parametrize("size", [8, 16, 40, 64])
+def test_any_batch_size(size):
+    model, data, variables = setting()
+    step = parallel.data_parallel_sums(make_evaluation_step(model, Augment()))
+    found = evaluate(step, variables, evaluation_batches(data, size))
+    assert found.keys() == expected().keys()
+    for name, value in expected().items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6)
+
+
+def test_padding_may_be_anything():
+    """Images that only fill the last batch count nothing, even where the network gives NaN."""
+    model, data, variables = setting()
+    broken = MemoryImages(data.images[:3], data.labels[:3])
+    step = parallel.data_parallel_sums(make_evaluation_step(model, Augment()))
+    found = evaluate(step, variables, evaluation_batches(broken, 8))
+    assert found["images"] == 3
+    assert np.isfinite(found["loss"])

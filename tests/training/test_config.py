@@ -1,0 +1,138 @@
+"""Configurations are checked before anything else, and every recipe passes."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import get_type_hints
+
+import pytest
+
+from resnet_jax import cli
+from resnet_jax.errors import ConfigError
+from resnet_jax.training import config as c
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.py"))
+
+
+def changed(name, value):
+    section, field = name.split(".")
+    config = c.Config()
+    setattr(getattr(config, section), field, value)
+    return config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe):
+    config, workdir = cli.parse_train_flags([f"--config={CONFIGS / recipe}"])
+    c.check(config)
+    assert workdir == pathlib.Path("runs") / recipe.removesuffix(".py")
+    text = (CONFIGS / recipe).read_text()
+    for part in ("Command: ", "Hardware: ", "Expected"):
+        assert part in text.split('"""')[1]
+
+
+@pytest.mark.parametrize("recipe", ["cifar10", "cifar100", "fashion_mnist"])
+@pytest.mark.parametrize("model", ["resnet20", "resnet56", "resnet110", "plain20", "plain56"])
+def test_models_of_a_recipe(recipe, model):
+    config, workdir = cli.parse_train_flags([f"--config={CONFIGS / recipe}.py:{model}"])
+    c.check(config)
+    assert config.model.name == model
+    assert workdir.name == f"{recipe}-{model}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("model.name", "resnet5O", "did you mean"),
+        ("model.num_classes", -1, "0 or more"),
+        ("model.dtype", "float8", "float32, bfloat16, float16"),
+        ("model.shortcut", "E", "A, B, C, D, none"),
+        ("model.bn_sync", "some", "none, all, group"),
+        ("model.bn_group_size", 2, "bn_sync = 'group'"),
+        ("model.zero_init_residual", "yes", "of type bool"),
+        ("data.name", "imagenet", "tfds:NAME"),
+        ("data.channels", 2, "1 or 3"),
+        ("data.image_size", 0, "1 or more"),
+        ("data.crop", "five", "center, random_resized, scale_jitter"),
+        ("data.crop_area", (0.5, 0.1), "smaller first"),
+        ("data.crop_area", (0.5, 1.5), r"\(0, 1\]"),
+        ("data.crop_ratio", (1.0,), "two positive numbers"),
+        ("data.eval_resize", 8, "not be less than the evaluated side"),
+        ("data.memory_gib", -1.0, "0 or more"),
+        ("augment.hue", 0.7, r"\[0, 0.5\]"),
+        ("augment.std", (0.2, 0.2, 0.2), "as many numbers as augment.mean"),
+        ("augment.std", (0.0,), "positive"),
+        ("optimizer.name", "adam", "sgd, lars, lamb, adamw"),
+        ("optimizer.momentum", 1.0, r"\[0, 1\)"),
+        ("optimizer.learning_rate", float("nan"), "of type float"),
+        ("schedule.boundaries", (0.7, 0.5), "growing shares"),
+        ("schedule.warmup_epochs", 99.0, "not be more than train.epochs"),
+        ("loss.name", "l1", "softmax, bce"),
+        ("train.epochs", 0.0, "more than 0"),
+        ("train.batch_size", 1.5, "of type int"),
+        ("train.batch_size", True, "of type int"),
+        ("train.seed", -1, r"\[0, 2\^31\)"),
+        ("checkpoint.keep", 0, "1 or more"),
+        ("log.profile", "15:10", "FIRST:LAST"),
+    ],
+)
+def test_a_fault_names_field_value_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ConfigError, match=rf"{name} = {re.escape(repr(value))}: .*{allowed}"):
+        c.check(changed(name, value))
+
+
+def test_all_faults_at_once():
+    config = c.Config(train=c.Train(epochs=-1.0, accumulate=0), data=c.Data(crop="five"))
+    with pytest.raises(ConfigError) as caught:
+        c.check(config)
+    for name in ("train.epochs", "train.accumulate", "data.crop"):
+        assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_field_is_documented():
+    for part in dataclasses.fields(c.Config):
+        section = part.default_factory
+        documented = re.findall(r"^  +(\w+): ", section.__doc__, re.MULTILINE)
+        assert [name for name in documented if name in get_type_hints(section)] == [
+            field.name for field in dataclasses.fields(section)
+        ]
+
+
+def test_differences_survive_json():
+    config = c.Config()
+    stored = json.loads(c.to_json(config))
+    assert c.differences(config, stored) == []
+    config.log.every_steps = 7  # changes no result
+    config.data.threads = 1
+    assert c.differences(config, stored) == []
+    config.augment.mean = (0.1,)
+    assert c.differences(config, stored) == ["augment.mean: [0.5] -> [0.1]"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.trian.epochs=3", r"unknown field 'trian\.epochs'.*'train\.epochs'"),
+        ("--config=nope.py", r"--config=nope\.py: no such file; there are configs/"),
+        ("--config.train.epochs=abc", "train.epochs=abc"),
+        ("--config.train.batch_size=1.5", "train.batch_size=1.5"),
+        ("--config.augment.flip=maybe", "augment.flip=maybe"),
+        ("--wrkdir=x", "workdir"),
+        ("epochs=3", "--config.FIELD=VALUE"),
+    ],
+)
+def test_bad_flags_end_with_one_line(flag, message, capsys):
+    assert cli.main(["train", flag]) == 2
+    captured = capsys.readouterr()
+    assert re.search(rf"^error: .*{message}", captured.err)
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_help_lists_every_field(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--config.{name}=" in printed for name in c.to_flat(c.Config()))

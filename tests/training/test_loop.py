@@ -1,0 +1,268 @@
+"""Whole runs on the digits: what they write, how they go on, how they fail."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import resnet_jax as rj
+from resnet_jax import cli
+from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
+from resnet_jax.training import config as c
+from resnet_jax.training.checkpoint import Checkpoints, load_variables
+from resnet_jax.training.loop import train
+from resnet_jax.training.state import TrainState
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def configuration(**changes):
+    """Six steps of a small network on digits of 8x8 pixels, evaluated twice."""
+    config = c.Config(
+        model=c.Model(name="resnet20"),
+        data=c.Data(name="digits", image_size=8, threads=2),
+        augment=c.Augment(pad=1, rotate=5.0),
+        train=c.Train(steps=6, batch_size=48, ema_decay=0.5),
+        evaluate=c.Evaluate(every_epochs=3 * 48 / 1437),
+        log=c.Log(every_steps=2, tensorboard=False),
+    )
+    for name, value in changes.items():
+        section, field = name.split("__")
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run without interruption."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, train(configuration(), workdir)
+
+
+def test_what_a_run_writes(straight):
+    workdir, result = straight
+    assert result.steps == 6
+    found = records(workdir)
+    training = [record for record in found if record["split"] == "train"]
+    assert [record["step"] for record in training] == [2, 3, 4, 6]
+    for record in training:
+        assert record.keys() >= {
+            "loss",
+            "top1",
+            "top5",
+            "learning_rate",
+            "epoch",
+            "images_per_second",
+        }
+    evaluated = [(r["step"], r.get("weights")) for r in found if r["split"] == "test"]
+    assert evaluated == [(3, None), (3, "ema"), (6, None), (6, "ema")]
+    assert found[-1]["images"] == 360
+    assert result.metrics["top1"] == found[-1]["top1"]
+    assert 0 <= found[-1]["top1"] <= found[-1]["top5"] <= 1
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored == json.loads(c.to_json(configuration()))
+    assert (workdir / "checkpoints" / "6").is_dir()
+
+
+def test_a_workdir_is_a_weight_file(straight):
+    workdir, _ = straight
+    model = rj.ResNet20()
+    variables = rj.load_weights(model, workdir)
+    name, stored = load_variables(workdir)
+    assert name == "resnet20"
+    chex.assert_trees_all_equal(variables, stored)
+    other = rj.load_weights(rj.ResNet20(num_classes=3), workdir, reset_head=True)
+    chex.assert_shape(other["params"]["head"]["kernel"], (64, 3))
+    with pytest.raises(rj.WeightsError, match="not this model's"):
+        rj.load_weights(rj.ResNet32(), workdir)
+
+
+def state_of(workdir):
+    checkpoints = Checkpoints(workdir)
+    state = checkpoints._manager.restore(checkpoints.latest)
+    checkpoints.close()
+    return state
+
+
+def without_times(found):
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in found]
+
+
+def stop_after(monkeypatch, steps):
+    """Sends this process SIGTERM when a number of steps is done."""
+    from resnet_jax.training import loop
+
+    add = loop._Recorder.add
+
+    def adding(self, done, metrics):
+        add(self, done, metrics)
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Recorder, "add", adding)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(StoppedError, match=f"after step {steps}"):
+            train(configuration(), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # as after a kill: records of lost steps
+        file.write('{"step": 99, "split": "train", "loss": 1.0}\n{"step": 5, "spl')
+    result = train(configuration(), tmp_path)
+    assert result.metrics == straight[1].metrics
+    chex.assert_trees_all_equal(state_of(tmp_path), state_of(straight[0]))
+    found, expected = records(tmp_path), records(straight[0])
+    assert without_times(found[-2:]) == without_times(expected[-2:])
+    steps_seen = [record["step"] for record in found if record["split"] == "train"]
+    assert steps_seen == sorted(set(steps_seen))
+
+
+def test_a_finished_run_is_only_evaluated(straight):
+    workdir, result = straight
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train(configuration(), workdir).metrics == result.metrics
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_another_configuration_is_refused_unless_allowed(straight):
+    workdir, _ = straight
+    before = (workdir / "config.json").read_text()
+    changed = configuration(train__seed=1, optimizer__momentum=0.5)
+    message = r"optimizer\.momentum: 0\.9 -> 0\.5; train\.seed: 0 -> 1"
+    with pytest.raises(ConfigError, match=message):
+        train(changed, workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_a_workdir_of_another_model(straight, tmp_path):
+    workdir, _ = straight
+    changed = configuration(model__name="resnet32", checkpoint__allow_change=True)
+    shutil.copytree(workdir, tmp_path / "copy")
+    with pytest.raises(ConfigError, match="another model or optimizer"):
+        train(changed, tmp_path / "copy")
+    chex.assert_trees_all_equal(state_of(tmp_path / "copy"), state_of(workdir))
+    for name in ("config.json", "metrics.jsonl"):
+        assert (tmp_path / "copy" / name).read_bytes() == (workdir / name).read_bytes()
+
+
+def test_divergence(tmp_path):
+    config = configuration(optimizer__learning_rate=1e20)
+    with pytest.raises(DivergedError, match="not a number at step"):
+        train(config, tmp_path)
+
+
+def test_the_best_state_is_kept_beside_the_newest(tmp_path):
+    def state(step):
+        return TrainState(np.int32(step), {"w": np.zeros(1)}, {}, (), {}, None)
+
+    checkpoints = Checkpoints(tmp_path)
+    for step, top1 in enumerate([0.1, 0.9, float("nan"), 0.3, 0.2], start=1):
+        checkpoints.save(state(step), {"top1": top1})
+    checkpoints.save(state(6), None)
+    checkpoints._manager.wait_until_finished()
+    assert (checkpoints.best, checkpoints.latest) == (2, 6)
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [2, 6]
+    checkpoints.close()
+
+
+def test_fine_tuning_from_a_workdir(straight, tmp_path):
+    config = configuration(
+        checkpoint__init_from=str(straight[0]),
+        optimizer__backbone_rate=0.0,
+        train__steps=2,
+        train__ema_decay=0.0,
+    )
+    train(config, tmp_path)
+    _, start = load_variables(straight[0])
+    _, end = load_variables(tmp_path)
+    for part in start["params"]:
+        same = jax.tree.map(np.array_equal, start["params"][part], end["params"][part])
+        assert all(jax.tree.leaves(same)) == (part != "head")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__batch_size": 12}, r"train\.batch_size = 12: must be a multiple of 8 devices"),
+        ({"evaluate__batch_size": 4}, r"evaluate\.batch_size = 4"),
+        ({"data__name": "tfds:mnist"}, r"data\.\w+.*prepare"),
+        ({"data__name": "folder:/nowhere"}, "/nowhere"),
+        ({"data__train_split": "training"}, r"data\.\w*.*train.*test"),
+        ({"data__image_size": 2}, r"data\.image_size = 2: resnet20 needs at least 4 pixels"),
+        ({"model__num_classes": 4}, r"model\.num_classes = 4: the data set has 10 classes"),
+        ({"checkpoint__init_from": "/none.npz"}, r"checkpoint\.init_from = '/none\.npz': .*read"),
+    ],
+)
+def test_mistakes_leave_no_workdir(changes, message, tmp_path):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        train(configuration(**changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--workdir=.*cannot be written"):
+        train(configuration(), tmp_path / "file" / "run")
+
+
+def test_training_in_a_thread(tmp_path):
+    """A notebook or a server may train where signals cannot be caught."""
+    results = []
+    work = lambda: results.append(train(configuration(train__steps=1), tmp_path))  # noqa: E731
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results[0].steps == 1
+
+
+FLAGS = (
+    "--config.data.image_size=8",
+    "--config.train.steps=3",
+    "--config.train.batch_size=16",
+    "--config.log.tensorboard=true",
+    "--config.log.profile=1:2",
+)
+
+
+def test_the_command(tmp_path):
+    """train.py itself: exit codes, the printed result, and no TensorFlow."""
+    code = (
+        "import sys; from resnet_jax.cli import main\n"
+        f"code = main(['train', '--workdir={tmp_path}/run', *{FLAGS!r}])\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_exit_codes(tmp_path, monkeypatch, capsys):
+    flags = [f"--workdir={tmp_path}", *FLAGS[:3]]
+    assert cli.main(["train", *flags, "--config.optimizer.learning_rate=1e20"]) == 70
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert cli.main(["train", *flags, "--config.train.batch_size=-1"]) == 2
+    assert "train.batch_size = -1" in capsys.readouterr().err

@@ -1,0 +1,209 @@
+"""The training step: one golden update, and the same on any number of devices and parts."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import resnet_jax as rj
+from resnet_jax.training import config as c
+from resnet_jax.training import parallel
+from resnet_jax.training.optimizer import Length, make_optimizer
+from resnet_jax.training.state import LossScale, create_state
+from resnet_jax.training.step import loss_per_image, make_train_step, top_k_hits
+
+LENGTH = Length(steps=100, steps_per_epoch=10.0)
+
+
+def tiny(**fields):
+    defaults = {
+        "stage_sizes": (1, 1),
+        "stage_widths": (8, 16),
+        "block_cls": rj.BasicBlock,
+        "stem_cls": functools.partial(rj.CifarStem, features=8),
+        "num_classes": 10,
+    }
+    return rj.ResNet(**{**defaults, **fields})
+
+
+def configuration(**sections):
+    schedule = c.Schedule(name="constant")
+    return c.Config(data=c.Data(image_size=8), schedule=schedule, **sections)
+
+
+def batch(size=16):
+    rng = np.random.default_rng(0)
+    return {
+        "images": rng.integers(0, 256, (size, 8, 8, 3), dtype=np.uint8),
+        "labels": rng.integers(0, 10, size).astype(np.int32),
+    }
+
+
+def run(model, config, devices=1, steps=2, size=16):
+    """State and metrics after some steps on the first devices."""
+    optimizer = make_optimizer(config, LENGTH)
+    state = create_state(model, optimizer, config, channels=3)
+    step = parallel.data_parallel(
+        make_train_step(model, optimizer, config, LENGTH), jax.devices()[:devices]
+    )
+    for _ in range(steps):
+        state, metrics = step(state, parallel.shard(batch(size), devices))
+    return jax.device_get((state, metrics))
+
+
+def test_golden_update():
+    """One step of plain SGD, written out."""
+    config = configuration(optimizer=c.Optimizer(momentum=0.0, weight_decay=0.0))
+    model = tiny()
+    state, metrics = run(model, config, steps=1)
+    start = create_state(model, make_optimizer(config, LENGTH), config, channels=3)
+    data = batch()
+    images = (data["images"] / np.float32(255) - 0.5) / 0.25
+
+    def loss(params):
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": start.batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, data["labels"])
+        return losses.mean(), updates["batch_stats"]
+
+    (expected, batch_stats), gradients = jax.value_and_grad(loss, has_aux=True)(start.params)
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, start.params, gradients)
+    chex.assert_trees_all_close(state.params, params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(state.batch_stats, batch_stats, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["learning_rate"], 0.1)
+    assert state.step == 1
+
+
+AUGMENT = c.Augment(flip=True, pad=1, mixup=0.2, cutmix=1.0, erase=0.5, brightness=0.4)
+
+
+def test_eight_devices_equal_one():
+    """With shared batch statistics a device is only a place to compute."""
+    config = configuration(augment=AUGMENT, train=c.Train(ema_decay=0.9))
+    model = tiny(axis_name=parallel.AXIS)
+    one, eight = run(model, config, devices=1), run(model, config, devices=8)
+    chex.assert_trees_all_close(eight, one, rtol=2e-4, atol=2e-5)
+
+
+def test_devices_agree_on_everything():
+    """`out_axes=None` shows the first device only: here all eight are looked at."""
+    config = configuration(train=c.Train(ema_decay=0.9), augment=AUGMENT)
+    model = tiny(dropout_rate=0.2, stochastic_depth_rate=0.2)  # each device its own statistics
+    optimizer = make_optimizer(config, LENGTH)
+    state = create_state(model, optimizer, config, channels=3)
+    step = jax.pmap(
+        make_train_step(model, optimizer, config, LENGTH),
+        axis_name=parallel.AXIS,
+        in_axes=(None, 0),
+    )
+    found = step(state, parallel.shard(batch()))
+    first = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), found)
+    chex.assert_trees_all_equal(first, found)
+    assert jax.tree.leaves(found)[0].shape[0] == 8
+
+
+def test_parts_equal_the_whole():
+    """Without batch statistics, accumulated gradients are those of the whole batch."""
+    model = tiny(norm="group")
+    whole = run(model, configuration(augment=AUGMENT))
+    parts = run(model, configuration(augment=AUGMENT, train=c.Train(accumulate=4)))
+    chex.assert_trees_all_close(parts, whole, rtol=2e-4, atol=2e-5)
+
+
+def test_moving_average():
+    config = configuration(train=c.Train(ema_decay=0.75, ema_every=2))
+    model = tiny()
+    start = create_state(model, make_optimizer(config, LENGTH), config, channels=3)
+    one, two = run(model, config, steps=1)[0], run(model, config, steps=2)[0]
+    chex.assert_trees_all_equal(one.ema, start.ema)
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.variables, two.variables)
+    chex.assert_trees_all_close(two.ema, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_frozen_backbone_keeps_everything_but_the_head():
+    config = configuration(optimizer=c.Optimizer(backbone_rate=0.0))
+    model = tiny()
+    start = create_state(model, make_optimizer(config, LENGTH), config, channels=3)
+    state, _ = run(model, config)
+    for part in start.params:
+        same = jax.tree.map(np.array_equal, state.params[part], start.params[part])
+        assert all(jax.tree.leaves(same)) == (part != "head")
+    chex.assert_trees_all_equal(state.batch_stats, start.batch_stats)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    config = configuration(model=c.Model(dtype=dtype))
+    exact, _ = run(tiny(), configuration())
+    state, metrics = run(tiny(dtype=jnp.dtype(dtype)), config)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(state.params))
+    chex.assert_trees_all_close(state.params, exact.params, atol=0.02)
+    assert (state.loss_scale is not None) == (dtype == "float16")
+    assert np.isfinite(metrics["loss"])
+
+
+def test_an_overflow_is_skipped():
+    config = configuration(model=c.Model(dtype="float16"))
+    model = tiny(dtype=jnp.float16)
+    optimizer = make_optimizer(config, LENGTH)
+    state = create_state(model, optimizer, config, channels=3)
+    huge = state.replace(loss_scale=LossScale(np.float32(2.0**40), np.int32(5)))
+    step = parallel.data_parallel(
+        make_train_step(model, optimizer, config, LENGTH), jax.devices()[:1]
+    )
+    found, _ = step(huge, parallel.shard(batch(), 1))
+    assert int(found.step) == 1
+    assert float(found.loss_scale.value) == 2.0**39
+    assert int(found.loss_scale.good_steps) == 0
+    chex.assert_trees_all_equal(jax.device_get(found.params), state.params)
+    chex.assert_trees_all_equal(jax.device_get(found.opt_state), state.opt_state)
+
+
+def test_the_loss_scale_grows_again():
+    scale = LossScale(jnp.float32(8), jnp.int32(1_999)).update(jnp.array(True))
+    assert (float(scale.value), int(scale.good_steps)) == (16.0, 0)
+
+
+def test_losses():
+    logits = np.array([[2.0, -1.0, 0.5]], np.float32)
+    targets = np.array([[0.7, 0.3, 0.0]], np.float32)
+    log_probabilities = logits - np.log(np.exp(logits).sum())
+    softmax = loss_per_image(logits, targets, c.Loss())
+    np.testing.assert_allclose(softmax, -(targets * log_probabilities).sum(1), rtol=1e-5)
+    smooth = 0.9 * targets + 0.1 / 3
+    smoothed = loss_per_image(logits, targets, c.Loss(label_smoothing=0.1))
+    np.testing.assert_allclose(smoothed, -(smooth * log_probabilities).sum(1), rtol=1e-5)
+
+    def binary(y):
+        p = 1 / (1 + np.exp(-logits))
+        return -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean(1)
+
+    np.testing.assert_allclose(
+        loss_per_image(logits, targets, c.Loss(name="bce")), binary(targets), rtol=1e-5
+    )
+    hard = loss_per_image(logits, targets, c.Loss(name="bce", bce_threshold=0.2))
+    np.testing.assert_allclose(hard, binary(np.array([[1.0, 1.0, 0.0]])), rtol=1e-5)
+
+
+def test_ties_and_nan_are_no_hits():
+    logits = jnp.array([[1.0, 1.0, 0.0], [3.0, 2.0, 1.0], [jnp.nan, 0.0, 0.0]])
+    labels = jnp.array([0, 1, 0])
+    assert top_k_hits(logits, labels, 1).tolist() == [False, False, False]
+    assert top_k_hits(logits, labels, 2).tolist() == [True, True, False]
+
+
+def test_batches_that_do_not_divide():
+    devices = jax.device_count()
+    with pytest.raises(rj.ResNetJaxError, match=rf"train\.batch_size = 12: .*{devices} devices"):
+        parallel.check_divisible({"train.batch_size": 12})
+    with pytest.raises(rj.ResNetJaxError, match=r"x 2 \(pairs\)"):
+        parallel.check_divisible({"train.batch_size": devices}, parts=2, why="pairs")
