@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("resnet_jax"):
             raise
-        missing = f"{error.name} is not installed; pip install 'resnet-jax-linen[train]'"
+        name = str(error.name).partition(".")[0]
+        missing = f"{name} is not installed; pip install {name}, or this package's extra 'train'"
         return _fail(Exception(missing), MISTAKE)
     return 0
 

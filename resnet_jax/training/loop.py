@@ -254,6 +254,7 @@ class _Run:
         try:
             for batch in batches:
                 trace.before(done)
+                recorder.look_at(self.step, self.state, batch)
                 self.state, step_metrics = self.step(self.state, batch)
                 done += 1
                 trace.after(done, step_metrics)
@@ -373,8 +374,12 @@ class _Recorder:
         self._done = done
         self._time = time.monotonic()
         self._flops: float | None = None
-        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        self._peak = peak * jax.device_count() if peak else None
+        self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+
+    def look_at(self, step: Any, state: TrainState, batch: Any) -> None:
+        """Counts the work of the step that the records are about, where its peak is known."""
+        if self._peak and self._flops is None:
+            self._flops = parallel.flops(step, state, batch)
 
     def add(self, done: int, metrics: Any) -> None:
         """Takes the metrics of a step that may still be running."""
@@ -411,23 +416,11 @@ class _Recorder:
         record: dict[str, Any] = {"step": self._done, "split": "train", **means}
         record["epoch"] = self._done / self._run.length.steps_per_epoch
         record["images_per_second"] = rate
-        if self._peak:
-            record["mfu"] = rate * self._flops_per_image() / self._peak
+        if self._peak and self._flops:
+            record["mfu"] = steps / (now - self._time) * self._flops / self._peak
         self._run.telemetry.record(record)
         self._values.clear()
         self._time = now
-
-    def _flops_per_image(self) -> float:
-        """Model FLOPs of a training image: forward, and twice that backward."""
-        if self._flops is None:
-            from resnet_jax.models.summary import summary
-
-            config = self._run.config
-            side = config.data.image_size
-            kernel = self._run.state.params["stem"]["conv1"]["kernel"]
-            total = summary(self._run.model, (1, side, side, kernel.shape[2])).multiply_adds
-            self._flops = 3.0 * 2.0 * total
-        return self._flops
 
 
 class _Trace:

@@ -132,6 +132,20 @@ def put(batch: Any) -> Any:
     return jax.device_put(split, jax.NamedSharding(_mesh(), jax.P(AXIS)))
 
 
+def flops(step: Any, state: Any, batch: Any) -> float:
+    """What one step computes on one device, as the compiler counts it.
+
+    Args:
+      step: From `data_parallel`.
+      state: Its state, or the shapes of it.
+      batch: From `put`.
+
+    Returns:
+      Floating-point operations.
+    """
+    return float(step.lower(state, batch).cost_analysis()["flops"])
+
+
 def check_divisible(sizes: Mapping[str, int], parts: int = 1, why: str = "") -> None:
     """Checks that global batches can be split over all devices.
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import chex
 import jax
@@ -221,6 +222,41 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--workdir=.*cannot be written"):
         train(configuration(), tmp_path / "file" / "run")
+
+
+def test_utilisation_where_the_peak_is_known(tmp_path, monkeypatch):
+    from resnet_jax.training import telemetry
+
+    monkeypatch.setitem(telemetry.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    config = configuration(train__steps=4, train__batch_size=48)
+    train(config, tmp_path)
+    record = [r for r in records(tmp_path) if r["split"] == "train"][-1]
+    # Forward, and twice that backward; two operations a multiply-add; eight devices.
+    operations = 6 * rj.summary(rj.ResNet20(), (1, 8, 8, 1)).multiply_adds
+    expected = record["images_per_second"] * operations / (8 * 1e9)
+    # The compiler does not count products with padding, many at 8x8 pixels.
+    assert 0.6 < record["mfu"] / expected < 1.1
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    """Against a stand-in: an account is not needed to see what is sent."""
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append("finished")
+
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = lambda **options: calls.append(options) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    train(configuration(log__wandb="digits", train__steps=2), tmp_path)
+    options, (step, values), *_, last = calls
+    assert options["project"] == "digits"
+    assert options["id"] == tmp_path.name
+    assert (step, set(values) >= {"train/loss", "train/top1"}, last) == (2, True, "finished")
 
 
 def test_training_in_a_thread(tmp_path):
