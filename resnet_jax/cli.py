@@ -109,6 +109,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from resnet_jax.data.prepare import prepare
 
     prepare(options.name, options.data_dir, options.manual_dir)
+    print(f"{options.name} is ready")
 
 
 _TRAIN_HELP = """usage: python train.py [--config=FILE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]
