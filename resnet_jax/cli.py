@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         return _fail(error, DIVERGED)
     except StoppedError as error:
-        return _fail(error, STOPPED)
+        return _fail(error, STOPPED, "stopped")
+    except KeyboardInterrupt:  # before there was anything to save
+        return _fail(Exception("interrupted before the first step"), STOPPED, "stopped")
     except ResNetJaxError as error:
         return _fail(error, MISTAKE)
     except ModuleNotFoundError as error:
@@ -55,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def _fail(error: Exception, code: int, word: str = "error") -> int:
+    print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 
@@ -165,10 +168,12 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
             left = values(argv)
         config = values.config
         file, _, argument = config_flags.get_config_filename(values["config"]).partition(":")
-    except (flags.Error, KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # a configuration file is a program, and may raise anything
         raise ConfigError(_flag_fault(error, arguments)) from error
     if len(left) > 1:
         raise ConfigError(f"{left[1]!r} is not a flag; write --config.FIELD=VALUE")
+    if isinstance(config, Config) and config.model.shortcut == "None":  # as --help shows it
+        config.model.shortcut = None
     if not isinstance(config, Config):
         raise ConfigError(f"--config={file}: {_file_fault(Path(file))}")
     name = "-".join(part for part in (Path(file).stem, argument) if part)
@@ -184,12 +189,21 @@ def _file_fault(file: Path) -> str:
 
 def _flag_fault(error: Exception, arguments: Sequence[str]) -> str:
     """One line for what is wrong with a flag: the library's own texts name no alternatives."""
-    from resnet_jax.errors import unknown_name
+    from absl import flags
+
     from resnet_jax.training.config import Config, to_flat
 
     fields = to_flat(Config())
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0]
-        if name.startswith("config.") and name.removeprefix("config.") not in fields:
-            return unknown_name("field", name.removeprefix("config."), fields)
-    return " ".join(str(error).split())
+        field = name.removeprefix("config.")
+        if name.startswith("config.") and field not in fields:
+            close = [each for each in fields if each.partition(".")[2] == field]
+            close = close or difflib.get_close_matches(field, fields)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see --help"
+            return f"unknown field {field!r}; {hint}"
+    last = str(error).strip().splitlines()[-1].strip()
+    if isinstance(error, flags.Error) and "Error whilst parsing" not in str(error):
+        return " ".join(str(error).split())
+    file = next((each for each in arguments if each.startswith("--config=")), "--config")
+    return f"{file}: {type(error).__name__ if last == str(error) else ''} {last}".replace("  ", " ")

@@ -16,7 +16,7 @@ import math
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from resnet_jax.errors import DataError
 from resnet_jax.training.config import Data
@@ -329,5 +329,7 @@ def _decode_pillow(data: bytes, channels: int, shrink: int = 1) -> np.ndarray:
             pixels = np.asarray(image.convert(mode))
     except Exception as error:  # what Pillow's readers raise for bad data has no common class
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its text is an address in memory
+            reason = "of no known format"
         raise DataError(f"not a whole image ({reason})") from error
     return pixels.reshape(*pixels.shape[:2], channels)

@@ -235,6 +235,10 @@ def memory_batches(
         yield {"images": images.images[chosen], "labels": images.labels[chosen]}
 
 
+# Undecodable images that may follow each other in a source.
+_MOST_IN_A_ROW = 16
+
+
 class _Stream:
     """Random access to this host's part of the stream, for Grain to read in parallel.
 
@@ -273,23 +277,20 @@ class _Stream:
         # No two positions share a generator, and position p has the same one in every run.
         rng = np.random.default_rng([self.order.seed, 1, position])
         channels = self.config.channels or self.source.channels
-        faulty, reason = -1, ""
-        for candidate in range(index, index + len(self.source)):
-            data, label = self.source[candidate % len(self.source)]
+        faulty = np.full(_MOST_IN_A_ROW, -1)
+        for attempt in range(_MOST_IN_A_ROW):
+            candidate = (index + attempt) % len(self.source)
+            data, label = self.source[candidate]
             try:
                 image = decode.train_crop(data, self.config, channels, rng)
-            except DataError as error:
-                faulty, reason = candidate % len(self.source), str(error)
+            except DataError:
+                faulty[attempt] = candidate
             else:
-                break
-        else:
-            raise DataError(f"no image can be decoded, such as {self.source.image_name(index)}")
-        return {
-            "images": image,
-            "labels": np.int32(label),
-            "faulty": np.int64(faulty),
-            "reason": np.array(reason, "U120"),
-        }
+                return {"images": image, "labels": np.int32(label), "faulty": faulty}
+        raise DataError(
+            f"data.name: {_MOST_IN_A_ROW} images in a row cannot be decoded, from "
+            f"{self.source.image_name(index)} on; mend the data"
+        )
 
 
 def stream_batches(
@@ -334,10 +335,19 @@ def stream_batches(
         options = grain.ReadOptions(config.threads, prefetch_buffer_size=config.prefetch * share)
         dataset = images.to_iter_dataset(options).batch(share)
     for batch in dataset:
-        for index, reason in zip(batch.pop("faulty"), batch.pop("reason")):
-            if index >= 0:
-                corrupt.add(source.image_name(int(index)), str(reason))
+        _report(source, batch.pop("faulty"), corrupt)
         yield batch
+
+
+def _report(source: Source, faulty: np.ndarray, corrupt: Corrupt) -> None:
+    """Names the images whose indices are not -1, with the reason."""
+    for index in np.unique(faulty[faulty >= 0]):
+        try:
+            decode.decode(source[int(index)][0], source.channels)
+            reason = "its crop cannot be decoded"
+        except DataError as error:
+            reason = str(error)
+        corrupt.add(source.image_name(int(index)), reason)
 
 
 def _mark_flags_parsed() -> None:
@@ -394,19 +404,18 @@ class _Evaluated:
         position = int(self.positions[item])
         side = _side(self.config, training=False)
         image, label = np.zeros((side, side, channels), np.uint8), 0
-        weight, faulty, reason = 0.0, -1, ""
+        weight, faulty = 0.0, -1
         if position < len(self.source):
             data, label = self.source[position]
             try:
                 image, weight = decode.eval_crop(data, self.config, channels), 1.0
-            except DataError as error:
-                faulty, reason = position, str(error)
+            except DataError:
+                faulty = position
         return {
             "images": image,
             "labels": np.int32(label),
             "weights": np.float32(weight),
             "faulty": np.int64(faulty),
-            "reason": np.array(reason, "U120"),
         }
 
 
@@ -439,9 +448,7 @@ def streamed_evaluation_batches(
     options = grain.ReadOptions(config.threads, prefetch_buffer_size=config.prefetch * share)
     evaluated = _Evaluated(source, config, positions)
     for batch in grain.MapDataset.source(evaluated).to_iter_dataset(options).batch(share):
-        for index, reason in zip(batch.pop("faulty"), batch.pop("reason")):
-            if index >= 0:
-                corrupt.add(source.image_name(int(index)), str(reason))
+        _report(source, batch.pop("faulty"), corrupt)
         yield batch
 
 

@@ -1,6 +1,7 @@
 """A run on disk: its configuration, and its states, written by Orbax.
 
     WORKDIR/config.json           the resolved configuration
+    WORKDIR/classes.json          the name of each label
     WORKDIR/checkpoints/STEP/     everything that goes on from that step
 
 This is the only file that imports orbax.
@@ -8,11 +9,13 @@ This is the only file that imports orbax.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,12 @@ class Checkpoints:
     Args:
       workdir: Folder of the run; "checkpoints" in it is made when the first state is saved.
       keep: Newest states kept.
+      read_only: Only look: another process may be writing here.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 1) -> None:
+    def __init__(
+        self, workdir: str | os.PathLike[str], keep: int = 1, read_only: bool = False
+    ) -> None:
         policy = AnyPreservationPolicy(
             [LatestN(keep), BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False)]
         )
@@ -47,8 +53,10 @@ class Checkpoints:
             best_fn=_top1,  # without it no metrics are stored for the policy
             enable_async_checkpointing=True,
             # A step that was cut off is no checkpoint and only takes room.
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
+        self.workdir = Path(workdir)
         path = epath.Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(path, options=options)
 
@@ -99,10 +107,9 @@ class Checkpoints:
         try:
             state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"workdir: its state at step {step} is of another model or optimizer ({reason}); "
-                "take another workdir"
+                f"--workdir={self.workdir}: its state at step {step} is of another model or "
+                "optimizer; take another workdir"
             ) from error
         return jax.tree.map(np.asarray, state)
 
@@ -134,7 +141,7 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
     """
     workdir = Path(workdir).expanduser()
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and _has_states(workdir):
         changed = differences(config, _read_json(path))
         if changed and not config.checkpoint.allow_change:
             raise ConfigError(
@@ -142,7 +149,7 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
                 f"({'; '.join(changed)}); take another workdir, or go on with it by "
                 "--config.checkpoint.allow_change=true"
             )
-    elif (workdir / "checkpoints").exists():
+    elif _has_states(workdir):
         raise ConfigError(f"--workdir={workdir} holds checkpoints without a config.json")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -151,6 +158,33 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
     return workdir
+
+
+def _has_states(workdir: Path) -> bool:
+    """Whether a run was ever saved here; what failed before that binds nobody."""
+    return any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps a second process from training in the same workdir.
+
+    Args:
+      workdir: Folder of the run.
+
+    Raises:
+      ConfigError: Another process trains here.
+    """
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"--workdir={workdir}: another process is training there; wait, or take another"
+            ) from error
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
 
 
 def write_config(workdir: Path, config: Config) -> None:
@@ -163,6 +197,16 @@ def write_config(workdir: Path, config: Config) -> None:
     partial = workdir / ".config.json.partial"
     partial.write_text(to_json(config))
     os.replace(partial, workdir / "config.json")
+
+
+def write_classes(workdir: Path, names: Sequence[str]) -> None:
+    """Writes classes.json: the name of each output of the network.
+
+    Args:
+      workdir: Folder of the run.
+      names: In the order of the labels.
+    """
+    (workdir / "classes.json").write_text(json.dumps(list(names), indent=2) + "\n")
 
 
 def load_variables(
@@ -185,12 +229,10 @@ def load_variables(
     if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
     config = _read_json(workdir / "config.json")
-    if not (workdir / "checkpoints").is_dir():
+    if not _has_states(workdir):
         raise ConfigError(f"{workdir} has no checkpoint yet")
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
     step = (checkpoints.best if best else None) or checkpoints.latest
-    if step is None:
-        raise ConfigError(f"{workdir} has no checkpoint yet")
     state = checkpoints._manager.restore(step, args=ocp.args.StandardRestore())
     checkpoints.close()
     found = state["ema"] if ema and state.get("ema") else state

@@ -339,6 +339,8 @@ def check(config: Config) -> None:
       resnet_jax.errors.ConfigError: train.batch_size = 0: must be 1 or more
     """
     faults = list(_type_faults(config)) or list(_value_faults(config))
+    if not any(fault.startswith("model.") for fault in faults):
+        faults += _model_faults(config)
     if faults:
         raise ConfigError("; ".join(faults))
 
@@ -350,7 +352,8 @@ def _type_faults(config: Config) -> Iterator[str]:
             value = getattr(section, name)
             if not _has_type(value, hint):
                 kind = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
-                yield f"{part.name}.{name} = {value!r}: must be of type {kind}"
+                finite = "finite " if hint is float else ""
+                yield f"{part.name}.{name} = {value!r}: must be of type {finite}{kind}"
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -484,6 +487,9 @@ def _value_faults(config: Config) -> Iterator[str]:
         if not holds(values[name]):
             yield f"{name} = {values[name]!r}: {allowed}"
     yield from _joint_faults(config)
+
+
+def _model_faults(config: Config) -> Iterator[str]:
     try:
         create_model(config.model.name, **registered_overrides(config.model))
     except ModelError as error:
@@ -598,6 +604,7 @@ _FREE = {
     "data.workers",
     "data.threads",
     "data.prefetch",
+    "data.max_corrupt",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.allow_change",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -38,7 +39,13 @@ from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
-from resnet_jax.training.checkpoint import Checkpoints, open_workdir, write_config
+from resnet_jax.training.checkpoint import (
+    Checkpoints,
+    locked,
+    open_workdir,
+    write_classes,
+    write_config,
+)
 from resnet_jax.training.config import Config, check, profile_steps, registered_overrides
 from resnet_jax.training.initial import initial_variables
 from resnet_jax.training.optimizer import Length, make_optimizer
@@ -48,6 +55,8 @@ from resnet_jax.training.telemetry import PEAK_FLOPS, Telemetry
 
 # Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
 _IN_FLIGHT = 2
+# A float16 loss may overflow now and then; this many steps in a row are a divergence.
+_MOST_OVERFLOWS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +105,7 @@ def train(config: Config, workdir: str | Path) -> Result:
     initial = initial_variables(config, model, channels_of(config, sources["train"]))
     folder = open_workdir(workdir, config)
     _use_compile_cache(config)
-    with _Signals() as signals:
+    with _Signals() as signals, locked(folder):
         return _Run(config, folder, model, sources, initial, signals).finish()
 
 
@@ -105,6 +114,11 @@ def _check_batches(config: Config) -> None:
     parts = config.train.accumulate * (2 if mixes else 1)
     why = "train.accumulate, and pairs to mix" if mixes else "train.accumulate"
     parallel.check_divisible({"train.batch_size": config.train.batch_size}, parts, why)
+    group = config.model.bn_group_size
+    if group and jax.device_count() % group:
+        raise ConfigError(
+            f"model.bn_group_size = {group}: must divide the {jax.device_count()} devices"
+        )
     if config.evaluate.batch_size:
         parallel.check_divisible({"evaluate.batch_size": config.evaluate.batch_size})
 
@@ -135,6 +149,14 @@ def open_sources(config: Config) -> dict[str, Source]:
             f"data.eval_split = {data.eval_split!r}: has other classes than data.train_split = "
             f"{data.train_split!r}"
         )
+    channels = channels_of(config, sources["train"])
+    for name in ("mean", "std"):
+        values = getattr(config.augment, name)
+        if len(values) not in (1, channels):
+            raise ConfigError(
+                f"augment.{name} = {values}: the images have {channels} channel; give one number, "
+                "or set data.channels = 3"
+            )
     classes = sources["train"].num_classes
     if classes < 2:
         raise DataError(f"data.name = {data.name!r}: has {classes} class; two or more are needed")
@@ -215,6 +237,7 @@ class _Run:
         self.state: TrainState = parallel.place(state)
         if jax.process_index() == 0:
             write_config(workdir, config)
+            write_classes(workdir, sources["train"].class_names)
         self.telemetry = Telemetry(
             config,
             workdir if jax.process_index() == 0 else None,
@@ -239,7 +262,7 @@ class _Run:
         finally:
             self.checkpoints.close()
             self.telemetry.close()
-        return Result(self.length.steps, metrics, self.workdir)
+        return Result(int(self.state.step), metrics, self.workdir)
 
     def _train(self) -> dict[str, float]:
         config, done = self.config, int(self.state.step)
@@ -371,6 +394,7 @@ class _Recorder:
         self._run = run
         self._pending: deque[tuple[int, Any]] = deque()
         self._values: list[dict[str, float]] = []
+        self._overflows = 0
         self._done = done
         self._time = time.monotonic()
         self._flops: float | None = None
@@ -401,11 +425,16 @@ class _Recorder:
     def _read_one(self) -> None:
         done, metrics = self._pending.popleft()
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]) and self._run.state.loss_scale is None:
-            raise DivergedError(self._run._divergence("training loss", done))
-        self._values.append(values)
         self._done = done
-        if done % self._run.config.log.every_steps == 0:
+        if math.isfinite(values["loss"]):
+            self._overflows = 0
+            self._values.append(values)
+            self._run.telemetry.watch(values)
+        else:
+            self._overflows += 1
+            if self._run.state.loss_scale is None or self._overflows > _MOST_OVERFLOWS:
+                raise DivergedError(self._run._divergence("training loss", done))
+        if done % self._run.config.log.every_steps == 0 and self._values:
             self._write()
 
     def _write(self) -> None:
@@ -455,6 +484,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.received = False
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -469,10 +499,14 @@ class _Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received:  # asked twice: now
+        now = time.monotonic()
+        # A second request ends the process; a held key, or one signal sent twice, is no second.
+        if self.received and now - self._first > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = True
+        if not self.received:
+            self.received, self._first = True, now
+            os.write(2, b"stopping after this step; all will be saved\n")
 
 
 def _use_compile_cache(config: Config) -> None:

@@ -108,6 +108,7 @@ class Telemetry:
         self._start = time.monotonic()
         self._completed = completed_steps
         self._shows = workdir is not None
+        self._recorded = False
         if workdir is None:
             return
         self._writers.append(MetricsFile(workdir / "metrics.jsonl", completed_steps))
@@ -115,12 +116,14 @@ class Telemetry:
             self._writers.append(_TensorBoard(workdir / "tensorboard", completed_steps))
         if config.log.wandb:
             self._writers.append(_WeightsAndBiases(config, workdir))
-        if self._stream.isatty():
+        # In a narrow terminal, and in one that does not tell its width, lines are easier to read.
+        if self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns >= 80:
             self._bar = tqdm(
                 total=total_steps,
                 initial=completed_steps,
                 unit="step",
                 dynamic_ncols=True,
+                leave=False,
                 file=self._stream,
             )
 
@@ -128,6 +131,12 @@ class Telemetry:
         """Moves the bar to the number of completed steps."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+
+    def watch(self, values: Record) -> None:
+        """Shows a step's loss and accuracy on the bar, until the next record shows means."""
+        if self._bar is not None and not self._recorded:
+            text = f"loss {values['loss']:.3f}  top-1 {values['top1']:.1%}"
+            self._bar.set_postfix_str(text, refresh=False)
 
     def record(self, record: Record) -> None:
         """Writes a record of "step", "split", loss, top1, ... and shows it."""
@@ -138,6 +147,7 @@ class Telemetry:
         if record["split"] != "train":
             self.say(_evaluation_line(record))
         elif self._bar is not None:
+            self._recorded = True
             epoch = record["step"] / self._steps_per_epoch
             self._bar.set_description(f"epoch {epoch:.1f}", refresh=False)
             self._bar.set_postfix_str(_values(record))

@@ -246,9 +246,8 @@ def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
         if path in leaves and leaves[path].shape != shape
     ]
     if wrong:
-        raise WeightsError(
-            f"the variables are not this model's; {len(wrong)} differ: {', '.join(wrong)}"
-        )
+        shown = ", ".join(wrong[:8]) + (", ..." if len(wrong) > 8 else "")
+        raise WeightsError(f"the variables are not this model's; {len(wrong)} differ: {shown}")
 
 
 def _to_numpy(name: str, value: Any) -> np.ndarray:

@@ -93,10 +93,13 @@ def _from_workdir(model: ResNet, workdir: Path, reset_head: bool) -> Variables:
             "pip install 'resnet-jax-linen[train]'"
         ) from error
     try:
-        _, variables = load_variables(workdir)
-        return fit_variables(model, variables, reset_head=reset_head)
+        name, variables = load_variables(workdir)
     except ResNetJaxError as error:
-        raise WeightsError(f"{workdir}: {error}") from error
+        raise WeightsError(str(error)) from error
+    try:
+        return fit_variables(model, variables, reset_head=reset_head)
+    except WeightsError as error:
+        raise WeightsError(f"{workdir} holds a {name}: {error}") from error
 
 
 def save_weights(path: str | os.PathLike[str], model: ResNet, variables: Mapping[str, Any]) -> None:

@@ -136,6 +136,15 @@ def test_damaged_images_are_replaced_and_named_once():
     assert sorted(line.split(":")[0] for line in lines) == ["skipped photo3", "skipped photo7"]
 
 
+def test_damaged_images_in_a_row_are_all_named():
+    _, corrupt = reports()
+    stream(Photos(damaged=(3, 4)), loader.Order(images=20, seed=1), 0, 10, corrupt)
+    assert corrupt.count == 2
+    source = Photos(damaged=range(20))
+    with pytest.raises(DataError, match="16 images in a row cannot be decoded"):
+        stream(source, loader.Order(images=20, seed=1), 0, 10, reports()[1])
+
+
 def test_too_many_damaged_images_stop_the_run():
     source, order = Photos(damaged=(3, 7, 11)), loader.Order(images=20, seed=1)
     with pytest.raises(DataError, match=r"data\.max_corrupt = 2: .*photo"):

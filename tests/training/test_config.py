@@ -132,6 +132,34 @@ def test_bad_flags_end_with_one_line(flag, message, capsys):
     assert not captured.out
 
 
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("def get_config(:", "SyntaxError|invalid syntax"),
+        ("def get_config():\n    return undefined", "undefined"),
+        (
+            "from resnet_jax.training.config import Train\nget_config = lambda: Train(batch=3)",
+            "batch",
+        ),
+        ("x = 1", "get_config"),
+        ("def get_config():\n    return {}", "does not return a"),
+    ],
+)
+def test_a_faulty_configuration_file(program, message, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(program)
+    assert cli.main(["train", f"--config={path}"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"^error: --config=.*mine\.py: .*({message})", error)
+    assert error.count("\n") == 1
+    assert len(error) < 300
+
+
+def test_shortcut_as_help_shows_it():
+    config, _ = cli.parse_train_flags(["--config.model.shortcut=None"])
+    assert config.model.shortcut is None
+
+
 def test_help_lists_every_field(capsys):
     assert cli.main(["train", "--help"]) == 0
     printed = capsys.readouterr().out

@@ -76,6 +76,7 @@ def test_what_a_run_writes(straight):
     stored = json.loads((workdir / "config.json").read_text())
     assert stored == json.loads(c.to_json(configuration()))
     assert (workdir / "checkpoints" / "6").is_dir()
+    assert json.loads((workdir / "classes.json").read_text()) == [str(n) for n in range(10)]
 
 
 def test_a_workdir_is_a_weight_file(straight):
@@ -132,6 +133,31 @@ def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monke
     assert without_times(found[-2:]) == without_times(expected[-2:])
     steps_seen = [record["step"] for record in found if record["split"] == "train"]
     assert steps_seen == sorted(set(steps_seen))
+
+
+def test_reading_a_workdir_changes_nothing_in_it(straight, tmp_path):
+    """Another process may be writing there: its unfinished checkpoint stays."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    unfinished = tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    rj.load_weights(rj.ResNet20(), tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_process_a_workdir(straight, tmp_path):
+    from resnet_jax.training.checkpoint import locked
+
+    shutil.copytree(straight[0], tmp_path / "run")
+    with locked(tmp_path / "run"), pytest.raises(ConfigError, match="another process is training"):
+        train(configuration(), tmp_path / "run")
+
+
+def test_a_run_that_never_started_binds_nobody(tmp_path):
+    with pytest.raises(DivergedError, match="no state was saved"):
+        train(configuration(optimizer__learning_rate=1e20), tmp_path)
+    assert train(configuration(train__steps=1), tmp_path).steps == 1
+    assert [record["step"] for record in records(tmp_path)] == [1, 1, 1]
 
 
 def test_a_finished_run_is_only_evaluated(straight):
@@ -201,6 +227,14 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"augment__mean": (0.1,) * 3, "augment__std": (0.1,) * 3},
+            r"augment\.mean = .* 1 channel",
+        ),
+        (
+            {"model__bn_sync": "group", "model__bn_group_size": 3},
+            r"model\.bn_group_size = 3: must divide the 8 devices",
+        ),
         ({"train__batch_size": 12}, r"train\.batch_size = 12: must be a multiple of 8 devices"),
         ({"evaluate__batch_size": 4}, r"evaluate\.batch_size = 4"),
         ({"data__name": "tfds:mnist"}, r"data\.\w+.*prepare"),
