@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
+import inspect
 import io
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,9 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config, workdir = parse_train_flags(options.rest)
-    if config is None:
-        print(_TRAIN_HELP + _fields_help())
+    wanted = [each for each in options.rest if each not in ("-h", "--help")]
+    config, workdir = parse_train_flags(wanted)
+    if wanted != options.rest:
+        print(_TRAIN_HELP + _fields_help(config))
         return
     from resnet_jax.training.loop import train
 
@@ -122,15 +127,23 @@ Trains the network that a configuration describes; the same command goes on with
   --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits)
   --workdir  where the run is kept (default: runs/ and the configuration's name)
 
-Fields of the configuration and their defaults in an empty one:
-
+Fields of this configuration:
 """
 
 
-def _fields_help() -> str:
-    from resnet_jax.training.config import Config, to_flat
-
-    return "\n".join(f"  --config.{name}={value}" for name, value in to_flat(Config()).items())
+def _fields_help(config: Any) -> str:
+    """Every field with its value here and what the docstring of its section says of it."""
+    lines = []
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        text = inspect.getdoc(type(section)) or ""
+        meanings = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", text, re.MULTILINE))
+        for field in dataclasses.fields(section):
+            lines.append(f"\n  --config.{part.name}.{field.name}={getattr(section, field.name)}")
+            lines += textwrap.wrap(
+                meanings[field.name], 88, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+    return "\n".join(lines)
 
 
 def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
@@ -140,7 +153,7 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
       arguments: Such as ["--config=configs/digits.py", "--config.train.epochs=3"].
 
     Returns:
-      (Config, workdir); the first is None where help is asked for.
+      (Config, workdir).
 
     Raises:
       ConfigError: An unknown flag, field or file, or a value that cannot be read.
@@ -154,8 +167,6 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
 
     from resnet_jax.training.config import Config
 
-    if {"-h", "--help"} & set(arguments):
-        return None, Path()
     default = Path(__file__).parents[1] / "configs" / "digits.py"
     argv = ["train.py", *arguments]
     values = flags.FlagValues()
