@@ -334,6 +334,8 @@ class _Run:
             metrics = evaluate(self.evaluation_step, variables, self._evaluation_batches())
             seconds = time.monotonic() - start
             images = metrics.pop("images")
+            if math.isnan(metrics["loss"]):  # and no record: JSON has no NaN
+                raise DivergedError(self._divergence("evaluated loss", done))
             record: dict[str, Any] = {"step": done, "split": self.config.data.eval_split, **metrics}
             record["images_per_second"] = images / seconds
             record["images"] = int(images)
@@ -342,8 +344,6 @@ class _Run:
             if write:
                 self.telemetry.record(record)
             measured = metrics
-        if math.isnan(measured["loss"]):
-            raise DivergedError(self._divergence("evaluated loss", done))
         return measured
 
     def _evaluation_batches(self) -> Iterator[Batch]:
