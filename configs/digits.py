@@ -10,6 +10,7 @@ from resnet_jax.training.config import (
     Data,
     Evaluate,
     Log,
+    Loss,
     Model,
     Optimizer,
     Schedule,
@@ -23,10 +24,11 @@ def get_config() -> Config:
         model=Model(name="resnet20"),
         # The digits are 8x8: twice that leaves the last stage 4x4 pixels.
         data=Data(name="digits", image_size=16),
-        augment=Augment(pad=2, rotate=10.0, mean=(0.3,), std=(0.38,)),
+        augment=Augment(pad=2, rotate=12.0, mixup=0.3, mean=(0.3,), std=(0.38,)),
         optimizer=Optimizer(learning_rate=0.1, nesterov=True, weight_decay=5e-4),
         schedule=Schedule(name="cosine", warmup_epochs=1.0),
-        train=Train(epochs=20.0, batch_size=64),
+        loss=Loss(label_smoothing=0.1),
+        train=Train(epochs=24.0, batch_size=64),
         evaluate=Evaluate(every_epochs=4.0),
         log=Log(every_steps=50),
     )

@@ -26,6 +26,7 @@ def plot(path: pathlib.Path) -> None:
         axes.plot(steps, errors, linewidth=width, label=name)
     axes.set(title=path.stem, xlabel="step", ylabel="top-1 error in %", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path.with_suffix(".png"))
