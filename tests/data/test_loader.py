@@ -104,6 +104,16 @@ def test_memory_and_stream_take_the_same_images():
         assert batch["images"].dtype == other["images"].dtype == np.uint8
 
 
+def test_each_position_has_a_crop_of_its_own():
+    source = Photos(count=1)
+    file = io.BytesIO()
+    Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(file, "PNG")
+    source.data = [file.getvalue()]
+    batches = stream(source, loader.Order(images=1, seed=1), 0, 3)
+    crops = np.concatenate([batch["images"] for batch in batches]).reshape(24, -1)
+    assert len(np.unique(crops, axis=0)) == 24
+
+
 def test_a_stream_starts_anywhere():
     source, order = Photos(), loader.Order(images=20, seed=1)
     assert_same(stream(source, order, 3, 6), stream(source, order, 0, 6)[3:])
