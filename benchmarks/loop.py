@@ -18,8 +18,9 @@ import numpy as np
 
 from resnet_jax.cli import parse_train_flags
 from resnet_jax.training import parallel
-from resnet_jax.training.loop import channels_of, make_model, open_sources, train
+from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import Length, make_optimizer
+from resnet_jax.training.setup import channels_of, make_model, open_sources
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step
 

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from resnet_jax.data.loader import (
     Batch,
@@ -33,10 +27,9 @@ from resnet_jax.data.loader import (
     stream_batches,
     streamed_evaluation_batches,
 )
-from resnet_jax.data.sources import Source, open_source
-from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
+from resnet_jax.data.sources import Source
+from resnet_jax.errors import DataError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
-from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
 from resnet_jax.training.checkpoint import (
@@ -46,17 +39,15 @@ from resnet_jax.training.checkpoint import (
     write_classes,
     write_config,
 )
-from resnet_jax.training.config import Config, check, profile_steps, registered_overrides
+from resnet_jax.training.config import Config, check
 from resnet_jax.training.initial import initial_variables
 from resnet_jax.training.optimizer import Length, make_optimizer
+from resnet_jax.training.recorder import Recorder, Trace
+from resnet_jax.training.setup import channels_of, check_batches, make_model, open_sources
+from resnet_jax.training.signals import Signals
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.training.step import make_train_step
-from resnet_jax.training.telemetry import PEAK_FLOPS, Telemetry
-
-# Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
-_IN_FLIGHT = 2
-# A float16 loss may overflow now and then; this many steps in a row are a divergence.
-_MOST_OVERFLOWS = 20
+from resnet_jax.training.telemetry import Telemetry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,113 +92,12 @@ def train(config: Config, workdir: str | Path) -> Result:
     check(config)
     sources = open_sources(config)
     model = make_model(config, sources["train"].num_classes)
-    _check_batches(config)
+    check_batches(config)
     initial = initial_variables(config, model, channels_of(config, sources["train"]))
     folder = open_workdir(workdir, config)
     _use_compile_cache(config)
-    with _Signals() as signals, locked(folder):
+    with Signals() as signals, locked(folder):
         return _Run(config, folder, model, sources, initial, signals).finish()
-
-
-def _check_batches(config: Config) -> None:
-    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
-    parts = config.train.accumulate * (2 if mixes else 1)
-    why = "train.accumulate, and pairs to mix" if mixes else "train.accumulate"
-    parallel.check_divisible({"train.batch_size": config.train.batch_size}, parts, why)
-    group = config.model.bn_group_size
-    if group and jax.device_count() % group:
-        raise ConfigError(
-            f"model.bn_group_size = {group}: must divide the {jax.device_count()} devices"
-        )
-    if config.evaluate.batch_size:
-        parallel.check_divisible({"evaluate.batch_size": config.evaluate.batch_size})
-
-
-def open_sources(config: Config) -> dict[str, Source]:
-    """Opens the training and the evaluation split and checks them against each other.
-
-    Args:
-      config: The configuration of a run.
-
-    Returns:
-      {"train", "eval"}.
-
-    Raises:
-      DataError: A split is missing or empty, or has one class only.
-    """
-    data = config.data
-    sources = {
-        split: open_source(data.name, name, data.data_dir, train_split=data.train_split)
-        for split, name in (("train", data.train_split), ("eval", data.eval_split))
-    }
-    for split, source in sources.items():
-        if len(source) == 0:
-            name = getattr(data, f"{split}_split")
-            raise DataError(f"data.{split}_split = {name!r}: holds no image; take another split")
-    if sources["eval"].class_names != sources["train"].class_names:
-        raise DataError(
-            f"data.eval_split = {data.eval_split!r}: has other classes than data.train_split = "
-            f"{data.train_split!r}"
-        )
-    channels = channels_of(config, sources["train"])
-    for name in ("mean", "std"):
-        values = getattr(config.augment, name)
-        if len(values) not in (1, channels):
-            raise ConfigError(
-                f"augment.{name} = {values}: the images have {channels} channel; give one number, "
-                "or set data.channels = 3"
-            )
-    classes = sources["train"].num_classes
-    if classes < 2:
-        raise DataError(f"data.name = {data.name!r}: has {classes} class; two or more are needed")
-    if config.model.num_classes and config.model.num_classes < classes:
-        raise DataError(
-            f"model.num_classes = {config.model.num_classes}: the data set has {classes} classes; "
-            f"take {classes} or more, or 0 to follow the data set"
-        )
-    return sources
-
-
-def channels_of(config: Config, source: Source) -> int:
-    """Channels of the images that the network sees."""
-    return config.data.channels or source.channels
-
-
-def make_model(config: Config, classes: int) -> ResNet:
-    """The network of a run.
-
-    Args:
-      config: Its configuration.
-      classes: Of the data set, where the configuration leaves them open.
-
-    Returns:
-      The module.
-
-    Raises:
-      ConfigError: The images are too small for it.
-
-    Example:
-      >>> make_model(Config(), classes=10).num_classes
-      10
-    """
-    fields = config.model
-    shares = fields.bn_sync != "none"
-    model = create_model(
-        fields.name,
-        num_classes=fields.num_classes or classes,
-        dtype=jnp.dtype(fields.dtype),
-        axis_name=parallel.AXIS if shares else None,
-        bn_group_size=fields.bn_group_size or None,
-        **registered_overrides(fields),
-    )
-    least = model.strides()[-1]
-    for name in ("image_size", "eval_size"):
-        side = getattr(config.data, name)
-        if 0 < side < least:
-            raise ConfigError(
-                f"data.{name} = {side}: {fields.name} needs at least {least} pixels a side"
-            )
-    return model
 
 
 class _Run:
@@ -220,7 +110,7 @@ class _Run:
         model: ResNet,
         sources: dict[str, Source],
         initial: dict[str, Any] | None,
-        signals: _Signals,
+        signals: Signals,
     ) -> None:
         self.config = config
         self.workdir = workdir
@@ -266,8 +156,10 @@ class _Run:
 
     def _train(self) -> dict[str, float]:
         config, done = self.config, int(self.state.step)
-        recorder = _Recorder(self, done)
-        trace = _Trace(config, self.workdir)
+        recorder = Recorder(
+            config, self.length.steps_per_epoch, self.telemetry, done, self._divergence
+        )
+        trace = Trace(config, self.workdir)
         metrics: dict[str, float] = {}
         if done >= self.length.steps:
             self.telemetry.say(f"already trained for {done} steps; evaluating")
@@ -385,128 +277,6 @@ class _Run:
         )
         if resumed:
             self.telemetry.say(f"going on after step {int(self.state.step)}")
-
-
-class _Recorder:
-    """Averages the metrics of steps into records; reads them late, so that no device waits."""
-
-    def __init__(self, run: _Run, done: int) -> None:
-        self._run = run
-        self._pending: deque[tuple[int, Any]] = deque()
-        self._values: list[dict[str, float]] = []
-        self._overflows = 0
-        self._done = done
-        self._time = time.monotonic()
-        self._flops: float | None = None
-        self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-
-    def look_at(self, step: Any, state: TrainState, batch: Any) -> None:
-        """Counts the work of the step that the records are about, where its peak is known."""
-        if self._peak and self._flops is None:
-            self._flops = parallel.flops(step, state, batch)
-
-    def add(self, done: int, metrics: Any) -> None:
-        """Takes the metrics of a step that may still be running."""
-        self._pending.append((done, metrics))
-        while len(self._pending) > _IN_FLIGHT:
-            self._read_one()
-
-    def flush(self) -> None:
-        """Waits for all steps and writes what is left over as a record."""
-        while self._pending:
-            self._read_one()
-        if self._values:
-            self._write()
-
-    def restart(self) -> None:
-        """Starts the clock again after an evaluation or a checkpoint."""
-        self._time = time.monotonic()
-
-    def _read_one(self) -> None:
-        done, metrics = self._pending.popleft()
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        self._done = done
-        if math.isfinite(values["loss"]):
-            self._overflows = 0
-            self._values.append(values)
-            self._run.telemetry.watch(values)
-        else:
-            self._overflows += 1
-            if self._run.state.loss_scale is None or self._overflows > _MOST_OVERFLOWS:
-                raise DivergedError(self._run._divergence("training loss", done))
-        if done % self._run.config.log.every_steps == 0 and self._values:
-            self._write()
-
-    def _write(self) -> None:
-        now, steps = time.monotonic(), len(self._values)
-        means = {name: sum(v[name] for v in self._values) / steps for name in self._values[0]}
-        means["learning_rate"] = self._values[-1]["learning_rate"]
-        rate = steps * self._run.config.train.batch_size / (now - self._time)
-        record: dict[str, Any] = {"step": self._done, "split": "train", **means}
-        record["epoch"] = self._done / self._run.length.steps_per_epoch
-        record["images_per_second"] = rate
-        if self._peak and self._flops:
-            record["mfu"] = steps / (now - self._time) * self._flops / self._peak
-        self._run.telemetry.record(record)
-        self._values.clear()
-        self._time = now
-
-
-class _Trace:
-    """Writes a trace of the steps that log.profile names."""
-
-    def __init__(self, config: Config, workdir: Path) -> None:
-        self._steps = profile_steps(config.log.profile) if config.log.profile else None
-        self._folder = str(workdir / "profile")
-        self._running = False
-
-    def before(self, done: int) -> None:
-        """Starts the trace when the next step is its first."""
-        if self._steps and done == self._steps[0]:
-            jax.profiler.start_trace(self._folder)
-            self._running = True
-
-    def after(self, done: int, metrics: Any) -> None:
-        """Ends the trace after its last step."""
-        if self._running and self._steps and done >= self._steps[1]:
-            jax.block_until_ready(metrics)
-            self.close()
-
-    def close(self) -> None:
-        """Ends a trace that is still running."""
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT, so that the loop can save and stop between two steps."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._first = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        now = time.monotonic()
-        # A second request ends the process; a held key, or one signal sent twice, is no second.
-        if self.received and now - self._first > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        if not self.received:
-            self.received, self._first = True, now
-            os.write(2, b"stopping after this step; all will be saved\n")
 
 
 def _use_compile_cache(config: Config) -> None:

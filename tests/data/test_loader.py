@@ -107,7 +107,8 @@ def test_memory_and_stream_take_the_same_images():
 def test_each_position_has_a_crop_of_its_own():
     source = Photos(count=1)
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "PNG")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
     source.data = [file.getvalue()]
     batches = stream(source, loader.Order(images=1, seed=1), 0, 3)
     crops = np.concatenate([batch["images"] for batch in batches]).reshape(24, -1)

@@ -21,7 +21,9 @@ from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedErro
 from resnet_jax.training import config as c
 from resnet_jax.training.checkpoint import Checkpoints, load_variables
 from resnet_jax.training.loop import train
+from resnet_jax.training.recorder import Recorder
 from resnet_jax.training.state import TrainState
+from resnet_jax.training.telemetry import PEAK_FLOPS
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -105,16 +107,14 @@ def without_times(found):
 
 def stop_after(monkeypatch, steps):
     """Sends this process SIGTERM when a number of steps is done."""
-    from resnet_jax.training import loop
-
-    add = loop._Recorder.add
+    add = Recorder.add
 
     def adding(self, done, metrics):
         add(self, done, metrics)
         if done == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop._Recorder, "add", adding)
+    monkeypatch.setattr(Recorder, "add", adding)
 
 
 @pytest.mark.parametrize("steps", [2, 4])
@@ -259,9 +259,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 
 
 def test_utilisation_where_the_peak_is_known(tmp_path, monkeypatch):
-    from resnet_jax.training import telemetry
-
-    monkeypatch.setitem(telemetry.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
     config = configuration(train__steps=4, train__batch_size=48)
     train(config, tmp_path)
     record = [r for r in records(tmp_path) if r["split"] == "train"][-1]

@@ -1,0 +1,126 @@
+"""What a run needs before it starts: data and network that fit the configuration and each other."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from resnet_jax.data.sources import Source, open_source
+from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.models.registry import create_model
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.training import parallel
+from resnet_jax.training.config import Config, registered_overrides
+
+
+def open_sources(config: Config) -> dict[str, Source]:
+    """Opens the training and the evaluation split and checks them against each other.
+
+    Args:
+      config: The configuration of a run.
+
+    Returns:
+      {"train", "eval"}.
+
+    Raises:
+      DataError: A split is missing or empty, or has one class only.
+    """
+    data = config.data
+    sources = {
+        split: open_source(data.name, name, data.data_dir, train_split=data.train_split)
+        for split, name in (("train", data.train_split), ("eval", data.eval_split))
+    }
+    for split, source in sources.items():
+        if len(source) == 0:
+            name = getattr(data, f"{split}_split")
+            raise DataError(f"data.{split}_split = {name!r}: holds no image; take another split")
+    if sources["eval"].class_names != sources["train"].class_names:
+        raise DataError(
+            f"data.eval_split = {data.eval_split!r}: has other classes than data.train_split = "
+            f"{data.train_split!r}"
+        )
+    channels = channels_of(config, sources["train"])
+    for name in ("mean", "std"):
+        values = getattr(config.augment, name)
+        if len(values) not in (1, channels):
+            raise ConfigError(
+                f"augment.{name} = {values}: the images have {channels} channel; give one number, "
+                "or set data.channels = 3"
+            )
+    classes = sources["train"].num_classes
+    if classes < 2:
+        raise DataError(f"data.name = {data.name!r}: has {classes} class; two or more are needed")
+    if config.model.num_classes and config.model.num_classes < classes:
+        raise DataError(
+            f"model.num_classes = {config.model.num_classes}: the data set has {classes} classes; "
+            f"take {classes} or more, or 0 to follow the data set"
+        )
+    return sources
+
+
+def channels_of(config: Config, source: Source) -> int:
+    """Channels of the images that the network sees."""
+    return config.data.channels or source.channels
+
+
+def make_model(config: Config, classes: int) -> ResNet:
+    """The network of a run.
+
+    Args:
+      config: Its configuration.
+      classes: Of the data set, where the configuration leaves them open.
+
+    Returns:
+      The module.
+
+    Raises:
+      ConfigError: The images are too small for it.
+
+    Example:
+      >>> make_model(Config(), classes=10).num_classes
+      10
+    """
+    fields = config.model
+    shares = fields.bn_sync != "none"
+    model = create_model(
+        fields.name,
+        num_classes=fields.num_classes or classes,
+        dtype=jnp.dtype(fields.dtype),
+        axis_name=parallel.AXIS if shares else None,
+        bn_group_size=fields.bn_group_size or None,
+        **registered_overrides(fields),
+    )
+    least = model.strides()[-1]
+    for name in ("image_size", "eval_size"):
+        side = getattr(config.data, name)
+        if 0 < side < least:
+            raise ConfigError(
+                f"data.{name} = {side}: {fields.name} needs at least {least} pixels a side"
+            )
+    return model
+
+
+def check_batches(config: Config) -> None:
+    """Checks that batches and groups of devices divide evenly.
+
+    Args:
+      config: The configuration of a run.
+
+    Raises:
+      ConfigError: Names the field that does not, and values that do.
+
+    Example:
+      >>> from resnet_jax.training.config import Train
+      >>> check_batches(Config(train=Train(batch_size=16 * jax.device_count())))
+    """
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+    parts = config.train.accumulate * (2 if mixes else 1)
+    why = "train.accumulate, and pairs to mix" if mixes else "train.accumulate"
+    parallel.check_divisible({"train.batch_size": config.train.batch_size}, parts, why)
+    group = config.model.bn_group_size
+    if group and jax.device_count() % group:
+        raise ConfigError(
+            f"model.bn_group_size = {group}: must divide the {jax.device_count()} devices"
+        )
+    if config.evaluate.batch_size:
+        parallel.check_divisible({"evaluate.batch_size": config.evaluate.batch_size})
