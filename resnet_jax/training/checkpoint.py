@@ -141,7 +141,7 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
     """
     workdir = Path(workdir).expanduser()
     path = workdir / "config.json"
-    if path.exists() and _has_states(workdir):
+    if path.exists() and has_states(workdir):
         changed = differences(config, _read_json(path))
         if changed and not config.checkpoint.allow_change:
             raise ConfigError(
@@ -149,7 +149,7 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
                 f"({'; '.join(changed)}); take another workdir, or go on with it by "
                 "--config.checkpoint.allow_change=true"
             )
-    elif _has_states(workdir):
+    elif has_states(workdir):
         raise ConfigError(f"--workdir={workdir} holds checkpoints without a config.json")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -160,8 +160,15 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
     return workdir
 
 
-def _has_states(workdir: Path) -> bool:
-    """Whether a run was ever saved here; what failed before that binds nobody."""
+def has_states(workdir: Path) -> bool:
+    """Whether a run was ever saved here; what failed before that binds nobody.
+
+    Args:
+      workdir: Folder of the run.
+
+    Returns:
+      True where a run goes on instead of starting.
+    """
     return any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
 
 
@@ -229,7 +236,7 @@ def load_variables(
     if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
     config = _read_json(workdir / "config.json")
-    if not _has_states(workdir):
+    if not has_states(workdir):
         raise ConfigError(f"{workdir} has no checkpoint yet")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = (checkpoints.best if best else None) or checkpoints.latest

@@ -34,6 +34,7 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
 from resnet_jax.training.checkpoint import (
     Checkpoints,
+    has_states,
     locked,
     open_workdir,
     write_classes,
@@ -93,7 +94,9 @@ def train(config: Config, workdir: str | Path) -> Result:
     sources = open_sources(config)
     model = make_model(config, sources["train"].num_classes)
     check_batches(config)
-    initial = initial_variables(config, model, channels_of(config, sources["train"]))
+    initial = None
+    if not has_states(Path(workdir).expanduser()):  # a run that goes on needs no first weights
+        initial = initial_variables(config, model, channels_of(config, sources["train"]))
     folder = open_workdir(workdir, config)
     _use_compile_cache(config)
     with Signals() as signals, locked(folder):
@@ -217,7 +220,7 @@ class _Run:
         return images
 
     def _evaluate(self, done: int, write: bool) -> dict[str, float]:
-        """Measures the state, and its average where there is one; returns the better known one."""
+        """Measures the state, and its average where there is one; returns the latter's measures."""
         measured = {}
         for weights, variables in {"": self.state.variables, "ema": self.state.ema}.items():
             if not variables:

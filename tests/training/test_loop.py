@@ -216,7 +216,11 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
         train__steps=2,
         train__ema_decay=0.0,
     )
+    shutil.copytree(straight[0], tmp_path / "first")
+    config.checkpoint.init_from = str(tmp_path / "first")
     train(config, tmp_path)
+    shutil.rmtree(tmp_path / "first")
+    train(config, tmp_path)  # goes on without the weights it started from
     _, start = load_variables(straight[0])
     _, end = load_variables(tmp_path)
     for part in start["params"]:
