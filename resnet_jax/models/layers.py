@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
+from resnet_jax.models.convolution import Geometry, convolve
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -86,16 +87,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         if self.standardize:
             kernel = standardize_kernel(kernel)
-        padding = self.dilation * (self.kernel_size - 1) // 2
-        return lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((padding, padding), (padding, padding)),
-            rhs_dilation=(self.dilation, self.dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        geometry = Geometry(self.stride, self.dilation, self.groups)
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), geometry)
 
 
 class BatchNorm(nn.Module):

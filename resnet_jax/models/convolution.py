@@ -1,0 +1,196 @@
+"""Convolution, by the formula that is fastest on the platform it is compiled for.
+
+All formulas give the same values and gradients up to rounding. On a TPU or GPU it is always XLA's
+convolution. On a CPU that one is slow in two places, and both become matrix products:
+
+* a 1x1 convolution is one, forwards and backwards;
+* the gradient of a larger kernel is a convolution whose "kernel" is as large as the image. Written
+  as one product of (input, shifted by the kernel's rows) and (output gradient, shifted by the
+  kernel's columns), it is 2 to 4 times faster for the shapes of this family.
+
+The choice is made when a program is lowered, so that one traced function can be compiled for
+several platforms. docs/performance.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Geometry(NamedTuple):
+    """How a square kernel moves over the image; padding keeps the image's size at stride 1."""
+
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+
+
+def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Convolves images with a square kernel of odd side, padded symmetrically.
+
+    Args:
+      x: [N, H, W, C].
+      kernel: [side, side, C / groups, K], of the same type.
+      geometry: Stride, dilation and groups.
+
+    Returns:
+      [N, ceil(H / stride), ceil(W / stride), K].
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
+      >>> convolve(x, kernel, Geometry(stride=2)).shape
+      (1, 4, 4, 16)
+    """
+    default = functools.partial(xla_convolution, geometry=geometry)
+    if geometry.groups > 1:
+        return default(x, kernel)
+    on_cpu = pointwise if kernel.shape[0] == 1 else convolution_with_product_gradient
+    return lax.platform_dependent(
+        x, kernel, cpu=functools.partial(on_cpu, geometry=geometry), default=default
+    )
+
+
+def xla_convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """`convolve` by XLA's own operation, on every platform."""
+    padding = geometry.dilation * (kernel.shape[0] - 1) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(geometry.stride, geometry.stride),
+        padding=((padding, padding), (padding, padding)),
+        rhs_dilation=(geometry.dilation, geometry.dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=geometry.groups,
+    )
+
+
+def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """`convolve` for a 1x1 kernel: one matrix product over all positions."""
+    if geometry.stride > 1:
+        # lax.slice, because x[:, ::stride] has another formula for a symbolic size (jax.export).
+        strides = (1, geometry.stride, geometry.stride, 1)
+        x = lax.slice(x, (0, 0, 0, 0), x.shape, strides)
+    return _product(x, kernel[0, 0])
+
+
+def convolution_with_product_gradient(
+    x: jax.Array, kernel: jax.Array, geometry: Geometry
+) -> jax.Array:
+    """`convolve` by XLA's operation; only the gradient of the kernel is a matrix product."""
+    return _convolution_with_product_gradient(geometry, x, kernel)
+
+
+# A rule for tangents, not for gradients: JAX transposes it, and so every kind of derivative
+# (forward, reverse, any mix of them) stays possible.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _convolution_with_product_gradient(
+    geometry: Geometry, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    return xla_convolution(x, kernel, geometry)
+
+
+@_convolution_with_product_gradient.defjvp
+def _tangent(
+    geometry: Geometry, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = primals
+    x_tangent, kernel_tangent = tangents
+    by_x = _convolution_with_product_gradient(geometry, x_tangent, kernel)
+    by_kernel = convolution_by_product(x, kernel_tangent, geometry)
+    return _convolution_with_product_gradient(geometry, x, kernel), by_x + by_kernel
+
+
+def convolution_by_product(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """`convolve` as one matrix product, made for what its transpose is: the kernel's gradient.
+
+    A kernel of side k at stride s reads k rows and k columns of the image for every output. The
+    rows are gathered into channels before the product. Columns are dealt with after it: s
+    neighbouring columns are one position with s times the channels, and a column of the kernel
+    is one of these s channels groups (`phase`) of a position `shift` to the side. The product
+    makes one output for every shift; they are moved into place and added.
+
+    Args:
+      x: [N, H, W, C].
+      kernel: [k, k, C, K].
+      geometry: Stride and dilation; groups must be 1.
+
+    Returns:
+      [N, ceil(H / s), ceil(W / s), K].
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+      >>> convolution_by_product(x, kernel, Geometry())[0, 0, :, 0].tolist()
+      [4.0, 6.0, 6.0, 4.0]
+    """
+    side, _, channels, features = kernel.shape
+    stride, dilation, _ = geometry
+    batch, height, width, _ = x.shape
+    rows, columns = -(-height // stride), -(-width // stride)
+
+    reach = dilation * (side - 1) // 2
+    x = jnp.pad(x, ((0, 0), (reach, reach), (0, columns * stride - width), (0, 0)))
+    last = stride * (rows - 1) + 1
+    taps = [x[:, start : start + last : stride] for start in range(0, 2 * reach + 1, dilation)]
+    x = _concatenate_channels(taps)  # [N, H / s, W, k C]
+    x = x.reshape(batch, rows, columns, stride * side * channels)
+
+    # {(shift, phase): column of the kernel}
+    places = {divmod(column * dilation - reach, stride): column for column in range(side)}
+    shifts = sorted({shift for shift, _ in places})
+    absent = jnp.zeros((side, channels, features), kernel.dtype)
+    by_shift = [
+        jnp.stack(
+            [
+                kernel[:, places[shift, phase]] if (shift, phase) in places else absent
+                for phase in range(stride)
+            ]
+        ).reshape(stride * side * channels, features)
+        for shift in shifts
+    ]
+    y = _product(x, jnp.concatenate(by_shift, axis=1))  # [N, H / s, W / s, shifts K]
+    # An output takes what lies `shift` positions to its right.
+    parts = [y[..., start : start + features] for start in range(0, y.shape[-1], features)]
+    return functools.reduce(
+        jnp.add,
+        (
+            lax.pad(part, jnp.zeros((), y.dtype), (_KEEP, _KEEP, (-shift, shift, 0), _KEEP))
+            for shift, part in zip(shifts, parts, strict=True)
+        ),
+    )
+
+
+_KEEP = (0, 0, 0)  # lax.pad: nothing before, after or between
+
+
+def _concatenate_channels(parts: list[jax.Array]) -> jax.Array:
+    """Equal arrays [..., C] -> [..., len(parts) C].
+
+    As a sum of padded arrays, which XLA makes a faster loop of than of a concatenation.
+    """
+    channels, zero = parts[0].shape[-1], jnp.zeros((), parts[0].dtype)
+    return functools.reduce(
+        jnp.add,
+        (
+            lax.pad(
+                part,
+                zero,
+                (_KEEP, _KEEP, _KEEP, (index * channels, (len(parts) - 1 - index) * channels, 0)),
+            )
+            for index, part in enumerate(parts)
+        ),
+    )
+
+
+def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """[N, H, W, C] x [C, K] -> [N, H, W, K].
+
+    Two-dimensional on purpose: XLA transposes the larger operand of the gradient of a product
+    with more dimensions, in memory.
+    """
+    y = x.reshape(-1, x.shape[-1]) @ matrix
+    return y.reshape(*x.shape[:-1], matrix.shape[-1])
