@@ -53,7 +53,7 @@ def main() -> None:
 def run_alone(network: str, case: str, seconds: float) -> float:
     command = [sys.executable, __file__, f"--one={network}", f"--cases={case}"]
     command.append(f"--seconds={seconds}")
-    return float(subprocess.run(command, check=True, capture_output=True).stdout)
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def measure(network, depth, size, side, train, seconds) -> float:
