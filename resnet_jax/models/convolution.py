@@ -6,7 +6,7 @@ convolution. On a CPU that one is slow in two places, and both become matrix pro
 * a 1x1 convolution is one, forwards and backwards;
 * the gradient of a larger kernel is a convolution whose "kernel" is as large as the image. Written
   as one product of (input, shifted by the kernel's rows) and (output gradient, shifted by the
-  kernel's columns), it is 2 to 4 times faster for the shapes of this family.
+  kernel's columns), it is faster for most shapes of this family, up to three times.
 
 The choice is made when a program is lowered, so that one traced function can be compiled for
 several platforms. docs/performance.md has the measurements.
@@ -111,7 +111,7 @@ def convolution_by_product(x: jax.Array, kernel: jax.Array, geometry: Geometry) 
     A kernel of side k at stride s reads k rows and k columns of the image for every output. The
     rows are gathered into channels before the product. Columns are dealt with after it: s
     neighbouring columns are one position with s times the channels, and a column of the kernel
-    is one of these s channels groups (`phase`) of a position `shift` to the side. The product
+    is one of these s groups of channels (`phase`) of a position `shift` to the side. The product
     makes one output for every shift; they are moved into place and added.
 
     Args:
