@@ -78,31 +78,25 @@ def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     return _product(x, kernel[0, 0])
 
 
+# A rule for tangents, not for gradients: JAX transposes it, and so every kind of derivative
+# (forward, reverse, any mix of them) stays possible.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def convolution_with_product_gradient(
     x: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> jax.Array:
     """`convolve` by XLA's operation; only the gradient of the kernel is a matrix product."""
-    return _convolution_with_product_gradient(geometry, x, kernel)
-
-
-# A rule for tangents, not for gradients: JAX transposes it, and so every kind of derivative
-# (forward, reverse, any mix of them) stays possible.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _convolution_with_product_gradient(
-    geometry: Geometry, x: jax.Array, kernel: jax.Array
-) -> jax.Array:
     return xla_convolution(x, kernel, geometry)
 
 
-@_convolution_with_product_gradient.defjvp
+@convolution_with_product_gradient.defjvp
 def _tangent(
     geometry: Geometry, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = primals
     x_tangent, kernel_tangent = tangents
-    by_x = _convolution_with_product_gradient(geometry, x_tangent, kernel)
+    by_x = convolution_with_product_gradient(x_tangent, kernel, geometry)
     by_kernel = convolution_by_product(x, kernel_tangent, geometry)
-    return _convolution_with_product_gradient(geometry, x, kernel), by_x + by_kernel
+    return convolution_with_product_gradient(x, kernel, geometry), by_x + by_kernel
 
 
 def convolution_by_product(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
