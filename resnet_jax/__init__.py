@@ -22,11 +22,8 @@ from resnet_jax.models.blocks import (
     SqueezeExcite,
     StochasticDepth,
 )
-from resnet_jax.models.layers import (
-    BatchNorm,
-    Conv,
-    GroupNorm,
-)
+from resnet_jax.models.layers import Conv
+from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.models.registry import (
     Architecture,
     BiTResNet50x1,

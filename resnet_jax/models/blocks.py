@@ -15,7 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.layers import BatchNorm, Conv, Initializer, ModuleDef, average_pool_2x2
+from resnet_jax.models.layers import Conv, Initializer, ModuleDef, average_pool_2x2
+from resnet_jax.models.norms import BatchNorm, conv_norm
 
 ShortcutOption = Literal["A", "B", "C", "D", "none"]
 SHORTCUT_OPTIONS: tuple[str, ...] = get_args(ShortcutOption)
@@ -68,8 +69,12 @@ class Shortcut(nn.Module):
         stride = self.stride
         if self.option == "D" and self.halves:
             x, stride = average_pool_2x2(x, stride, self.dilation), 1
-        x = self.conv_cls(self.features, 1, stride=stride, name="conv1")(x)
-        return x if self.norm_cls is None else self.norm_cls(name="norm1")(x, train)
+        conv = self.conv_cls(self.features, 1, stride=stride, name="conv1")
+        return (
+            conv(x)
+            if self.norm_cls is None
+            else conv_norm(conv, self.norm_cls(name="norm1"), x, train)
+        )
 
     def _padded_identity(self, x: jax.Array) -> jax.Array:
         """[N, H, W, C] -> [N, H / stride, W / stride, features], C in the middle of the zeros.
@@ -299,8 +304,9 @@ class BottleneckBlock(ResidualBlock):
         y = nn.relu(self.norm_cls(name="norm1")(y, train))
         y = self.conv_cls(name="conv2", **conv2)(y)  # [N, H / stride, W / stride, inner]
         y = nn.relu(self.norm_cls(name="norm2")(y, train))
-        y = self.conv_cls(name="conv3", **conv3)(y)  # [N, H / stride, W / stride, 4 width]
-        y = self.norm_cls(scale_init=self.last_scale_init, name="norm3")(y, train)
+        conv = self.conv_cls(name="conv3", **conv3)
+        norm = self.norm_cls(scale_init=self.last_scale_init, name="norm3")
+        y = conv_norm(conv, norm, y, train)  # [N, H / stride, W / stride, 4 width]
         return nn.relu(self.add_shortcut(y, x, train))
 
 

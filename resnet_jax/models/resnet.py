@@ -18,17 +18,8 @@ from resnet_jax.models.blocks import (
     ResidualBlock,
     ShortcutOption,
 )
-from resnet_jax.models.layers import (
-    NORM_KINDS,
-    BatchNorm,
-    Conv,
-    Dtype,
-    GroupNorm,
-    Initializer,
-    ModuleDef,
-    NormKind,
-    he_fan_out,
-)
+from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, he_fan_out
+from resnet_jax.models.norms import NORM_KINDS, BatchNorm, GroupNorm, NormKind
 from resnet_jax.models.stem import ImageNetStem
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
-from resnet_jax.models.layers import BatchNorm, Conv, ModuleDef, max_pool
+from resnet_jax.models.layers import Conv, ModuleDef, max_pool
+from resnet_jax.models.norms import BatchNorm, norm_relu_pool
 
 
 class ImageNetStem(nn.Module):
@@ -43,9 +44,12 @@ class ImageNetStem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = self.conv_cls(self.features, 7, stride=2, name="conv1")(x)  # [N, H/2, W/2, 64]
-        if self.activate:
-            x = nn.relu(self.norm_cls(name="norm1")(x, train))
-        return max_pool(x, self.zero_pool_padding)  # [N, H/4, W/4, 64]
+        if not self.activate:
+            return max_pool(x, self.zero_pool_padding)  # [N, H/4, W/4, 64]
+        norm = self.norm_cls(name="norm1")
+        if self.zero_pool_padding:  # the zeros are no pixels of the norm
+            return max_pool(nn.relu(norm(x, train)), zero_padding=True)
+        return norm_relu_pool(norm, x, train)  # [N, H/4, W/4, 64]
 
 
 class DeepStem(nn.Module):
@@ -84,10 +88,14 @@ class DeepStem(nn.Module):
         x = self.conv_cls(second, 3, name="conv2")(x)
         x = nn.relu(self.norm_cls(name="norm2")(x, train))
         x = self.conv_cls(last, 3, name="conv3")(x)  # [N, H/2, W/2, 64]
+        if not self.conv_pool:  # [N, H/4, W/4, 64]
+            return (
+                norm_relu_pool(self.norm_cls(name="norm3"), x, train)
+                if self.activate
+                else max_pool(x)
+            )
         if self.activate:
             x = nn.relu(self.norm_cls(name="norm3")(x, train))
-        if not self.conv_pool:
-            return max_pool(x)  # [N, H/4, W/4, 64]
         x = self.conv_cls(last, 3, stride=2, name="pool_conv")(x)  # [N, H/4, W/4, 64]
         return nn.relu(self.norm_cls(name="pool_norm")(x, train))
 

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.layers import BatchNorm, Conv, GroupNorm
+from resnet_jax.models.layers import Conv
+from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.models.resnet import ResNet
 
 _COUNTED = (Conv, nn.Conv, nn.Dense, BatchNorm, nn.BatchNorm, GroupNorm, nn.GroupNorm)

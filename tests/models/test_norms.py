@@ -1,0 +1,222 @@
+"""Batch norm in one operation with a product or a pool equals the plain order of both."""
+
+import functools
+import math
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.test_util import check_grads
+
+import resnet_jax as rj
+from resnet_jax.models import norms
+from resnet_jax.models.layers import max_pool
+from resnet_jax.models.norms import (
+    conv_norm,
+    mean_outer_product,
+    norm_relu_pool,
+    product_norm,
+    product_norm_by_input,
+)
+
+
+@pytest.fixture
+def as_on_tpu(monkeypatch):
+    """Traces the formulas of a TPU; they run here all the same."""
+
+    def choose(*operands, default, tpu=None, cpu=None):
+        del cpu
+        return (tpu or default)(*operands)
+
+    monkeypatch.setattr(lax, "platform_dependent", choose)
+
+
+def draw(seed=0, channels=4, features=12):
+    rng = np.random.default_rng(seed)
+    return {
+        "x": np.maximum(rng.normal(size=(3, 5, 4, channels)) + 0.3, 0).astype(np.float32),
+        "kernel": rng.normal(size=(channels, features)).astype(np.float32),
+        "running_mean": np.zeros(features, np.float32),
+        "scale": rng.normal(size=features).astype(np.float32),
+        "bias": rng.normal(size=features).astype(np.float32),
+    }
+
+
+def test_moments_of_a_product_from_its_input():
+    arguments = draw()
+    weights = np.random.default_rng(1).normal(size=(3, 5, 4, 12)).astype(np.float32)
+
+    def run(function):
+        def weighted(arguments):
+            y, mean, variance = function(**arguments, epsilon=1e-5)
+            return (y * weights).sum() + mean.sum() + jnp.square(variance).sum(), (
+                y,
+                mean,
+                variance,
+            )
+
+        return jax.jit(jax.value_and_grad(weighted, has_aux=True))(arguments)
+
+    chex.assert_trees_all_close(run(product_norm_by_input), run(product_norm), rtol=1e-4, atol=1e-4)
+
+
+def test_every_kind_of_derivative_exists():
+    x = draw(channels=2)["x"]
+    check_grads(mean_outer_product, (x,), order=2, modes=["fwd", "rev"], rtol=2e-2, atol=2e-2)
+
+
+def test_the_formula_follows_the_platform():
+    conv, norm = rj.Conv(12, 1), rj.BatchNorm()
+
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return conv_norm(conv.copy(name="conv"), norm.copy(name="norm"), x, train=True)
+
+    x = jnp.asarray(draw()["x"])
+    variables = Both().init(jax.random.key(0), x)
+    traced = jax.jit(lambda x: Both().apply(variables, x, mutable=["batch_stats"])).trace(x)
+    texts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    # The covariance of the input is 4 x 4.
+    covariance = {platform: "-> tensor<4x4xf32>" in text for platform, text in texts.items()}
+    assert covariance == {"cpu": False, "cuda": False, "tpu": True}
+    assert " conditional(" not in traced.lower().compile().as_text()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_pool_commutes_with_a_norm(train):
+    x = np.random.default_rng(0).normal(size=(3, 6, 7, 5)).astype(np.float32)
+    norm = rj.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=False)
+    variables["params"]["scale"] = jnp.array([2.0, -1.0, 0.5, -3.0, 1.0])  # both signs
+    variables["params"]["bias"] = jnp.array([0.1, 0.2, -0.3, 0.4, 0.0])
+    variables["batch_stats"]["mean"] = jnp.array([0.5, 0.5, -0.5, 0.1, 0.2])
+
+    class Ours(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return norm_relu_pool(norm.copy(name="norm"), x, train)
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return max_pool(nn.relu(norm.copy(name="norm")(x, train)))
+
+    def run(module):
+        def weighted(params, x):
+            variables_ = {"params": params, "batch_stats": {"norm": variables["batch_stats"]}}
+            y, updates = module.apply(variables_, x, mutable=["batch_stats"])
+            return (y * jnp.arange(1.0, 6.0)).sum(), (y, updates)
+
+        gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))
+        return gradients({"norm": variables["params"]}, x)
+
+    chex.assert_trees_all_close(run(Ours()), run(Plain()), rtol=1e-4, atol=1e-5)
+
+
+def bottlenecks(dtype=jnp.float32, **fields):
+    return rj.ResNet(stage_sizes=(2, 1), stage_widths=(8, 16), num_classes=5, dtype=dtype, **fields)
+
+
+def train_once(model, variables, images):
+    def loss_of(params):
+        logits, updates = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.square(logits - 1).mean(), (logits, updates)
+
+    (_, (logits, updates)), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(
+        variables["params"]
+    )
+    return {"logits": logits, "statistics": updates, "gradients": gradients}
+
+
+def distance(results, exact):
+    """Relative distance of all values of each kind."""
+    flat = {name: ravel_pytree(tree)[0] for name, tree in results.items()}
+    true = {name: ravel_pytree(tree)[0] for name, tree in exact.items()}
+    return {
+        name: float(jnp.linalg.norm(flat[name].astype(jnp.float32) - true[name]))
+        / float(jnp.linalg.norm(true[name]))
+        for name in flat
+    }
+
+
+def example():
+    images = np.random.default_rng(3).normal(size=(16, 32, 32, 3)).astype(np.float32)
+    variables = bottlenecks().init(jax.random.key(0), images[:1], train=False)
+    return variables, images
+
+
+def test_a_network_as_on_a_tpu_equals_the_plain_one(request):
+    variables, images = example()
+    plain = train_once(bottlenecks(), variables, images)
+    request.getfixturevalue("as_on_tpu")
+    ours = train_once(bottlenecks(), variables, images)
+    assert max(distance(ours, plain).values()) < 1e-4
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_plain_network(request):
+    variables, images = example()
+    exact = train_once(bottlenecks(), variables, images)
+    plain = distance(train_once(bottlenecks(jnp.bfloat16), variables, images), exact)
+    request.getfixturevalue("as_on_tpu")
+    ours = distance(train_once(bottlenecks(jnp.bfloat16), variables, images), exact)
+    assert all(ours[name] < 1.2 * plain[name] for name in plain), (ours, plain)
+
+
+@pytest.mark.usefixtures("as_on_tpu")
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_devices_share_the_moments_of_a_product(group_size):
+    arguments = draw(seed=5)
+    x = np.stack([arguments["x"] * (1 + device) + device for device in range(4)])
+    fields = {"kernel": arguments["kernel"]}
+    norm = rj.BatchNorm(axis_name="batch", group_size=group_size)
+    variables = norm.init(jax.random.key(0), x[0], train=False, **fields)
+    apply = functools.partial(norm.apply, variables, train=True, mutable=["batch_stats"], **fields)
+    ours, statistics = jax.pmap(apply, axis_name="batch")(x)
+    share = group_size or 4
+    for first in range(0, 4, share):
+        together = x[first : first + share].reshape(-1, *x.shape[2:])
+        alone = rj.BatchNorm()
+        y, expected = alone.apply(
+            variables, together, train=True, mutable=["batch_stats"], **fields
+        )
+        found = ours[first : first + share].reshape(y.shape)
+        chex.assert_trees_all_close(found, y, rtol=1e-4, atol=1e-4)
+        each = jax.tree.map(lambda s, first=first: s[first], statistics)
+        chex.assert_trees_all_close(each, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("as_on_tpu")
+def test_far_from_zero_the_running_mean_keeps_the_variance():
+    """What a TPU takes deviations from; at the true mean the one-pass variance is exact."""
+    x = 1000 + np.random.default_rng(0).normal(size=(64, 4, 4, 2)).astype(np.float32)
+    _, variance = norms.batch_moments(jnp.asarray(x), jnp.full(2, 1000.0))
+    np.testing.assert_allclose(variance, x.var((0, 1, 2), dtype=np.float64), rtol=1e-4)
+    assert math.isfinite(float(variance.sum()))
+
+
+def test_other_norms_and_convolutions_keep_the_plain_order():
+    x = jnp.asarray(draw()["x"])
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = conv_norm(nn.Conv(12, (1, 1), name="conv"), rj.GroupNorm(name="norm"), x, True)
+            return norm_relu_pool(rj.GroupNorm(name="last"), x, True)
+
+    y, variables = Plain().init_with_output(jax.random.key(0), x)
+    conv, norm = nn.Conv(12, (1, 1)), rj.GroupNorm()
+    expected = conv.apply({"params": variables["params"]["conv"]}, x)
+    for name in ("norm", "last"):
+        expected = norm.apply({"params": variables["params"][name]}, expected, train=True)
+    chex.assert_trees_all_close(y, max_pool(nn.relu(expected)), rtol=1e-5, atol=1e-5)
