@@ -59,6 +59,7 @@ def augment(
     config: Augment,
     num_classes: int,
     first: int | jax.Array = 0,
+    mirrored: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Augments and normalises a device's part of a batch.
 
@@ -77,6 +78,7 @@ def augment(
       config: What is switched on.
       num_classes: Length of the targets.
       first: Place in the whole batch of this device's first image; even where images are mixed.
+      mirrored: bool [N], which images to mirror, for `flip_alternates`; None: draw it.
 
     Returns:
       Images float32 [N, H, W, C], and targets float32 [N, num_classes] that sum to 1 each.
@@ -100,6 +102,8 @@ def augment(
             "cutmix cannot pair; choose one that gives an even number"
         )
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+    if mirrored is not None:
+        images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     images = jax.vmap(functools.partial(_before_normalization, config=config))(images, keys)
     images = normalize(images, config)
     images = jax.vmap(functools.partial(_after_normalization, config=config))(images, keys)

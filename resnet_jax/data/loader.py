@@ -166,6 +166,15 @@ class Order:
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """The image at each position, [len(positions)]."""
+        return self._find(positions)[0]
+
+    def mirrored(self, positions: np.ndarray) -> np.ndarray:
+        """Whether an image's turn to be mirrored is odd: every other epoch, bool."""
+        found, epochs = self._find(positions)
+        return _first_mirrored(self.images, self.seed)[found] ^ (epochs % 2 == 1)
+
+    def _find(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(image, epoch) at each position."""
         blocks = positions // (_APART * self.repeats)
         slots = blocks * _APART + positions % _APART
         epochs, places = np.divmod(slots, self.images)
@@ -173,7 +182,12 @@ class Order:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             found[chosen] = _permutation(self.images, self.seed, int(epoch))[places[chosen]]
-        return found
+        return found, epochs
+
+
+@functools.lru_cache(maxsize=4)
+def _first_mirrored(images: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, 2]).integers(2, size=images, dtype=np.uint8) == 1
 
 
 @functools.lru_cache(maxsize=4)
@@ -207,6 +221,7 @@ def memory_batches(
     batch_size: int,
     start: int,
     stop: int,
+    mirror: bool = False,
     host: int = 0,
     hosts: int = 1,
 ) -> Iterator[Batch]:
@@ -218,11 +233,13 @@ def memory_batches(
       batch_size: On all hosts together.
       start: First batch.
       stop: The one after the last.
+      mirror: Say which images to mirror.
       host: This host.
       hosts: How many there are.
 
     Returns:
-      {"images": uint8 [N, S, S, C], "labels": int32 [N]} for N = batch_size / hosts.
+      {"images": uint8 [N, S, S, C], "labels": int32 [N]} for N = batch_size / hosts; with
+      `mirror` also "mirrored": bool [N].
 
     Example:
       >>> data = MemoryImages(np.zeros((10, 2, 2, 1), np.uint8), np.arange(10, dtype=np.int32))
@@ -231,8 +248,50 @@ def memory_batches(
       [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
     for step in range(start, stop):
-        chosen = order.indices(host_positions(step, batch_size, host, hosts))
-        yield {"images": images.images[chosen], "labels": images.labels[chosen]}
+        batch = {
+            name: x[:, 0]
+            for name, x in memory_choices(order, batch_size, step, 1, mirror, host, hosts).items()
+        }
+        chosen = batch.pop("indices")
+        yield {"images": images.images[chosen], "labels": images.labels[chosen], **batch}
+
+
+def memory_choices(
+    order: Order,
+    batch_size: int,
+    start: int,
+    steps: int,
+    mirror: bool = False,
+    host: int = 0,
+    hosts: int = 1,
+) -> Batch:
+    """What is in the batches of several steps, for a data set that lies on the devices.
+
+    Args:
+      order: Of its images.
+      batch_size: On all hosts together.
+      start: First batch.
+      steps: Number of batches.
+      mirror: Say which images to mirror.
+      host: This host.
+      hosts: How many there are.
+
+    Returns:
+      {"indices": int32 [N, steps]} for N = batch_size / hosts; with `mirror` also "mirrored":
+      bool [N, steps].
+
+    Example:
+      >>> choices = memory_choices(Order(10, seed=0), batch_size=5, start=0, steps=2)
+      >>> sorted(choices["indices"].ravel().tolist())
+      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    each = [host_positions(step, batch_size, host, hosts) for step in range(start, start + steps)]
+    positions = np.stack(each, axis=1)
+    flat = positions.ravel()
+    found = {"indices": order.indices(flat).astype(np.int32)}
+    if mirror:
+        found["mirrored"] = order.mirrored(flat)
+    return {name: x.reshape(positions.shape) for name, x in found.items()}
 
 
 # Undecodable images that may follow each other in a source.
@@ -256,10 +315,12 @@ class _Stream:
         stop: int,
         host: int,
         hosts: int,
+        mirror: bool,
     ) -> None:
         self.source = source
         self.order = order
         self.config = config
+        self.mirror = mirror
         self.batch_size = batch_size
         self.start = start
         self.host = host
@@ -286,7 +347,10 @@ class _Stream:
             except DataError:
                 faulty[attempt] = candidate
             else:
-                return {"images": image, "labels": np.int32(label), "faulty": faulty}
+                found = {"images": image, "labels": np.int32(label), "faulty": faulty}
+                if self.mirror:
+                    found["mirrored"] = self.order.mirrored(np.array([position]))[0]
+                return found
         raise DataError(
             f"data.name: {_MOST_IN_A_ROW} images in a row cannot be decoded, from "
             f"{self.source.image_name(index)} on; mend the data"
@@ -301,6 +365,7 @@ def stream_batches(
     start: int,
     stop: int,
     corrupt: Corrupt,
+    mirror: bool = False,
     host: int = 0,
     hosts: int = 1,
 ) -> Iterator[Batch]:
@@ -314,16 +379,17 @@ def stream_batches(
       start: First batch.
       stop: The one after the last.
       corrupt: Counts what cannot be decoded.
+      mirror: Say which images to mirror.
       host: This host.
       hosts: How many there are.
 
     Returns:
-      {"images": uint8 [N, S, S, C], "labels": int32 [N]} for N = batch_size / hosts.
+      As `memory_batches`.
     """
     import grain
 
     share = batch_size // hosts
-    stream = _Stream(source, order, config, batch_size, start, stop, host, hosts)
+    stream = _Stream(source, order, config, batch_size, start, stop, host, hosts, mirror)
     images = grain.MapDataset.source(stream)
     if config.workers:  # each process takes whole batches, in turn
         _mark_flags_parsed()

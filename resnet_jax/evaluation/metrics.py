@@ -6,6 +6,7 @@ comes at the end. The result does not depend on the batch size or the number of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,13 +26,14 @@ Sums = dict[str, Any]
 
 
 def make_evaluation_step(
-    model: ResNet, config: Augment
+    model: ResNet, config: Augment, flip: bool = False
 ) -> Callable[[Any, dict[str, jax.Array]], Sums]:
     """The evaluation step of one device of the axis "batch".
 
     Args:
       model: The network.
       config: With the mean and standard deviation that images are normalised by.
+      flip: Average the logits of each image and its mirror image.
 
     Returns:
       step(variables, batch) -> sums over all devices: images, loss (softmax cross-entropy in
@@ -41,7 +43,10 @@ def make_evaluation_step(
     def step(variables: Any, batch: dict[str, jax.Array]) -> Sums:
         labels, weights = batch["labels"], batch["weights"]
         images = normalize(batch["images"], config)
-        logits = jnp.asarray(model.apply(variables, images, train=False))
+        predict = functools.partial(model.apply, variables, train=False)
+        logits = jnp.asarray(predict(images))
+        if flip:
+            logits = (logits + jnp.asarray(predict(images[:, :, ::-1]))) / 2
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         each = {
             "images": jnp.ones_like(weights),

@@ -109,6 +109,8 @@ class Augment:
 
     Args:
       flip: Mirror half of the images.
+      flip_alternates: Mirror every image in every other epoch instead, half of them first in the
+        first (Jordan 2024, section 3.6).
       pad: Border in pixels, in the mean colour, of which a random crop drops as much again.
       rotate: Largest rotation in degrees, either way.
       trivial: TrivialAugment wide (Müller & Hutter 2021).
@@ -130,6 +132,7 @@ class Augment:
     """
 
     flip: bool = False
+    flip_alternates: bool = False
     pad: int = 0
     rotate: float = 0.0
     trivial: bool = False
@@ -236,6 +239,9 @@ class Train:
       steps: Optimizer steps; 0: they follow from epochs.
       batch_size: Images an optimizer step, on all devices together.
       accumulate: Parts in which a device takes its share of a batch, to save memory.
+      steps_per_call: Steps in one call of the compiled program. With more than 1 the data set
+        lies on the devices, and the host only says which images make a batch: for small images,
+        whose steps are shorter than the host's work for them.
       seed: Of initial parameters, order, crops and augmentation.
       ema_decay: Of the moving average of parameters and statistics; 0: none.
       ema_every: Steps between its updates.
@@ -245,6 +251,7 @@ class Train:
     steps: int = 0
     batch_size: int = 128
     accumulate: int = 1
+    steps_per_call: int = 1
     seed: int = 0
     ema_decay: float = 0.0
     ema_every: int = 1
@@ -257,10 +264,12 @@ class Evaluate:
     Args:
       every_epochs: Epochs between evaluations; the end is always evaluated.
       batch_size: Images a step, on all devices together; 0: that of training.
+      flip: Average the logits of each image and its mirror image.
     """
 
     every_epochs: float = 1.0
     batch_size: int = 0
+    flip: bool = False
 
 
 @dataclasses.dataclass
@@ -466,6 +475,7 @@ _RULES: dict[str, Rule] = {
     "train.steps": _NOT_NEGATIVE,
     "train.batch_size": _AT_LEAST_1,
     "train.accumulate": _AT_LEAST_1,
+    "train.steps_per_call": _AT_LEAST_1,
     "train.seed": (lambda x: 0 <= x < 2**31, "must be in [0, 2^31)"),
     "train.ema_decay": _RATE,
     "train.ema_every": _AT_LEAST_1,
@@ -510,6 +520,8 @@ def _joint_faults(config: Config) -> Iterator[str]:
         yield f"data.jitter_sides = {data.jitter_sides}: must not be less than data.image_size"
     if len(config.augment.mean) != len(config.augment.std):
         yield f"augment.std = {config.augment.std}: must have as many numbers as augment.mean"
+    if config.augment.flip and config.augment.flip_alternates:
+        yield "augment.flip_alternates = True: must be False with augment.flip"
     if config.augment.trivial and config.augment.rand_layers:
         yield f"augment.rand_layers = {config.augment.rand_layers}: must be 0 with augment.trivial"
     if not train.steps and config.schedule.warmup_epochs > train.epochs:
@@ -605,6 +617,7 @@ _FREE = {
     "data.threads",
     "data.prefetch",
     "data.max_corrupt",
+    "train.steps_per_call",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.allow_change",

@@ -6,9 +6,10 @@ sources -> model -> workdir -> devices -> state (new, loaded, or restored) -> st
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from resnet_jax.data.loader import (
     fits_memory,
     load_memory,
     memory_batches,
+    memory_choices,
     prefetch,
     stream_batches,
     streamed_evaluation_batches,
@@ -40,14 +42,20 @@ from resnet_jax.training.checkpoint import (
     write_classes,
     write_config,
 )
-from resnet_jax.training.config import Config, check
+from resnet_jax.training.config import Config, check, profile_steps
 from resnet_jax.training.initial import initial_variables
 from resnet_jax.training.optimizer import Length, make_optimizer
 from resnet_jax.training.recorder import Recorder, Trace
-from resnet_jax.training.setup import channels_of, check_batches, make_model, open_sources
+from resnet_jax.training.setup import (
+    channels_of,
+    check_batches,
+    check_calls,
+    make_model,
+    open_sources,
+)
 from resnet_jax.training.signals import Signals
 from resnet_jax.training.state import TrainState, create_state
-from resnet_jax.training.step import make_train_step
+from resnet_jax.training.step import make_steps, make_train_step
 from resnet_jax.training.telemetry import Telemetry
 
 
@@ -94,6 +102,7 @@ def train(config: Config, workdir: str | Path) -> Result:
     sources = open_sources(config)
     model = make_model(config, sources["train"].num_classes)
     check_batches(config)
+    check_calls(config, sources["train"])
     initial = None
     if not has_states(Path(workdir).expanduser()):  # a run that goes on needs no first weights
         initial = initial_variables(config, model, channels_of(config, sources["train"]))
@@ -141,10 +150,15 @@ class _Run:
         self.corrupt = Corrupt(config.data.max_corrupt, self.telemetry.say)
         self.train_data = self._in_memory(sources["train"], training=True)
         self.eval_data = self._in_memory(sources["eval"], training=False)
-        step = make_train_step(model, optimizer, config, self.length)
-        self.step = parallel.data_parallel(step)
+        step: Callable[..., Any] = make_train_step(model, optimizer, config, self.length)
+        self.on_devices: tuple[Batch, ...] = ()  # arguments of the step beside state and batch
+        if config.train.steps_per_call > 1 and isinstance(self.train_data, MemoryImages):
+            data = {"images": self.train_data.images, "labels": self.train_data.labels}
+            self.on_devices = (parallel.place(data),)
+            step = make_steps(step)
+        self.step = parallel.data_parallel(step, whole=len(self.on_devices))
         self.evaluation_step = parallel.data_parallel_sums(
-            make_evaluation_step(model, config.augment)
+            make_evaluation_step(model, config.augment, config.evaluate.flip)
         )
         self._say_start(channels, resumed)
 
@@ -168,13 +182,15 @@ class _Run:
             self.telemetry.say(f"already trained for {done} steps; evaluating")
             return self._evaluate(done, write=False)
         # A generator closed in time does not leave its thread behind.
-        batches = prefetch(map(parallel.put, self._batches(done)), config.data.prefetch)
+        lengths = [*self._call_lengths(done)]
+        batches = prefetch(map(parallel.put, self._batches(done, lengths)), config.data.prefetch)
         try:
-            for batch in batches:
+            for steps, batch in zip(lengths, batches, strict=True):
                 trace.before(done)
-                recorder.look_at(self.step, self.state, batch)
-                self.state, step_metrics = self.step(self.state, batch)
-                done += 1
+                if steps == 1:
+                    recorder.look_at(self.step, self.state, *self.on_devices, batch)
+                self.state, step_metrics = self.step(self.state, *self.on_devices, batch)
+                done += steps
                 trace.after(done, step_metrics)
                 recorder.add(done, step_metrics)
                 self.telemetry.advance(done)
@@ -198,16 +214,30 @@ class _Run:
             trace.close()
         return metrics
 
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def _call_lengths(self, done: int) -> Iterator[int]:
+        """Steps of each call: train.steps_per_call, or 1 up to where the loop has to look."""
+        most, stop = self.config.train.steps_per_call, self.length.steps
+        while done < stop:
+            inside = range(done + 1, done + most)
+            whole = done + most <= stop and not any(map(self._stops_at, inside))
+            steps = most if whole else 1
+            yield steps
+            done += steps
+
+    def _batches(self, start: int, lengths: list[int]) -> Iterator[Batch]:
         config, stop = self.config, self.length.steps
-        seed, size = config.train.seed, config.train.batch_size
-        data = self.train_data
-        order = Order(len(data), seed, config.data.repeats)
+        size, data = config.train.batch_size, self.train_data
+        order = Order(len(data), config.train.seed, config.data.repeats)
+        options = {"mirror": config.augment.flip_alternates, **self.hosts}
+        if self.on_devices:
+            starts = itertools.accumulate(lengths[:-1], initial=start)
+            return (
+                memory_choices(order, size, first, steps, **options)
+                for first, steps in zip(starts, lengths, strict=True)
+            )
         if isinstance(data, MemoryImages):
-            return memory_batches(data, order, size, start, stop, **self.hosts)
-        return stream_batches(
-            data, order, config.data, size, start, stop, self.corrupt, **self.hosts
-        )
+            return memory_batches(data, order, size, start, stop, **options)
+        return stream_batches(data, order, config.data, size, start, stop, self.corrupt, **options)
 
     def _in_memory(self, source: Source, training: bool) -> MemoryImages | Source:
         """The decoded data set where it fits, else the source itself."""
@@ -259,6 +289,13 @@ class _Run:
     def _saves_at(self, done: int) -> bool:
         every = self.config.checkpoint.every_steps
         return every > 0 and done % every == 0
+
+    def _stops_at(self, done: int) -> bool:
+        """Whether the loop logs, evaluates, saves or traces between two steps."""
+        config = self.config
+        traced = profile_steps(config.log.profile) if config.log.profile else None
+        logs = done % config.log.every_steps == 0
+        return logs or self._evaluates_at(done) or self._saves_at(done) or done in (traced or ())
 
     def _divergence(self, what: str, done: int) -> str:
         saved = self.checkpoints.latest

@@ -18,7 +18,9 @@ AXIS = "batch"
 
 
 def data_parallel(
-    step: Callable[..., Any], devices: Sequence[jax.Device] | None = None
+    step: Callable[..., Any],
+    devices: Sequence[jax.Device] | None = None,
+    whole: int = 0,
 ) -> Callable[..., Any]:
     """Runs a step(state, batch) -> (state, metrics) on all devices, each with its share.
 
@@ -28,6 +30,7 @@ def data_parallel(
     Args:
       step: A pure function that may use collectives over the axis "batch".
       devices: Which; None: all.
+      whole: Arguments between state and batch that every device gets whole, by `place`.
 
     Returns:
       The compiled step; batches have a leading axis of local devices.
@@ -43,7 +46,7 @@ def data_parallel(
     return jax.pmap(
         step,
         axis_name=AXIS,
-        in_axes=(None, 0),
+        in_axes=(None,) * (1 + whole) + (0,),
         out_axes=None,
         donate_argnums=(0,),
         devices=devices,
@@ -132,18 +135,17 @@ def put(batch: Any) -> Any:
     return jax.device_put(split, jax.NamedSharding(_mesh(), jax.P(AXIS)))
 
 
-def flops(step: Any, state: Any, batch: Any) -> float:
+def flops(step: Any, *arguments: Any) -> float:
     """What one step computes on one device, as the compiler counts it.
 
     Args:
       step: From `data_parallel`.
-      state: Its state, or the shapes of it.
-      batch: From `put`.
+      arguments: What the step takes, or the shapes of it.
 
     Returns:
       Floating-point operations.
     """
-    return float(step.lower(state, batch).cost_analysis()["flops"])
+    return float(step.lower(*arguments).cost_analysis()["flops"])
 
 
 def check_divisible(sizes: Mapping[str, int], parts: int = 1, why: str = "") -> None:

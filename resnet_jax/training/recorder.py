@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from resnet_jax.errors import DivergedError
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, profile_steps
-from resnet_jax.training.state import TrainState
 from resnet_jax.training.telemetry import PEAK_FLOPS, Telemetry
 
 # Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
@@ -54,13 +54,13 @@ class Recorder:
         self._flops: float | None = None
         self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
-    def look_at(self, step: Any, state: TrainState, batch: Any) -> None:
+    def look_at(self, step: Any, *arguments: Any) -> None:
         """Counts the work of the step that the records are about, where its peak is known."""
         if self._peak and self._flops is None:
-            self._flops = parallel.flops(step, state, batch)
+            self._flops = parallel.flops(step, *arguments)
 
     def add(self, done: int, metrics: Any) -> None:
-        """Takes the metrics of a step that may still be running."""
+        """Takes the metrics of a call that may still be running: of a step, or [steps]."""
         self._pending.append((done, metrics))
         while len(self._pending) > _IN_FLIGHT:
             self._read_one()
@@ -78,7 +78,13 @@ class Recorder:
 
     def _read_one(self) -> None:
         done, metrics = self._pending.popleft()
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        arrays = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
+        steps = len(arrays["loss"])
+        for index in range(steps):
+            values = {name: float(x[index]) for name, x in arrays.items()}
+            self._take(done - steps + 1 + index, values)
+
+    def _take(self, done: int, values: dict[str, float]) -> None:
         self._done = done
         if math.isfinite(values["loss"]):
             self._overflows = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.data.loader import fits_memory
 from resnet_jax.data.sources import Source, open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.models.registry import create_model
@@ -98,6 +99,30 @@ def make_model(config: Config, classes: int) -> ResNet:
                 f"data.{name} = {side}: {fields.name} needs at least {least} pixels a side"
             )
     return model
+
+
+def check_calls(config: Config, source: Source) -> None:
+    """Checks that a data set that is to lie on the devices can.
+
+    Args:
+      config: The configuration of a run.
+      source: Its training images.
+
+    Raises:
+      ConfigError: It does not stay in memory, or there are several processes.
+    """
+    steps = config.train.steps_per_call
+    if steps == 1:
+        return
+    if not fits_memory(source, config.data, training=True):
+        raise ConfigError(
+            f"train.steps_per_call = {steps}: needs a data set that lies in memory, with "
+            "data.crop = 'center' and at most data.memory_gib; take 1 for this one"
+        )
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"train.steps_per_call = {steps}: must be 1 in a run of {jax.process_count()} processes"
+        )
 
 
 def check_batches(config: Config) -> None:

@@ -90,7 +90,8 @@ def make_train_step(
 
     Returns:
       step(state, batch) -> (state, metrics) for one device of the axis "batch". A batch is
-      {"images": uint8 [N, H, W, C], "labels": int32 [N]}; metrics are means over the batch of
+      {"images": uint8 [N, H, W, C], "labels": int32 [N]}, and "mirrored": bool [N] where
+      augment.flip_alternates is on; metrics are means over the batch of
       all devices: loss, top1, top5 (fractions), and learning_rate.
     """
     schedule = make_schedule(config, length)
@@ -122,6 +123,32 @@ def make_train_step(
     return step
 
 
+def make_steps(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, Metrics]]:
+    """Several training steps in one program, on batches gathered from a data set on the device.
+
+    Args:
+      step: From `make_train_step`.
+
+    Returns:
+      steps(state, data, choices) -> (state, metrics) for one device. data is the whole set,
+      {"images": uint8 [M, H, W, C], "labels": int32 [M]}; choices are {"indices": int32
+      [N, steps]}, the images of each step's batch, and what else a batch has, as [N, steps].
+      Metrics are [steps].
+    """
+
+    def steps(state: TrainState, data: Batch, choices: Batch) -> tuple[TrainState, Metrics]:
+        def one(state: TrainState, choice: Batch) -> tuple[TrainState, Metrics]:
+            batch = dict(choice)
+            indices = batch.pop("indices")
+            return step(state, {**batch, **{name: x[indices] for name, x in data.items()}})
+
+        return _scan(one, state, jax.tree.map(jnp.transpose, choices))
+
+    return steps
+
+
 def _gradients(
     model: ResNet, config: Config, state: TrainState, batch: Batch, scale: jax.Array
 ) -> tuple[Any, Any, Metrics]:
@@ -145,6 +172,7 @@ def _gradients(
             config.augment,
             model.num_classes,
             part["first"],
+            part.get("mirrored"),
         )
         rngs = {"dropout": jax.random.fold_in(dropout_key, part["first"])}
         logits, batch_stats = _forward(model, config, params, batch_stats, images, rngs)
@@ -166,16 +194,20 @@ def _gradients(
 
     nothing = dict.fromkeys(("loss", "top1", "top5"), jnp.float32(0))
     start = state.batch_stats, (jax.tree.map(jnp.zeros_like, state.params), nothing)
-    if parts == 1 or jax.default_backend() == "cpu":
-        # No loop: on a CPU, XLA runs the convolutions of a loop 17 times slower.
-        carry = start
-        for index in range(parts):
-            carry, _ = add_part(carry, jax.tree.map(lambda x, i=index: x[i], split))
-        batch_stats, total = carry
-    else:
-        (batch_stats, total), _ = lax.scan(add_part, start, split)
+    (batch_stats, total), _ = _scan(add_part, start, split)
     gradients, metrics = jax.tree.map(lambda x: x / parts, total)
     return gradients, batch_stats, metrics
+
+
+def _scan(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`lax.scan`; without a loop on a CPU, where XLA runs its convolutions 17 times slower."""
+    if jax.default_backend() != "cpu":
+        return lax.scan(function, carry, xs)
+    outputs = []
+    for index in range(jax.tree.leaves(xs)[0].shape[0]):
+        carry, output = function(carry, jax.tree.map(lambda x, i=index: x[i], xs))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
 
 
 def _forward(

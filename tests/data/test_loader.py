@@ -97,11 +97,28 @@ def test_memory_and_stream_take_the_same_images():
     images = loader.load_memory(source, Data(image_size=8), True, corrupt)
     assert images.images.shape == (20, 8, 8, 3)
     np.testing.assert_array_equal(images.images[:, 4, 4, 0], 10 * np.arange(20))
-    in_memory = list(loader.memory_batches(images, order, 8, 0, 5))
-    streamed = stream(source, order, 0, 5)
-    for batch, other in zip(in_memory, streamed):
+    in_memory = list(loader.memory_batches(images, order, 8, 0, 5, mirror=True))
+    streamed = stream(source, order, 0, 5, mirror=True)
+    for batch, other in zip(in_memory, streamed, strict=True):
+        np.testing.assert_array_equal(batch["mirrored"], other["mirrored"])
         np.testing.assert_array_equal(batch["labels"], other["labels"])
         assert batch["images"].dtype == other["images"].dtype == np.uint8
+
+
+def test_every_image_is_mirrored_in_every_other_epoch():
+    images = 64
+    order = loader.Order(images, seed=1)
+    epochs = []
+    for epoch in range(3):
+        positions = np.arange(epoch * images, (epoch + 1) * images)
+        by_image = np.zeros(images, bool)
+        by_image[order.indices(positions)] = order.mirrored(positions)
+        epochs.append(by_image)
+    assert 16 < epochs[0].sum() < 48
+    np.testing.assert_array_equal(epochs[1], ~epochs[0])
+    np.testing.assert_array_equal(epochs[2], epochs[0])
+    choices = loader.memory_choices(order, 8, start=3, steps=2, mirror=True)
+    np.testing.assert_array_equal(choices["mirrored"][:, 1], order.mirrored(np.arange(32, 40)))
 
 
 def test_each_position_has_a_crop_of_its_own():

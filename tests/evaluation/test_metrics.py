@@ -65,3 +65,22 @@ def test_padding_may_be_anything():
     found = evaluate(step, variables, evaluation_batches(broken, 8))
     assert found["images"] == 3
     assert np.isfinite(found["loss"])
+
+
+def test_logits_of_an_image_and_its_mirror_image():
+    model, data, variables = setting()
+    found = [
+        evaluate(
+            parallel.data_parallel_sums(make_evaluation_step(model, Augment(), flip=True)),
+            variables,
+            evaluation_batches(MemoryImages(images, data.labels), 16),
+        )
+        for images in (data.images, data.images[:, :, ::-1])
+    ]
+    plain = evaluate(
+        parallel.data_parallel_sums(make_evaluation_step(model, Augment())),
+        variables,
+        evaluation_batches(data, 16),
+    )
+    np.testing.assert_allclose(found[0]["loss"], found[1]["loss"], rtol=1e-6)
+    assert abs(found[0]["loss"] - plain["loss"]) > 1e-4

@@ -135,6 +135,35 @@ def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monke
     assert steps_seen == sorted(set(steps_seen))
 
 
+def test_several_steps_a_call(straight, tmp_path, monkeypatch):
+    """The data set lies on the devices; the loop looks at the same steps as before."""
+    calls = []
+    add = Recorder.add
+
+    def adding(self, done, metrics):
+        calls.append(done)
+        add(self, done, metrics)
+
+    monkeypatch.setattr(Recorder, "add", adding)
+    train(configuration(train__steps_per_call=2), tmp_path)
+    assert calls == [2, 3, 4, 6]  # 3 is evaluated, so 2 + 1 steps, and 4 is logged
+    for found, expected in zip(records(tmp_path), records(straight[0]), strict=True):
+        assert (found["step"], found["split"]) == (expected["step"], expected["split"])
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    chex.assert_trees_all_close(state_of(tmp_path), state_of(straight[0]), rtol=2e-3, atol=1e-5)
+
+
+def test_a_run_of_several_steps_a_call_goes_on_exactly(tmp_path, monkeypatch):
+    changes = {"train__steps_per_call": 2, "augment__flip_alternates": True}
+    expected = train(configuration(**changes), tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(StoppedError, match="after step 4"):
+            train(configuration(**changes), tmp_path / "stopped")
+    assert train(configuration(**changes), tmp_path / "stopped").metrics == expected.metrics
+    chex.assert_trees_all_equal(state_of(tmp_path / "stopped"), state_of(tmp_path / "straight"))
+
+
 def test_reading_a_workdir_changes_nothing_in_it(straight, tmp_path):
     """Another process may be writing there: its unfinished checkpoint stays."""
     shutil.copytree(straight[0], tmp_path / "run")
@@ -240,6 +269,10 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
             r"model\.bn_group_size = 3: must divide the 8 devices",
         ),
         ({"train__batch_size": 12}, r"train\.batch_size = 12: must be a multiple of 8 devices"),
+        (
+            {"train__steps_per_call": 2, "data__crop": "random_resized"},
+            r"train\.steps_per_call = 2: needs a data set that lies in memory",
+        ),
         ({"evaluate__batch_size": 4}, r"evaluate\.batch_size = 4"),
         ({"data__name": "tfds:mnist"}, r"data\.\w+.*prepare"),
         ({"data__name": "folder:/nowhere"}, "/nowhere"),
