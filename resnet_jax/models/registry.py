@@ -203,6 +203,7 @@ PlainNet110 = _plain("plain110", "PlainNet110", HE_2015, 1_727_962, 252_887_680,
 
 # ImageNet widths on the CIFAR stem, as small-image repositories train them.
 _wide_cifar = functools.partial(_register, paper=HE_2015, image_size=32, num_classes=10, stem_cls=functools.partial(CifarStem, features=64))
+ResNet8Cifar = _wide_cifar("resnet8_cifar", "ResNet8Cifar", parameters=1_227_594, multiply_adds=194_710_016, block_cls=BasicBlock, stage_sizes=(1, 1, 1), stage_widths=(64, 128, 256))
 ResNet18Cifar = _wide_cifar("resnet18_cifar", "ResNet18Cifar", parameters=11_173_962, multiply_adds=555_422_720, block_cls=BasicBlock, stage_sizes=(2, 2, 2, 2))
 ResNet34Cifar = _wide_cifar("resnet34_cifar", "ResNet34Cifar", parameters=21_282_122, multiply_adds=1_159_402_496, block_cls=BasicBlock, stage_sizes=(3, 4, 6, 3))
 ResNet50Cifar = _wide_cifar("resnet50_cifar", "ResNet50Cifar", parameters=23_520_842, multiply_adds=1_297_829_888, stage_sizes=(3, 4, 6, 3))

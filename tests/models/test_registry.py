@@ -26,6 +26,7 @@ PARAMETERS = {
     "resnet152_cifar": 58_156_618,
     "resnet152d": 60_212_040,
     "resnet18": 11_689_512,
+    "resnet8_cifar": 1_227_594,
     "resnet18_cifar": 11_173_962,
     "resnet20": 269_722,
     "resnet200": 64_673_832,
