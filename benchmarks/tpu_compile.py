@@ -62,7 +62,7 @@ def main() -> None:
             if {"flax", "ours"} <= rows.keys():
                 ratios = [rows["ours"][name] / rows["flax"][name] for name in COLUMNS]
                 line = "".join(f"{ratio:12.2f}" for ratio in ratios)
-                print(f"{'':15}{'ours/flax':>9}"[:-1] + line, flush=True)
+                print(f"{'ours/flax':>23}" + line, flush=True)
 
 
 def compile_step(network: str, topology: str, batch: int, options: argparse.Namespace) -> dict:

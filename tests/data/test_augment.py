@@ -570,3 +570,18 @@ class Variants(chex.TestCase):
             results, expected = call(images, np.arange(8), KEY)[0], run(images, **fields)[0]
             # Rounding after a fused multiplication: a level now and then.
             assert np.isclose(results, expected, atol=1e-5).mean() > 0.999
+
+
+def test_the_images_that_the_loader_names_are_mirrored():
+    images = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3)).astype(np.uint8)
+    mirrored = np.array([True, False, False, True])
+    found, _ = augment(
+        jnp.asarray(images),
+        jnp.zeros(4, jnp.int32),
+        jax.random.key(0),
+        Augment(flip_alternates=True),
+        num_classes=2,
+        mirrored=jnp.asarray(mirrored),
+    )
+    expected = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    np.testing.assert_array_equal(found, normalize(jnp.asarray(expected), Augment()))

@@ -1,7 +1,6 @@
 """Batch norm in one operation with a product or a pool equals the plain order of both."""
 
 import functools
-import math
 
 import chex
 import flax.linen as nn
@@ -202,7 +201,6 @@ def test_far_from_zero_the_running_mean_keeps_the_variance():
     x = 1000 + np.random.default_rng(0).normal(size=(64, 4, 4, 2)).astype(np.float32)
     _, variance = norms.batch_moments(jnp.asarray(x), jnp.full(2, 1000.0))
     np.testing.assert_allclose(variance, x.var((0, 1, 2), dtype=np.float64), rtol=1e-4)
-    assert math.isfinite(float(variance.sum()))
 
 
 def test_other_norms_and_convolutions_keep_the_plain_order():
