@@ -1,12 +1,17 @@
-"""Seconds from the command to the first step, with an empty and with a filled compilation cache.
+"""Seconds from the command to the first step and where they go, peak memory, and import times.
 
-    python benchmarks/startup.py [--config=configs/digits.py]
+    python benchmarks/startup.py [--config=configs/digits.py] [--config.FIELD=X ...]
 
-Prints a table and one JSON line. The data set must be prepared (the digits are, after one run).
+One run with an empty and one with a filled compilation cache. Prints tables and one JSON line. The
+data set must be prepared (the digits are, after one run).
 """
 
 import argparse
+import collections
 import json
+import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,45 +19,107 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+IMPORTS = ("flax.linen", "resnet_jax", "resnet_jax.training.loop")
+# What jax.monitoring calls the parts of a compilation; a cached program is read, not compiled.
+COMPILATION = {
+    "/jax/core/compile/jaxpr_trace_duration": "tracing",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
+    "/jax/core/compile/backend_compile_duration": "compiling",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/digits.py")
-    parser.add_argument("--data_dir", default="")
-    options = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=5, help="of the imports")
+    options, fields = parser.parse_known_args()
 
-    seconds = {}
+    imports = {name: import_seconds(name, options.rounds) for name in IMPORTS}
+    runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("cold", "warm"):
-            seconds[cache] = first_step(options, Path(folder), cache)
-    print("compilation cache  seconds to the first step")
-    for cache, value in seconds.items():
-        print(f"{cache:17}  {value:.1f}")
-    print(json.dumps({"benchmark": "startup", "config": options.config, **seconds}))
+            flags = [f"--config={options.config}", f"--workdir={folder}/{cache}", *fields]
+            flags += ["--config.train.steps=1", "--config.log.every_steps=1"]
+            flags += [f"--config.log.compile_cache={folder}/cache"]
+            runs[cache] = first_step(flags)
+
+    print("seconds                   " + "".join(f"{cache:>8}" for cache in runs))
+    for part in runs["cold"]:
+        print(f"{part:26}" + "".join(f"{run.get(part, 0):8.2f}" for run in runs.values()))
+    print("\nimport                    seconds, median")
+    for name, seconds in imports.items():
+        print(f"{name:26}{seconds:8.2f}")
+    print(json.dumps({"benchmark": "startup", "config": options.config, **runs, **imports}))
 
 
-def first_step(options, folder, run):
-    """Starts a run of one step and waits until it is reported."""
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"--config={options.config}",
-        f"--workdir={folder / run}",
-        f"--config.data.data_dir={options.data_dir}",
-        "--config.train.steps=1",
-        "--config.log.every_steps=1",
-        f"--config.log.compile_cache={folder / 'cache'}",
-    ]
-    start = time.monotonic()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    for line in process.stderr:
-        if line.startswith("step 1/1"):
-            elapsed = time.monotonic() - start
-            process.communicate()
-            return elapsed
-    raise SystemExit(f"{' '.join(command)} took no step")
+def import_seconds(name: str, rounds: int) -> float:
+    """The median over new interpreters, without the interpreter's own start."""
+    code = f"import time; start = time.perf_counter(); import {name}"
+    code += "; print(time.perf_counter() - start)"
+    command = [sys.executable, "-c", code]
+    return statistics.median(
+        float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        for _ in range(rounds)
+    )
+
+
+def first_step(flags: list[str]) -> dict[str, float]:
+    """The parts of a run of one step in a new interpreter, and its peak memory."""
+    command = [sys.executable, __file__, "measure", str(time.time()), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def measure(started: float, flags: list[str]) -> None:
+    """Runs in the new interpreter: trains for a step with a clock on every part."""
+    import jax
+
+    from resnet_jax.cli import parse_train_flags
+    from resnet_jax.training import loop
+
+    parts: dict[str, float] = collections.defaultdict(float)
+    parts["interpreter and imports"] = time.time() - started
+
+    def timed(name, function):
+        def call(*arguments, **keywords):
+            start = time.monotonic()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                parts[name] += time.monotonic() - start
+
+        return call
+
+    def first_record(telemetry, record):
+        if record["split"] == "train":
+            parts["first step"] = time.time() - started
+            listened = sum(parts[f"step: {part}"] for part in COMPILATION.values())
+            others = sum(parts.values()) - parts["first step"] - listened
+            parts["step: all"] = parts["first step"] - others
+        record_before(telemetry, record)
+
+    def listen(event, seconds, **_):
+        # Before the data is loaded it is the compilation of the initial parameters.
+        if event in COMPILATION and "loading images" in parts and "first step" not in parts:
+            parts[f"step: {COMPILATION[event]}"] += seconds
+
+    record_before, loop.Telemetry.record = loop.Telemetry.record, first_record
+    loop.open_sources = timed("opening the data set", loop.open_sources)
+    loop.create_state = timed("initial parameters", loop.create_state)
+    loop.Telemetry.__init__ = timed("telemetry", loop.Telemetry.__init__)
+    loop.load_memory = timed("loading images", loop.load_memory)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+    loop.train(*parse_train_flags(flags))
+    parts["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(parts))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["measure"]:
+        measure(float(sys.argv[2]), sys.argv[3:])
+    else:
+        main()

@@ -54,7 +54,7 @@ from resnet_jax.training.setup import (
     open_sources,
 )
 from resnet_jax.training.signals import Signals
-from resnet_jax.training.state import TrainState, create_state
+from resnet_jax.training.state import TrainState, create_state, state_shapes
 from resnet_jax.training.step import make_steps, make_train_step
 from resnet_jax.training.telemetry import Telemetry
 
@@ -132,11 +132,13 @@ class _Run:
         self.hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         optimizer = make_optimizer(config, self.length)
         channels = channels_of(config, sources["train"])
-        state = create_state(model, optimizer, config, channels, initial)
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
         resumed = self.checkpoints.latest is not None
-        state = self.checkpoints.restore(state) if resumed else state
-        self.state: TrainState = parallel.place(state)
+        self.state: TrainState = parallel.place(
+            self.checkpoints.restore(state_shapes(model, optimizer, config, channels))
+            if resumed
+            else create_state(model, optimizer, config, channels, initial)
+        )
         if jax.process_index() == 0:
             write_config(workdir, config)
             write_classes(workdir, sources["train"].class_names)
@@ -187,9 +189,9 @@ class _Run:
         try:
             for steps, batch in zip(lengths, batches, strict=True):
                 trace.before(done)
-                if steps == 1:
-                    recorder.look_at(self.step, self.state, *self.on_devices, batch)
-                self.state, step_metrics = self.step(self.state, *self.on_devices, batch)
+                arguments = (self.state, *self.on_devices, batch)
+                recorder.look_at(self.step, *arguments, several=bool(self.on_devices))
+                self.state, step_metrics = self.step(*arguments)
                 done += steps
                 trace.after(done, step_metrics)
                 recorder.add(done, step_metrics)

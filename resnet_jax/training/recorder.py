@@ -54,9 +54,18 @@ class Recorder:
         self._flops: float | None = None
         self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
-    def look_at(self, step: Any, *arguments: Any) -> None:
-        """Counts the work of the step that the records are about, where its peak is known."""
+    def look_at(self, step: Any, *arguments: Any, several: bool = False) -> None:
+        """Counts the work of the step that the records are about, where its peak is known.
+
+        Args:
+          step: The compiled step.
+          arguments: What it takes.
+          several: The last one is of several steps, [D, N, steps]; one is counted.
+        """
         if self._peak and self._flops is None:
+            if several:
+                one = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], 1), x.dtype)  # noqa: E731
+                arguments = (*arguments[:-1], jax.tree.map(one, arguments[-1]))
             self._flops = parallel.flops(step, *arguments)
 
     def add(self, done: int, metrics: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -95,19 +97,60 @@ def create_state(
       >>> int(state.step), sorted(state.variables)
       (0, ['batch_stats', 'params'])
     """
-    if initial is None:
-        side = config.data.image_size
-        images = jnp.zeros((1, side, side, channels))
-        init = jax.jit(lambda key: model.init(key, images, train=False))
-        initial = init(jax.random.key(config.train.seed))
-    params, batch_stats = initial["params"], initial.get("batch_stats", {})
-    averaged = {"params": params, "batch_stats": batch_stats} if config.train.ema_decay else {}
-    state = TrainState(
+    new_state = functools.partial(_new_state, optimizer=optimizer, config=config)
+    if initial is not None:
+        state = jax.jit(new_state)(initial)
+    else:
+        random = _random_variables(model, config, channels)
+        # It runs once. The CPU's compiler takes three times as long to make it fast.
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+        init = jax.jit(lambda key: new_state(random(key)), compiler_options=options)
+        state = init(jax.random.key(config.train.seed))
+    return jax.tree.map(np.array, state)
+
+
+def state_shapes(
+    model: ResNet, optimizer: optax.GradientTransformation, config: Config, channels: int
+) -> TrainState:
+    """`create_state` without its values: what a run that goes on is to find on disk.
+
+    Args:
+      model: The network.
+      optimizer: From `make_optimizer`.
+      config: The configuration of the run.
+      channels: Of the images.
+
+    Returns:
+      A state of `jax.ShapeDtypeStruct`; nothing is computed.
+
+    Example:
+      >>> import resnet_jax as rj
+      >>> state = state_shapes(rj.ResNet20(), optax.sgd(0.1), Config(), channels=3)
+      >>> state.params["head"]["kernel"].shape
+      (64, 10)
+    """
+    random = _random_variables(model, config, channels)
+    return jax.eval_shape(
+        lambda key: _new_state(random(key), optimizer, config), jax.random.key(config.train.seed)
+    )
+
+
+def _random_variables(
+    model: ResNet, config: Config, channels: int
+) -> Callable[[jax.Array], dict[str, Any]]:
+    side = config.data.image_size
+    return lambda key: dict(model.init(key, jnp.zeros((1, side, side, channels)), train=False))
+
+
+def _new_state(
+    variables: dict[str, Any], optimizer: optax.GradientTransformation, config: Config
+) -> TrainState:
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(
         step=jnp.int32(0),
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        ema=averaged,
+        ema={"params": params, "batch_stats": batch_stats} if config.train.ema_decay else {},
         loss_scale=LossScale.create() if config.model.dtype == "float16" else None,
     )
-    return jax.tree.map(lambda x: np.array(x), state)

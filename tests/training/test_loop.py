@@ -295,9 +295,12 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         train(configuration(), tmp_path / "file" / "run")
 
 
-def test_utilisation_where_the_peak_is_known(tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_utilisation_where_the_peak_is_known(steps_per_call, tmp_path, monkeypatch):
     monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
-    config = configuration(train__steps=4, train__batch_size=48)
+    config = configuration(
+        train__steps=4, train__batch_size=48, train__steps_per_call=steps_per_call
+    )
     train(config, tmp_path)
     record = [r for r in records(tmp_path) if r["split"] == "train"][-1]
     # Forward, and twice that backward; two operations a multiply-add; eight devices.

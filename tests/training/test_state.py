@@ -1,0 +1,43 @@
+"""The state before the first step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import resnet_jax as rj
+from resnet_jax.training.config import Config, Model, Train
+from resnet_jax.training.state import create_state, state_shapes
+
+SETTINGS = {
+    "plain": Config(),
+    "averages and loss scale": Config(Model(dtype="float16"), train=Train(ema_decay=0.9)),
+}
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+def test_shapes_are_those_of_the_state(config):
+    arguments = rj.ResNet8Cifar(), optax.adamw(0.1), config, 3
+    shapes, state = state_shapes(*arguments), create_state(*arguments)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
+    for shape, array in zip(jax.tree.leaves(shapes), jax.tree.leaves(state), strict=True):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+
+
+def test_random_parameters_follow_from_the_seed():
+    model = rj.ResNet8Cifar()
+    state = create_state(model, optax.sgd(0.1), Config(train=Train(seed=3)), channels=3)
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False))
+    expected = init(jax.random.key(3))  # compiled without the trainer's options
+    jax.tree.map(np.testing.assert_array_equal, state.variables, dict(expected))
+
+
+def test_given_parameters_are_kept():
+    model = rj.ResNet8Cifar()
+    given = model.init(jax.random.key(7), jnp.zeros((1, 32, 32, 3)), train=False)
+    config = Config(train=Train(ema_decay=0.9))
+    state = create_state(model, optax.sgd(0.1, momentum=0.9), config, 3, dict(given))
+    jax.tree.map(np.testing.assert_array_equal, state.variables, dict(given))
+    jax.tree.map(np.testing.assert_array_equal, state.ema, dict(given))
+    assert not any(x.any() for x in jax.tree.leaves(state.opt_state))
