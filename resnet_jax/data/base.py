@@ -1,4 +1,4 @@
-"""What every source of images has in common."""
+"""What every source of images, and every batch, has in common."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import abc
 import hashlib
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 from resnet_jax.errors import DataError
+
+Batch = dict[str, Any]  # of arrays, by name
 
 
 class Source(abc.ABC):

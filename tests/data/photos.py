@@ -1,0 +1,54 @@
+"""Small sources of images, and batches of them, for the loader's tests."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from resnet_jax.data import loader
+from resnet_jax.training.config import Data
+
+
+class Photos:
+    """A source of images whose brightness is their label; some may be damaged."""
+
+    class_names = tuple(map(str, range(20)))
+    num_classes = 20
+    channels = 3
+
+    def __init__(self, count=20, damaged=()):
+        self.data = []
+        for label in range(count):
+            file = io.BytesIO()
+            Image.new("RGB", (12, 10), (10 * label,) * 3).save(file, "PNG")
+            self.data.append(b"broken" if label in damaged else file.getvalue())
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.data[index], index
+
+    def image_name(self, index):
+        return f"photo{index}"
+
+
+def reports():
+    lines = []
+    return lines, loader.Corrupt(limit=2, report=lines.append)
+
+
+def stream(source, order, start, stop, corrupt=None, **options):
+    config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2)
+    for name in ("workers",):
+        setattr(config, name, options.pop(name, 0))
+    corrupt = corrupt or loader.Corrupt(limit=0, report=print)
+    return list(loader.stream_batches(source, order, config, 8, start, stop, corrupt, **options))
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected):
+        assert batch.keys() == other.keys() == {"images", "labels"}
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])

@@ -1,0 +1,72 @@
+"""Batches that are decoded as they are needed, by threads or worker processes."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax.data import loader
+from resnet_jax.errors import DataError
+from resnet_jax.training.config import Data
+from tests.data.photos import Photos, assert_same, reports, stream
+
+
+def test_each_position_has_a_crop_of_its_own():
+    source = Photos(count=1)
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    source.data = [file.getvalue()]
+    batches = stream(source, loader.Order(images=1, seed=1), 0, 3)
+    crops = np.concatenate([batch["images"] for batch in batches]).reshape(24, -1)
+    assert len(np.unique(crops, axis=0)) == 24
+
+
+def test_a_stream_starts_anywhere():
+    source, order = Photos(), loader.Order(images=20, seed=1)
+    assert_same(stream(source, order, 3, 6), stream(source, order, 0, 6)[3:])
+
+
+def test_hosts_of_a_stream():
+    source, order = Photos(), loader.Order(images=20, seed=1)
+    whole = stream(source, order, 0, 3)
+    parts = [stream(source, order, 0, 3, host=host, hosts=2) for host in range(2)]
+    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*parts)]
+    assert_same(joined, whole)
+
+
+def test_worker_processes_give_the_same_batches():
+    source, order = Photos(), loader.Order(images=20, seed=1)
+    assert_same(stream(source, order, 0, 4, workers=2), stream(source, order, 0, 4))
+
+
+def test_damaged_images_are_replaced_and_named_once():
+    source, order = Photos(damaged=(3, 7)), loader.Order(images=20, seed=1)
+    lines, corrupt = reports()
+    batches = stream(source, order, 0, 10, corrupt)
+    labels = np.concatenate([batch["labels"] for batch in batches])
+    whole = stream(Photos(), order, 0, 10)
+    expected = np.concatenate([batch["labels"] for batch in whole])
+    np.testing.assert_array_equal(
+        labels, np.where(np.isin(expected, (3, 7)), expected + 1, expected)
+    )
+    assert corrupt.count == 2
+    assert sorted(line.split(":")[0] for line in lines) == ["skipped photo3", "skipped photo7"]
+
+
+def test_damaged_images_in_a_row_are_all_named():
+    _, corrupt = reports()
+    stream(Photos(damaged=(3, 4)), loader.Order(images=20, seed=1), 0, 10, corrupt)
+    assert corrupt.count == 2
+    source = Photos(damaged=range(20))
+    with pytest.raises(DataError, match="16 images in a row cannot be decoded"):
+        stream(source, loader.Order(images=20, seed=1), 0, 10, reports()[1])
+
+
+def test_damaged_images_have_no_weight_in_evaluation():
+    source, config = Photos(damaged=(3,)), Data(image_size=8)
+    lines, corrupt = reports()
+    batches = list(loader.streamed_evaluation_batches(source, config, 8, corrupt))
+    assert sum(batch["weights"].sum() for batch in batches) == 19
+    assert len(lines) == 1
