@@ -1,7 +1,11 @@
 """Images a second that the host can prepare, beside a tf.data pipeline on the same files.
 
-Run `python benchmarks/input.py PHOTOS` with a folder of JPEG photos, of any size: they are
-encoded anew at 500 x 375 pixels, which is typical of ImageNet. Prints a table and a JSON line.
+    python benchmarks/input.py PHOTOS                        beside tf.data, on one core
+    python benchmarks/input.py PHOTOS --scaling              threads and worker processes
+    python benchmarks/input.py PHOTOS --memory_batches=10000 resident memory on the way
+
+PHOTOS is a folder of JPEG photos of any size: they are encoded anew at 500 x 375 pixels, which is
+typical of ImageNet. Prints a table and a JSON line.
 """
 
 from __future__ import annotations
@@ -16,11 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import numpy as np
 from decode import encode_photos
 
-from resnet_jax.data.decode import train_crop
+from resnet_jax.data.loader import Corrupt, Order, stream_batches
 from resnet_jax.training.config import Data
 
 SIZE = 224
@@ -29,18 +32,35 @@ BATCH = 64
 COLUMNS = ("resnet_jax", "tf.data", "antialiased", "ratio", "ratio antialiased")
 
 
-def grain_batches(files: list[bytes], interpolation: str, threads: int) -> Iterator[np.ndarray]:
+class Files:
+    """Encoded images in memory, as a source."""
+
+    channels = 3
+
+    def __init__(self, files: list[bytes]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        return self.files[index], 0
+
+    def image_name(self, index: int) -> str:
+        return f"photo {index}"
+
+
+def our_batches(
+    files: list[bytes], interpolation: str, batch: int = BATCH, **options: int
+) -> Iterator[np.ndarray]:
     """This package's pipeline; flips come later, on the device."""
-    config = Data(image_size=SIZE, crop="random_resized", interpolation=interpolation)
-
-    def crop(data: bytes, rng: np.random.Generator) -> np.ndarray:
-        return train_crop(data, config, 3, rng)
-
-    # Grain finds a shuffled position by trial, 0.5 ms each in so few files, hence a long list.
-    files = files * (65_536 // len(files))
-    dataset = grain.MapDataset.source(files).seed(0).shuffle().repeat().random_map(crop)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(dataset.batch(BATCH).to_iter_dataset(options))
+    config = Data(
+        image_size=SIZE, crop="random_resized", interpolation=interpolation, prefetch=2, **options
+    )
+    batches = stream_batches(
+        Files(files), Order(len(files), seed=0), config, batch, 0, 10**6, Corrupt(0, print)
+    )
+    return (made["images"] for made in batches)
 
 
 def tensorflow_batches(
@@ -93,6 +113,33 @@ def memory_rate(seconds: float) -> float:
     return count / (time.perf_counter() - start)
 
 
+def scaling(files: list[bytes], seconds: float, rounds: int) -> dict[str, float]:
+    """Images a second by the clock with threads of this process and with worker processes."""
+    cases = {f"{n} threads": {"threads": n} for n in (1, 2, 4)}
+    cases |= {f"{n} workers": {"threads": 1, "workers": n} for n in (1, 2)}
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, options in cases.items():
+            found[name].append(rates(our_batches(files, "bicubic", **options), seconds)[0])
+    result = {name: round(statistics.median(values)) for name, values in found.items()}
+    for name, value in result.items():
+        print(f"{name:12}{value:8} images/s")
+    return result
+
+
+def resident_memory(files: list[bytes], batches: int) -> list[int]:
+    """MiB in use after each tenth of a long run."""
+    page, found = os.sysconf("SC_PAGE_SIZE"), []
+    for count, _ in enumerate(our_batches(files, "bicubic", threads=2, batch=8), start=1):
+        if count % (batches // 10) == 0:
+            with open("/proc/self/statm") as file:
+                found.append(int(file.read().split()[1]) * page >> 20)
+            print(f"{count:8} batches of 8: {found[-1]:6} MiB")
+        if count == batches:
+            return found
+    raise AssertionError("the stream does not end")
+
+
 def import_tensorflow() -> Any:
     """TensorFlow, or None with a line that says what is missing."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -112,9 +159,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: as many as cores")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scaling", action="store_true", help="over threads and processes only")
+    parser.add_argument("--memory_batches", type=int, default=0, help="read, look at memory")
     options = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     files = encode_photos(options.photos, 500, 375)
+    if options.scaling:
+        print(json.dumps(scaling(files, options.seconds, options.rounds)))
+        return
+    if options.memory_batches:
+        print(json.dumps({"resident MiB": resident_memory(files, options.memory_batches)}))
+        return
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     tf = import_tensorflow()
     threads = options.threads or options.cores
 
@@ -122,7 +177,7 @@ def main() -> None:
     print(f"{'images/s a core':36}" + "".join(f"{name:>18}" for name in COLUMNS))
     for interpolation in ("bicubic", "bilinear"):
         makers: dict[str, Callable[[], Iterator[Any]]] = {
-            "resnet_jax": lambda kind=interpolation: grain_batches(files, kind, threads)
+            "resnet_jax": lambda kind=interpolation: our_batches(files, kind, threads=threads)
         }
         if tf is not None:
             makers["tf.data"] = lambda kind=interpolation: tensorflow_batches(files, kind, tf)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import struct
 
 import cv2
 import numpy as np
@@ -33,6 +34,9 @@ _PILLOW_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+# In a JPEG: a marker's byte after 0xFF and its length; bits, height, width and components.
+_MARKER = struct.Struct(">xBH")
+_SIZES = struct.Struct(">BHHB")
 _OPENCV_FILTERS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -94,7 +98,13 @@ def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
     return _centre_crop(decode(data, channels), shorter, size, config.interpolation)
 
 
-def train_crop(data: bytes, config: Data, channels: int, rng: np.random.Generator) -> np.ndarray:
+def train_crop(
+    data: bytes,
+    config: Data,
+    channels: int,
+    rng: np.random.Generator,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Decodes the part of an image that a training crop shows, and resizes it.
 
     Args:
@@ -104,6 +114,7 @@ def train_crop(data: bytes, config: Data, channels: int, rng: np.random.Generato
         random scale (He et al. 2015, section 3.4), or the centre, as `eval_crop` cuts it.
       channels: 3 (RGB) or 1 (grey).
       rng: Draws the crop.
+      out: Where to write the pixels, contiguous; None: into new memory.
 
     Returns:
       uint8 pixels [S, S, channels], antialiased where the crop is larger than S.
@@ -120,7 +131,8 @@ def train_crop(data: bytes, config: Data, channels: int, rng: np.random.Generato
     """
     size = config.image_size
     if config.crop == "center":
-        return _centre_crop(decode(data, channels), size, size, config.interpolation)
+        pixels = _centre_crop(decode(data, channels), size, size, config.interpolation)
+        return _resize(pixels, size, config.interpolation, out)
     draw = {"random_resized": _random_region, "scale_jitter": _jittered_region}[config.crop]
     frame = _jpeg_frame(data)
     if frame is None:
@@ -129,7 +141,7 @@ def train_crop(data: bytes, config: Data, channels: int, rng: np.random.Generato
     else:
         region = draw(frame.height, frame.width, config, rng)
         pixels = _decode_region(data, frame, channels, region, size)
-    return _resize(pixels, size, config.interpolation)
+    return _resize(pixels, size, config.interpolation, out)
 
 
 def _random_region(height: int, width: int, config: Data, rng: np.random.Generator) -> Region:
@@ -191,30 +203,35 @@ def _centre_crop(pixels: np.ndarray, shorter: int, size: int, interpolation: str
     return np.ascontiguousarray(pixels[top : top + size, left : left + size])
 
 
-def _resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+def _resize(
+    pixels: np.ndarray, size: int, interpolation: str, out: np.ndarray | None = None
+) -> np.ndarray:
     """Resizes to a square with OpenCV, whose filters do not widen when they shrink an image.
 
     A triangle r pixels wide is needed to shrink by r; it has the variance r^2 / 6. OpenCV's
     filter has 1 / 6 of it, so a blur before it gives the rest. The result is within about one
     level (of 255, mean) of Pillow's, in a third of its time.
     """
-    if pixels.shape[:2] != (size, size):
-        down, across = (_blur(length / size) for length in pixels.shape[:2])
-        if len(down) > 1 or len(across) > 1:
-            pixels = cv2.sepFilter2D(pixels, -1, across, down)
-        pixels = cv2.resize(pixels, (size, size), interpolation=_OPENCV_FILTERS[interpolation])
-    return np.ascontiguousarray(pixels).reshape(size, size, -1)
+    out = np.empty((size, size, pixels.shape[2]), np.uint8) if out is None else out
+    if pixels.shape[:2] == (size, size):
+        out[:] = pixels
+        return out
+    variances = [((length / size) ** 2 - 1) / 6 for length in pixels.shape[:2]]  # pixels^2
+    if max(variances) >= 0.01:  # less would not show
+        (height, down), (width, across) = map(_gaussian, variances)
+        pixels = cv2.GaussianBlur(pixels, (width, height), across, sigmaY=down)
+    cv2.resize(pixels, (size, size), dst=out, interpolation=_OPENCV_FILTERS[interpolation])
+    return out
 
 
-def _blur(shrink: float) -> np.ndarray:
-    """A kernel of variance (shrink^2 - 1) / 6 in pixels^2; of a single 1 if it would not show."""
-    variance = (shrink**2 - 1) / 6
-    if variance < 0.01:
-        return np.ones(1, np.float32)
-    if variance <= 0.5:
-        return np.array([variance / 2, 1 - variance, variance / 2], np.float32)
-    deviation = math.sqrt(variance)
-    return cv2.getGaussianKernel(2 * math.ceil(2 * deviation) + 1, deviation, cv2.CV_32F)
+def _gaussian(variance: float) -> tuple[int, float]:
+    """Size and deviation that make OpenCV's sampled Gaussian have a variance."""
+    if variance > 0.5:
+        deviation = math.sqrt(variance)
+        return 2 * math.ceil(2 * deviation) + 1, deviation
+    # Three values [a, 1 - 2a, a] have the variance 2a; a / (1 - 2a) = exp(-1 / (2 deviation^2)).
+    beside = max(variance, 1e-6) / 2
+    return 3, math.sqrt(-0.5 / math.log(beside / (1 - 2 * beside)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,12 +257,10 @@ def _jpeg_frame(data: bytes) -> _Frame | None:
         return None
     at, found, in_rows, components = 2, None, False, 0
     while at + 10 < len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        marker, length = _MARKER.unpack_from(data, at)
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
-            height = int.from_bytes(data[at + 5 : at + 7], "big")
-            width = int.from_bytes(data[at + 7 : at + 9], "big")
-            components = data[at + 9]
-            if data[at + 4] != 8 or not height or not width or components not in (1, 3):
+            bits, height, width, components = _SIZES.unpack_from(data, at + 4)
+            if bits != 8 or not height or not width or components not in (1, 3):
                 return None
             found = _Frame(height, width, at + 5, one_scan=False)
             in_rows = marker != 0xC2

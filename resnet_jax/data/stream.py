@@ -1,8 +1,17 @@
-"""Batches that are read, decoded and cropped while the run goes on."""
+"""Batches that are read, decoded and cropped while the run goes on.
+
+Threads of this process share each batch's images out among themselves and write them straight
+into the batch; with worker processes each makes whole batches, which Grain passes on.
+"""
 
 from __future__ import annotations
 
+import abc
+import collections
+import concurrent.futures
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +25,57 @@ from resnet_jax.training.config import Data
 
 # Undecodable images that may follow each other in a source.
 _MOST_IN_A_ROW = 16
+# Images that a thread takes at a time: handing out single ones costs a tenth of decoding them.
+_AT_A_TIME = 8
 
 
-class _Stream:
-    """Random access to this host's part of the stream, for Grain to read in parallel.
+class _Batches(abc.ABC):
+    """This host's part of each batch, with random access.
 
-    An image that cannot be decoded is replaced by the one after it in the source, so that the
-    stream stays a function of the seed; its index travels along to be reported.
+    Args:
+      source: The encoded images.
+      config: Crop and channels.
+      size: Side of a crop in pixels.
+      share: Images in a batch on this host.
+      steps: Number of batches.
+    """
+
+    def __init__(self, source: Source, config: Data, size: int, share: int, steps: int) -> None:
+        self.source = source
+        self.config = config
+        self.size = size
+        self.share = share
+        self.steps = steps
+        self.channels = config.channels or source.channels
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        batch, images = self.begin(int(step))
+        for place in range(self.share):
+            self.fill(batch, images, place)
+        return batch
+
+    @abc.abstractmethod
+    def begin(self, step: int) -> tuple[Batch, Any]:
+        """A batch without its images, and what `fill` needs to know of them.
+
+        "faulty" has the indices of undecodable images; -1 is none.
+        """
+
+    @abc.abstractmethod
+    def fill(self, batch: Batch, images: Any, place: int) -> None:
+        """Decodes the image at one place of a batch."""
+
+    def _pixels(self) -> np.ndarray:
+        return np.empty((self.share, self.size, self.size, self.channels), np.uint8)
+
+
+class _Training(_Batches):
+    """An image that cannot be decoded is replaced by the one after it in the source.
+
+    So the batches stay a function of the seed.
     """
 
     def __init__(
@@ -33,48 +86,88 @@ class _Stream:
         batch_size: int,
         start: int,
         stop: int,
+        mirror: bool,
         host: int,
         hosts: int,
-        mirror: bool,
     ) -> None:
-        self.source = source
+        super().__init__(source, config, config.image_size, batch_size // hosts, stop - start)
         self.order = order
-        self.config = config
-        self.mirror = mirror
         self.batch_size = batch_size
         self.start = start
+        self.mirror = mirror
         self.host = host
         self.hosts = hosts
-        self.share = batch_size // hosts
-        self._length = (stop - start) * self.share
 
-    def __len__(self) -> int:
-        return self._length
+    def begin(self, step: int) -> tuple[Batch, list[tuple[int, int]]]:
+        positions = host_positions(self.start + step, self.batch_size, self.host, self.hosts)
+        batch = {
+            "images": self._pixels(),
+            "labels": np.empty(self.share, np.int32),
+            "faulty": np.full((self.share, _MOST_IN_A_ROW), -1),
+        }
+        if self.mirror:
+            batch["mirrored"] = self.order.mirrored(positions)
+        return batch, [*zip(positions.tolist(), self.order.indices(positions).tolist())]
 
-    def __getitem__(self, item: int) -> Batch:
-        step, place = divmod(int(item), self.share)
-        position = (self.start + step) * self.batch_size + self.host * self.share + place
-        index = int(self.order.indices(np.array([position]))[0])
+    def fill(self, batch: Batch, images: list[tuple[int, int]], place: int) -> None:
+        position, index = images[place]
         # No two positions share a generator, and position p has the same one in every run.
         rng = np.random.default_rng([self.order.seed, 1, position])
-        channels = self.config.channels or self.source.channels
-        faulty = np.full(_MOST_IN_A_ROW, -1)
+        image, faulty = batch["images"][place], batch["faulty"][place]
+        batch["labels"][place] = self._crop(index, rng, image, faulty)
+
+    def _crop(
+        self, index: int, rng: np.random.Generator, image: np.ndarray, faulty: np.ndarray
+    ) -> int:
+        """Fills in the image and the indices of undecodable ones before it; returns its label."""
         for attempt in range(_MOST_IN_A_ROW):
             candidate = (index + attempt) % len(self.source)
             data, label = self.source[candidate]
             try:
-                image = decode.train_crop(data, self.config, channels, rng)
+                decode.train_crop(data, self.config, self.channels, rng, out=image)
+                return label
             except DataError:
                 faulty[attempt] = candidate
-            else:
-                found = {"images": image, "labels": np.int32(label), "faulty": faulty}
-                if self.mirror:
-                    found["mirrored"] = self.order.mirrored(np.array([position]))[0]
-                return found
         raise DataError(
             f"data.name: {_MOST_IN_A_ROW} images in a row cannot be decoded, from "
             f"{self.source.image_name(index)} on; mend the data"
         )
+
+
+class _Evaluation(_Batches):
+    """Undecodable images, and what fills the last batch, get weight 0."""
+
+    def __init__(
+        self, source: Source, config: Data, batch_size: int, host: int, hosts: int
+    ) -> None:
+        steps = -(-len(source) // batch_size)
+        side = config.eval_size or config.image_size
+        super().__init__(source, config, side, batch_size // hosts, steps)
+        self.batch_size = batch_size
+        self.host = host
+        self.hosts = hosts
+
+    def begin(self, step: int) -> tuple[Batch, list[int]]:
+        batch = {
+            "images": self._pixels(),
+            "labels": np.zeros(self.share, np.int32),
+            "weights": np.zeros(self.share, np.float32),
+            "faulty": np.full(self.share, -1),
+        }
+        return batch, host_positions(step, self.batch_size, self.host, self.hosts).tolist()
+
+    def fill(self, batch: Batch, images: list[int], place: int) -> None:
+        index, pixels = images[place], batch["images"][place]
+        if index >= len(self.source):
+            pixels[:] = 0
+            return
+        data, batch["labels"][place] = self.source[index]
+        try:
+            pixels[:] = decode.eval_crop(data, self.config, self.channels)
+            batch["weights"][place] = 1.0
+        except DataError:
+            pixels[:] = 0
+            batch["faulty"][place] = index
 
 
 def stream_batches(
@@ -106,54 +199,9 @@ def stream_batches(
     Returns:
       As `memory_batches`.
     """
-    import grain
-
-    share = batch_size // hosts
-    stream = _Stream(source, order, config, batch_size, start, stop, host, hosts, mirror)
-    images = grain.MapDataset.source(stream)
-    if config.workers:  # each process takes whole batches, in turn
-        _mark_flags_parsed()
-        threads = min(config.threads, config.prefetch)
-        options = grain.ReadOptions(threads, prefetch_buffer_size=config.prefetch)
-        dataset = images.batch(share).to_iter_dataset(options)
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers))
-    else:  # each thread takes single images
-        options = grain.ReadOptions(config.threads, prefetch_buffer_size=config.prefetch * share)
-        dataset = images.to_iter_dataset(options).batch(share)
-    for batch in dataset:
-        _report(source, batch.pop("faulty"), corrupt)
-        yield batch
-
-
-class _Evaluated:
-    """Random access to this host's part of an evaluation; undecodable images get weight 0."""
-
-    def __init__(self, source: Source, config: Data, positions: np.ndarray) -> None:
-        self.source = source
-        self.config = config
-        self.positions = positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, item: int) -> Batch:
-        channels = self.config.channels or self.source.channels
-        position = int(self.positions[item])
-        side = self.config.eval_size or self.config.image_size
-        image, label = np.zeros((side, side, channels), np.uint8), 0
-        weight, faulty = 0.0, -1
-        if position < len(self.source):
-            data, label = self.source[position]
-            try:
-                image, weight = decode.eval_crop(data, self.config, channels), 1.0
-            except DataError:
-                faulty = position
-        return {
-            "images": image,
-            "labels": np.int32(label),
-            "weights": np.float32(weight),
-            "faulty": np.int64(faulty),
-        }
+    batches = _Training(source, order, config, batch_size, start, stop, mirror, host, hosts)
+    made = _by_processes(batches, config) if config.workers else _by_threads(batches, config)
+    return _reported(made, source, corrupt)
 
 
 def streamed_evaluation_batches(
@@ -177,27 +225,54 @@ def streamed_evaluation_batches(
     Returns:
       As `evaluation_batches`.
     """
+    batches = _Evaluation(source, config, batch_size, host, hosts)
+    return _reported(_by_threads(batches, config), source, corrupt)
+
+
+def _by_threads(batches: _Batches, config: Data) -> Iterator[Batch]:
+    """All threads work on one batch after the other, `prefetch` batches ahead."""
+    begun: collections.deque[tuple[Batch, list[concurrent.futures.Future[None]]]]
+    begun = collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
+
+    def fill(batch: Batch, images: Any, places: range) -> None:
+        for place in places:
+            batches.fill(batch, images, place)
+
+    def begin(step: int) -> None:
+        batch, images = batches.begin(step)
+        firsts = range(0, batches.share, _AT_A_TIME)
+        parts = [range(each, min(each + _AT_A_TIME, batches.share)) for each in firsts]
+        begun.append((batch, [pool.submit(fill, batch, images, part) for part in parts]))
+
+    def finish() -> Batch:
+        batch, parts = begun.popleft()
+        for part in parts:
+            part.result()
+        return batch
+
+    try:
+        for step in range(len(batches)):
+            begin(step)
+            if len(begun) > config.prefetch:
+                yield finish()
+        while begun:
+            yield finish()
+    finally:  # also where nobody wants the rest
+        for part in itertools.chain.from_iterable(parts for _, parts in begun):
+            part.cancel()
+        pool.shutdown()
+
+
+def _by_processes(batches: _Batches, config: Data) -> Iterator[Batch]:
+    """Each process makes whole batches, in turn; each of its threads one of them."""
     import grain
 
-    steps = range(-(-len(source) // batch_size))
-    positions = np.concatenate([host_positions(k, batch_size, host, hosts) for k in steps])
-    share = batch_size // hosts
-    options = grain.ReadOptions(config.threads, prefetch_buffer_size=config.prefetch * share)
-    evaluated = _Evaluated(source, config, positions)
-    for batch in grain.MapDataset.source(evaluated).to_iter_dataset(options).batch(share):
-        _report(source, batch.pop("faulty"), corrupt)
-        yield batch
-
-
-def _report(source: Source, faulty: np.ndarray, corrupt: Corrupt) -> None:
-    """Names the images whose indices are not -1, with the reason."""
-    for index in np.unique(faulty[faulty >= 0]):
-        try:
-            decode.decode(source[int(index)][0], source.channels)
-            reason = "its crop cannot be decoded"
-        except DataError as error:
-            reason = str(error)
-        corrupt.add(source.image_name(int(index)), reason)
+    _mark_flags_parsed()
+    threads = min(config.threads, config.prefetch)
+    options = grain.ReadOptions(threads, prefetch_buffer_size=config.prefetch)
+    dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+    return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers)))
 
 
 def _mark_flags_parsed() -> None:
@@ -206,3 +281,17 @@ def _mark_flags_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def _reported(batches: Iterator[Batch], source: Source, corrupt: Corrupt) -> Iterator[Batch]:
+    """Names the images that could not be decoded, with the reason."""
+    for batch in batches:
+        faulty = batch.pop("faulty")
+        for index in np.unique(faulty[faulty >= 0]).tolist():
+            try:
+                decode.decode(source[index][0], source.channels)
+                reason = "its crop cannot be decoded"
+            except DataError as error:
+                reason = str(error)
+            corrupt.add(source.image_name(index), reason)
+        yield batch

@@ -1,6 +1,8 @@
 """Batches that are decoded as they are needed, by threads or worker processes."""
 
 import io
+import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -39,6 +41,30 @@ def test_hosts_of_a_stream():
 def test_worker_processes_give_the_same_batches():
     source, order = Photos(), loader.Order(images=20, seed=1)
     assert_same(stream(source, order, 0, 4, workers=2), stream(source, order, 0, 4))
+
+
+def test_memory_stays_flat():
+    config = Data(image_size=32, crop="random_resized", threads=2, prefetch=2)
+    order, corrupt = loader.Order(images=20, seed=1), loader.Corrupt(limit=0, report=print)
+    used = {}
+    tracemalloc.start()
+    batches = loader.stream_batches(Photos(), order, config, 8, 0, 300, corrupt)
+    for count, batch in enumerate(batches):
+        size = batch["images"].nbytes
+        if count in (100, 299):
+            used[count] = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used[299] - used[100] < 10 * size  # of 199 batches made between the two
+
+
+def test_leaving_a_stream_early_ends_its_threads():
+    before = threading.active_count()
+    order, corrupt = loader.Order(images=20, seed=1), loader.Corrupt(limit=0, report=print)
+    config = Data(image_size=8, crop="random_resized", threads=3)
+    batches = loader.stream_batches(Photos(), order, config, 8, 0, 10**6, corrupt)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
 
 
 def test_damaged_images_are_replaced_and_named_once():
