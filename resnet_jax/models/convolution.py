@@ -1,7 +1,7 @@
 """Convolution, by the formula that is fastest on the platform it is compiled for.
 
 All formulas give the same values and gradients up to rounding. On a TPU or GPU it is always XLA's
-convolution. On a CPU that one is slow in two places, and both become matrix products:
+convolution. On a CPU that one is slow in two places in float32, and both become matrix products:
 
 * a 1x1 convolution is one, forwards and backwards;
 * the gradient of a larger kernel is a convolution whose "kernel" is as large as the image. Written
@@ -47,7 +47,8 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
       (1, 4, 4, 16)
     """
     default = functools.partial(xla_convolution, geometry=geometry)
-    if geometry.groups > 1:
+    # A CPU's products of bfloat16 numbers are slower than XLA's convolution, which takes float32.
+    if geometry.groups > 1 or x.dtype != jnp.float32:
         return default(x, kernel)
     on_cpu = pointwise if kernel.shape[0] == 1 else convolution_with_product_gradient
     return lax.platform_dependent(

@@ -102,10 +102,13 @@ def test_groups_are_xlas():
     chex.assert_shape(y, (1, 4, 4, 12))
 
 
-@pytest.mark.parametrize(("platform", "products"), [("cpu", 3), ("tpu", 0), ("cuda", 0)])
-def test_the_platform_is_chosen_when_lowering(platform, products):
-    """A 1x1 convolution is products on a CPU and stays a convolution elsewhere."""
-    x, kernel = jnp.ones((1, 4, 4, 8)), jnp.ones((1, 1, 8, 8))
+@pytest.mark.parametrize(
+    ("platform", "dtype", "products"),
+    [("cpu", "float32", 3), ("cpu", "bfloat16", 0), ("tpu", "float32", 0), ("cuda", "float32", 0)],
+)
+def test_the_platform_is_chosen_when_lowering(platform, dtype, products):
+    """A 1x1 convolution is products of float32 on a CPU and stays a convolution elsewhere."""
+    x, kernel = jnp.ones((1, 4, 4, 8), dtype), jnp.ones((1, 1, 8, 8), dtype)
 
     @jax.jit
     def gradients(x, kernel):
