@@ -585,6 +585,37 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def from_json(text: str) -> Config:
+    """The configuration that `to_json` wrote.
+
+    Args:
+      text: A config.json; fields that it lacks, of an older version, keep their defaults.
+
+    Returns:
+      The configuration; not checked.
+
+    Raises:
+      ConfigError: It is no JSON, or names fields that do not exist.
+
+    Example:
+      >>> from_json(to_json(Config(train=Train(seed=3)))).train.seed
+      3
+    """
+    try:
+        stored = json.loads(text)
+        fields = {f"{name}.{k}": v for name, part in stored.items() for k, v in part.items()}
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"config.json is not as a run writes it ({error}); restore it") from error
+    config = Config()
+    if unknown := sorted(fields.keys() - to_flat(config).keys()):
+        raise ConfigError(f"config.json has fields that this version lacks: {', '.join(unknown)}")
+    for name, value in fields.items():
+        section, _, field = name.partition(".")
+        value = tuple(value) if isinstance(value, list) else value
+        setattr(getattr(config, section), field, value)
+    return config
+
+
 def differences(config: Config, stored: dict[str, Any]) -> list[str]:
     """Fields in which a stored configuration differs, leaving aside what changes no result.
 

@@ -8,7 +8,7 @@ from typing import Any
 from resnet_jax.errors import ConfigError, WeightsError
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.config import Config
-from resnet_jax.weights.files import load_weights
+from resnet_jax.weights.files import WEIGHT_SUFFIXES, load_weights
 from resnet_jax.weights.pretrained import load_pretrained
 
 
@@ -36,7 +36,11 @@ def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str,
         return None
     reset_head = config.checkpoint.reset_head
     try:
-        if Path(name).expanduser().exists() or name.count("/") != 1 or Path(name).suffix in _FILES:
+        if (
+            Path(name).expanduser().exists()
+            or name.count("/") != 1
+            or Path(name).suffix in WEIGHT_SUFFIXES
+        ):
             variables = load_weights(model, Path(name).expanduser(), reset_head=reset_head)
         else:
             _, variables, _ = load_pretrained(
@@ -52,6 +56,3 @@ def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str,
             f"{channels}; set data.channels = {found}"
         )
     return variables
-
-
-_FILES = (".safetensors", ".npz", ".pth", ".pt")

@@ -108,6 +108,28 @@ def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarra
     }
 
 
+def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int | None:
+    """How many classes the head in a state dict has.
+
+    Args:
+      model: A ResNet of the same architecture, with any number of classes.
+      state_dict: As for `from_torch`.
+
+    Returns:
+      The number; None where there is no head under any name that is known.
+
+    Example:
+      >>> import resnet_jax as rj
+      >>> model = rj.ResNet20(num_classes=7)
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> head_classes(rj.ResNet20(), rj.to_torch(model, variables))
+      7
+    """
+    tensors = _unwrap(state_dict)
+    head = tensors.get(f"{_closest_scheme(model, tensors).head}.weight")
+    return None if head is None else int(head.shape[0])
+
+
 def fit_variables(
     model: ResNet, variables: Mapping[str, Any], *, reset_head: bool = False
 ) -> Variables:

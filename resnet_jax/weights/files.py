@@ -67,6 +67,36 @@ def load_weights(
     path = Path(path)
     if path.is_dir():
         return _from_workdir(model, path, reset_head)
+    state_dict = read_state_dict(path, sha256=sha256)
+    try:
+        return from_torch(model, state_dict, reset_head=reset_head)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def read_state_dict(
+    path: str | os.PathLike[str], *, sha256: str | None = None
+) -> Mapping[str, Any]:
+    """Reads a weight file as it is, for whatever model.
+
+    Args:
+      path: A .safetensors, .npz or .pth (.pt, .bin, .ckpt, .pth.tar) file.
+      sha256: Checksum that the file must have, as 64 hexadecimal digits.
+
+    Returns:
+      What the file holds: names to arrays or tensors, or a checkpoint with such a dictionary.
+
+    Raises:
+      WeightsError: The file is missing, damaged, of another kind, or has another checksum.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.savez(f"{folder}/weights.npz", **{"fc.bias": np.zeros(10)})
+      ...     sorted(read_state_dict(f"{folder}/weights.npz"))
+      ['fc.bias']
+    """
+    path = Path(path)
     read = _choose(path, _READERS)
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise WeightsError(f"sha256 = {sha256!r} is not a checksum of 64 hexadecimal digits")
@@ -78,7 +108,7 @@ def load_weights(
     if sha256 is not None and found != sha256.lower():
         raise WeightsError(f"{path} has sha256 {found}, not {sha256}; fetch it again")
     try:
-        return from_torch(model, read(path, data), reset_head=reset_head)
+        return read(path, data)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 
@@ -231,6 +261,7 @@ _READERS = {
     ".ckpt": _read_torch,
     ".tar": _read_torch,  # "model_best.pth.tar" is a .pth file
 }
+WEIGHT_SUFFIXES: tuple[str, ...] = tuple(_READERS)
 _WRITERS = {
     ".safetensors": _write_safetensors,
     ".npz": _write_npz,

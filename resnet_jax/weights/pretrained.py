@@ -57,7 +57,8 @@ class Preprocessing:
     @property
     def resize_size(self) -> int:
         """Shorter side in pixels to which an image is resized before the crop."""
-        return int(self.image_size / self.crop_fraction)
+        # timm cuts the fraction of a pixel, but 32 / (32 / 40) is to be 40 and not 39.999.
+        return int(self.image_size / self.crop_fraction + 1e-6)
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """uint8 images [N, H, W, C] -> float32 images [N, H, W, C] as the network expects them."""
@@ -118,6 +119,29 @@ def load_pretrained(
         raise WeightsError(f"{repository}: {error}") from error
     variables = load_weights(model, folder / "model.safetensors", reset_head=reset_head)
     return Pretrained(model, variables, config.preprocessing)
+
+
+def pretrained_name(repository: str | os.PathLike[str], *, revision: str | None = None) -> str:
+    """The registered name of the network in a repository.
+
+    Args:
+      repository: As for `load_pretrained`.
+      revision: Likewise.
+
+    Returns:
+      Such as "resnet50".
+
+    Raises:
+      WeightsError: As `load_pretrained` raises it.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = pathlib.Path(folder, "config.json").write_text('{"architecture": "resnet20"}')
+      ...     pretrained_name(folder)
+      'resnet20'
+    """
+    return _read_config(_folder(repository, revision) / "config.json").architecture
 
 
 class _Config(NamedTuple):

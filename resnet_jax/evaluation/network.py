@@ -1,0 +1,253 @@
+"""A trained network and what its use depends on: how images are prepared, its classes.
+
+A network comes from a run's workdir, a weight file, or the Hugging Face Hub. Evaluation,
+prediction, export and reports all open it here, so that they agree on what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from importlib import resources
+from pathlib import Path
+
+from resnet_jax.errors import ConfigError, ResNetJaxError, WeightsError
+from resnet_jax.models.registry import create_model, model_info
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.training.config import Augment, Config, Data, check, from_json
+from resnet_jax.training.setup import make_model
+from resnet_jax.weights.convert import Variables, from_torch, head_classes
+from resnet_jax.weights.files import WEIGHT_SUFFIXES, read_state_dict
+from resnet_jax.weights.pretrained import Preprocessing, load_pretrained, pretrained_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model, its variables, and the facts of its training that its use depends on.
+
+    Args:
+      source: What it was opened from, for messages.
+      name: As registered: "resnet50".
+      model: The module.
+      variables: {"params", "batch_stats"}.
+      preprocessing: How images become its input.
+      channels: Of its images, 1 or 3.
+      class_names: The name of each output; "0", "1", ... where nobody said.
+      config: Of the run that trained it; None where it was not one of ours.
+    """
+
+    source: str
+    name: str
+    model: ResNet
+    variables: Variables
+    preprocessing: Preprocessing
+    channels: int
+    class_names: tuple[str, ...]
+    config: Config | None = None
+
+    @property
+    def crop(self) -> Data:
+        """The preprocessing's geometry, as `data.decode.eval_crop` takes it."""
+        size, resize = self.preprocessing.image_size, self.preprocessing.resize_size
+        interpolation = self.preprocessing.interpolation
+        return Data(eval_size=size, eval_resize=resize, interpolation=interpolation)
+
+    @property
+    def colours(self) -> Augment:
+        """The preprocessing's mean and deviation, as `data.augment.normalize` takes them."""
+        return Augment(mean=self.preprocessing.mean, std=self.preprocessing.std)
+
+
+def open_network(
+    source: str | os.PathLike[str],
+    *,
+    model: str = "",
+    best: bool = True,
+    ema: bool = True,
+    image_size: int = 0,
+    crop_fraction: float = 0.0,
+) -> Network:
+    """Opens a trained network.
+
+    Args:
+      source: A workdir, a weight file (.safetensors, .npz, .pth), a folder in the Hub's form, or
+        "owner/name" on the Hub.
+      model: Name of the network; needed for a weight file, which does not say it.
+      best: Of a workdir, the state with the highest top-1 instead of the newest.
+      ema: Of a workdir, the moving average where there is one.
+      image_size: Side of the images in pixels; 0: as the network was trained or published.
+      crop_fraction: Side of the crop as a share of the resized image's shorter side; 0: likewise.
+
+    Returns:
+      The network, with float32 variables.
+
+    Raises:
+      WeightsError: There is no network at `source`, or it is damaged.
+      ModelError: No network is called `model`.
+      ConfigError: An option that does not go with `source`.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, resnet_jax as rj
+      >>> model = rj.ResNet20()
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     rj.save_weights(f"{folder}/w.safetensors", model, variables)
+      ...     network = open_network(f"{folder}/w.safetensors", model="resnet20")
+      >>> network.channels, network.preprocessing.image_size, network.class_names[:2]
+      (3, 32, ('0', '1'))
+    """
+    if model:
+        model_info(model)  # says which names there are
+    path = Path(source).expanduser()
+    if (path / "checkpoints").is_dir():
+        network = _from_workdir(path, best, ema)
+    elif path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+        network = _from_file(path, model)
+    else:
+        network = _from_hub(str(path) if path.is_dir() else os.fspath(source))
+    if model and network.name != model:
+        raise ConfigError(f"--model={model}: {source} holds a {network.name}; leave the flag out")
+    return _resized(network, image_size, crop_fraction)
+
+
+def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
+    # Orbax is loaded only where a workdir is read.
+    from resnet_jax.training.checkpoint import load_variables
+
+    try:
+        name, variables = load_variables(workdir, best=best, ema=ema)
+    except ResNetJaxError as error:
+        raise WeightsError(str(error)) from error
+    config = from_json((workdir / "config.json").read_text())
+    check(config)
+    data, head = config.data, variables["params"]["head"]
+    classes = int(head["bias"].shape[0])
+    size = data.eval_size or data.image_size
+    # The mapped axis belongs to training.
+    model = make_model(config, classes).clone(axis_name=None, bn_group_size=None)
+    return Network(
+        source=str(workdir),
+        name=name,
+        model=model,
+        variables=variables,
+        preprocessing=Preprocessing(
+            image_size=size,
+            crop_fraction=size / (data.eval_resize or size),
+            interpolation=data.interpolation,
+            mean=tuple(config.augment.mean),
+            std=tuple(config.augment.std),
+        ),
+        channels=_channels(variables),
+        class_names=_class_names(classes, _read_names(workdir / "classes.json")),
+        config=config,
+    )
+
+
+def _from_file(path: Path, name: str) -> Network:
+    if not name:
+        raise ConfigError(f"--model: {path} does not say which network it holds; give its name")
+    state_dict = read_state_dict(path)
+    try:
+        classes = head_classes(create_model(name), state_dict)
+        overrides = {} if classes is None else {"num_classes": classes}
+        model = create_model(name, **overrides)
+        variables = from_torch(model, state_dict)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    # Small images are not resized before the crop; those of ImageNet by torchvision's 256 / 224.
+    size = model_info(name).image_size
+    preprocessing = Preprocessing(image_size=size, crop_fraction=0.875 if size > 32 else 1.0)
+    return Network(
+        source=str(path),
+        name=name,
+        model=model,
+        variables=variables,
+        preprocessing=preprocessing,
+        channels=_channels(variables),
+        class_names=_class_names(model.num_classes),
+    )
+
+
+def _from_hub(source: str) -> Network:
+    model, variables, preprocessing = load_pretrained(source)
+    return Network(
+        source=source,
+        name=pretrained_name(source),
+        model=model,
+        variables=variables,
+        preprocessing=preprocessing,
+        channels=_channels(variables),
+        class_names=_class_names(model.num_classes),
+    )
+
+
+def _channels(variables: Variables) -> int:
+    return int(variables["params"]["stem"]["conv1"]["kernel"].shape[2])
+
+
+def _class_names(classes: int, known: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The names that are known; of a thousand classes ImageNet's; else the numbers."""
+    if not known and classes == 1000:
+        return imagenet_names()
+    # A head may be wider than its data set (model.num_classes).
+    return known + tuple(str(number) for number in range(len(known), classes))
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, json.loads(path.read_text())))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); restore it") from error
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """The English names of ImageNet's 1,000 classes, in the order of their WordNet ids.
+
+    Returns:
+      As torchvision has them.
+
+    Example:
+      >>> imagenet_names()[:2]
+      ('tench', 'goldfish')
+    """
+    return tuple(line.split(" ", 1)[1] for line in _imagenet_lines())
+
+
+def imagenet_ids() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet's 1,000 classes, in the order of the labels.
+
+    Returns:
+      As TFDS and torchvision order them.
+
+    Example:
+      >>> imagenet_ids()[:2]
+      ('n01440764', 'n01443537')
+    """
+    return tuple(line.split(" ", 1)[0] for line in _imagenet_lines())
+
+
+def _imagenet_lines() -> list[str]:
+    file = resources.files("resnet_jax.evaluation") / "imagenet_classes.txt"
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def _resized(network: Network, image_size: int, crop_fraction: float) -> Network:
+    """The network at another test resolution."""
+    if image_size < 0 or not 0 <= crop_fraction <= 1:
+        raise ConfigError(
+            f"--image_size={image_size} --crop_fraction={crop_fraction}: a number of pixels, and "
+            "a share in (0, 1]; leave a flag out to keep what the network has"
+        )
+    preprocessing = network.preprocessing
+    changed = dataclasses.replace(
+        preprocessing,
+        image_size=image_size or preprocessing.image_size,
+        crop_fraction=crop_fraction or preprocessing.crop_fraction,
+    )
+    least = network.model.strides()[-1]
+    if changed.image_size < least:
+        raise ConfigError(
+            f"--image_size={image_size}: {network.name} needs at least {least} pixels a side"
+        )
+    return dataclasses.replace(network, preprocessing=changed)
