@@ -90,6 +90,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that opens a trained network."""
+    parser.add_argument(
+        "source", help="a workdir, a weight file, a folder in the Hub's form, or OWNER/NAME there"
+    )
+    parser.add_argument("--model", default="", help="the network's name; for a weight file")
+    parser.add_argument(
+        "--state", choices=("best", "newest"), default="best", help="of a workdir (default: best)"
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the moving average, where a workdir has one",
+    )
+    parser.add_argument("--image_size", type=int, default=0, help="side of the crop in pixels")
+    parser.add_argument(
+        "--crop_fraction",
+        type=float,
+        default=0.0,
+        help="side of the crop as a share of the resized image's shorter side",
+    )
+
+
+def _open_network(options: argparse.Namespace) -> Any:
+    from resnet_jax.evaluation.network import open_network
+
+    return open_network(
+        options.source,
+        model=options.model,
+        best=options.state == "best",
+        ema=options.ema,
+        image_size=options.image_size,
+        crop_fraction=options.crop_fraction,
+    )
+
+
 def _train(options: argparse.Namespace) -> None:
     wanted = [each for each in options.rest if each not in ("-h", "--help")]
     config, workdir = parse_train_flags(wanted)
