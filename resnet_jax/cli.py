@@ -87,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
     prepare.add_argument("--manual_dir", default="", help="where archives that you fetched lie")
     prepare.set_defaults(command=_prepare)
+
+    report = commands.add_parser("report", help="write a page about a run, or about several")
+    report.add_argument("workdirs", nargs="+", metavar="RUN", help="a workdir")
+    report.add_argument(
+        "--output", help="the HTML file (default: report.html in the run, or here for several)"
+    )
+    report.add_argument("--images", nargs="+", default=[], help="images to explain, of one run")
+    report.add_argument("--force", action="store_true", help="replace a page that is there")
+    report.set_defaults(command=_report)
     return parser
 
 
@@ -136,8 +145,31 @@ def _train(options: argparse.Namespace) -> None:
     from resnet_jax.training.loop import train
 
     result = train(config, workdir)
+    if config.log.report:
+        _report_at_the_end(result.workdir)
     top1 = result.metrics["top1"]
     print(f"top-1 {top1:.2%} after {result.steps} steps; everything is in {result.workdir}")
+
+
+def _report_at_the_end(workdir: Path) -> None:
+    """report.html of a run that has ended well, which it still has when this fails."""
+    try:
+        from resnet_jax.report.page import write_report
+
+        write_report([workdir], force=True)
+    except ModuleNotFoundError as error:
+        print(f"no report.html: {error.name} is not installed", file=sys.stderr)
+    except Exception as error:
+        print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from resnet_jax.report.page import write_report
+
+    page = write_report(
+        options.workdirs, options.output, images=options.images, force=options.force
+    )
+    print(f"{page} and its pictures in {page.with_suffix('')}")
 
 
 def _summary(options: argparse.Namespace) -> None:

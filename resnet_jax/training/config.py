@@ -302,6 +302,7 @@ class Log:
       wandb: Project on Weights & Biases; "": none.
       profile: "FIRST:LAST" steps to trace with jax.profiler; "": none.
       compile_cache: Folder of compiled programs; "": none.
+      report: Write report.html at the end of `train.py`, where matplotlib and Jinja2 are installed.
     """
 
     every_steps: int = 50
@@ -309,6 +310,7 @@ class Log:
     wandb: str = ""
     profile: str = ""
     compile_cache: str = "~/.cache/resnet_jax/xla"
+    report: bool = True
 
 
 @dataclasses.dataclass

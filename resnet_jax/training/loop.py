@@ -43,6 +43,7 @@ from resnet_jax.training.checkpoint import (
     write_config,
 )
 from resnet_jax.training.config import Config, check, profile_steps
+from resnet_jax.training.environment import write_environment
 from resnet_jax.training.initial import initial_variables
 from resnet_jax.training.optimizer import Length, make_optimizer
 from resnet_jax.training.recorder import Recorder, Trace
@@ -142,6 +143,7 @@ class _Run:
         if jax.process_index() == 0:
             write_config(workdir, config)
             write_classes(workdir, sources["train"].class_names)
+            write_environment(workdir)
         self.telemetry = Telemetry(
             config,
             workdir if jax.process_index() == 0 else None,

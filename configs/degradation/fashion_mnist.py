@@ -1,0 +1,37 @@
+"""Plain against residual networks of growing depth: He et al. 2015, Figure 6, on a CPU.
+
+Command: python -m resnet_jax prepare fashion_mnist
+         python train.py --config=configs/degradation/fashion_mnist.py:plain56
+         python train.py --config=configs/degradation/fashion_mnist.py:resnet56
+         python -m resnet_jax report runs/fashion_mnist-plain56 runs/fashion_mnist-resnet56
+Hardware: 2 CPU cores, one to four minutes a run. Measured: docs/degradation.md.
+MODEL: plain20, plain32, plain44, plain56, plain110 and resnet20 ... resnet110. The paper's own
+experiment, on CIFAR-10 with a GPU or TPU, is configs/cifar10.py with the same names.
+"""
+
+from resnet_jax.training.config import (
+    Augment,
+    Config,
+    Data,
+    Evaluate,
+    Log,
+    Model,
+    Optimizer,
+    Schedule,
+    Train,
+)
+
+
+def get_config(model: str = "plain20") -> Config:
+    """The paper's recipe in small: a fifth of the images, at 16x16 pixels, for ten epochs."""
+    return Config(
+        model=Model(name=model),
+        data=Data(name="tfds:fashion_mnist", train_split="train[:20%]", image_size=16),
+        augment=Augment(flip=True, pad=1, mean=(0.286,), std=(0.353,)),
+        # Half of the paper's batch and rate: twice the steps in the same time.
+        optimizer=Optimizer(learning_rate=0.05, weight_decay=1e-4, decay_norms_and_biases=True),
+        schedule=Schedule(name="step", boundaries=(0.5, 0.75), warmup_epochs=1.0),
+        train=Train(epochs=10.0, batch_size=64),
+        evaluate=Evaluate(every_epochs=1.0),
+        log=Log(every_steps=94),
+    )

@@ -1,0 +1,254 @@
+"""The figures of a report, drawn by matplotlib and returned as PNG files' bytes.
+
+Figures are made without pyplot: no global state, no window, safe in any thread.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from resnet_jax.report.runs import Record, Run
+
+# Okabe & Ito's colours, which people with any colour vision tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+
+
+def learning_curves(runs: Sequence[Run]) -> bytes:
+    """Error in % over steps, as in the paper's Figures 4 and 6, and the learning rate below.
+
+    Args:
+      runs: Overlaid: thin lines are training, bold ones held-out images, dashed ones the moving
+        average's.
+
+    Returns:
+      A PNG file.
+    """
+    figure = Figure(figsize=(7.2, 4.8), dpi=110, layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    tops = []
+    for run, colour in zip(runs, _colours(len(runs))):
+        line = {"color": colour}
+        axes.plot(*_errors(run.training), linewidth=0.9, alpha=0.8, **line)
+        marker = "o" if len(run.evaluations) == 1 else None
+        axes.plot(*_errors(run.evaluations), linewidth=2.2, marker=marker, label=run.title, **line)
+        if run.ema_evaluations:
+            axes.plot(*_errors(run.ema_evaluations), linewidth=1.6, linestyle="--", **line)
+        steps = [record["step"] for record in run.training]
+        below.plot(steps, [record["learning_rate"] for record in run.training], **line)
+        for step in run.drops():
+            axes.axvline(step, color="0.75", linewidth=0.8, linestyle=":", zorder=0)
+        tops.append(_settled(run))
+    axes.set_ylim(0, min(100, 1.15 * max(tops)))
+    axes.set_ylabel("top-1 error, %")
+    axes.set_title("thin: training    bold: held out", fontsize="small", color="0.3")
+    if any(run.ema_evaluations for run in runs):
+        axes.set_title(
+            "thin: training    bold: held out    dashed: moving average, held out",
+            fontsize="small",
+            color="0.3",
+        )
+    axes.grid(alpha=0.25)
+    _legend(axes)
+    if any(run.drops() for run in runs):
+        below.set_yscale("log")
+    below.set(xlabel="step", ylabel="learning\nrate")
+    below.grid(alpha=0.25)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _png(figure)
+
+
+def response_curves(by_run: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Standard deviations of layer responses, as in the paper's Figure 7.
+
+    Args:
+      by_run: A run's title to its layers' deviations, in the network's order.
+
+    Returns:
+      A PNG file: above by layer, below from the largest to the smallest.
+    """
+    figure = Figure(figsize=(7.2, 4.8), dpi=110, layout="constrained")
+    above, below = figure.subplots(2, 1)
+    for (title, found), colour in zip(by_run.items(), _colours(len(by_run))):
+        values = list(found.values())
+        layers = range(1, len(values) + 1)
+        line = {"color": colour, "marker": ".", "linewidth": 1.1}
+        above.plot(layers, values, label=title, **line)
+        below.plot(layers, sorted(values, reverse=True), **line)
+    above.set(xlabel="layer, in the network's order", ylabel="std")
+    below.set(xlabel="layer, from the strongest response", ylabel="std")
+    for axes in (above, below):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(above)
+    return _png(figure)
+
+
+def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
+    """How often images of one class (row) are taken for another (column).
+
+    Args:
+      counts: [classes, classes].
+      names: Of the classes.
+
+    Returns:
+      A PNG file; each row in shares of its class, with numbers up to 20 classes.
+    """
+    classes = len(names)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(3.2 + 0.32 * classes, 9.0)
+    figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="prediction", ylabel="truth")
+    if classes <= 40:
+        labels = [_plain(name) for name in names]
+        axes.set_xticks(range(classes), labels, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(classes), labels, fontsize=8, parse_math=False)
+    if classes <= 20:
+        for row, column in np.argwhere(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(
+                *(column, row, f"{counts[row, column]}"),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=colour,
+            )
+    return _png(figure)
+
+
+def picture_grid(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int) -> bytes:
+    """Images beside each other, each under a line or two of text.
+
+    Args:
+      pictures: uint8 or float in [0, 1], [H, W, 1] or [H, W, 3].
+      titles: One each.
+      columns: Images in a row.
+
+    Returns:
+      A PNG file.
+    """
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(1.35 * columns, 1.75 * rows), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, picture, title in zip(grid.flat, pictures, titles):
+        small = max(picture.shape[:2]) < 96  # show the pixels that there are
+        pixels = picture[:, :, 0] if picture.shape[2] == 1 else picture
+        top = 255 if picture.dtype == np.uint8 else 1
+        axes.imshow(
+            *(pixels, "gray"),
+            vmin=0,
+            vmax=top,
+            interpolation="nearest" if small else "antialiased",
+        )
+        axes.set_title(title, fontsize=7, parse_math=False)
+    return _png(figure)
+
+
+def filter_grid(kernel: np.ndarray) -> bytes:
+    """The first layer's filters as pictures.
+
+    Args:
+      kernel: [side, side, C, K]; C = 3 is shown in colour.
+
+    Returns:
+      A PNG file; grey is 0, and all filters share one scale.
+    """
+    side, _, channels, count = kernel.shape
+    columns = min(count, 16)
+    rows = -(-count // columns)
+    if channels != 3:
+        kernel = kernel.mean(2, keepdims=True)
+    scaled = 0.5 + 0.5 * kernel / np.abs(kernel).max()
+    sheet = np.ones((rows * (side + 1) - 1, columns * (side + 1) - 1, kernel.shape[2]))
+    for index in range(count):
+        row, column = divmod(index, columns)
+        top, left = row * (side + 1), column * (side + 1)
+        sheet[top : top + side, left : left + side] = scaled[..., index]
+    width = 7.2
+    height = width * sheet.shape[0] / sheet.shape[1]
+    figure = Figure(figsize=(width, height), dpi=110)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.imshow(sheet.squeeze(), "gray", vmin=0, vmax=1, interpolation="nearest")
+    return _png(figure)
+
+
+def explanation_grid(
+    pictures: np.ndarray, evidence: np.ndarray, attributions: np.ndarray, titles: Sequence[str]
+) -> bytes:
+    """Images, and beside each its Grad-CAM and its integrated gradients.
+
+    Args:
+      pictures: uint8 [N, H, W, C].
+      evidence: [N, H, W] in [0, 1], of Grad-CAM.
+      attributions: [N, H, W, C], of integrated gradients.
+      titles: One each.
+
+    Returns:
+      A PNG file.
+    """
+    columns = 2 if len(pictures) > 1 else 1
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(3.7 * columns, 1.5 * rows), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, 3 * columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for index, (picture, cam, shares) in enumerate(zip(pictures, evidence, attributions)):
+        row, column = divmod(index, columns)
+        first, second, third = grid[row, 3 * column : 3 * column + 3]
+        pixels = picture[:, :, 0] if picture.shape[2] == 1 else picture
+        for axes in (first, second):
+            axes.imshow(pixels, "gray", vmin=0, vmax=255)
+        second.imshow(cam, "inferno", vmin=0, vmax=1, alpha=0.6)
+        total = shares.sum(-1)  # [H, W]
+        most = max(np.percentile(np.abs(total), 99.5), 1e-12)
+        third.imshow(total, "PuOr_r", vmin=-most, vmax=most)
+        first.set_title(titles[index], fontsize=7, parse_math=False)
+        if row == 0:
+            second.set_title("Grad-CAM", fontsize=7)
+            third.set_title("integrated gradients", fontsize=7)
+    return _png(figure)
+
+
+def _errors(records: Sequence[Record]) -> tuple[list[int], list[float]]:
+    return [r["step"] for r in records], [100 * (1 - r["top1"]) for r in records]
+
+
+def _settled(run: Run) -> float:
+    """The largest error after the first tenth of a run, in %: where the axis may end."""
+    records = [*run.training, *run.evaluations]
+    last = max(record["step"] for record in records)
+    late = [record for record in records if record["step"] >= 0.1 * last]
+    return max(100 * (1 - record["top1"]) for record in late) or 1.0
+
+
+def _colours(count: int) -> list[Any]:
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+
+
+def _legend(axes: Any) -> None:
+    """With as many columns as keep it low; names are data, not formulas."""
+    handles, labels = axes.get_legend_handles_labels()
+    legend = axes.legend(handles, labels, fontsize="small", ncols=-(-len(labels) // 6))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _plain(name: str, longest: int = 18) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

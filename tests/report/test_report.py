@@ -1,0 +1,223 @@
+"""The page about a run: whole, self-contained, and only text where names are data."""
+
+import base64
+import html.parser
+import io
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax import cli
+from resnet_jax.errors import ConfigError
+from resnet_jax.report import figures
+from resnet_jax.report.page import write_report
+from resnet_jax.report.predictions import Predictions, predict_split
+from resnet_jax.report.runs import read_run
+from resnet_jax.training import config as c
+from resnet_jax.training.loop import train
+
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+def configuration():
+    return c.Config(
+        data=c.Data(image_size=8, threads=2),
+        augment=c.Augment(pad=1, mean=(0.3,), std=(0.38,)),
+        schedule=c.Schedule(name="step", boundaries=(0.5,)),
+        train=c.Train(steps=4, batch_size=48, ema_decay=0.5),
+        evaluate=c.Evaluate(every_epochs=2 * 48 / 1437),
+        log=c.Log(every_steps=1, tensorboard=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    train(configuration(), folder)
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """Tags that are closed in order, and what pictures there are."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.tags = [], [], set()
+        self.text = text
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        found = dict(attributes)
+        assert not {"src", "href"} & found.keys() or tag in ("img", "a")
+        if tag == "a":
+            assert f'id="{found["href"].removeprefix("#")}"' in self.text
+        if tag == "img":
+            self.images.append(found)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def pixels(image):
+    kind, data = image["src"].split(",", 1)
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"))
+
+
+def test_one_run(workdir, tmp_path):
+    output = write_report([workdir], tmp_path / "page.html")
+    page = Page(output.read_text())
+    names = ["curves", "confusion", "mistakes", "explanations", "filters", "responses"]
+    assert sorted(path.stem for path in (tmp_path / "page").iterdir()) == sorted(names)
+    assert len(page.images) == len(names)
+    for image in page.images:
+        assert image["alt"]
+        assert np.ptp(pixels(image)) > 100  # something is drawn
+    assert "script" not in page.tags
+    final = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
+    for text in (f"{final['top1']:.2%}", "optimizer.learning_rate", "schedule.name", "jaxlib"):
+        assert text in page.text
+
+
+def test_several_runs(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "other" / "digits")
+    shutil.copytree(workdir, tmp_path / "third")
+    shutil.rmtree(tmp_path / "third" / "checkpoints")  # its curves are there all the same
+    output = tmp_path / "page.html"
+    write_report([workdir, tmp_path / "other" / "digits", tmp_path / "third"], output)
+    page = Page(output.read_text())
+    assert len(page.images) == 2
+    for title in (str(workdir), str(tmp_path / "other" / "digits"), "<td>third</td>"):
+        assert title in page.text  # two of the folders have one name
+
+
+def test_names_are_data(workdir, tmp_path):
+    run = tmp_path / "<script>alert(1)</script>"
+    shutil.copytree(workdir, run)
+    names = ["<script>alert(1)</script>", "$x_", "a&b", *"3456789"]
+    (run / "classes.json").write_text(json.dumps(names))
+    page = Page(write_report([run], tmp_path / "page.html").read_text())
+    assert "script" not in page.tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
+    assert "a&amp;b" in page.text
+
+
+def test_what_cannot_be_had_is_said(workdir, tmp_path):
+    """Records outlive checkpoints and data sets."""
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["name"] = f"folder:{tmp_path}/gone"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "environment.json").unlink()
+    page = Page(write_report([run]).read_text())
+    assert "could not be read" in page.text
+    assert (run / "report.html").exists()
+
+
+def test_own_images(workdir, tmp_path):
+    write_report([workdir], tmp_path / "first.html")
+    noise = np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "own.png")
+    write_report([workdir], tmp_path / "own.html", images=[tmp_path / "own.png"])
+    own, first = (tmp_path / name / "explanations.png" for name in ("own", "first"))
+    assert Image.open(own).height < Image.open(first).height  # one row instead of three
+
+
+def test_predictions(workdir):
+    from resnet_jax.evaluation.network import open_network
+
+    run, network = read_run(workdir), open_network(workdir, best=False)
+    found = predict_split(network, run.config, most=10_000, keep=5)
+    assert found.images == 360
+    right = found.confusion.diagonal().sum() / found.images
+    assert right == pytest.approx(run.final["top1"], abs=1e-9)
+    assert [each.probability for each in found.mistakes] == sorted(
+        (each.probability for each in found.mistakes), reverse=True
+    )
+    assert all(each.label != each.predicted for each in found.mistakes)
+    everything = predict_split(network, run.config, most=10_000, keep=360).mistakes
+    assert [m.probability for m in everything[:5]] == [m.probability for m in found.mistakes]
+
+
+def test_a_class_without_images():
+    found = Predictions(np.array([[3, 1], [0, 0]]), [], [], 4)
+    np.testing.assert_array_equal(found.class_accuracy, [0.75, np.nan])
+
+
+def test_drops_and_times(workdir):
+    run = read_run(workdir)
+    assert run.drops() == [3]  # of four steps, the learning rate drops after two
+    rates = [record["images_per_second"] for record in run.training]
+    assert run.seconds == pytest.approx(sum(48 / rate for rate in rates))
+
+
+def test_many_classes_and_long_names():
+    counts = np.eye(50, dtype=int)
+    assert figures.confusion_matrix(counts, ["x" * 40] * 50).startswith(b"\x89PNG")
+    many = figures.picture_grid([np.zeros((8, 8, 3), np.uint8)] * 7, ["$a$\n^"] * 7, columns=3)
+    assert many.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is not a workdir"),
+        (["{run}", "--output={tmp}/there.html"], "exists already; --force replaces it"),
+        (["{run}", "--output={tmp}/page.pdf"], "must end in .html"),
+        (["{run}", "--output={tmp}/none/page.html"], "no folder"),
+        (["{run}", "--output={tmp}/x.html", "--images", "{tmp}/none.png"], "cannot be read"),
+        (["{tmp}/empty"], "cannot be read"),
+        (["{tmp}/odd"], "not what a run writes"),
+    ],
+)
+def test_mistakes(arguments, message, workdir, tmp_path, capsys):
+    (tmp_path / "there.html").write_text("mine")
+    for name, records in (("empty", None), ("odd", '{"step": 1}\n')):
+        (tmp_path / name).mkdir()
+        shutil.copy(workdir / "config.json", tmp_path / name)
+        if records:
+            (tmp_path / name / "metrics.jsonl").write_text(records)
+    arguments = [each.format(run=workdir, tmp=tmp_path) for each in arguments]
+    assert cli.main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "there.html").read_text() == "mine"
+
+
+def test_a_disk_that_is_full(workdir, tmp_path, monkeypatch):
+    def replace(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", replace)
+    with pytest.raises(ConfigError, match=r"page\.html cannot be written: No space left"):
+        write_report([workdir], tmp_path / "page.html")
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_a_browser_shows_it(workdir, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not browser:
+        pytest.skip("needs Chromium")
+    page = write_report([workdir], tmp_path / "page.html")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--enable-logging=stderr", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path}/profile", "--window-size=900,3600"]
+    command += [f"--screenshot={tmp_path}/page.png", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr  # where the browser tells of errors in a page
+    shown = np.asarray(Image.open(tmp_path / "page.png").convert("L"))
+    assert shown.shape == (3600, 900)
+    blocks = shown[:3000].reshape(10, 300, 900)
+    assert all(np.ptp(block) > 100 for block in blocks)  # nowhere is it empty
