@@ -129,8 +129,13 @@ def test_own_images(workdir, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8)
     Image.fromarray(noise).save(tmp_path / "own.png")
     write_report([workdir], tmp_path / "own.html", images=[tmp_path / "own.png"])
-    own, first = (tmp_path / name / "explanations.png" for name in ("own", "first"))
-    assert Image.open(own).height < Image.open(first).height  # one row instead of three
+    own, first = (explanations_height(tmp_path / name) for name in ("own", "first"))
+    assert own < first  # one row of pictures instead of three
+
+
+def explanations_height(folder):
+    with Image.open(folder / "explanations.png") as image:
+        return image.height
 
 
 def test_predictions(workdir):
