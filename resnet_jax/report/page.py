@@ -132,14 +132,14 @@ def _one_run(run: Run, images: Sequence[str | Path]) -> list[Section]:
         text = f"The network could not be opened, so only its records are here: {error}"
         return [*sections, Section("network", "Network", text), *_recipe(run)]
     try:
-        predictions = predict_split(network, run.config, MOST_IMAGES, MISTAKES)
+        predictions = predict_split(network, run.config, MOST_IMAGES, RESPONDING)
     except ResNetJaxError as error:
         text = f"The held-out images could not be read, so they are not looked at: {error}"
         return [*sections, Section("images", "Images", text), _filters(network), *_recipe(run)]
     sections += [_confusion(network, predictions), _mistakes(network, predictions)]
     examples = _read_images(images, network) or predictions.examples
     sections += [_explanations(network, examples[:EXPLAINED]), _filters(network)]
-    pixels = np.stack([example.pixels for example in predictions.examples[:RESPONDING]])
+    pixels = np.stack([example.pixels for example in predictions.examples])
     sections.append(_responses({run.title: (network, pixels)}))
     return [*sections, *_recipe(run)]
 
@@ -217,7 +217,7 @@ def _confusion(network: Network, predictions: Predictions) -> Section:
                 "confusion",
                 figures.confusion_matrix(predictions.confusion, names),
                 "Confusion matrix: true classes by predicted ones",
-                f"Of {predictions.images:,} held-out images.",
+                f"Of {predictions.images:,} held-out images, by the state with the best top-1.",
             )
         )
     return Section("confusion", "Confusion", pictures=pictures, tables=[table])
@@ -227,12 +227,12 @@ def _mistakes(network: Network, predictions: Predictions) -> Section:
     if not predictions.mistakes:
         text = f"None of {predictions.images:,} images is mistaken."
         return Section("mistakes", "Surest mistakes", text)
-    names = network.class_names
+    names, shown = network.class_names, predictions.mistakes[:MISTAKES]
     titles = [
         f"{_short(names[each.label])}\n→ {_short(names[each.predicted])} {each.probability:.0%}"
-        for each in predictions.mistakes
+        for each in shown
     ]
-    pixels = [each.pixels for each in predictions.mistakes]
+    pixels = [each.pixels for each in shown]
     picture = Picture(
         "mistakes",
         figures.picture_grid(pixels, titles, columns=6),
