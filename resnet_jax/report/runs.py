@@ -98,7 +98,7 @@ def read_run(workdir: str | Path) -> Run:
     evaluations = [record for record in records if record["split"] != "train"]
     return Run(
         workdir=workdir,
-        title=workdir.resolve().name,
+        title=workdir.absolute().name,
         config=config,
         training=[record for record in records if record["split"] == "train"],
         evaluations=[record for record in evaluations if "weights" not in record],
