@@ -108,7 +108,7 @@ def simplejpeg_pillow(data: bytes, region: ours.Region) -> Any:
 
 def simplejpeg_opencv(data: bytes, region: ours.Region, fast: bool, cut: bool) -> Any:
     """Simplejpeg decodes (scaled), OpenCV resizes."""
-    frame = ours._jpeg_frame(data)
+    frame = ours.jpeg_frame(data)
     if frame is None:
         raise SystemExit("not a JPEG")
     shrink = shrink_of(region)

@@ -10,15 +10,14 @@ Orientation tags (EXIF) are not applied: the published accuracies are of images 
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
-import struct
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from resnet_jax.data.jpeg import Frame, jpeg_frame
 from resnet_jax.errors import DataError
 from resnet_jax.training.config import Data
 
@@ -34,9 +33,6 @@ _PILLOW_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-# In a JPEG: a marker's byte after 0xFF and its length; bits, height, width and components.
-_MARKER = struct.Struct(">xBH")
-_SIZES = struct.Struct(">BHHB")
 _OPENCV_FILTERS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -62,7 +58,7 @@ def decode(data: bytes, channels: int) -> np.ndarray:
       >>> decode(file.getvalue(), channels=3).shape
       (4, 8, 3)
     """
-    frame = _jpeg_frame(data)
+    frame = jpeg_frame(data)
     if frame is not None and simplejpeg is not None:
         pixels = _decode_jpeg(data, frame, channels, rows=frame.height, shrink=1, exact=True)
         if pixels is not None:
@@ -93,9 +89,26 @@ def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
       >>> eval_crop(file.getvalue(), config, channels=3).shape
       (224, 224, 3)
     """
+    return crop_pixels(decode(data, channels), config)
+
+
+def crop_pixels(pixels: np.ndarray, config: Data) -> np.ndarray:
+    """The geometry of `eval_crop`, for an image that is decoded already.
+
+    Args:
+      pixels: uint8 [H, W, channels].
+      config: As for `eval_crop`.
+
+    Returns:
+      uint8 pixels [S, S, channels].
+
+    Example:
+      >>> crop_pixels(np.zeros((30, 40, 1), np.uint8), Data(eval_size=24)).shape
+      (24, 24, 1)
+    """
     size = config.eval_size or config.image_size
     shorter = config.eval_resize or size
-    return _centre_crop(decode(data, channels), shorter, size, config.interpolation)
+    return _centre_crop(pixels, shorter, size, config.interpolation)
 
 
 def train_crop(
@@ -134,7 +147,7 @@ def train_crop(
         pixels = _centre_crop(decode(data, channels), size, size, config.interpolation)
         return _resize(pixels, size, config.interpolation, out)
     draw = {"random_resized": _random_region, "scale_jitter": _jittered_region}[config.crop]
-    frame = _jpeg_frame(data)
+    frame = jpeg_frame(data)
     if frame is None:
         pixels = _decode_pillow(data, channels)
         pixels = pixels[draw(pixels.shape[0], pixels.shape[1], config, rng)]
@@ -234,48 +247,8 @@ def _gaussian(variance: float) -> tuple[int, float]:
     return 3, math.sqrt(-0.5 / math.log(beside / (1 - 2 * beside)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """What a JPEG's header says.
-
-    Args:
-      height: In pixels.
-      width: In pixels.
-      height_at: Where in the data the two bytes of the height are.
-      one_scan: All of the image is in one pass from top to bottom.
-    """
-
-    height: int
-    width: int
-    height_at: int
-    one_scan: bool
-
-
-def _jpeg_frame(data: bytes) -> _Frame | None:
-    """Reads the header of a grey or colour JPEG; None for all else, which Pillow shall judge."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    at, found, in_rows, components = 2, None, False, 0
-    while at + 10 < len(data) and data[at] == 0xFF:
-        marker, length = _MARKER.unpack_from(data, at)
-        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
-            bits, height, width, components = _SIZES.unpack_from(data, at + 4)
-            if bits != 8 or not height or not width or components not in (1, 3):
-                return None
-            found = _Frame(height, width, at + 5, one_scan=False)
-            in_rows = marker != 0xC2
-        elif marker == 0xDA:
-            if found is not None and in_rows and data[at + 4] == components:
-                return dataclasses.replace(found, one_scan=True)
-            return found
-        elif not (0xC4 <= marker <= 0xFE) or 0xD0 <= marker <= 0xD9 or length < 2:
-            return None
-        at += 2 + length
-    return None
-
-
 def _decode_region(
-    data: bytes, frame: _Frame, channels: int, region: Region, size: int
+    data: bytes, frame: Frame, channels: int, region: Region, size: int
 ) -> np.ndarray:
     """Decodes a region, shrunk by a power of 2 as long as no side gets shorter than `size`."""
     rows, columns = region
@@ -296,7 +269,7 @@ def _decode_region(
 
 
 def _decode_jpeg(
-    data: bytes, frame: _Frame, channels: int, rows: int, shrink: int, *, exact: bool
+    data: bytes, frame: Frame, channels: int, rows: int, shrink: int, *, exact: bool
 ) -> np.ndarray | None:
     """Decodes the upper `rows` of a JPEG; None if Pillow shall judge it.
 
@@ -330,21 +303,49 @@ def _decode_jpeg(
 
 
 def _decode_pillow(data: bytes, channels: int, shrink: int = 1) -> np.ndarray:
-    image: Image.Image
-    mode = "RGB" if channels == 3 else "L"
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             if image.format == "JPEG":  # of grey images, decode no colour
+                mode = "RGB" if channels == 3 else "L"
                 image.draft(mode, (width // shrink, height // shrink))
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            pixels = np.asarray(image.convert(mode))
+            return image_pixels(image, channels)
     except Exception as error:  # what Pillow's readers raise for bad data has no common class
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its text is an address in memory
-            reason = "of no known format"
-        raise DataError(f"not a whole image ({reason})") from error
+        raise not_whole(error) from error
+
+
+def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
+    """The pixels of an image that Pillow opened, converted as `decode` says.
+
+    Args:
+      image: Of any mode.
+      channels: 3 (RGB) or 1 (grey).
+
+    Returns:
+      uint8 pixels [H, W, channels].
+
+    Example:
+      >>> image_pixels(Image.new("I;16", (8, 4), 0x1234), channels=1)[0, 0].tolist()
+      [18]
+    """
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def not_whole(error: Exception) -> DataError:
+    """The error for data that Pillow cannot read.
+
+    Args:
+      error: What it raised.
+
+    Returns:
+      One that says why, in one line.
+    """
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # its text is an address in memory
+        reason = "of no known format"
+    return DataError(f"not a whole image ({reason})")

@@ -256,7 +256,7 @@ def test_training_crops_are_antialiased():
 def test_regions_are_those_of_the_full_decode(decoder, progressive, sampling):
     """A smaller height in the header must not change a pixel above it, nor shift one."""
     data = encode(photo(211, 157), progressive=progressive, subsampling=sampling)
-    frame = module._jpeg_frame(data)
+    frame = module.jpeg_frame(data)
     full = decode(data, 3)
     for top, bottom in ((0, 1), (3, 16), (20, 64), (100, 157), (0, 157)):
         region = (slice(top, bottom), slice(5, 190))
@@ -276,7 +276,7 @@ def test_scaled_decoding_is_close_to_the_full_decode(decoder, shrink):
     data = encode(photo(side + 45, side + 21))
     # On whole pixels of the scaled image, to which other regions are rounded.
     region = (slice(8, 8 + side), slice(16, 16 + side))
-    part = module._decode_region(data, module._jpeg_frame(data), 3, region, size=64)
+    part = module._decode_region(data, module.jpeg_frame(data), 3, region, size=64)
     assert part.shape == (72, 72, 3)
     scaled = module._resize(part, 64, "bicubic")
     full = module._resize(decode(data, 3)[region], 64, "bicubic")
@@ -290,7 +290,7 @@ def test_scaled_decoding_is_close_to_the_full_decode(decoder, shrink):
 def test_scaled_decoding_leaves_enough_pixels(decoder, side, shrink):
     data = encode(photo(640, 610))
     region = (slice(3, 3 + side), slice(1, 1 + side + 9))
-    part = module._decode_region(data, module._jpeg_frame(data), 3, region, size=64)
+    part = module._decode_region(data, module.jpeg_frame(data), 3, region, size=64)
     assert abs(part.shape[0] - side / shrink) <= 1
     assert min(part.shape[:2]) >= 63  # 64 but for the rounding of the edges
 
@@ -390,10 +390,10 @@ def test_an_end_in_the_middle(decoder):
         decode(data, 3)
     lower = (slice(80, 120), slice(0, 160))
     with pytest.raises(DataError, match="premature end"):
-        module._decode_region(data, module._jpeg_frame(data), 3, lower, 40)
+        module._decode_region(data, module.jpeg_frame(data), 3, lower, 40)
     nearly = (slice(80, 110), slice(0, 160))
     with pytest.raises(DataError, match="premature end"):
-        module._decode_region(data, module._jpeg_frame(data), 3, nearly, 40)
+        module._decode_region(data, module.jpeg_frame(data), 3, nearly, 40)
 
 
 @pytest.mark.parametrize(
