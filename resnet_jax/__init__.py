@@ -3,6 +3,8 @@
 Importing this loads jax and flax; everything else is loaded by the function that needs it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from resnet_jax.errors import (
     ConfigError,
     DataError,
@@ -110,6 +112,9 @@ from resnet_jax.weights.pretrained import (
     load_pretrained,
 )
 
+if TYPE_CHECKING:
+    from resnet_jax.inference.classifier import Classifier as Classifier
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -204,3 +209,16 @@ __all__ = [
     "summary",
     "to_torch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It reads images, which takes more than jax and flax. Not in __all__, for the same reason.
+    if name == "Classifier":
+        from resnet_jax.inference.classifier import Classifier
+
+        return Classifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "Classifier"])

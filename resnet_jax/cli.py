@@ -1,7 +1,7 @@
 """`python -m resnet_jax COMMAND`: the command line.
 
 A mistake of the user's ends with one line and exit code 2; a run that diverged with 70; one that a
-signal stopped, with everything saved, with 75.
+signal stopped, with everything saved, with 75. Where broken images were skipped, it is 1.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import difflib
 import inspect
 import io
 import re
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.errors import ConfigError, DivergedError, ResNetJaxError, StoppedError
 
-MISTAKE, DIVERGED, STOPPED = 2, 70, 75
+SKIPPED, MISTAKE, DIVERGED, STOPPED = 1, 2, 70, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(known)
     options.rest = arguments[1:]
     try:
-        options.command(options)
+        return options.command(options) or 0
     except DivergedError as error:
         return _fail(error, DIVERGED)
     except StoppedError as error:
@@ -59,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(error.name).partition(".")[0]
         missing = f"{name} is not installed; pip install {name}, or this package's extra 'train'"
         return _fail(Exception(missing), MISTAKE)
-    return 0
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:
@@ -96,6 +96,29 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--images", nargs="+", default=[], help="images to explain, of one run")
     report.add_argument("--force", action="store_true", help="replace a page that is there")
     report.set_defaults(command=_report)
+
+    predict = commands.add_parser("predict", help="say what is on images")
+    _add_network(predict)
+    _add_images(predict)
+    predict.add_argument("--top", type=int, default=5, help="classes of each image")
+    predict.add_argument(
+        "--format",
+        choices=("table", "jsonl", "csv"),
+        default="",
+        help="default: as the output's name ends, else a table",
+    )
+    predict.add_argument("--output", default="", help="a file (default: standard output)")
+    predict.set_defaults(command=_predict)
+
+    features = commands.add_parser("features", help="write a network's features of images")
+    _add_network(features)
+    _add_images(features)
+    features.add_argument("--output", required=True, help="a .npz or .parquet file")
+    features.add_argument(
+        "--layer", default="pooled", help="pooled (what the head sees), stem, stage1, stage2, ..."
+    )
+    features.add_argument("--maps", action="store_true", help="whole maps instead of their means")
+    features.set_defaults(command=_features)
     return parser
 
 
@@ -121,6 +144,18 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="side of the crop as a share of the resized image's shorter side",
     )
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that reads images and writes what a network makes of them."""
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="an image, a folder of images, or - (from standard input an image, or paths)",
+    )
+    parser.add_argument("--batch_size", type=int, default=0, help="images at a time")
+    parser.add_argument("--force", action="store_true", help="replace the output")
 
 
 def _open_network(options: argparse.Namespace) -> Any:
@@ -187,6 +222,60 @@ def _prepare(options: argparse.Namespace) -> None:
 
     prepare(options.name, options.data_dir, options.manual_dir)
     print(f"{options.name} is ready")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from resnet_jax.inference.classifier import Classifier
+    from resnet_jax.inference.images import list_images
+    from resnet_jax.inference.predictions import write_predictions
+
+    with _stoppable():
+        files = list_images(options.inputs)
+        skipped = write_predictions(
+            lambda: Classifier(_open_network(options), batch_size=options.batch_size),
+            files,
+            top=options.top,
+            form=options.format,
+            output=options.output,
+            force=options.force,
+        )
+    return _say_skipped(skipped, len(files))
+
+
+def _features(options: argparse.Namespace) -> int:
+    from resnet_jax.inference.features import write_features
+    from resnet_jax.inference.images import list_images
+
+    with _stoppable():
+        files = list_images(options.inputs)
+        skipped = write_features(
+            lambda: _open_network(options),
+            files,
+            options.output,
+            layer=options.layer,
+            maps=options.maps,
+            batch_size=options.batch_size,
+            force=options.force,
+        )
+    return _say_skipped(skipped, len(files))
+
+
+def _say_skipped(skipped: int, images: int) -> int:
+    if skipped:
+        print(f"{skipped} of {images} images could not be read", file=sys.stderr)
+    return SKIPPED if skipped else 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end a command in one line, after it has cleaned up."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise StoppedError("interrupted; run the command again") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _TRAIN_HELP = """usage: python train.py [--config=FILE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]

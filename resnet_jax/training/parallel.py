@@ -74,6 +74,26 @@ def data_parallel_sums(
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
 
+def data_parallel_outputs(
+    function: Callable[..., Any], devices: Sequence[jax.Device] | None = None
+) -> Callable[..., Any]:
+    """Runs a function(variables, batch) -> outputs on all devices, each image by itself.
+
+    Args:
+      function: Pure; its outputs have an axis of images.
+      devices: Which; None: all.
+
+    Returns:
+      The compiled function; batches and outputs have a leading axis of local devices.
+
+    Example:
+      >>> double = data_parallel_outputs(lambda factor, batch: factor * batch)
+      >>> double(np.float32(2), shard(np.ones(8, np.float32))).reshape(-1).tolist()
+      [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    """
+    return jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=devices)
+
+
 def shard(batch: Any, devices: int | None = None) -> Any:
     """Splits a host's batch over its devices.
 

@@ -1,0 +1,109 @@
+"""What `predict` costs: its images/s beside those of reading alone and of the bare network.
+
+    python benchmarks/predict.py PHOTOS [--network=resnet50] [--images=256] [--rounds=5]
+
+PHOTOS is a folder of images of any size. The whole is the command without its start (reading,
+network, CSV lines); reading is the same threads without a network; the network is the compiled
+function on a batch that lies ready. On a CPU reading and the network share the cores, so besides
+the smaller of the two rates the rate of both one after the other is shown. Prints a table and a
+JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.data.decode import crop_pixels
+from resnet_jax.evaluation.network import Network
+from resnet_jax.inference.classifier import Classifier
+from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_pixels
+from resnet_jax.inference.predictions import write_predictions
+from resnet_jax.models.registry import create_model, model_info
+from resnet_jax.training.parallel import put
+from resnet_jax.weights.pretrained import Preprocessing
+
+
+def network(name: str) -> Network:
+    """The network with random weights."""
+    model, side = create_model(name), model_info(name).image_size
+    variables = model.init(jax.random.key(0), jnp.zeros((1, side, side, 3)), train=False)
+    names = tuple(map(str, range(model.num_classes)))
+    shape = Preprocessing(side, 0.875 if side > 32 else 1.0)
+    return Network(name, name, model, jax.device_get(variables), shape, 3, names)
+
+
+def whole(classifier: Classifier, files: list[ImageFile]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_predictions(lambda: classifier, files, output=f"{folder}/predictions.csv")
+
+
+def reading(classifier: Classifier, files: list[ImageFile]) -> None:
+    opened = classifier.network
+
+    def crop(file: ImageFile) -> np.ndarray:
+        return crop_pixels(read_pixels(file, opened.channels), opened.crop)
+
+    for _ in in_threads(crop, files, ahead=2 * classifier.outputs.batch_size):
+        pass
+
+
+def bare(classifier: Classifier, files: list[ImageFile]) -> None:
+    forward, side = classifier.outputs, classifier.network.preprocessing.image_size
+    batch = put(np.zeros((forward.batch_size, side, side, 3), np.uint8))
+    outputs = [
+        forward._compiled(forward._variables, batch)
+        for _ in range(0, len(files), forward.batch_size)
+    ]
+    jax.block_until_ready(outputs)
+
+
+def seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measures in turns, so that whatever else the machine does meets all alike."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", help="folder of images")
+    parser.add_argument("--network", default="resnet50")
+    parser.add_argument("--images", type=int, default=256, help="a multiple of the batch size")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=0)
+    options = parser.parse_args()
+    classifier = Classifier(network(options.network), batch_size=options.batch_size)
+    files = list(itertools.islice(itertools.cycle(list_images([options.photos])), options.images))
+    ways = {"predict": whole, "reading": reading, "network": bare}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(options.rounds + 1):
+        for name, way in ways.items():
+            taken = seconds(functools.partial(way, classifier, files))
+            if number:  # the first round compiles
+                times[name].append(taken)
+    taken = {name: statistics.median(values) for name, values in times.items()}
+    result = {name: round(len(files) / value, 1) for name, value in taken.items()}
+    for name, value in result.items():
+        print(f"{name:10}{value:10} images/s")
+    result["of the slower"] = round(max(taken["reading"], taken["network"]) / taken["predict"], 3)
+    result["of both in turn"] = round((taken["reading"] + taken["network"]) / taken["predict"], 3)
+    print(f"predict / slower of the two: {result['of the slower']}")
+    print(f"predict / one after the other: {result['of both in turn']}")
+    facts = {"model": options.network, "batch_size": classifier.outputs.batch_size}
+    print(json.dumps({"benchmark": "predict", **facts, "cores": os.cpu_count(), **result}))
+
+
+if __name__ == "__main__":
+    main()

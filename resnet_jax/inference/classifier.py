@@ -1,0 +1,222 @@
+"""`Classifier`: what a trained network says of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from resnet_jax.data.decode import not_whole
+from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.evaluation.network import Network, open_network
+from resnet_jax.inference.forward import Forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A class and how likely it is.
+
+    Args:
+      name: Of the class.
+      index: Its number, which is its place in the logits.
+      probability: From 0 to 1.
+    """
+
+    name: str
+    index: int
+    probability: float
+
+
+class Classifier:
+    """A trained network that takes images as they come and gives names and probabilities.
+
+    Images are a path, an image of Pillow's, an array of uint8 pixels ([H, W, C], [N, H, W, C] or
+    grey [H, W]), or a list of these, mixed as they may be. They are turned upright as their EXIF
+    tag says, converted to the network's colours (transparency is dropped, of 16 bits the upper 8
+    are kept), resized and cropped as in evaluation.
+
+    The same image gives the same numbers whatever the others are, because every batch is filled
+    up to `batch_size`. For one small image at a time, batch_size=1 saves that work.
+
+    Args:
+      network: From `load`, or `resnet_jax.evaluation.network.open_network`.
+      batch_size: Images that are computed at a time; 0: as many as are fast.
+
+    Raises:
+      ConfigError: The network has no head, or `batch_size` is below 0.
+
+    Example:
+      >>> import tempfile, resnet_jax as rj
+      >>> model = rj.ResNet20(num_classes=10)
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     rj.save_weights(f"{folder}/w.safetensors", model, variables)
+      ...     classifier = rj.Classifier.load(f"{folder}/w.safetensors", model="resnet20")
+      >>> [best, second] = classifier(Image.new("RGB", (60, 40)), top=2)[0]
+      >>> best.probability >= second.probability
+      True
+      >>> classifier.probabilities(np.zeros((3, 60, 40, 3), np.uint8)).shape
+      (3, 10)
+    """
+
+    def __init__(self, network: Network, *, batch_size: int = 0) -> None:
+        if not network.model.num_classes:
+            raise ConfigError(f"{network.source}: the network has no head, and so no classes")
+        model = network.model
+        self.network = network
+        self.outputs = Forward(
+            network,
+            lambda variables, images: jnp.asarray(model.apply(variables, images, train=False)),
+            batch_size,
+        )
+
+    @classmethod
+    def load(
+        cls, source: str | os.PathLike[str], *, batch_size: int = 0, **options: Any
+    ) -> Classifier:
+        """Opens a trained network.
+
+        Args:
+          source: A workdir, a weight file, a folder in the Hub's form, or "owner/name" there.
+          batch_size: As above.
+          options: Of `open_network`: `model` (needed for a weight file), `best`, `ema`,
+            `image_size`, `crop_fraction`.
+
+        Returns:
+          The classifier.
+
+        Raises:
+          WeightsError: There is no network at `source`, or it is damaged.
+          ModelError: No network is called `model`.
+          ConfigError: An option that does not go with `source`.
+        """
+        return cls(open_network(source, **options), batch_size=batch_size)
+
+    def __call__(self, images: Any, top: int = 5) -> list[list[Prediction]]:
+        """The most likely classes of each image.
+
+        Args:
+          images: One or several, as above.
+          top: How many classes; where the network has fewer, all.
+
+        Returns:
+          A list for each image, the most likely class first; of equal ones, the first in number.
+
+        Raises:
+          DataError: An image cannot be read, or is not of a kind named above.
+          ConfigError: `top` is below 1.
+        """
+        check_top(top)
+        return [self.best(row, top) for row in self.logits(images)]
+
+    def logits(self, images: Any) -> np.ndarray:
+        """The network's outputs.
+
+        Args:
+          images: One or several, as above.
+
+        Returns:
+          float32 [N, classes].
+
+        Raises:
+          DataError: An image cannot be read, or is not of a kind named above.
+        """
+        rows = list(map(_or_raise, self.outputs(list(_each(images)))))
+        return np.stack(rows) if rows else np.empty((0, self.network.model.num_classes), np.float32)
+
+    def probabilities(self, images: Any) -> np.ndarray:
+        """The softmax of the outputs.
+
+        Args:
+          images: One or several, as above.
+
+        Returns:
+          float32 [N, classes]; each row sums to 1.
+
+        Raises:
+          DataError: An image cannot be read, or is not of a kind named above.
+        """
+        return _softmax(self.logits(images))
+
+    def best(self, logits: np.ndarray, top: int) -> list[Prediction]:
+        """The most likely classes of one image.
+
+        Args:
+          logits: float32 [classes].
+          top: How many.
+
+        Returns:
+          The most likely first.
+        """
+        probabilities = _softmax(logits)
+        order = np.argsort(-probabilities, kind="stable")[:top]
+        names = self.network.class_names
+        return [Prediction(names[i], int(i), float(probabilities[i])) for i in order]
+
+
+def check_top(top: int) -> None:
+    """Checks the number of classes that are asked for.
+
+    Args:
+      top: How many.
+
+    Raises:
+      ConfigError: Below 1.
+    """
+    if top < 1:
+        raise ConfigError(f"--top={top}: must be 1 or more")
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    # By NumPy, row by row: a compiled one could round otherwise in a batch of another size.
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _or_raise(row: np.ndarray | DataError) -> np.ndarray:
+    if isinstance(row, DataError):
+        raise row
+    return row
+
+
+def _each(images: Any) -> Iterator[Any]:
+    """The single images of whatever the caller gave."""
+    if isinstance(images, str | os.PathLike):
+        yield images
+    elif isinstance(images, Image.Image):
+        try:
+            images.load()  # here, because two threads cannot load one image
+        except Exception as error:  # what Pillow's readers raise has no common class
+            name = getattr(images, "filename", "") or "an image in memory"
+            raise DataError(f"{name}: {not_whole(error)}") from error
+        yield images
+    elif hasattr(images, "__array__"):
+        yield from _each_pixels(np.asarray(images))
+    elif isinstance(images, Iterable):
+        for image in images:
+            yield from _each(image)
+    else:
+        raise DataError(
+            f"images: {type(images).__name__} is none; give paths, Pillow images, uint8 arrays"
+        )
+
+
+def _each_pixels(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    if pixels.dtype != np.uint8:
+        raise DataError(f"images: an array of {pixels.dtype}; give uint8 pixels from 0 to 255")
+    if pixels.ndim == 4:
+        for each in pixels:
+            yield from _each_pixels(each)
+        return
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    if pixels.ndim not in (2, 3) or channels > 4 or not pixels.size:
+        raise DataError(
+            f"images: an array of shape {pixels.shape}; give [H, W], [H, W, C] or [N, H, W, C], C "
+            "from 1 to 4"
+        )
+    yield pixels

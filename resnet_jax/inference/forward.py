@@ -1,0 +1,112 @@
+"""Images through a network: read by threads beside the devices, in batches of one size."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from resnet_jax.data.augment import normalize
+from resnet_jax.data.decode import crop_pixels
+from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.evaluation.network import Network
+from resnet_jax.inference.images import in_threads, read_pixels
+from resnet_jax.training.config import INTERPOLATIONS
+from resnet_jax.training.parallel import data_parallel_outputs, place, put
+
+# A batch without its images: the place of each image in it, or why that one is not there.
+_Entries = list[int | DataError]
+
+
+class Forward:
+    """A function of a network's images, compiled once, for any number of them.
+
+    Every batch is filled up to one size, so that one program computes all images: what it gives
+    for an image depends neither on the others nor on how many there are.
+
+    Args:
+      network: The network.
+      function: (variables, normalised images [N, S, S, C]) -> outputs [N, ...].
+      batch_size: Images at a time; 0: as many as are fast. Rounded up to a multiple of the
+        devices.
+
+    Raises:
+      ConfigError: A batch size below 0, or an interpolation that there is none of here.
+
+    Example:
+      >>> import jax.numpy as jnp, resnet_jax as rj
+      >>> from resnet_jax.weights.pretrained import Preprocessing
+      >>> network = Network("", "", rj.ResNet20(), {}, Preprocessing(image_size=2), 3, ())
+      >>> mean = Forward(network, lambda variables, images: images.mean((1, 2, 3)))
+      >>> [row.item() > 2 for row in mean([np.full((4, 4, 3), 255, np.uint8)])]
+      [True]
+    """
+
+    def __init__(
+        self, network: Network, function: Callable[[Any, jax.Array], Any], batch_size: int = 0
+    ) -> None:
+        if batch_size < 0:
+            raise ConfigError(f"--batch_size={batch_size}: must be 1 or more, or 0 to choose")
+        if network.crop.interpolation not in INTERPOLATIONS:
+            raise ConfigError(
+                f"{network.source}: its images are resized by {network.crop.interpolation!r}; here "
+                f"there is {' and '.join(INTERPOLATIONS)}"
+            )
+        self._network = network
+        self._side = network.preprocessing.image_size
+        devices = jax.local_device_count()
+        self.batch_size = -(-(batch_size or _fast_batch(self._side)) // devices) * devices
+        colours = network.colours
+        self._compiled = data_parallel_outputs(
+            lambda variables, images: function(variables, normalize(images, colours))
+        )
+        self._variables = place(network.variables)
+
+    def __call__(self, images: Iterable[Any]) -> Iterator[np.ndarray | DataError]:
+        # One batch is fetched while the next is computed.
+        waiting: collections.deque[tuple[_Entries, Any]] = collections.deque()
+        for entries, pixels in self._batches(images):
+            waiting.append((entries, self._compiled(self._variables, put(pixels))))
+            if len(waiting) > 1:
+                yield from _rows(*waiting.popleft())
+        while waiting:
+            yield from _rows(*waiting.popleft())
+
+    def _crop(self, image: Any) -> np.ndarray:
+        return crop_pixels(read_pixels(image, self._network.channels), self._network.crop)
+
+    def _batches(self, images: Iterable[Any]) -> Iterator[tuple[_Entries, np.ndarray]]:
+        shape = (self.batch_size, self._side, self._side, self._network.channels)
+        entries: _Entries = []
+        pixels, filled = np.zeros(shape, np.uint8), 0
+        for crop in in_threads(self._crop, images, ahead=2 * self.batch_size):
+            if isinstance(crop, DataError):
+                entries.append(crop)
+                continue
+            pixels[filled] = crop
+            entries.append(filled)
+            filled += 1
+            if filled == self.batch_size:
+                yield entries, pixels
+                # New memory: a device may compute on the old without having copied it.
+                entries, pixels, filled = [], np.zeros(shape, np.uint8), 0
+        if entries:
+            yield entries, pixels
+
+
+def _fast_batch(side: int) -> int:
+    """Past these sizes, batches bring little; what fills up the last one costs less below."""
+    large = side >= 128
+    if jax.default_backend() == "cpu":
+        return 8 if large else 64
+    return (64 if large else 256) * jax.local_device_count()
+
+
+def _rows(entries: _Entries, outputs: Any) -> Iterator[np.ndarray | DataError]:
+    fetched = np.asarray(outputs)  # [D, N / D, ...]
+    rows = fetched.reshape(-1, *fetched.shape[2:])
+    for entry in entries:
+        yield entry if isinstance(entry, DataError) else rows[entry]

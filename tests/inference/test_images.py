@@ -1,0 +1,212 @@
+"""Images of every mode and orientation against Pillow; where images are found."""
+
+import io
+import os
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+import resnet_jax as rj
+from resnet_jax.inference import images as module
+from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_pixels
+
+RNG = np.random.default_rng(0)
+# Smooth in blocks, so that a JPEG keeps it well.
+COLOUR = RNG.integers(0, 256, (3, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)  # [24, 32, 3]
+PICTURE = Image.fromarray(COLOUR)
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def with_alpha(mode):
+    image = PICTURE.convert("L" if mode == "LA" else "RGB")
+    image.putalpha(Image.fromarray(RNG.integers(0, 256, (24, 32), np.uint8)))
+    return image
+
+
+def transparent_palette():
+    return encoded(
+        PICTURE.convert("P", palette=Image.Palette.ADAPTIVE), "PNG", transparency=b"\0\7"
+    )
+
+
+def animation():
+    frames = [PICTURE.convert("P"), Image.new("P", PICTURE.size)]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+SIXTEEN = RNG.integers(0, 65536, (24, 32), np.uint16)
+MODES = {
+    "grey": encoded(PICTURE.convert("L"), "PNG"),
+    "grey and alpha": encoded(with_alpha("LA"), "PNG"),
+    "palette": encoded(PICTURE.convert("P"), "PNG"),
+    "palette with transparency": transparent_palette(),
+    "RGBA": encoded(with_alpha("RGBA"), "PNG"),
+    "CMYK": encoded(PICTURE.convert("CMYK"), "JPEG", quality=95),
+    "CMYK TIFF": encoded(PICTURE.convert("CMYK"), "TIFF"),
+    "one bit": encoded(PICTURE.convert("1"), "PNG"),
+    "animated GIF": animation(),
+    "RGB": encoded(PICTURE, "PNG"),
+    "RGB WebP": encoded(PICTURE, "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_are_pillows(mode, channels):
+    with Image.open(io.BytesIO(MODES[mode])) as image:
+        # By way of RGBA Pillow does not warn of palettes with transparency.
+        expected = np.asarray(image.convert("RGBA").convert("RGB"))
+        if channels == 1:
+            expected = np.asarray(Image.fromarray(expected).convert("L"))[:, :, None]
+    pixels = read_pixels(ImageFile("x", data=MODES[mode]), channels)
+    assert pixels.shape == (24, 32, channels)
+    # By way of RGB, grey may round twice.
+    assert np.abs(pixels.astype(int) - expected).max() <= (channels == 1)
+
+
+def test_of_16_bits_the_upper_8_are_kept():
+    for data in (encoded(Image.fromarray(SIXTEEN), kind) for kind in ("PNG", "TIFF")):
+        for channels in (1, 3):
+            pixels = read_pixels(ImageFile("x", data=data), channels)
+            np.testing.assert_array_equal(pixels, np.stack([SIXTEEN >> 8] * channels, -1))
+    colour = np.stack([SIXTEEN, SIXTEEN.T.reshape(24, 32), SIXTEEN[::-1]], -1)
+    data = cv2.imencode(".png", colour[:, :, ::-1])[1].tobytes()
+    np.testing.assert_array_equal(read_pixels(ImageFile("x", data=data), 3), colour >> 8)
+
+
+def test_a_jpeg_is_close_to_pillows():
+    data = encoded(PICTURE, "JPEG", quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(data))).astype(int)
+    assert np.abs(read_pixels(ImageFile("x", data=data), 3) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_are_pillows(kind, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind, {})
+    path = tmp_path / "photo"
+    path.write_bytes(encoded(PICTURE, kind, exif=exif, **options))
+    with Image.open(path) as image:
+        if kind != "TIFF":  # of which Pillow takes the tag away when it has turned the image
+            assert image.getexif()[0x0112] == orientation
+        expected = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+    assert expected.shape == ((24, 32, 3) if orientation < 5 else (32, 24, 3))
+    with Image.open(path) as image:
+        for found in (read_pixels(path, 3), read_pixels(image, 3)):
+            assert found.shape == expected.shape
+            assert np.abs(found - expected).max() <= (2 if kind == "JPEG" else 0)
+
+
+def test_damaged_tags_do_not_matter():
+    data = encoded(PICTURE, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08" + b"\xff" * 20)
+    with pytest.warns(UserWarning, match="EXIF"):
+        assert read_pixels(ImageFile("x", data=data), 3).shape == (24, 32, 3)
+
+
+def test_arrays_are_converted_as_files():
+    for image in (PICTURE, with_alpha("RGBA"), PICTURE.convert("L")):
+        for channels in (1, 3):
+            expected = read_pixels(ImageFile("x", data=encoded(image, "PNG")), channels)
+            np.testing.assert_array_equal(read_pixels(np.asarray(image), channels), expected)
+    grey = np.asarray(PICTURE.convert("L"))[:, :, None]
+    np.testing.assert_array_equal(read_pixels(grey, 1), grey)
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", MODES["RGB"][:60], b"\xff\xd8\xff", b"notes"])
+def test_broken_images_are_named(data):
+    with pytest.raises(rj.DataError, match=r"^broken\.png: .*(whole|JPEG)"):
+        read_pixels(ImageFile("broken.png", data=data), 3)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(rj.DataError, match=r"none\.png: cannot be read"):
+        read_pixels(tmp_path / "none.png", 3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b/2.png", "b/10.JPG", "a/x/1.tiff", "a/notes.txt", "c.gif", "a/.hidden.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    os.symlink(tmp_path, tmp_path / "a" / "circle")
+    os.symlink(tmp_path / "b", tmp_path / "linked")
+    return tmp_path
+
+
+def test_folders_in_order_with_labels(folder):
+    found = [(os.path.relpath(file.name, folder), file.label) for file in list_images([folder])]
+    assert found == [
+        ("a/x/1.tiff", "x"),
+        ("b/10.JPG", "b"),
+        ("b/2.png", "b"),
+        ("c.gif", ""),
+        ("linked/10.JPG", "linked"),
+        ("linked/2.png", "linked"),
+    ]
+    both = list_images([folder / "c.gif", folder / "b"])
+    assert [os.path.basename(file.name) for file in both] == ["c.gif", "10.JPG", "2.png"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (["none"], "none: there is no such file"),
+        (["empty"], "empty: the folder has no images"),
+        (["-", "-"], "once"),
+        (["-"], "standard input is empty"),
+    ],
+)
+def test_mistakes(inputs, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(module.sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))
+    with pytest.raises(rj.DataError, match=message):
+        list_images(inputs)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"a, b.png\r\n\nb\n", ["a, b.png", "b/1.png"]),
+        (os.fsencode("gr\udcfcn.png"), ["gr\udcfcn.png"]),
+        (MODES["RGB"], ["-"]),
+        (MODES["RGB"][:40], ["-"]),  # no image any more, but no text either
+        (b"P3 1 1 255 9 9 9", ["-"]),  # an image that is text
+    ],
+)
+def test_standard_input(data, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "1.png").touch()
+    monkeypatch.setattr(module.sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert [file.name for file in list_images(["-"])] == expected
+
+
+def test_threads_keep_order_and_memory():
+    taken = []
+
+    def items():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    def read(number):
+        if number == 7:
+            raise rj.DataError("seven")
+        return np.full(1, number)
+
+    results = in_threads(read, items(), ahead=16)
+    first = next(results)
+    assert len(taken) <= 16 + 4
+    found = [first, *results]
+    assert isinstance(found[7], rj.DataError)
+    assert [int(each[0]) for each in found[:7] + found[8:]] == [*range(7), *range(8, 100)]

@@ -1,0 +1,399 @@
+"""`Classifier` and the commands `predict` and `features`."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import resnet_jax as rj
+from resnet_jax.cli import main
+from resnet_jax.data.augment import normalize
+from resnet_jax.data.decode import eval_crop
+from resnet_jax.evaluation.network import open_network
+from resnet_jax.inference import features as features_module
+from resnet_jax.training.parallel import shard
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEVICES = jax.local_device_count()
+# One size for all, so that the tests share compiled programs.
+BATCH = 2 * DEVICES
+
+
+def write_network(folder, channels=3):
+    model = rj.ResNet20(num_classes=7)
+    images = jnp.zeros((1, 32, 32, channels))
+    rj.save_weights(folder, model, model.init(jax.random.key(0), images, train=False))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_network(tmp_path_factory.mktemp("network") / "w.safetensors")
+
+
+@pytest.fixture(scope="module")
+def classifier(weights):
+    return rj.Classifier.load(weights, model="resnet20", batch_size=BATCH)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Class folders with three PNGs each, of odd sizes."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = rng.integers(0, 256, (40 + 7 * number, 50, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def files_of(photos):
+    return sorted(photos.rglob("*.png"))
+
+
+def command(name, source, *arguments):
+    return [name, source, "--model=resnet20", f"--batch_size={BATCH}", *map(str, arguments)]
+
+
+# Python.
+
+
+def test_agrees_with_apply(classifier, photos):
+    """To the bit with the same program on the same batch."""
+    network = classifier.network
+    crops = np.stack([eval_crop(file.read_bytes(), network.crop, 3) for file in files_of(photos)])
+    batch = np.zeros((BATCH, 32, 32, 3), np.uint8)
+    batch[: len(crops)] = crops
+    apply = jax.jit(lambda variables, x: network.model.apply(variables, x, train=False))
+    # A device's share at a time, normalised outside.
+    parts = [apply(network.variables, normalize(x, network.colours)) for x in shard(batch)]
+    expected = np.concatenate(parts)[: len(crops)]
+    logits = classifier.logits(files_of(photos))
+    chex.assert_shape(logits, (6, 7))
+    np.testing.assert_array_equal(logits, expected)
+    probabilities = classifier.probabilities(files_of(photos))
+    chex.assert_trees_all_close(probabilities, jax.nn.softmax(expected), rtol=1e-6)
+    for row, predictions in zip(probabilities, classifier(files_of(photos), top=3)):
+        order = np.argsort(-row)[:3]
+        assert [each.index for each in predictions] == order.tolist()
+        assert [each.name for each in predictions] == list(map(str, order))
+        assert [each.probability for each in predictions] == row[order].tolist()
+
+
+def test_the_others_do_not_matter(classifier, photos):
+    """One, some or more than a batch, in any order: the same image, the same numbers."""
+    files = files_of(photos)
+    alone = np.concatenate([classifier.logits(file) for file in files])
+    np.testing.assert_array_equal(classifier.logits(files), alone)
+    many = files[::-1] * (BATCH // 2)
+    np.testing.assert_array_equal(classifier.logits(many), alone[::-1].tolist() * (BATCH // 2))
+
+
+def test_kinds_of_images(classifier, photos):
+    file = files_of(photos)[0]
+    image = Image.open(file)
+    pixels = np.asarray(image)
+    mixed = [file, str(file), image, image, pixels, np.stack([pixels, pixels]), jnp.asarray(pixels)]
+    logits = classifier.logits(mixed)
+    chex.assert_shape(logits, (8, 7))
+    assert (logits == logits[0]).all()
+    assert len(classifier(pixels)) == len(classifier(image)) == len(classifier(str(file))) == 1
+    assert classifier([]) == []
+    assert classifier.logits([]).shape == (0, 7)
+    assert len(classifier(file, top=50)[0]) == 7
+
+
+def test_grey_network(tmp_path, photos):
+    path = write_network(tmp_path / "w.npz", channels=1)
+    network = open_network(path, model="resnet20")
+    # One number each, as a run on grey images has.
+    preprocessing = rj.Preprocessing(32, 1.0, mean=(0.5,), std=(0.25,))
+    network = dataclasses.replace(network, preprocessing=preprocessing)
+    classifier = rj.Classifier(network, batch_size=BATCH)
+    colour = Image.open(files_of(photos)[0])
+    grey = np.asarray(colour.convert("L"))
+    logits = classifier.logits([colour, grey, grey[:, :, None]])
+    assert (logits == logits[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), "array of float32; give uint8"),
+        (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
+        (np.zeros((0, 8), np.uint8), r"shape \(0, 8\)"),
+        (7, "int is none"),
+        ("none.png", "none.png: cannot be read"),
+    ],
+)
+def test_mistakes_in_python(classifier, images, message):
+    with pytest.raises(rj.DataError, match=message):
+        classifier(images)
+
+
+def test_options_are_checked(classifier, weights):
+    with pytest.raises(rj.ConfigError, match="top=0"):
+        classifier([], top=0)
+    with pytest.raises(rj.ConfigError, match="batch_size=-1"):
+        rj.Classifier(classifier.network, batch_size=-1)
+    preprocessing = rj.Preprocessing(interpolation="lanczos")
+    network = features_module.Network(
+        **{**vars(classifier.network), "preprocessing": preprocessing}
+    )
+    with pytest.raises(rj.ConfigError, match="resized by 'lanczos'"):
+        rj.Classifier(network)
+    network = features_module.Network(**{**vars(network), "model": rj.ResNet20(num_classes=0)})
+    with pytest.raises(rj.ConfigError, match="no head"):
+        rj.Classifier(network)
+
+
+# The commands.
+
+
+def test_a_broken_file_among_good_ones(weights, photos, tmp_path):
+    """As a user calls it: the good ones are predicted, the exit code is 1."""
+    (photos / "cat" / "1.png").write_bytes(b"no image")
+    arguments = [sys.executable, "-m", "resnet_jax", "predict", weights, str(photos)]
+    arguments += ["--model=resnet20", "--format=jsonl", "--top=2", "--batch_size=4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+    )
+    assert result.returncode == 1
+    # JAX may have something to say of the machine, before.
+    assert "Traceback" not in result.stderr
+    skipped, total = result.stderr.splitlines()[-2:]
+    assert re.match(r"skipped: .*cat/1\.png: not a whole image", skipped)
+    assert total == "1 of 6 images could not be read"
+    found = list(map(json.loads, result.stdout.splitlines()))
+    names = ["cat/0.png", "cat/2.png", "dog/0.png", "dog/1.png", "dog/2.png"]
+    assert [each["image"] for each in found] == [str(photos / name) for name in names]
+    expected = rj.Classifier.load(weights, model="resnet20").probabilities(found[3]["image"])[0]
+    best = found[3]["predictions"][0]
+    chex.assert_trees_all_close(best["probability"], float(expected.max()), rtol=1e-5)
+    assert (best["name"], best["index"]) == (str(expected.argmax()), int(expected.argmax()))
+
+
+def test_formats_say_the_same(weights, photos, tmp_path, classifier, capsys):
+    odd = tmp_path / 'a, "b"\nc.png'
+    odd.write_bytes(files_of(photos)[0].read_bytes())
+    inputs = [photos / "dog", odd]
+    names = [*map(str, files_of(photos / "dog")), str(odd)]
+    expected = [[name, *each] for name, each in zip(names, classifier(names, top=2))]
+
+    for name in ("out.csv", "out.jsonl"):  # the form follows the name
+        arguments = ["--top=2", f"--output={tmp_path / name}"]
+        assert main(command("predict", weights, *inputs, *arguments)) == 0
+    assert capsys.readouterr().out == ""
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+    lines = list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()))
+    for (image, *best), line, first in zip(expected, lines, rows[::2], strict=True):
+        assert line["image"] == first["image"] == image
+        for written, each in zip(line["predictions"], best, strict=True):
+            assert (written["name"], written["index"]) == (each.name, each.index)
+            assert np.float32(written["probability"]) == np.float32(each.probability)
+        assert first["rank"] == "1"
+        assert first["name"] == best[0].name
+        assert float(first["probability"]) == line["predictions"][0]["probability"]
+
+    assert main(command("predict", weights, *inputs, "--top=2")) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + 2 * 4
+    assert table[0].split() == ["image", "probability", "class"]
+    shown = r'a, "b"\nc.png'
+    best = expected[3][1]
+    assert table[7].endswith(f"{shown}       {best.probability:.4f}  {best.name}")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_standard_input(listed, weights, photos, monkeypatch, capsys):
+    file = files_of(photos)[0]
+    data = f"{file}\nnone.png\n".encode() if listed else file.read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    code = main(command("predict", weights, "-", "--format=jsonl"))
+    output = capsys.readouterr()
+    assert code == (1 if listed else 0)
+    assert json.loads(output.out)["image"] == (str(file) if listed else "-")
+    assert ("skipped: none.png: cannot be read" in output.err) == listed
+
+
+MISTAKES = {
+    "missing": ("predict", ["none.png"], "none.png: there is no such file"),
+    "foreign": ("predict", ["notes.txt"], "notes.txt: not a whole image"),
+    "all broken": ("predict", ["notes.txt", "notes.txt"], "no image could be read; notes.txt"),
+    "empty folder": ("predict", ["empty"], "empty: the folder has no images"),
+    "existing": ("predict", ["a.png", "--output=notes.txt"], "exists; give --force"),
+    "unwritable": ("predict", ["a.png", "--output=no/x.csv"], "cannot be written (No such"),
+    "a folder": ("predict", ["a.png", "--output=empty", "--force"], "is a folder"),
+    "top": ("predict", ["a.png", "--top=0"], "--top=0: must be 1 or more"),
+    "batch size": ("predict", ["a.png", "--batch_size=-2"], "--batch_size=-2"),
+    "layer": ("features", ["a.png", "--output=x.npz", "--layer=stage9"], "unknown layer 'stage9'"),
+    "maps": ("features", ["a.png", "--output=x.npz", "--maps"], "take --layer=stage3"),
+    "suffix": ("features", ["a.png", "--output=x.txt"], "must end in .npz or .parquet"),
+    "features exist": ("features", ["a.png", "--output=old.npz"], "exists; give --force"),
+    "broken features": ("features", ["notes.txt", "--output=x.npz"], "not a whole image"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_take_one_line(mistake, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "old.npz").write_text("old")
+    Image.new("RGB", (40, 40)).save("a.png")
+    before = sorted(os.listdir())
+    name, arguments, message = MISTAKES[mistake]
+    flags = [] if "batch_size" in "".join(arguments) else [f"--batch_size={BATCH}"]
+    assert main([name, weights, "--model=resnet20", *flags, *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("error: ")
+    assert message in error[-1]
+    assert sorted(os.listdir()) == before
+    assert pathlib.Path("notes.txt").read_text() == "notes"
+    assert pathlib.Path("old.npz").read_text() == "old"
+
+
+def test_a_foreign_network_takes_one_line(photos, capsys):
+    file = str(files_of(photos)[0])
+    assert main(["predict", file, file]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_force_replaces(weights, photos, tmp_path):
+    output = tmp_path / "out.csv"
+    output.write_text("old")
+    assert main(command("predict", weights, photos, f"--output={output}", "--force")) == 0
+    assert output.read_text().startswith("image,rank")
+
+
+@pytest.fixture
+def heard():
+    """SIGINT counts: a shell's background processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize("name", ["predict", "features"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_no_half_file(name, number, weights, photos, tmp_path, monkeypatch):
+    """In the middle of the results a signal comes; nothing appears, and the old file stays."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    output = folder / "x.npz"
+    output.write_text("old")
+    partly = []
+
+    def pull(self, results):
+        for file, result in zip(self._files, results):
+            yield file, result
+            partly.append(os.listdir(folder))
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    monkeypatch.setattr("resnet_jax.inference.files.Progress.__call__", pull)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(command(name, weights, photos, f"--output={output}", "--force")) == 75
+    assert len(partly) == 1
+    assert len(partly[0]) == 2  # the old file, and the new one under another name
+    assert os.listdir(folder) == ["x.npz"]
+    assert output.read_text() == "old"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_closed_pipe_is_no_error(weights, photos):
+    shell = f"{sys.executable} -m resnet_jax predict {weights} {photos} --model=resnet20 | true"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    result = subprocess.run(
+        ["/bin/bash", "-o", "pipefail", "-c", shell],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert result.returncode == 0
+    assert "Error" not in result.stderr
+
+
+# Features.
+
+
+@pytest.mark.parametrize(
+    ("layer", "maps", "shape"),
+    [
+        ("pooled", False, (64,)),
+        ("stage1", False, (16,)),
+        ("stage3", True, (8, 8, 64)),
+        ("stem", True, (32, 32, 16)),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_features(suffix, layer, maps, shape, weights, photos, tmp_path, monkeypatch, classifier):
+    monkeypatch.setattr(features_module, "_GROUP_BYTES", 4 * 2 * int(np.prod(shape)))  # two rows
+    output = tmp_path / f"x{suffix}"
+    flags = [f"--output={output}", f"--layer={layer}", *(["--maps"] if maps else [])]
+    (photos / "cat" / "1.png").write_bytes(b"")
+    assert main(command("features", weights, photos, *flags)) == 1
+    if suffix == ".npz":
+        with np.load(output) as file:
+            found, paths, labels = (file[name] for name in ("features", "paths", "labels"))
+    else:
+        pq = pytest.importorskip("pyarrow.parquet")
+        assert pq.ParquetFile(output).num_row_groups == 3
+        table = pq.read_table(output)
+        paths, labels = (table[name].to_pylist() for name in ("paths", "labels"))
+        column = table["features"].combine_chunks()
+        found = (
+            column.to_numpy_ndarray() if maps else np.stack(column.to_numpy(zero_copy_only=False))
+        )
+    files = [file for file in files_of(photos) if file != photos / "cat" / "1.png"]
+    assert list(paths) == list(map(str, files))
+    assert list(labels) == ["cat", "cat", "dog", "dog", "dog"]
+    assert found.dtype == np.float32
+    network = classifier.network
+    crops = np.stack([eval_crop(file.read_bytes(), network.crop, 3) for file in files])
+    images = normalize(crops, network.colours)
+    if layer == "pooled":
+        # What the head makes of them are the logits.
+        head = network.variables["params"]["head"]
+        chex.assert_trees_all_close(
+            found @ head["kernel"] + head["bias"],
+            network.model.apply(network.variables, images, train=False),
+            atol=1e-5,
+        )
+    else:
+        every = network.model.apply(network.variables, images, train=False, method="features")
+        expected = every[layer] if maps else every[layer].mean((1, 2))
+        chex.assert_trees_all_close(found, np.asarray(expected), atol=1e-5)
+    assert found.shape == (5, *shape)
+
+
+def test_the_same_features_are_the_same_bytes(weights, photos, tmp_path):
+    for name in ("a.npz", "b.npz"):
+        assert main(command("features", weights, photos, f"--output={tmp_path / name}")) == 0
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_without_pyarrow_there_is_a_line(weights, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(command("features", weights, photos, f"--output={tmp_path / 'x.parquet'}")) == 2
+    assert "resnet-jax-linen[features]" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["photos"]
