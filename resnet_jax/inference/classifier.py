@@ -51,7 +51,7 @@ class Classifier:
       ConfigError: The network has no head, or `batch_size` is below 0.
 
     Example:
-      >>> import tempfile, resnet_jax as rj
+      >>> import jax, tempfile, resnet_jax as rj
       >>> model = rj.ResNet20(num_classes=10)
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
       >>> with tempfile.TemporaryDirectory() as folder:
