@@ -51,7 +51,7 @@ def tfds_root(data_dir: str) -> Path:
     from etils import epath
 
     path = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    return path if path.is_absolute() else epath.Path.cwd() / path  # for workers elsewhere
+    return path if path.is_absolute() else epath.Path(Path.cwd()) / path  # for workers elsewhere
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -243,6 +243,12 @@ def test_tfds_default_folder(prepared, monkeypatch):
     assert len(open_source("tfds:photos", "train")) == 12
 
 
+def test_tfds_folder_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_source("digits", "train", "here")
+    assert (tmp_path / "here" / "digits").is_dir()
+
+
 def test_tfds_reads_from_threads(digits_dir):
     source = open_source("digits", "train", digits_dir)
     expected = list(source)
