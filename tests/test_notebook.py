@@ -1,0 +1,168 @@
+"""The notebook runs from top to bottom, small and on a CPU, as someone would run it."""
+
+import base64
+import io
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
+from PIL import Image
+
+import resnet_jax as rj
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "colab_tpu.ipynb"
+# As papermill does: a cell after the one that is tagged "parameters".
+SMALL = """
+data_set, image_size, epochs, resume_steps = "digits", 8, 2.0, 45
+"""
+# What the notebook does not show, in the kernel that it left behind.
+HUB = "pretrained = 'hub'"
+WORKERS = """
+data = dataclasses.replace(config.data, crop="random_resized", workers=1)
+print(train(dataclasses.replace(config, data=data), "streamed").steps, "steps")
+"""
+
+
+class Client(NotebookClient):
+    """Counts the pictures that are drawn over one another while a cell runs."""
+
+    redrawn = 0
+
+    def process_message(self, msg, cell, cell_index):
+        self.redrawn += msg["msg_type"] == "update_display_data"
+        return super().process_message(msg, cell, cell_index)
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(NOTEBOOK, 4)
+
+
+def tagged(notebook):
+    return [i for i, x in enumerate(notebook.cells) if "parameters" in x.metadata.get("tags", [])]
+
+
+def find(notebook, text):
+    """The one code cell that says so."""
+    (cell,) = [x for x in notebook.cells if x.cell_type == "code" and text in x.source]
+    return cell
+
+
+def printed(cell):
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def pictures(cell):
+    """How many pictures a cell shows; none of them is blank."""
+    shown = [x.data["image/png"] for x in cell.outputs if "image/png" in x.get("data", {})]
+    for picture in shown:
+        with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+            assert (np.asarray(image.convert("L")) < 250).mean() > 0.05
+    return len(shown)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """(notebook, client): run in an empty folder, without a network."""
+    folder = tmp_path_factory.mktemp("notebook")
+    _save_as_on_the_hub(folder / "hub")
+    notebook = nbformat.read(NOTEBOOK, 4)
+    notebook.cells.insert(tagged(notebook)[0] + 1, new_code_cell(SMALL))
+    features = find(notebook, "load_pretrained").source
+    notebook.cells += [new_code_cell(f"{HUB}\n{features}"), new_code_cell(WORKERS)]
+    client = Client(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / "tmp" / "jax-cache"),
+        "XLA_FLAGS": "",  # one device, as in Colab
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(folder / "empty"),
+    }
+    client.execute(env=environment)
+    return notebook, client, folder
+
+
+def _save_as_on_the_hub(folder):
+    folder.mkdir()
+    model = rj.ResNet20()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+    rj.save_weights(folder / "model.safetensors", model, variables)
+    facts = {"input_size": [3, 32, 32], "crop_pct": 0.875, "interpolation": "bicubic"}
+    config = {"architecture": "resnet20", "num_classes": 10, "pretrained_cfg": facts}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_is_committed_without_outputs(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in code)
+    assert not any(cell.execution_count for cell in code)
+
+
+def test_has_one_cell_of_parameters(notebook):
+    (index,) = tagged(notebook)
+    defaults = {}
+    exec(notebook.cells[index].source, defaults)  # noqa: S102
+    assert defaults.keys() >= {"data_set", "image_size", "epochs", "resume_steps", "pretrained"}
+
+
+def test_trains_under_ones_eyes(executed):
+    notebook, client, folder = executed
+    cell = find(notebook, "result = watch(")
+    assert "of the test images right after 45 steps" in printed(cell)
+    assert pictures(cell) == 1
+    assert client.redrawn >= 2  # at the end, and before
+    records = (folder / "runs/notebook/metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["step"] == 45
+
+
+def test_sees_what_the_run_saw(executed):
+    notebook, _, _ = executed
+    here, there = [x for x in printed(find(notebook, "surest mistakes")).split() if "%" in x]
+    assert here == there
+
+
+def test_shows_pictures(executed):
+    notebook, _, _ = executed
+    for text in ("def show_images", "surest mistakes", 'title="mistakes"', "load_pretrained"):
+        for cell in notebook.cells:
+            if cell.cell_type == "code" and text in cell.source:
+                assert pictures(cell) == 1
+
+
+def test_features_without_and_with_pretrained_weights(executed):
+    notebook, _, _ = executed
+    trained, pretrained = [
+        printed(x) for x in notebook.cells if "load_pretrained" in x.source and "outputs" in x
+    ]
+    assert "so this is resnet20 as trained above" in trained
+    assert pretrained == ""
+
+
+def test_goes_on_with_a_stopped_run(executed):
+    notebook, _, _ = executed
+    text = printed(find(notebook, "def press_stop"))
+    assert "stopped by a signal" in text
+    assert "going on after step" in text
+    assert "between any two weights: 0.0" in text
+
+
+def test_saves_the_run(executed):
+    notebook, _, folder = executed
+    assert "the weights read back as they were" in printed(find(notebook, "save_weights"))
+    (saved,) = (folder / "saved").iterdir()
+    assert {"config.json", "metrics.jsonl", "resnet20.safetensors"} <= set(os.listdir(saved))
+
+
+def test_reads_images_in_other_processes(executed):
+    notebook, _, _ = executed  # where nobody has parsed absl's flags
+    assert "45 steps" in printed(notebook.cells[-1])
