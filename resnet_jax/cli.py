@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import re
 import signal
 import sys
@@ -41,9 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # `train` takes any --config.field=value, which only its own flags know.
-    known = arguments[:1] if arguments[:1] == ["train"] else arguments
-    options = parser.parse_args(known)
-    options.rest = arguments[1:]
+    if arguments[:1] == ["plan"]:  # and so does `plan`, beside flags of its own
+        options, rest = parser.parse_known_args(arguments)
+    else:
+        known = arguments[:1] if arguments[:1] == ["train"] else arguments
+        options, rest = parser.parse_args(known), arguments[1:]
+    options.rest = rest
     try:
         return options.command(options) or 0
     except DivergedError as error:
@@ -81,6 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("--image_size", type=int, help="side of the images in pixels")
     summary.add_argument("--channels", type=int, default=3, help="of the images")
     summary.set_defaults(command=_summary)
+
+    _add_plan(
+        commands.add_parser(
+            "plan",
+            help="what a run will need on a TPU slice; needs no TPU",
+            description="Compiles a run's training step for a TPU slice, without a TPU, and prints "
+            "memory, work and the bounds of its speed. Takes --config and all --config.FIELD=X of "
+            "train too; minutes for a large network.",
+            allow_abbrev=False,
+        )
+    )
 
     prepare = commands.add_parser("prepare", help="prepare a TFDS data set")
     prepare.add_argument("name", help="digits, or NAME[:VERSION] of TFDS")
@@ -120,6 +135,23 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument("--maps", action="store_true", help="whole maps instead of their means")
     features.set_defaults(command=_features)
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--topology", default="v5e:2x2", help="the slice, CHIP:AxB[xC] (default: v5e:2x2)")
+    add("--batch_per_chip", type=int, default=0, help="images (default: the recipe's batch)")
+    add("--find_batch", action="store_true", help="plan for the largest batch that fits")
+    add("--images", type=int, default=0, help="training images, of a data set not known here")
+    add("--num_classes", type=int, default=0, help="classes, of a data set not known here")
+    add(
+        "--images_per_core",
+        type=float,
+        default=0.0,
+        help="images/s that a host's core delivers (default: as in docs/decoding.md)",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=_plan)
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +247,25 @@ def _summary(options: argparse.Namespace) -> None:
     overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
     model = create_model(options.model, **overrides)
     print(summary(model, (1, side, side, options.channels)))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import jax
+
+    # A plan touches no device: not even the TPU of the machine that it is made on.
+    jax.config.update("jax_platforms", "cpu")
+    from resnet_jax.training.plan import make_plan, plan_table
+
+    plan = make_plan(
+        parse_train_flags(options.rest)[0],
+        options.topology,
+        batch_per_chip=options.batch_per_chip,
+        find_batch=options.find_batch,
+        images=options.images,
+        num_classes=options.num_classes,
+        images_per_core=options.images_per_core,
+    )
+    print(json.dumps(plan) if options.json else plan_table(plan))
 
 
 def _prepare(options: argparse.Namespace) -> None:

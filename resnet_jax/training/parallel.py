@@ -168,13 +168,16 @@ def flops(step: Any, *arguments: Any) -> float:
     return float(step.lower(*arguments).cost_analysis()["flops"])
 
 
-def check_divisible(sizes: Mapping[str, int], parts: int = 1, why: str = "") -> None:
+def check_divisible(
+    sizes: Mapping[str, int], parts: int = 1, why: str = "", devices: int = 0
+) -> None:
     """Checks that global batches can be split over all devices.
 
     Args:
       sizes: Field names to global batch sizes.
       parts: Number that each device's share must be a multiple of.
       why: What that number comes from.
+      devices: How many; 0: JAX's own.
 
     Raises:
       ConfigError: Names the field, its value, and the nearest sizes that do.
@@ -182,10 +185,11 @@ def check_divisible(sizes: Mapping[str, int], parts: int = 1, why: str = "") -> 
     Example:
       >>> check_divisible({"train.batch_size": 64 * jax.device_count()})
     """
-    unit = jax.device_count() * parts
+    devices = devices or jax.device_count()
+    unit = devices * parts
     for field, size in sizes.items():
         if size % unit:
             lower, upper = size // unit * unit, (size // unit + 1) * unit
             nearest = f"{lower} or {upper}" if lower else str(upper)
-            what = f"{jax.device_count()} devices" + (f" x {parts} ({why})" if parts > 1 else "")
+            what = f"{devices} devices" + (f" x {parts} ({why})" if parts > 1 else "")
             raise ConfigError(f"{field} = {size}: must be a multiple of {what}, such as {nearest}")

@@ -40,7 +40,22 @@ def open_sources(config: Config) -> dict[str, Source]:
             f"data.eval_split = {data.eval_split!r}: has other classes than data.train_split = "
             f"{data.train_split!r}"
         )
-    channels = channels_of(config, sources["train"])
+    check_source(config, sources["train"])
+    return sources
+
+
+def check_source(config: Config, source: Source) -> None:
+    """Checks the training images against the configuration.
+
+    Args:
+      config: The configuration of a run.
+      source: Its training images.
+
+    Raises:
+      ConfigError: A field that does not suit images with so many channels.
+      DataError: It has one class only, or more than the network.
+    """
+    data, channels = config.data, channels_of(config, source)
     for name in ("mean", "std"):
         values = getattr(config.augment, name)
         if len(values) not in (1, channels):
@@ -48,7 +63,7 @@ def open_sources(config: Config) -> dict[str, Source]:
                 f"augment.{name} = {values}: the images have {channels} channel; give one number, "
                 "or set data.channels = 3"
             )
-    classes = sources["train"].num_classes
+    classes = source.num_classes
     if classes < 2:
         raise DataError(f"data.name = {data.name!r}: has {classes} class; two or more are needed")
     if config.model.num_classes and config.model.num_classes < classes:
@@ -56,7 +71,6 @@ def open_sources(config: Config) -> dict[str, Source]:
             f"model.num_classes = {config.model.num_classes}: the data set has {classes} classes; "
             f"take {classes} or more, or 0 to follow the data set"
         )
-    return sources
 
 
 def channels_of(config: Config, source: Source) -> int:
@@ -101,12 +115,13 @@ def make_model(config: Config, classes: int) -> ResNet:
     return model
 
 
-def check_calls(config: Config, source: Source) -> None:
+def check_calls(config: Config, source: Source, processes: int = 0) -> None:
     """Checks that a data set that is to lie on the devices can.
 
     Args:
       config: The configuration of a run.
       source: Its training images.
+      processes: Of the run; 0: as many as JAX knows of.
 
     Raises:
       ConfigError: It does not stay in memory, or there are several processes.
@@ -119,17 +134,19 @@ def check_calls(config: Config, source: Source) -> None:
             f"train.steps_per_call = {steps}: needs a data set that lies in memory, with "
             "data.crop = 'center' and at most data.memory_gib; take 1 for this one"
         )
-    if jax.process_count() > 1:
+    processes = processes or jax.process_count()
+    if processes > 1:
         raise ConfigError(
-            f"train.steps_per_call = {steps}: must be 1 in a run of {jax.process_count()} processes"
+            f"train.steps_per_call = {steps}: must be 1 in a run of {processes} processes"
         )
 
 
-def check_batches(config: Config) -> None:
+def check_batches(config: Config, devices: int = 0) -> None:
     """Checks that batches and groups of devices divide evenly.
 
     Args:
       config: The configuration of a run.
+      devices: How many; 0: JAX's own.
 
     Raises:
       ConfigError: Names the field that does not, and values that do.
@@ -138,14 +155,31 @@ def check_batches(config: Config) -> None:
       >>> from resnet_jax.training.config import Train
       >>> check_batches(Config(train=Train(batch_size=16 * jax.device_count())))
     """
+    devices = devices or jax.device_count()
     mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
-    parts = config.train.accumulate * (2 if mixes else 1)
     why = "train.accumulate, and pairs to mix" if mixes else "train.accumulate"
-    parallel.check_divisible({"train.batch_size": config.train.batch_size}, parts, why)
+    sizes = {"train.batch_size": config.train.batch_size}
+    parallel.check_divisible(sizes, batch_parts(config), why, devices)
     group = config.model.bn_group_size
-    if group and jax.device_count() % group:
-        raise ConfigError(
-            f"model.bn_group_size = {group}: must divide the {jax.device_count()} devices"
-        )
+    if group and devices % group:
+        raise ConfigError(f"model.bn_group_size = {group}: must divide the {devices} devices")
     if config.evaluate.batch_size:
-        parallel.check_divisible({"evaluate.batch_size": config.evaluate.batch_size})
+        sizes = {"evaluate.batch_size": config.evaluate.batch_size}
+        parallel.check_divisible(sizes, devices=devices)
+
+
+def batch_parts(config: Config) -> int:
+    """Number that a device's share of a batch must be a multiple of.
+
+    Args:
+      config: The configuration of a run.
+
+    Returns:
+      train.accumulate, twice that where pairs of images are mixed.
+
+    Example:
+      >>> batch_parts(Config())
+      1
+    """
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+    return config.train.accumulate * (2 if mixes else 1)

@@ -79,6 +79,7 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     config: Config,
     length: Length,
+    platform: str = "",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The training step of a run.
 
@@ -87,6 +88,7 @@ def make_train_step(
       optimizer: From `make_optimizer`.
       config: The configuration of the run.
       length: Its number of steps.
+      platform: Of the devices that will take it; "": JAX's own.
 
     Returns:
       step(state, batch) -> (state, metrics) for one device of the axis "batch". A batch is
@@ -98,7 +100,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.value
-        found = _gradients(model, config, state, batch, scale)
+        found = _gradients(model, config, state, batch, scale, platform)
         # Running statistics are those of all devices, even where each normalises by its own.
         gradients, batch_stats, metrics = lax.pmean(found, AXIS)
         if state.loss_scale is not None:
@@ -125,11 +127,13 @@ def make_train_step(
 
 def make_steps(
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    platform: str = "",
 ) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, Metrics]]:
     """Several training steps in one program, on batches gathered from a data set on the device.
 
     Args:
       step: From `make_train_step`.
+      platform: As there.
 
     Returns:
       steps(state, data, choices) -> (state, metrics) for one device. data is the whole set,
@@ -144,13 +148,18 @@ def make_steps(
             indices = batch.pop("indices")
             return step(state, {**batch, **{name: x[indices] for name, x in data.items()}})
 
-        return _scan(one, state, jax.tree.map(jnp.transpose, choices))
+        return _scan(one, state, jax.tree.map(jnp.transpose, choices), platform)
 
     return steps
 
 
 def _gradients(
-    model: ResNet, config: Config, state: TrainState, batch: Batch, scale: jax.Array
+    model: ResNet,
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+    scale: jax.Array,
+    platform: str,
 ) -> tuple[Any, Any, Metrics]:
     """This device's (gradients, batch_stats, metrics), taken in `accumulate` equal parts."""
     parts = config.train.accumulate
@@ -194,14 +203,16 @@ def _gradients(
 
     nothing = dict.fromkeys(("loss", "top1", "top5"), jnp.float32(0))
     start = state.batch_stats, (jax.tree.map(jnp.zeros_like, state.params), nothing)
-    (batch_stats, total), _ = _scan(add_part, start, split)
+    (batch_stats, total), _ = _scan(add_part, start, split, platform)
     gradients, metrics = jax.tree.map(lambda x: x / parts, total)
     return gradients, batch_stats, metrics
 
 
-def _scan(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+def _scan(
+    function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, platform: str
+) -> tuple[Any, Any]:
     """`lax.scan`; without a loop on a CPU, where XLA runs its convolutions 17 times slower."""
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return lax.scan(function, carry, xs)
     outputs = []
     for index in range(jax.tree.leaves(xs)[0].shape[0]):

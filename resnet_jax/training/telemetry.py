@@ -11,19 +11,15 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from resnet_jax.training.chips import CHIPS
 from resnet_jax.training.config import Config
 
 Record = dict[str, Any]
 
-# Peak of dense bf16 matrix products in FLOP/s a chip, by what JAX calls it (vendors' data sheets).
+# Peak of dense bf16 matrix products, FLOP/s of what JAX calls a device (vendors' data sheets).
 PEAK_FLOPS = {
-    "TPU v2": 45e12,
-    "TPU v3": 123e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
+    **{chip.kind: chip.flops / chip.devices for chip in CHIPS.values()},
+    "TPU v5p": CHIPS["v5p"].flops,
     "Tesla T4": 65e12,
     "Tesla V100-SXM2-16GB": 125e12,
     "NVIDIA A100-SXM4-40GB": 312e12,

@@ -119,6 +119,22 @@ def test_parts_equal_the_whole():
     chex.assert_trees_all_close(parts, whole, rtol=2e-4, atol=2e-5)
 
 
+def test_other_platforms_loop_over_the_parts():
+    """A CPU takes them one after another in the program; for others it has a loop."""
+    config, model = configuration(train=c.Train(accumulate=4)), tiny()
+    optimizer = make_optimizer(config, LENGTH)
+    state = create_state(model, optimizer, config, channels=3)
+    programs, results = {}, {}
+    for platform in ("", "tpu"):
+        one = make_train_step(model, optimizer, config, LENGTH, platform)
+        step = parallel.data_parallel(one, jax.devices()[:1])
+        arguments = state, parallel.shard(batch(), 1)
+        programs[platform] = "stablehlo.while" in step.lower(*arguments).as_text()
+        results[platform] = jax.device_get(step(*arguments))
+    assert programs == {"": False, "tpu": True}
+    chex.assert_trees_all_close(results["tpu"], results[""], rtol=1e-5, atol=1e-6)
+
+
 def test_moving_average():
     config = configuration(train=c.Train(ema_decay=0.75, ema_every=2))
     model = tiny()

@@ -1,0 +1,314 @@
+"""What a run will need on a TPU slice, from its compiled training step; no TPU is needed.
+
+    configuration + slice -> the trainer's own step, compiled -> memory, work, traffic -> floors
+
+Floors are bounds, not predictions: no step is faster than its arithmetic, its memory traffic or
+its all-reduce at the chip's peak, and real ones are slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from resnet_jax.data.known import training_size
+from resnet_jax.data.memory import fits_memory
+from resnet_jax.data.sources import Source
+from resnet_jax.errors import ConfigError
+from resnet_jax.training.ahead import Program, tpu_compiler
+from resnet_jax.training.chips import Slice, parse_slice
+from resnet_jax.training.config import Config, check
+from resnet_jax.training.optimizer import Length
+from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
+
+# Images/s that one core of a host reads, decodes and crops, or gathers from memory, as
+# docs/decoding.md measured them.
+DECODED_PER_CORE, GATHERED_PER_CORE = 1_200, 3_000_000
+
+Compile = Callable[[Config], Program]
+
+
+def make_plan(
+    config: Config,
+    topology: str,
+    *,
+    batch_per_chip: int = 0,
+    find_batch: bool = False,
+    images: int = 0,
+    num_classes: int = 0,
+    images_per_core: float = 0.0,
+    compiler: Callable[[Slice, Source], Compile] = tpu_compiler,
+) -> dict[str, Any]:
+    """Compiles a run's training step for a slice and works out what it needs.
+
+    Args:
+      config: The configuration of the run.
+      topology: The slice, such as "v5e:4x4".
+      batch_per_chip: Images a step; 0: train.batch_size over all chips.
+      find_batch: Plan for the largest batch that fits, looking upwards and downwards from there.
+      images: Training images; 0: as many as the data set has.
+      num_classes: Its classes; 0: as many as it has.
+      images_per_core: Images/s that a core of a host delivers; 0: as measured.
+      compiler: Makes what compiles a step.
+
+    Returns:
+      What `docs/plan.md` lists; with "fits" false, None for all that a program would tell.
+
+    Raises:
+      ConfigError: The configuration, the slice or the batch cannot be, or libtpu cannot compile.
+      DataError: Nothing is known of the data set.
+    """
+    check(config)
+    part = parse_slice(topology)
+    for name, value in (("images", images), ("num_classes", num_classes)):
+        if value < 0:
+            raise ConfigError(f"--{name}={value}: must be 1 or more")
+    if not 0 <= images_per_core < math.inf:
+        raise ConfigError(f"--images_per_core={images_per_core}: must be more than 0")
+    classes = num_classes or (config.model.num_classes if images else 0)
+    source = training_size(config.data, images, classes)
+    check_source(config, source)
+    check_calls(config, source, part.hosts)
+    devices = part.chips * part.chip.devices
+    if batch_per_chip:
+        unit = part.chip.devices * batch_parts(config)
+        if batch_per_chip < 1 or batch_per_chip % unit:
+            raise ConfigError(
+                f"--batch_per_chip={batch_per_chip}: must be a multiple of {unit} (devices a chip, "
+                "train.accumulate, and pairs to mix)"
+            )
+        config = with_batch(config, batch_per_chip * part.chips)
+    check_batches(config, devices)
+    compile_step = compiler(part, source)
+    tried: dict[int, Program] = {}
+
+    def attempt(batch: int) -> Program:
+        tried[batch] = compile_step(with_batch(config, batch * part.chips))
+        return tried[batch]
+
+    batch = config.train.batch_size // part.chips
+    if find_batch:
+        unit = math.lcm(8, part.chip.devices * batch_parts(config))
+        batch = largest_batch(attempt, batch, unit, most=max(batch, len(source) // part.chips))
+    else:
+        attempt(batch)
+    config = with_batch(config, batch * part.chips)
+    rate = images_per_core or _images_per_core(config, source)
+    return {
+        **_run(config, part, source, batch),
+        **_memory(tried[batch], part),
+        **_bounds(tried[batch], part, config, len(source), rate),
+        "tried": [_attempt(size, tried[size], part) for size in sorted(tried)],
+        "versions": _versions(),
+    }
+
+
+def with_batch(config: Config, size: int) -> Config:
+    """The configuration with another train.batch_size."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+
+
+def largest_batch(attempt: Callable[[int], Program], start: int, unit: int, most: int) -> int:
+    """The largest batch that fits, to an eighth of its size; each try costs minutes.
+
+    Args:
+      attempt: Compiles the step for a batch.
+      start: The batch to begin with.
+      unit: What it must be a multiple of.
+      most: Where to stop looking.
+
+    Returns:
+      The batch; one of those that were tried, and the smallest where none fits.
+
+    Example:
+      >>> def attempt(batch):
+      ...     return Program(fits=batch <= 700, needed=batch, limit=700)
+      >>> largest_batch(attempt, start=128, unit=8, most=10_000)
+      640
+    """
+
+    def down(size: float) -> int:
+        return max(unit, int(size) // unit * unit)
+
+    size, low, high = down(start), 0, 0  # low fits and high does not; 0: not known yet
+    while True:
+        program = attempt(size)
+        if program.fits:
+            low = size
+        else:
+            high = size
+        if high:
+            if high - low <= down(high / 8):
+                return low or high
+            size = down((low + high) / 2)
+        else:
+            # Memory grows a little slower than the batch: what is left tells how far to leap.
+            room = program.limit / program.needed if program.needed else 2.0
+            size = down(min(low * max(2, 2 ** int(math.log2(max(room, 1.0)))), most))
+            if size <= low:
+                return low
+
+
+def floors(program: Program, part: Slice) -> dict[str, float]:
+    """The least seconds that a step can take, by what could hold it up.
+
+    Args:
+      program: The compiled step of one device.
+      part: The slice.
+
+    Returns:
+      {"compute", "memory", "interconnect"}.
+    """
+    chip, chips = part.chip, part.chips
+    # In an all-reduce each chip sends everything twice, less what it keeps to itself.
+    sent = 2 * program.reduced * (chips - 1) / chips
+    return {
+        "compute": program.flops * chip.devices / chip.flops,
+        "memory": program.hbm_traffic * chip.devices / chip.hbm_bandwidth,
+        "interconnect": sent / part.links if chips > 1 else 0.0,
+    }
+
+
+def _images_per_core(config: Config, source: Source) -> float:
+    in_memory = fits_memory(source, config.data, training=True)
+    return GATHERED_PER_CORE if in_memory else DECODED_PER_CORE
+
+
+def _run(config: Config, part: Slice, source: Source, batch: int) -> dict[str, Any]:
+    return {
+        "topology": part.name,
+        "chips": part.chips,
+        "hosts": part.hosts,
+        "model": config.model.name,
+        "dtype": config.model.dtype,
+        "image_size": config.data.image_size,
+        "data": config.data.name,
+        "images": len(source),
+        "classes": config.model.num_classes or source.num_classes,
+        "batch_per_chip": batch,
+        "batch_size": batch * part.chips,
+    }
+
+
+def _memory(program: Program, part: Slice) -> dict[str, Any]:
+    return {
+        "fits": program.fits,
+        "hbm_needed": _whole_chip(program.needed, part),
+        "hbm": _whole_chip(program.limit, part) or part.chip.hbm,
+    }
+
+
+def _whole_chip(size: int, part: Slice) -> int | None:
+    return size * part.chip.devices or None
+
+
+def _attempt(batch: int, program: Program, part: Slice) -> dict[str, Any]:
+    return {
+        "batch_per_chip": batch,
+        "fits": program.fits,
+        "hbm_needed": _whole_chip(program.needed, part),
+        "compile_seconds": round(program.seconds, 1),
+    }
+
+
+def _bounds(
+    program: Program, part: Slice, config: Config, images: int, per_core: float
+) -> dict[str, Any]:
+    """All that follows from the work of a step; None where there is no program."""
+    steps = Length.of(config, images).steps
+    recipe = {"steps": steps, "epochs": steps * config.train.batch_size / images}
+    if not program.fits:
+        return {**dict.fromkeys(_BOUNDS), **recipe, "images_per_second_per_core": per_core}
+    seconds = floors(program, part)
+    bound = max(seconds, key=lambda name: seconds[name])
+    rate = config.train.batch_size / seconds[bound]
+    return {
+        **recipe,
+        "flops": program.flops * part.chip.devices,
+        "hbm_bytes": program.hbm_traffic * part.chip.devices,
+        "all_reduce_bytes": program.reduced,
+        "all_reduces": program.reductions,
+        "floor_seconds": seconds,
+        "bound_by": bound,
+        "images_per_second": rate,
+        "images_per_second_per_chip": rate / part.chips,
+        "images_per_second_per_host": rate / part.hosts,
+        "images_per_second_per_core": per_core,
+        "cores_per_host": rate / part.hosts / per_core,
+        "hours": steps * seconds[bound] / 3600,
+    }
+
+
+_BOUNDS = (
+    *("flops", "hbm_bytes", "all_reduce_bytes", "all_reduces", "floor_seconds", "bound_by"),
+    *("images_per_second", "images_per_second_per_chip", "images_per_second_per_host"),
+    *("cores_per_host", "hours"),
+)
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata as metadata
+
+    names = ("jax", "libtpu")
+    installed = {each.name for each in metadata.distributions() if each.name in names}
+    return {name: metadata.version(name) for name in names if name in installed}
+
+
+def plan_table(plan: dict[str, Any]) -> str:
+    """A plan for reading.
+
+    Args:
+      plan: From `make_plan`.
+
+    Returns:
+      Lines of text.
+    """
+    p, gib = plan, 2**30
+    needed = f"{p['hbm_needed'] / gib:.2f}" if p["hbm_needed"] else "more than there is"
+    rows = [
+        ("chips, hosts", f"{p['chips']:,}, {p['hosts']:,}"),
+        ("batch a chip, in all", f"{p['batch_per_chip']:,}, {p['batch_size']:,}"),
+        ("HBM a chip, GiB", f"{needed} of {p['hbm'] / gib:.2f}"),
+        ("", "fits" if p["fits"] else "does not fit: take a smaller batch, or --find_batch"),
+    ]
+    if len(p["tried"]) > 1:
+        each = (f"{x['batch_per_chip']:,} {'fits' if x['fits'] else 'not'}" for x in p["tried"])
+        rows.append(("batches a chip tried", ", ".join(each)))
+    if p["fits"]:
+        rows += _bound_rows(p)
+    width = max(len(name) for name, _ in rows)
+    title = (
+        f"{p['model']}, {p['dtype']}, {p['image_size']} pixels, {p['data']} "
+        f"({p['images']:,} images, {p['classes']:,} classes) on {p['topology']}"
+    )
+    lines = [f"  {name:<{width}}  {value}".rstrip() for name, value in rows]
+    notes = [_NOTE] if p["fits"] else []
+    return "\n".join([title, *lines, *notes])
+
+
+def _bound_rows(p: dict[str, Any]) -> list[tuple[str, str]]:
+    floor = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in p["floor_seconds"].items()}
+    return [
+        ("arithmetic a step and chip", f"{p['flops'] / 1e12:.3f} TFLOP"),
+        ("HBM traffic a step and chip", f"{p['hbm_bytes'] / 1e9:.3f} GB"),
+        ("all-reduced a step", f"{p['all_reduce_bytes'] / 1e6:.1f} MB in {p['all_reduces']}"),
+        ("floor of a step: compute", floor["compute"]),
+        ("memory", floor["memory"]),
+        ("interconnect", floor["interconnect"]),
+        ("images/s, at most", f"{p['images_per_second']:,.0f} (bound by {p['bound_by']})"),
+        ("a chip", f"{p['images_per_second_per_chip']:,.0f}"),
+        ("a host must deliver", f"{p['images_per_second_per_host']:,.0f}"),
+        (
+            "host cores for that",
+            f"{p['cores_per_host']:.1f} of {p['images_per_second_per_core']:,.0f} images/s each",
+        ),
+        ("hours, at least", f"{p['hours']:.2f} for {p['steps']:,} steps, {p['epochs']:.1f} epochs"),
+    ]
+
+
+_NOTE = (
+    "Floors are bounds, not predictions: each takes one part of the chip at its peak and all else "
+    "as free.\nReal steps are slower; evaluation, checkpoints and start-up come on top."
+)

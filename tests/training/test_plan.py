@@ -1,0 +1,367 @@
+"""Plans for TPU slices: the arithmetic without libtpu, and one program compiled where it is."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from resnet_jax import cli
+from resnet_jax.data.known import KNOWN_SETS, training_size
+from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.training import ahead
+from resnet_jax.training import config as c
+from resnet_jax.training.ahead import Program, memory_shortage
+from resnet_jax.training.chips import CHIPS, parse_slice
+from resnet_jax.training.plan import floors, largest_batch, make_plan, plan_table
+from resnet_jax.training.program import Traffic, traffic
+
+GIB = 2**30
+IMAGENET = c.Data(name="tfds:imagenet2012", image_size=224, crop="random_resized")
+
+
+def recipe(**fields):
+    return c.Config(
+        model=c.Model(name="resnet50"), data=IMAGENET, train=c.Train(batch_size=1024, **fields)
+    )
+
+
+def compiler(limit=16 * GIB, image=24 * 2**20):
+    """Of programs whose memory is that of their images, and whose work is easy to reckon with."""
+
+    def make(part, source):
+        def compile_step(config):
+            batch = config.train.batch_size // (part.chips * part.chip.devices)
+            work = {"flops": 24e9 * batch, "hbm_traffic": 160_000_000 * batch}
+            fits = image * batch <= limit
+            work |= {"reduced": 100_000_000, "reductions": 2} if part.chips > 1 else {}
+            return Program(fits, image * batch, limit, **(work if fits else {}), seconds=1.0)
+
+        return compile_step
+
+    return make
+
+
+class TestSlices:
+    @pytest.mark.parametrize(
+        ("name", "chips", "hosts"),
+        [
+            *[("v5e:1x1", 1, 1), ("v5e:2x4", 8, 1), ("v5e:4x4", 16, 4), ("v5e:16x16", 256, 64)],
+            *[("v3:2x2", 4, 1), ("v3:4x4", 16, 4), ("v4:2x2x1", 4, 1), ("v4:2x2x2", 8, 2)],
+        ],
+    )
+    def test_chips_and_hosts(self, name, chips, hosts):
+        part = parse_slice(name)
+        assert (part.chips, part.hosts) == (chips, hosts)
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            *[("v9:2x2", "v2, v3, v4, v5e, v5p, v6e"), ("", "v5e:4x4"), ("v5e", "v5e:AxB")],
+            *[("v5e:2x2x1", "v5e:AxB"), ("v4:2x2", "v4:AxBxC"), ("v5e:0x2", "v5e:AxB")],
+            *[("v5e:2x2 ", "v5e:AxB"), ("v5e:32x32", "256")],
+        ],
+    )
+    def test_names_that_are_none(self, name, said):
+        with pytest.raises(ConfigError, match="--topology=") as error:
+            parse_slice(name)
+        assert said in str(error.value)
+
+    def test_links_of_small_slices(self):
+        # Two neighbours at a corner of 2x2, four inside of larger ones, none alone.
+        links = [parse_slice(f"v5e:{shape}").links for shape in ("1x1", "2x2", "2x4", "4x4")]
+        assert links == [0, 100e9, 150e9, 200e9]
+
+    def test_the_table_of_chips_is_whole(self):
+        assert len({chip.kind for chip in CHIPS.values()}) == len(CHIPS) == 6
+        for chip in CHIPS.values():
+            # A FLOP/s for each byte/s of memory, and of the links: a slip of a thousand shows.
+            assert 50 < chip.flops / chip.hbm_bandwidth < 600
+            assert 2 < chip.hbm_bandwidth / chip.links < 6
+            assert 16 * GIB <= chip.hbm <= 95 * GIB
+
+
+class TestTraffic:
+    PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%p)
+}
+
+%body (arg: (s32[], f32[256])) -> (s32[], f32[256]) {
+  %arg = (s32[], f32[256]{0}) parameter(0)
+  %a = f32[256]{0} get-tuple-element(%arg), index=1
+  %b = f32[256]{0} fusion(%a), kind=kLoop, calls=%fused
+  ROOT %t = (s32[], f32[256]{0}) tuple(%i, %b)
+}
+
+%small (arg: f32[4]) -> f32[4] {
+  %arg = f32[4]{0} parameter(0)
+  ROOT %b = f32[4]{0} negate(%arg)
+}
+
+ENTRY %main (x: f32[256], y: bf16[128]) -> f32[256] {
+  %x = f32[256]{0:T(256)} parameter(0)
+  %y = bf16[128]{0} parameter(1)
+  %start = (bf16[128]{0:S(1)}, bf16[128]{0}, u32[]) copy-start(%y)
+  %fast = bf16[128]{0:S(1)} copy-done(%start)
+  %z = f32[256]{0:S(1)} fusion(%x, %fast), kind=kLoop, calls=%fused
+  %loop = (s32[], f32[256]{0}) while(%tuple), condition=%small, body=%body
+  %tiny = f32[4]{0} while(%four), condition=%small, body=%small
+  %sum = (f32[256]{0:S(1)}, f32[4]{0:S(1)}) all-reduce(%z, %w), replica_groups={}
+  ROOT %r = f32[256]{0:S(1)} get-tuple-element(%sum), index=0
+}
+"""
+
+    def test_counts_what_crosses_the_bus(self):
+        # y once (256), x once (1024); the loops 2048 and 32 a time; the all-reduce is in VMEM.
+        once = traffic(self.PROGRAM)
+        assert once == Traffic(256 + 1024 + 2048 + 32, reduced=1040, reductions=1)
+
+    def test_only_the_largest_loop_runs_often(self):
+        assert traffic(self.PROGRAM, trips=4).hbm == traffic(self.PROGRAM).hbm + 3 * 2048
+
+
+class TestShortage:
+    def test_new_and_old_message(self):
+        new = "RESOURCE_EXHAUSTED: for HLO temporaries (224.77G) exceeds available HBM (15.75G)."
+        old = "RESOURCE_EXHAUSTED: Used 512.5M of 15.75G hbm. Exceeded by 1.0G."
+        assert memory_shortage(new) == (round(224.77 * GIB), round(15.75 * GIB))
+        assert memory_shortage(old) == (round(512.5 * 2**20), round(15.75 * GIB))
+        assert memory_shortage("RESOURCE_EXHAUSTED: no figures") == (0, 0)
+
+    def test_another_failure_is_not_one_of_memory(self):
+        with pytest.raises(ConfigError, match="cannot compile the step: INTERNAL: a b"):
+            memory_shortage("INTERNAL: a\nb")
+
+
+def test_floors():
+    work = Program(True, flops=197e12, hbm_traffic=819_000_000, reduced=100_000_000)
+    seconds = floors(work, parse_slice("v5e:4x4"))
+    assert seconds["compute"] == pytest.approx(1)
+    assert seconds["memory"] == pytest.approx(1e-3)
+    assert seconds["interconnect"] == pytest.approx(2 * 1e8 * 15 / 16 / 200e9)
+    assert floors(work, parse_slice("v5e:1x1"))["interconnect"] == 0
+    # Two devices share a v3 chip, so its step has the work of both.
+    assert floors(work, parse_slice("v3:2x2"))["compute"] == pytest.approx(2 * 197 / 123)
+
+
+class TestLargestBatch:
+    @pytest.mark.parametrize("limit", [8, 9, 40, 64, 100, 500, 700, 1024, 5000])
+    @pytest.mark.parametrize("start", [1, 128, 1000])
+    def test_is_within_an_eighth(self, limit, start):
+        tried = []
+
+        def attempt(batch):
+            tried.append(batch)
+            return Program(batch <= limit, needed=batch + 1, limit=limit)
+
+        found = largest_batch(attempt, start, unit=8, most=100_000)
+        assert found <= limit < found + max(8, found * 2 / 7) + 8
+        assert found % 8 == 0
+        assert found in tried
+        assert len(tried) == len(set(tried)) <= 12
+
+    def test_nothing_fits(self):
+        assert largest_batch(lambda batch: Program(False), 64, unit=8, most=1000) == 8
+
+    def test_stops_at_the_most(self):
+        found = largest_batch(lambda batch: Program(True, needed=1, limit=GIB), 8, 8, most=100)
+        assert found == 96
+
+
+class TestPlan:
+    def test_figures(self):
+        plan = make_plan(recipe(epochs=90.0), "v5e:2x2", compiler=compiler())
+        memory = 160e6 * 256 / 819e9  # longer than 24e9 * 256 / 197e12
+        assert plan["batch_per_chip"] == 256
+        assert plan["batch_size"] == 1024
+        assert plan["fits"] is True
+        assert plan["hbm_needed"] == 256 * 24 * 2**20
+        assert plan["bound_by"] == "memory"
+        assert plan["floor_seconds"]["memory"] == pytest.approx(memory)
+        assert plan["images_per_second"] == pytest.approx(1024 / memory)
+        assert plan["images_per_second_per_chip"] == pytest.approx(256 / memory)
+        assert plan["cores_per_host"] == pytest.approx(1024 / memory / 1200)
+        assert plan["steps"] == round(90 * 1_281_167 / 1024)
+        assert plan["hours"] == pytest.approx(plan["steps"] * memory / 3600)
+
+    def test_every_key_is_there_and_is_json(self):
+        fits = make_plan(recipe(), "v5e:2x2", compiler=compiler())
+        fails = make_plan(recipe(), "v5e:2x2", batch_per_chip=4096, compiler=compiler())
+        assert fits.keys() == fails.keys()
+        assert json.loads(json.dumps(fails)) == fails
+        assert [name for name, value in fits.items() if value is None] == []
+        assert fails["fits"] is False
+        assert fails["hbm_needed"] > fails["hbm"]
+        assert fails["images_per_second"] is fails["hours"] is None
+        assert "does not fit" in plan_table(fails)
+        assert "bounds, not predictions" in plan_table(fits)
+        assert "6.00 of 16.00" in plan_table(fits)
+
+    def test_two_devices_a_chip(self):
+        plan = make_plan(recipe(), "v3:2x2", batch_per_chip=64, compiler=compiler())
+        assert plan["hbm_needed"] == 64 * 24 * 2**20
+        assert plan["flops"] == 64 * 24e9
+
+    def test_finds_a_batch(self):
+        plan = make_plan(recipe(), "v5e:2x2", find_batch=True, compiler=compiler())
+        assert plan["fits"]
+        assert 600 <= plan["batch_per_chip"] <= 682  # of 16 GiB / 24 MiB
+        fits = [each["fits"] for each in plan["tried"]]  # by size
+        assert fits == sorted(fits, reverse=True)
+        assert len(plan["tried"]) <= 6
+
+    @pytest.mark.parametrize(
+        ("config", "options", "said"),
+        [
+            (recipe(), {"batch_per_chip": -8}, "--batch_per_chip=-8"),
+            (recipe(accumulate=3), {"batch_per_chip": 8}, "multiple of 3"),
+            (
+                recipe(),
+                {"topology": "v5e:4x3"},
+                "train.batch_size = 1024: must be a multiple of 12",
+            ),
+            (recipe(), {"images": -1}, "--images=-1"),
+            (recipe(), {"images_per_core": -1.0}, "--images_per_core=-1"),
+            (recipe(steps_per_call=2), {}, "train.steps_per_call = 2: needs a data set"),
+            (c.Config(model=c.Model(num_classes=5)), {}, "model.num_classes = 5"),
+        ],
+    )
+    def test_mistakes(self, config, options, said):
+        with pytest.raises((ConfigError, DataError), match=said):
+            make_plan(config, **{"topology": "v5e:2x2", **options}, compiler=compiler())
+
+
+class TestDataSets:
+    def test_known_by_name(self):
+        source = training_size(c.Data(name="tfds:imagenet2012:5.1.0"))
+        assert (len(source), source.num_classes, source.channels) == (1_281_167, 1000, 3)
+
+    def test_flags_win(self):
+        source = training_size(c.Data(name="tfds:cifar10"), images=10)
+        assert (len(source), source.num_classes) == (10, 10)
+        unknown = training_size(c.Data(name="tfds:mine"), images=10, classes=3)
+        assert (len(unknown), unknown.num_classes, unknown.channels) == (10, 3, 3)
+
+    def test_part_of_a_prepared_set(self):
+        assert len(training_size(c.Data(name="digits", train_split="train[:50%]"))) == 718
+
+    def test_unknown(self, tmp_path):
+        with pytest.raises(DataError, match="--images and --num_classes") as error:
+            training_size(c.Data(name="tfds:mine", data_dir=str(tmp_path)))
+        assert all(name in str(error.value) for name in KNOWN_SETS)
+        assert "\n" not in str(error.value)
+
+
+class TestStep:
+    """The step that is compiled is that of the platform it is for."""
+
+    @pytest.mark.parametrize("steps_per_call", [1, 2])
+    def test_lowers_what_training_takes(self, steps_per_call):
+        config = c.Config(
+            model=c.Model(name="resnet8_cifar"),
+            augment=c.Augment(flip_alternates=True),
+            train=c.Train(batch_size=4, steps_per_call=steps_per_call),
+        )
+        lowered = ahead.lower_step(config, jax.devices()[:2], training_size(config.data))
+        (_, *rest), _ = lowered.args_info
+        batch = {name: info.shape for name, info in rest[-1].items()}
+        if steps_per_call == 1:
+            images, labels = (2, 2, 32, 32, 1), (2, 2)
+            assert batch == {"images": images, "labels": labels, "mirrored": labels}
+        else:
+            assert rest[0]["images"].shape == (1437, 32, 32, 1)
+            assert batch == {"indices": (2, 2, 1), "mirrored": (2, 2, 1)}
+
+
+class TestCommand:
+    def run(self, capsys, *arguments):
+        code = cli.main(["plan", *arguments])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    @pytest.fixture
+    def stub(self, monkeypatch):
+        monkeypatch.setattr(
+            "resnet_jax.training.plan.make_plan.__kwdefaults__",
+            {
+                **make_plan.__kwdefaults__,
+                "compiler": compiler(),
+            },
+        )
+
+    def test_one_json_object(self, stub, capsys):
+        code, out, _ = self.run(capsys, "--json", "--config.train.epochs=3", "--topology=v4:2x2x1")
+        assert code == 0
+        assert json.loads(out)["chips"] == 4
+        assert json.loads(out)["epochs"] == pytest.approx(3, rel=0.05)
+
+    def test_does_not_fit_is_no_mistake(self, stub, capsys):
+        code, out, _ = self.run(capsys, "--batch_per_chip=4096")
+        assert code == 0
+        assert "does not fit" in out
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            *[["--topology=v9:2x2"], ["--batch_per_chip=-1"], ["--config.data.name=tfds:nothing"]],
+            *[["--config.model.nmae=x"], ["--what=1"], ["--config=nowhere.py"]],
+        ],
+    )
+    def test_mistakes_take_one_line(self, stub, capsys, arguments):
+        code, out, err = self.run(capsys, *arguments)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+    def test_without_libtpu(self, monkeypatch, capsys):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        code, _, err = self.run(capsys)
+        assert code == 2
+        assert "pip install libtpu" in err
+
+    @pytest.mark.parametrize(
+        ("message", "said"),
+        [
+            ("ABORTED: Internal error when accessing libtpu multi-process lockfile.", "in use by"),
+            ("ABORTED: The TPU is already in use by process with pid 7.", "in use by"),
+            ("INVALID_ARGUMENT: not divisible by\n2x2x1", "libtpu has no such slice"),
+        ],
+    )
+    def test_libtpu_refuses(self, monkeypatch, capsys, message, said):
+        def refuse(*arguments, **options):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+        code, _, err = self.run(capsys)
+        assert code == 2
+        assert said in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_compiles_for_a_tpu():
+    """A process of its own, because libtpu serves one at a time."""
+    command = [sys.executable, "-m", "resnet_jax", "plan", "--topology=v5e:2x2", "--json"]
+    command += ["--config.model.name=resnet8_cifar", "--batch_per_chip=8"]
+    environment = {**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    result = subprocess.run(
+        command, env=environment, timeout=500, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["fits"]
+    assert plan["chips"] == 4
+    # Gradients, statistics and metrics: 4 bytes for each of at least a million parameters.
+    assert 4.8e6 < plan["all_reduce_bytes"] < 5.0e6
+    # Images through 4 bytes a pixel and channel at the very least, and all weights once.
+    assert plan["all_reduce_bytes"] < plan["hbm_bytes"] < 1e9
+    assert 1e9 < plan["flops"] < 1e10
