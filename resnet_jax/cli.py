@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import json
@@ -134,6 +135,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     features.add_argument("--maps", action="store_true", help="whole maps instead of their means")
     features.set_defaults(command=_features)
+    evaluate = commands.add_parser("evaluate", help="measure a network on a data set")
+    _add_network(evaluate)
+    evaluate.add_argument(
+        "--data", default="", help="digits, folder:PATH or tfds:NAME (default: a workdir's own)"
+    )
+    evaluate.add_argument("--split", default="", help="of the data (default: a workdir's own)")
+    evaluate.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
+    evaluate.add_argument(
+        "--views",
+        default="",
+        help="one_crop, flip, ten_crop or multi_scale (default: as the run was evaluated)",
+    )
+    evaluate.add_argument(
+        "--scales", default="", help="shorter sides for multi_scale, such as 224,256,384,480,640"
+    )
+    evaluate.add_argument(
+        "--batch_size", type=int, default=0, help="images a step, on all devices together"
+    )
+    evaluate.add_argument(
+        "--max_corrupt", type=int, help="undecodable images that are skipped (default: 10)"
+    )
+    evaluate.add_argument("--json", default="", help="write everything to this file; -: print it")
+    evaluate.add_argument("--per_class", action="store_true", help="print each class's accuracy")
+    evaluate.add_argument("--force", action="store_true", help="replace a file that is there")
+    evaluate.set_defaults(command=_evaluate)
     return parser
 
 
@@ -327,6 +353,32 @@ def _stoppable() -> Iterator[None]:
         raise StoppedError("interrupted; run the command again") from error
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from resnet_jax.evaluation.evaluator import evaluate_data
+    from resnet_jax.evaluation.results import dump_json, json_file
+
+    scales = options.scales.split(",") if options.scales else []
+    if not all(each.strip().isdecimal() for each in scales):
+        raise ConfigError(f"--scales={options.scales}: pixels with commas, such as 224,256,384")
+    to_file = options.json not in ("", "-")
+    with json_file(options.json, options.force) if to_file else contextlib.nullcontext() as path:
+        report = evaluate_data(
+            _open_network(options),
+            options.data,
+            options.split,
+            options.data_dir,
+            views=options.views,
+            scales=tuple(map(int, scales)),
+            batch_size=options.batch_size,
+            max_corrupt=options.max_corrupt,
+            say=functools.partial(print, file=sys.stderr),
+            bar=True,
+        )
+        if path is not None:
+            path.write_text(dump_json(report.to_json()) + "\n")
+    print(dump_json(report.to_json()) if options.json == "-" else report.table(options.per_class))
 
 
 _TRAIN_HELP = """usage: python train.py [--config=FILE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]

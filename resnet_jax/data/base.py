@@ -8,9 +8,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from resnet_jax.errors import DataError
 
 Batch = dict[str, Any]  # of arrays, by name
+Label = int | np.ndarray
 
 
 class Source(abc.ABC):
@@ -22,6 +25,10 @@ class Source(abc.ABC):
       class_names: The name of each label.
       channels: 1 or 3, as stored.
       image_shape: (height, width) in pixels; None where images differ or it is not known.
+      label_shape: () where an image has one label, an int; (num_classes,) where it may have none
+        or several: its label is then int32 [num_classes] of 0 and 1.
+      name: As in `data.name`.
+      split: As in `data.eval_split`.
       fingerprint: 16 hexadecimal digits that change when the data set or its split does.
 
     Example:
@@ -38,6 +45,9 @@ class Source(abc.ABC):
     channels: int
     image_shape: tuple[int, int] | None
     fingerprint: str
+    label_shape: tuple[int, ...] = ()
+    name: str = ""
+    split: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -47,7 +57,7 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
+    def __getitem__(self, index: int) -> tuple[bytes, Label]:
         return self._read(self._position(index))
 
     def image_name(self, index: int) -> str:
@@ -55,7 +65,7 @@ class Source(abc.ABC):
         return self._name(self._position(index))
 
     @abc.abstractmethod
-    def _read(self, position: int) -> tuple[bytes, int]: ...
+    def _read(self, position: int) -> tuple[bytes, Label]: ...
 
     @abc.abstractmethod
     def _name(self, position: int) -> str: ...

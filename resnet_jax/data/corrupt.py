@@ -33,6 +33,11 @@ class Corrupt:
         """How many images were skipped so far."""
         return len(self._names)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of those images."""
+        return frozenset(self._names)
+
     def add(self, name: str, reason: str) -> None:
         """Counts one image, once; raises DataError past the limit."""
         if name in self._names:

@@ -17,6 +17,7 @@ class FolderSource(Source):
     """PATH/SPLIT/CLASS/image files."""
 
     def __init__(self, name: str, root: Path, split: str, train_split: str, field: str) -> None:
+        self.name, self.split = name, split
         self._folder = _split_folder(name, root, split, field)
         classes = _class_folders(self._folder, field, split)
         self.class_names = tuple(classes)

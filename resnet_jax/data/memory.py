@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from resnet_jax.data import decode
-from resnet_jax.data.base import Batch
+from resnet_jax.data.base import Batch, Label
 from resnet_jax.data.corrupt import Corrupt
 from resnet_jax.data.order import Order, host_positions
 from resnet_jax.data.sources import Source
@@ -21,7 +21,7 @@ class MemoryImages:
 
     Args:
       images: uint8 [N, S, S, C].
-      labels: int32 [N].
+      labels: int32 [N], or [N, classes] of 0 and 1 where an image may have several.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
@@ -67,14 +67,14 @@ def load_memory(source: Source, config: Data, training: bool, corrupt: Corrupt) 
     side, channels = _side(config, training), config.channels or source.channels
     rng = np.random.default_rng(0)  # a centre crop draws nothing
 
-    def crop(index: int) -> tuple[np.ndarray, int]:
+    def crop(index: int) -> tuple[np.ndarray, Label]:
         data, label = source[index]
         if training:
             return decode.train_crop(data, config, channels, rng), label
         return decode.eval_crop(data, config, channels), label
 
     images = np.empty((len(source), side, side, channels), np.uint8)
-    labels = np.empty(len(source), np.int32)
+    labels = np.empty((len(source), *source.label_shape), np.int32)
     good = np.ones(len(source), bool)
 
     def fill(index: int) -> tuple[int, str] | None:

@@ -10,7 +10,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.data.base import Source, digest, fault, one_line
+import numpy as np
+
+from resnet_jax.data.base import Label, Source, digest, fault, one_line
 from resnet_jax.data.folders import FolderSource
 from resnet_jax.data.tfds_files import find_prepared, import_tfds, missing_shards, prepare_digits
 from resnet_jax.errors import DataError
@@ -18,7 +20,14 @@ from resnet_jax.errors import DataError
 __all__ = ["Source", "open_source"]
 
 
-def open_source(name: str, split: str, data_dir: str = "", *, train_split: str = "train") -> Source:
+def open_source(
+    name: str,
+    split: str,
+    data_dir: str = "",
+    *,
+    train_split: str = "train",
+    several_labels: bool = False,
+) -> Source:
     """Opens one split of a data set.
 
     Args:
@@ -29,6 +38,8 @@ def open_source(name: str, split: str, data_dir: str = "", *, train_split: str =
       data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
       train_split: The split that is trained on. A folder's classes are those of this split,
         whichever split is opened.
+      several_labels: Also open a TFDS data set whose images have none or several labels each,
+        which can be evaluated on and not trained on.
 
     Returns:
       The open source.
@@ -48,7 +59,7 @@ def open_source(name: str, split: str, data_dir: str = "", *, train_split: str =
     if name == "digits":
         return _TfdsSource(name, prepare_digits(data_dir), split, field)
     if kind == "tfds" and rest:
-        return _TfdsSource(name, find_prepared(rest, data_dir), split, field)
+        return _TfdsSource(name, find_prepared(rest, data_dir), split, field, several_labels)
     if kind == "folder" and rest:
         return FolderSource(name, Path(rest).expanduser().absolute(), split, train_split, field)
     raise fault("data.name", name, "must be digits, tfds:NAME[:VERSION] or folder:PATH")
@@ -57,13 +68,18 @@ def open_source(name: str, split: str, data_dir: str = "", *, train_split: str =
 class _TfdsSource(Source):
     """One split of a prepared TFDS data set in ArrayRecord files."""
 
-    def __init__(self, name: str, folder: Path, split: str, field: str) -> None:
-        self._folder, self._split = str(folder), split
+    def __init__(
+        self, name: str, folder: Path, split: str, field: str, several_labels: bool = False
+    ) -> None:
+        self.name, self.split = name, split
+        self._folder = str(folder)
         self._set_up()
         info = _open_builder(name, folder).info
-        self._image_key, self._label_key = _keys(name, info)
-        label, shape = info.features[self._label_key], info.features[self._image_key].shape
+        self._image_key, self._label_key, label = _keys(name, info, several_labels)
+        shape = info.features[self._image_key].shape
         self.class_names = tuple(label.names or map(str, range(label.num_classes)))
+        if label is not info.features[self._label_key]:  # a sequence of such labels
+            self.label_shape = (self.num_classes,)
         self.channels = 1 if shape[-1] == 1 else 3
         self.image_shape = None if None in shape[:2] else (shape[0], shape[1])
         self._length = _check_split(name, info, split, field)
@@ -87,9 +103,9 @@ class _TfdsSource(Source):
         return self._length
 
     def _name(self, position: int) -> str:
-        return f"{self._split}[{position}]"
+        return f"{self.split}[{position}]"
 
-    def _read(self, position: int) -> tuple[bytes, int]:
+    def _read(self, position: int) -> tuple[bytes, Label]:
         try:
             record = self._open()[position]
             image, label = record[self._image_key], record[self._label_key]
@@ -98,12 +114,17 @@ class _TfdsSource(Source):
         # A file that was cut off at a block's end gives records without content.
         if not image or label is None:
             raise self._damage(position, "is empty")
-        if not 0 <= int(label) < self.num_classes:
-            raise DataError(
-                f"{self._name(position)} of {self._folder} has no label ({int(label)}); "
-                "choose another split"
-            )
-        return bytes(image), int(label)
+        for each in np.ravel(label).tolist():
+            if not 0 <= each < self.num_classes:
+                raise DataError(
+                    f"{self._name(position)} of {self._folder} has no label ({each}); "
+                    "choose another split"
+                )
+        if not self.label_shape:
+            return bytes(image), int(label)
+        several = np.zeros(self.label_shape, np.int32)
+        several[np.asarray(label, int)] = 1
+        return bytes(image), several
 
     def _damage(self, position: int, what: str) -> DataError:
         return DataError(
@@ -115,7 +136,7 @@ class _TfdsSource(Source):
         if self._records is None:
             with self._lock:
                 if self._records is None:
-                    self._records = _data_source(self._folder, self._split)
+                    self._records = _data_source(self._folder, self.split)
         return self._records
 
 
@@ -153,22 +174,25 @@ def _data_source(folder: str, split: str) -> Any:
     return builder.as_data_source(split, decoders=decoders, file_format="array_record")
 
 
-def _keys(name: str, info: Any) -> tuple[str, str]:
-    """The features that hold the image and the label."""
+def _keys(name: str, info: Any, several_labels: bool) -> tuple[str, str, Any]:
+    """The features that hold the image and the label, and the kind of each single label."""
     features = import_tfds().features
-    pair = info.supervised_keys or ("image", "label")
-    kinds = (features.Image, features.ClassLabel)
-    for key, kind in zip(pair, kinds):
-        known = isinstance(key, str) and key in info.features
-        if not (known and isinstance(info.features[key], kind)):
-            raise fault(
-                "data.name",
-                name,
-                f"has no image with one label (its features: {', '.join(info.features)})",
-            )
-    if (info.features[pair[1]].num_classes or 0) < 2:
+    image, label = (info.supervised_keys or ("image", "label"))[:2]
+    known = all(isinstance(key, str) and key in info.features for key in (image, label))
+    kind = info.features[label] if known else None
+    if several_labels and isinstance(kind, features.Sequence):
+        kind = kind.feature
+    if not isinstance(kind, features.ClassLabel) or not isinstance(
+        info.features[image], features.Image
+    ):
+        raise fault(
+            "data.name",
+            name,
+            f"has no image with one label (its features: {', '.join(info.features)})",
+        )
+    if (kind.num_classes or 0) < 2:
         raise fault("data.name", name, "has fewer than two classes")
-    return pair[0], pair[1]
+    return image, label, kind
 
 
 def _check_split(name: str, info: Any, split: str, field: str) -> int:

@@ -29,7 +29,7 @@ _MOST_IN_A_ROW = 16
 _AT_A_TIME = 8
 
 
-class _Batches(abc.ABC):
+class Batches(abc.ABC):
     """This host's part of each batch, with random access.
 
     Args:
@@ -72,7 +72,7 @@ class _Batches(abc.ABC):
         return np.empty((self.share, self.size, self.size, self.channels), np.uint8)
 
 
-class _Training(_Batches):
+class _Training(Batches):
     """An image that cannot be decoded is replaced by the one after it in the source.
 
     So the batches stay a function of the seed.
@@ -125,7 +125,7 @@ class _Training(_Batches):
             data, label = self.source[candidate]
             try:
                 decode.train_crop(data, self.config, self.channels, rng, out=image)
-                return label
+                return int(label)
             except DataError:
                 faulty[attempt] = candidate
         raise DataError(
@@ -134,7 +134,7 @@ class _Training(_Batches):
         )
 
 
-class _Evaluation(_Batches):
+class _Evaluation(Batches):
     """Undecodable images, and what fills the last batch, get weight 0."""
 
     def __init__(
@@ -150,7 +150,7 @@ class _Evaluation(_Batches):
     def begin(self, step: int) -> tuple[Batch, list[int]]:
         batch = {
             "images": self._pixels(),
-            "labels": np.zeros(self.share, np.int32),
+            "labels": np.zeros((self.share, *self.source.label_shape), np.int32),
             "weights": np.zeros(self.share, np.float32),
             "faulty": np.full(self.share, -1),
         }
@@ -200,8 +200,8 @@ def stream_batches(
       As `memory_batches`.
     """
     batches = _Training(source, order, config, batch_size, start, stop, mirror, host, hosts)
-    made = _by_processes(batches, config) if config.workers else _by_threads(batches, config)
-    return _reported(made, source, corrupt)
+    made = _by_processes(batches, config) if config.workers else by_threads(batches, config)
+    return reported(made, source, corrupt)
 
 
 def streamed_evaluation_batches(
@@ -226,10 +226,10 @@ def streamed_evaluation_batches(
       As `evaluation_batches`.
     """
     batches = _Evaluation(source, config, batch_size, host, hosts)
-    return _reported(_by_threads(batches, config), source, corrupt)
+    return reported(by_threads(batches, config), source, corrupt)
 
 
-def _by_threads(batches: _Batches, config: Data) -> Iterator[Batch]:
+def by_threads(batches: Batches, config: Data) -> Iterator[Batch]:
     """All threads work on one batch after the other, `prefetch` batches ahead."""
     begun: collections.deque[tuple[Batch, list[concurrent.futures.Future[None]]]]
     begun = collections.deque()
@@ -264,7 +264,7 @@ def _by_threads(batches: _Batches, config: Data) -> Iterator[Batch]:
         pool.shutdown()
 
 
-def _by_processes(batches: _Batches, config: Data) -> Iterator[Batch]:
+def _by_processes(batches: Batches, config: Data) -> Iterator[Batch]:
     """Each process makes whole batches, in turn; each of its threads one of them."""
     import grain
 
@@ -283,7 +283,7 @@ def _mark_flags_parsed() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def _reported(batches: Iterator[Batch], source: Source, corrupt: Corrupt) -> Iterator[Batch]:
+def reported(batches: Iterator[Batch], source: Source, corrupt: Corrupt) -> Iterator[Batch]:
     """Names the images that could not be decoded, with the reason."""
     for batch in batches:
         faulty = batch.pop("faulty")

@@ -127,6 +127,24 @@ data.data_dir = '/nowhere'; run: python -m resnet_jax prepare fashion_mnist --da
     raise fault("data.name", f"tfds:{name}", reason)
 
 
+def prepared_configs(name: str, data_dir: str) -> list[str]:
+    """The configurations of a TFDS data set that are prepared.
+
+    Args:
+      name: NAME, without "tfds:".
+      data_dir: As in `data.data_dir`.
+
+    Returns:
+      NAME/CONFIG each, sorted.
+
+    Example:
+      >>> prepared_configs("imagenet2012_corrupted", "/nowhere")
+      []
+    """
+    folder = tfds_root(data_dir) / name
+    return [f"{name}/{each}" for each in _listed(folder) if _has_version(folder / each)]
+
+
 def _listed(folder: Any) -> list[str]:
     try:
         return sorted(each.name for each in folder.iterdir())

@@ -40,25 +40,77 @@ def make_evaluation_step(
       nats, whatever the network was trained with), top1, top5.
     """
 
+    predict = make_logits(model, config, flip)
+
     def step(variables: Any, batch: dict[str, jax.Array]) -> Sums:
-        labels, weights = batch["labels"], batch["weights"]
-        images = normalize(batch["images"], config)
-        predict = functools.partial(model.apply, variables, train=False)
-        logits = jnp.asarray(predict(images))
-        if flip:
-            logits = (logits + jnp.asarray(predict(images[:, :, ::-1]))) / 2
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        each = {
-            "images": jnp.ones_like(weights),
-            "loss": loss,
-            "top1": top_k_hits(logits, labels, 1),
-            "top5": top_k_hits(logits, labels, 5),
-        }
-        # `where` and not a product: 0 times the NaN of a padded image would be NaN.
-        sums = {name: jnp.where(weights > 0, x, 0).sum() for name, x in each.items()}
-        return lax.psum(sums, AXIS)
+        logits = predict(variables, batch["images"])
+        return sum_up(judge(logits, batch["labels"]), batch["weights"])
 
     return step
+
+
+def make_logits(
+    model: ResNet, config: Augment, flip: bool = False
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """What a network makes of uint8 images.
+
+    Args:
+      model: The network.
+      config: With the mean and standard deviation that images are normalised by.
+      flip: Average the logits of each image and its mirror image.
+
+    Returns:
+      predict(variables, images [N, H, W, C]) -> logits [N, classes].
+    """
+
+    def predict(variables: Any, images: jax.Array) -> jax.Array:
+        images = normalize(images, config)
+        apply = functools.partial(model.apply, variables, train=False)
+        logits = jnp.asarray(apply(images))
+        if flip:
+            logits = (logits + jnp.asarray(apply(images[:, :, ::-1]))) / 2
+        return logits
+
+    return predict
+
+
+def judge(logits: jax.Array, labels: jax.Array) -> Sums:
+    """Each image's part in the measures.
+
+    Args:
+      logits: [N, classes].
+      labels: int32 [N].
+
+    Returns:
+      {"images": 1, "loss": nats, "top1", "top5": whether it is a hit}, each [N].
+
+    Example:
+      >>> each = judge(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([2]))
+      >>> each["top1"].tolist(), each["loss"].round(3).tolist()
+      ([False], [1.4079999923706055])
+    """
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return {
+        "images": jnp.ones_like(loss),
+        "loss": loss,
+        "top1": top_k_hits(logits, labels, 1),
+        "top5": top_k_hits(logits, labels, 5),
+    }
+
+
+def sum_up(each: Sums, weights: jax.Array) -> Sums:
+    """Sums over the images of all devices; for use under the axis "batch".
+
+    Args:
+      each: Arrays [N] by name.
+      weights: [N], 0 for an image that does not count.
+
+    Returns:
+      Scalars by name.
+    """
+    # `where` and not a product: 0 times the NaN of a padded image would be NaN.
+    sums = {name: jnp.where(weights > 0, x, 0).sum() for name, x in each.items()}
+    return lax.psum(sums, AXIS)
 
 
 def evaluate(

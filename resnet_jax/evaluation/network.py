@@ -35,6 +35,7 @@ class Network:
       channels: Of its images, 1 or 3.
       class_names: The name of each output; "0", "1", ... where nobody said.
       config: Of the run that trained it; None where it was not one of ours.
+      weights: "ema" for the moving average of a run's parameters, else "".
     """
 
     source: str
@@ -45,6 +46,7 @@ class Network:
     channels: int
     class_names: tuple[str, ...]
     config: Config | None = None
+    weights: str = ""
 
     @property
     def crop(self) -> Data:
@@ -141,6 +143,7 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
         channels=_channels(variables),
         class_names=_class_names(classes, _read_names(workdir / "classes.json")),
         config=config,
+        weights="ema" if ema and config.train.ema_decay else "",
     )
 
 

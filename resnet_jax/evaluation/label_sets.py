@@ -1,0 +1,185 @@
+"""Which of a network's outputs the labels of a data set mean.
+
+Labels are matched by name: a workdir knows its classes, a network of a thousand classes is taken
+for one of ImageNet's. So the order of class folders does not matter, and a data set of some of the
+classes is judged among those only. ImageNet-A and ImageNet-R are of that kind: TFDS numbers
+their labels as ImageNet's thousand, and the authors let only their 200 classes compete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from importlib import resources
+
+import numpy as np
+
+from resnet_jax.data.sources import Source
+from resnet_jax.errors import DataError
+from resnet_jax.evaluation.network import Network, imagenet_ids, imagenet_names
+
+SUBSETS = ("imagenet_a", "imagenet_r")
+CORRUPTED = "imagenet2012_corrupted"
+
+# Top-1 errors of AlexNet, each the mean of five severities, which mCE divides by: Hendrycks &
+# Dietterich 2019, as in the README of their repository (github.com/hendrycks/robustness).
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The classes that compete for an image of a data set.
+
+    Args:
+      names: Of each.
+      outputs: The network's output for each; None: all outputs as they are.
+      places: int32, for each label of the data set its place among the classes, -1 where it has
+        none; None: the labels as they are.
+    """
+
+    names: tuple[str, ...]
+    outputs: np.ndarray | None = None
+    places: np.ndarray | None = None
+
+    def translate(self, labels: np.ndarray) -> np.ndarray:
+        """Labels of the data set, [N] or [N, labels] of 0 and 1, as places among the classes.
+
+        Example:
+          >>> classes = Classes(("cat", "dog"), places=np.array([1, -1, 0], np.int32))
+          >>> classes.translate(np.array([0, 2, 1])).tolist()
+          [1, 0, -1]
+          >>> classes.translate(np.array([[1, 1, 0]])).tolist()
+          [[0, 1]]
+        """
+        if self.places is None:
+            return labels
+        if labels.ndim == 1:
+            return self.places[labels]
+        known = self.places >= 0
+        several = np.zeros((len(labels), len(self.names)), labels.dtype)
+        several[:, self.places[known]] = labels[:, known]
+        return several
+
+
+def data_set_name(name: str) -> str:
+    """What TFDS calls a data set, without configuration and version.
+
+    Args:
+      name: As in `data.name`.
+
+    Returns:
+      "" where it is none of TFDS's.
+
+    Example:
+      >>> data_set_name("tfds:imagenet2012_corrupted/fog_1:3.1.0"), data_set_name("folder:a")
+      ('imagenet2012_corrupted', '')
+    """
+    kind, _, rest = name.partition(":")
+    return rest.partition(":")[0].partition("/")[0] if kind == "tfds" else ""
+
+
+def subset_ids(name: str) -> tuple[str, ...]:
+    """The WordNet ids of ImageNet-A's or ImageNet-R's 200 classes.
+
+    Args:
+      name: "imagenet_a" or "imagenet_r".
+
+    Returns:
+      In the order of ImageNet's labels.
+
+    Example:
+      >>> len(subset_ids("imagenet_a")), subset_ids("imagenet_r")[0]
+      (200, 'n01443537')
+    """
+    file = resources.files("resnet_jax.evaluation") / "imagenet_subsets.txt"
+    lines = map(str.split, file.read_text(encoding="utf-8").splitlines())
+    return tuple(line[0] for line in lines if name in line[1:])
+
+
+def match_classes(network: Network, source: Source) -> Classes:
+    """Finds the network's output for each label of a data set.
+
+    Args:
+      network: The network.
+      source: The data set.
+
+    Returns:
+      The classes that compete.
+
+    Raises:
+      DataError: The network has not the data set's classes.
+
+    Example:
+      >>> import tempfile
+      >>> from types import SimpleNamespace
+      >>> from resnet_jax.data.sources import open_source
+      >>> network = SimpleNamespace(class_names=tuple("0987654321"))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     match_classes(network, open_source("digits", "test", folder)).places.tolist()
+      [0, 9, 8, 7, 6, 5, 4, 3, 2, 1]
+    """
+    subset = data_set_name(source.name)
+    wanted = subset_ids(subset) if subset in SUBSETS else source.class_names
+    outputs = _outputs(wanted, network, source)
+    names = tuple(network.class_names[output] for output in outputs)
+    if subset in SUBSETS:  # labels count all of ImageNet's classes
+        place = {name: number for number, name in enumerate(wanted)}
+        places = [place.get(name, -1) for name in source.class_names]
+        return Classes(names, outputs, np.array(places, np.int32))
+    if len(outputs) == len(network.class_names):
+        in_order = (outputs == np.arange(len(outputs))).all()
+        return Classes(network.class_names, None, None if in_order else outputs)
+    if names == network.class_names[: len(names)] and _is_filler(network, len(names)):
+        return Classes(network.class_names)  # all outputs compete, as while training
+    return Classes(names, outputs)
+
+
+def _outputs(wanted: Sequence[str], network: Network, source: Source) -> np.ndarray:
+    """The output of each name."""
+    for names in _names(network):
+        number = {name: place for place, name in enumerate(names)}
+        if len(number) == len(names) and number.keys() >= set(wanted):
+            return np.array([number[name] for name in wanted], np.int32)
+    if network.config is None and len(wanted) == len(network.class_names):
+        return np.arange(len(wanted), dtype=np.int32)  # nobody knows its names
+    raise DataError(
+        f"{source.name}: its {len(wanted)} classes ({_shown(wanted)}) are not among the "
+        f"{len(network.class_names)} of {network.source} ({_shown(network.class_names)}); "
+        "take the data set that the network was trained for"
+    )
+
+
+def _names(network: Network) -> Iterator[tuple[str, ...]]:
+    """What the network's classes may be called."""
+    yield network.class_names
+    if network.class_names in (imagenet_ids(), imagenet_names()):
+        yield from (imagenet_ids(), imagenet_names())
+    if network.config is None:
+        yield tuple(map(str, range(len(network.class_names))))
+
+
+def _is_filler(network: Network, known: int) -> bool:
+    """Whether outputs past the known ones belong to no class: a head wider than its data set."""
+    numbers = range(known, len(network.class_names))
+    return network.class_names[known:] == tuple(map(str, numbers))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

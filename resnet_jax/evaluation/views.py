@@ -1,0 +1,171 @@
+"""What of an image the network sees: one crop, its mirror image too, ten crops, several scales.
+
+    one_crop     the centre
+    flip         the centre and its mirror image; their *logits* are averaged, as by the trainer's
+                 evaluate.flip
+    ten_crop     four corners, centre, and their mirror images, cut from the central square of the
+                 resized image; *probabilities* are averaged (Krizhevsky et al. 2012, section 4.1)
+    multi_scale  the whole image at several scales, fully convolutional (He et al. 2015, section
+                 3.4): *logits* are averaged over the positions of the last map, which is what
+                 pooling before a linear head does, and *probabilities* over the scales
+
+A mean of probabilities lets no single view outvote the rest, however large its logits; it is the
+form of the two papers that the networks of section 3.4 are compared with (Simonyan & Zisserman
+2015, section 3.2). It is computed from their logarithms, where nothing underflows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from resnet_jax.evaluation.metrics import Sums, judge, make_logits, sum_up
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.training import parallel
+from resnet_jax.training.config import Augment
+from resnet_jax.training.parallel import AXIS
+
+VIEWS = ("one_crop", "flip", "ten_crop", "multi_scale")
+# Shorter sides in He et al. 2015, section 3.4, by the side of the training crop.
+PAPER_SCALES = (224, 256, 384, 480, 640)
+
+
+def default_scales(image_size: int) -> tuple[int, ...]:
+    """The paper's scales for networks of another image size.
+
+    Args:
+      image_size: Side of the crop in pixels.
+
+    Returns:
+      Shorter sides in pixels.
+
+    Example:
+      >>> default_scales(224), default_scales(32)
+      ((224, 256, 384, 480, 640), (32, 37, 55, 69, 91))
+    """
+    return tuple(round(scale * image_size / 224) for scale in PAPER_SCALES)
+
+
+def make_measuring_step(
+    model: ResNet,
+    colours: Augment,
+    views: str,
+    side: int,
+    outputs: np.ndarray | None = None,
+) -> Callable[[Any, dict[str, Any]], dict[str, Sums]]:
+    """The evaluation of one batch on all devices.
+
+    Args:
+      model: The network.
+      colours: With the mean and standard deviation that images are normalised by.
+      views: One of `VIEWS`.
+      side: Of a crop in pixels, for ten_crop.
+      outputs: The network's outputs that compete; None: all.
+
+    Returns:
+      measure(variables, batch) -> {"sums", "each"}: as the trainer's step, summed over all
+      devices, and for each image of the whole batch its weight, label, prediction, confidence
+      and measures. A batch is of the host's arrays: {"images", "labels", "weights"}.
+    """
+    predict = make_logits(model, colours, flip=views == "flip")
+
+    def compete(variables: Any, images: jax.Array) -> jax.Array:
+        logits = predict(variables, images)
+        return logits if outputs is None else logits[:, outputs]
+
+    if views in ("one_crop", "flip"):
+
+        def step(variables: Any, batch: dict[str, jax.Array]) -> dict[str, Sums]:
+            return _judged(compete(variables, batch["images"]), batch)
+
+        measured = parallel.data_parallel_sums(step)
+        return lambda variables, batch: measured(variables, parallel.put(batch))
+
+    def judge_scores(_: Any, batch: dict[str, jax.Array]) -> dict[str, Sums]:
+        return _judged(batch["scores"], batch)
+
+    look = _look_at_crops(compete, side) if views == "ten_crop" else _look_at_scales(compete)
+    judged = parallel.data_parallel_sums(judge_scores)
+    classes = model.num_classes if outputs is None else len(outputs)
+
+    def measure(variables: Any, batch: dict[str, Any]) -> dict[str, Sums]:
+        facts = {"labels": batch["labels"], "weights": batch["weights"]}
+        nothing = np.full((len(batch["weights"]), classes), -np.inf, np.float32)
+        scores = look(variables, batch["images"], parallel.put(nothing))
+        return judged(np.float32(0), {"scores": scores, **parallel.put(facts)})
+
+    return measure
+
+
+# (variables, a host's images, nothing) -> the logarithm of the views' summed probabilities.
+Look = Callable[[Any, Any, jax.Array], jax.Array]
+
+
+def _look_at_crops(compete: Callable[[Any, jax.Array], jax.Array], side: int) -> Look:
+    def add(arguments: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        variables, top, left, mirrored = arguments
+        images = lax.dynamic_slice_in_dim(batch["images"], top, side, axis=1)
+        images = lax.dynamic_slice_in_dim(images, left, side, axis=2)  # [N, side, side, C]
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+        return jnp.logaddexp(batch["total"], jax.nn.log_softmax(compete(variables, images)))
+
+    run = parallel.data_parallel_outputs(add)  # one program for all ten
+
+    def look(variables: Any, images: np.ndarray, total: jax.Array) -> jax.Array:
+        placed, rest = parallel.put(images), images.shape[1] - side
+        middle = round(rest / 2)
+        for top, left in ((0, 0), (0, rest), (rest, 0), (rest, rest), (middle, middle)):
+            for mirrored in (False, True):
+                arguments = (variables, np.int32(top), np.int32(left), np.bool_(mirrored))
+                total = run(arguments, {"images": placed, "total": total})
+        return total
+
+    return look
+
+
+def _look_at_scales(compete: Callable[[Any, jax.Array], jax.Array]) -> Look:
+    def add(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        logits = compete(variables, batch["images"])
+        return jnp.logaddexp(batch["total"], jax.nn.log_softmax(logits))
+
+    run = parallel.data_parallel_outputs(add)  # one program for each shape
+
+    def look(variables: Any, images: list[np.ndarray], total: jax.Array) -> jax.Array:
+        for scaled in images:
+            total = run(variables, {"images": parallel.put(scaled), "total": total})
+        return total
+
+    return look
+
+
+def _judged(logits: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Sums]:
+    """Sums over all devices, and every image's measures; for use under the axis "batch"."""
+    labels, weights = batch["labels"], batch["weights"]
+    if labels.ndim == 1:
+        each, labelled = judge(logits, labels), jnp.ones_like(weights)
+    else:
+        # Of several right labels the one that the network likes best; without any, none counts.
+        each, labelled = (
+            judge(logits, jnp.where(labels > 0, logits, -jnp.inf).argmax(1)),
+            labels.any(1),
+        )
+        del each["loss"]
+    sums = sum_up(each, weights * labelled)
+    facts = {
+        **each,
+        "prediction": logits.argmax(1),
+        "confidence": jax.nn.softmax(logits).max(1),
+        "finite": jnp.isfinite(logits).all(1),
+        "weight": weights,
+        "labelled": labelled,
+    }
+    if labels.ndim == 1:
+        facts["label"] = labels
+    gather = functools.partial(lax.all_gather, axis_name=AXIS, tiled=True)
+    return {"sums": sums, "each": jax.tree.map(gather, facts)}
