@@ -98,6 +98,21 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
+    export = commands.add_parser("export", help="give a network away: StableHLO, ONNX, the Hub")
+    _add_network(export)
+    export.add_argument("--format", required=True, help="stablehlo, onnx or hub")
+    export.add_argument("--output", required=True, help="file, or for hub folder, to write")
+    export.add_argument("--platforms", default="", help="of stablehlo (default: cpu,cuda,tpu)")
+    export.add_argument(
+        "--fold_batch_norm", action="store_true", help="fold batch norms into the convolutions"
+    )
+    export.add_argument(
+        "--weights", default="", help="of stablehlo: embedded (default), or beside in .safetensors"
+    )
+    export.add_argument("--push", default="", metavar="OWNER/NAME", help="upload hub's folder")
+    export.add_argument("--force", action="store_true", help="replace what is there")
+    export.set_defaults(command=_export)
+
     prepare = commands.add_parser("prepare", help="prepare a TFDS data set")
     prepare.add_argument("name", help="digits, or NAME[:VERSION] of TFDS")
     prepare.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
@@ -292,6 +307,22 @@ def _plan(options: argparse.Namespace) -> None:
         images_per_core=options.images_per_core,
     )
     print(json.dumps(plan) if options.json else plan_table(plan))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from resnet_jax.inference.export import export_network
+
+    agreement = export_network(
+        _open_network(options),
+        options.format,
+        options.output,
+        platforms=options.platforms,
+        fold_batch_norm=options.fold_batch_norm,
+        weights=options.weights,
+        push=options.push,
+        force=options.force,
+    )
+    print(agreement)
 
 
 def _prepare(options: argparse.Namespace) -> None:

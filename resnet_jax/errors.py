@@ -33,6 +33,10 @@ class DivergedError(ResNetJaxError):
     """Training has diverged: the loss is no longer a number."""
 
 
+class ExportError(ResNetJaxError):
+    """An export that cannot be made or written, or that disagrees with its source."""
+
+
 class StoppedError(ResNetJaxError):
     """A signal stopped a run between two steps; the same command goes on with it."""
 

@@ -351,7 +351,7 @@ class _Evaluator:
         return Report(
             network=network.source,
             model=network.name,
-            weights=network.weights,
+            weights="ema" if network.ema else "",
             data=source.name,
             split=source.split,
             views=self.views,

@@ -19,7 +19,12 @@ from resnet_jax.training.config import Augment, Config, Data, check, from_json
 from resnet_jax.training.setup import make_model
 from resnet_jax.weights.convert import Variables, from_torch, head_classes
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, read_state_dict
-from resnet_jax.weights.pretrained import Preprocessing, load_pretrained, pretrained_name
+from resnet_jax.weights.pretrained import (
+    Preprocessing,
+    load_pretrained,
+    pretrained_labels,
+    pretrained_name,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Network:
       channels: Of its images, 1 or 3.
       class_names: The name of each output; "0", "1", ... where nobody said.
       config: Of the run that trained it; None where it was not one of ours.
-      weights: "ema" for the moving average of a run's parameters, else "".
+      step: Completed steps of that run's state; None likewise.
+      ema: It is the moving average of that state.
     """
 
     source: str
@@ -46,7 +52,8 @@ class Network:
     channels: int
     class_names: tuple[str, ...]
     config: Config | None = None
-    weights: str = ""
+    step: int | None = None
+    ema: bool = False
 
     @property
     def crop(self) -> Data:
@@ -115,10 +122,11 @@ def open_network(
 
 def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
     # Orbax is loaded only where a workdir is read.
-    from resnet_jax.training.checkpoint import load_variables
+    from resnet_jax.training.checkpoint import chosen_step, load_variables
 
     try:
         name, variables = load_variables(workdir, best=best, ema=ema)
+        step = chosen_step(workdir, best=best)
     except ResNetJaxError as error:
         raise WeightsError(str(error)) from error
     config = from_json((workdir / "config.json").read_text())
@@ -143,7 +151,8 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
         channels=_channels(variables),
         class_names=_class_names(classes, _read_names(workdir / "classes.json")),
         config=config,
-        weights="ema" if ema and config.train.ema_decay else "",
+        step=step,
+        ema=ema and config.train.ema_decay > 0,
     )
 
 
@@ -181,7 +190,7 @@ def _from_hub(source: str) -> Network:
         variables=variables,
         preprocessing=preprocessing,
         channels=_channels(variables),
-        class_names=_class_names(model.num_classes),
+        class_names=_class_names(model.num_classes, pretrained_labels(source)),
     )
 
 

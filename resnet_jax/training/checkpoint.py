@@ -71,6 +71,10 @@ class Checkpoints:
         ranked = [(_top1(metrics), step) for step, metrics in self._evaluated()]
         return max(ranked)[1] if ranked else None
 
+    def choose(self, best: bool) -> int | None:
+        """The best state, or without an evaluation or where it is not asked for the newest."""
+        return (self.best if best else None) or self.latest
+
     def _evaluated(self) -> Iterator[tuple[int, dict[str, float]]]:
         for step in self._manager.all_steps():
             metrics = self._manager.metrics(step)
@@ -239,12 +243,28 @@ def load_variables(
     if not has_states(workdir):
         raise ConfigError(f"{workdir} has no checkpoint yet")
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = (checkpoints.best if best else None) or checkpoints.latest
+    step = checkpoints.choose(best)
     state = checkpoints._manager.restore(step, args=ocp.args.StandardRestore())
     checkpoints.close()
     found = state["ema"] if ema and state.get("ema") else state
     variables = {name: found[name] for name in ("params", "batch_stats") if found.get(name)}
     return config["model"]["name"], jax.tree.map(np.asarray, variables)
+
+
+def chosen_step(workdir: str | os.PathLike[str], *, best: bool = True) -> int | None:
+    """Completed steps of the state that `load_variables` takes.
+
+    Args:
+      workdir: Folder of the run, with a checkpoint.
+      best: As there.
+
+    Returns:
+      The number.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.choose(best)
+    checkpoints.close()
+    return step
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -144,10 +144,37 @@ def pretrained_name(repository: str | os.PathLike[str], *, revision: str | None 
     return _read_config(_folder(repository, revision) / "config.json").architecture
 
 
+def pretrained_labels(
+    repository: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[str, ...]:
+    """The names of the classes of the network in a repository.
+
+    Args:
+      repository: As for `load_pretrained`.
+      revision: Likewise.
+
+    Returns:
+      In the order of the outputs; () where the repository does not say.
+
+    Raises:
+      WeightsError: As `load_pretrained` raises it.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> config = {"architecture": "resnet20", "num_classes": 2, "label_names": ["cat", "dog"]}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+      ...     pretrained_labels(folder)
+      ('cat', 'dog')
+    """
+    return _read_config(_folder(repository, revision) / "config.json").labels
+
+
 class _Config(NamedTuple):
     architecture: str
     fields: dict[str, Any]
     preprocessing: Preprocessing
+    labels: tuple[str, ...]
 
 
 def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
@@ -197,6 +224,8 @@ def _parse_config(config: dict[str, Any]) -> _Config:
     facts = {**config, **config.get("pretrained_cfg", {})}
     fields = {"num_classes": int(config.get("num_classes", facts.get("num_classes", 1000)))}
     for argument, value in (config.get("model_args") or {}).items():
+        if argument == "in_chans":  # the weights say it
+            continue
         if argument not in _MODEL_ARGUMENTS:
             raise WeightsError(f"model_args.{argument} = {value!r} has no counterpart here")
         fields[_MODEL_ARGUMENTS[argument]] = value
@@ -208,4 +237,6 @@ def _parse_config(config: dict[str, Any]) -> _Config:
         mean=tuple(map(float, facts.get("mean", default.mean))),
         std=tuple(map(float, facts.get("std", default.std))),
     )
-    return _Config(architecture, fields, preprocessing)
+    labels = facts.get("label_names") or ()
+    known = labels if len(labels) == fields["num_classes"] else ()
+    return _Config(architecture, fields, preprocessing, tuple(map(str, known)))

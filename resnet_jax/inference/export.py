@@ -1,0 +1,328 @@
+"""Gives a network away: as a StableHLO program, an ONNX graph, or a folder for the Hub.
+
+What is written is read again and compared with the network on real images before it gets its
+name; where it disagrees, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.errors import ExportError, ModelError, WeightsError, unknown_name
+from resnet_jax.evaluation.network import Network
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.pretrained import Preprocessing
+
+FORMATS = ("stablehlo", "hub", "onnx")
+WEIGHTS = ("embedded", "beside")
+# Largest difference allowed, as a share of the largest logit: float32 rounding of the deepest
+# networks stays below it, and a wrong constant does not.
+TOLERANCE = 1e-4
+IMAGES = 8  # that an export is compared on
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How an export agrees with its source.
+
+    Args:
+      difference: Largest between two logits.
+      largest: Largest absolute logit of the source.
+      paths: The files that were written.
+    """
+
+    difference: float
+    largest: float
+    paths: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        size = sum(path.stat().st_size for path in self.paths) / 1e6
+        return (
+            f"{', '.join(map(str, self.paths))} ({size:.1f} MB): largest difference from the "
+            f"source on {IMAGES} real images {self.difference:.1e}, largest logit "
+            f"{self.largest:.3g}"
+        )
+
+
+def export_network(
+    network: Network,
+    format: str,
+    output: str | os.PathLike[str],
+    *,
+    platforms: str = "",
+    fold_batch_norm: bool = False,
+    weights: str = "",
+    push: str = "",
+    force: bool = False,
+) -> Agreement:
+    """Exports a network; it computes in float32 whatever it was trained in.
+
+    Args:
+      network: What to export.
+      format: "stablehlo" (a program for JAX), "onnx" (a graph), or "hub" (a folder).
+      output: File or, for "hub", folder.
+      platforms: Of a program, with commas; "": "cpu,cuda,tpu".
+      fold_batch_norm: Fold the batch norms into the convolutions; not for "hub".
+      weights: Of a program: "embedded" in it, or "beside" it in a .safetensors file of the same
+        name; "": embedded.
+      push: Of a folder: "owner/name" on the Hugging Face Hub to upload it to.
+      force: Replace what is there.
+
+    Returns:
+      How the export, read again, agrees with the network on real images.
+
+    Raises:
+      ExportError: An option that is not one or does not go with the format, an output that
+        exists or cannot be written, a package that is missing, or an export that disagrees.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, resnet_jax as rj
+      >>> from resnet_jax.evaluation.network import open_network
+      >>> model = rj.create_model("plain20")
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     rj.save_weights(f"{folder}/w.npz", model, variables)
+      ...     network = open_network(f"{folder}/w.npz", model="plain20", image_size=8)
+      ...     done = export_network(network, "hub", f"{folder}/plain20")
+      >>> [path.name for path in done.paths], done.difference
+      (['README.md', 'config.json', 'model.safetensors'], 0.0)
+    """
+    output = Path(output).expanduser()
+    _check_options(format, platforms, fold_batch_norm, weights, push)
+    network = _in_float32(network)
+    images = sample_images(network)
+    expected = source_logits(network.model, network.variables, network.preprocessing, images)
+    exported = _folded(network) if fold_batch_norm else network
+    names, folder = _file_names(format, output, weights == "beside")
+    with _staged(output, names, folder, force) as (stage, paths):
+        files = [stage / name for name in names]
+        found = _WRITERS[format](exported, files, images, platforms)
+        agreement = _compare(expected, found, paths)
+    if push:
+        from resnet_jax.inference.hub import push_folder
+
+        push_folder(output, push)
+    return agreement
+
+
+def sample_images(network: Network, count: int = IMAGES) -> np.ndarray:
+    """Real images, prepared as a network's are: scikit-learn's photographs, or grey digits.
+
+    Args:
+      network: Whose preprocessing they get.
+      count: How many.
+
+    Returns:
+      uint8 [count, S, S, C].
+
+    Example:
+      >>> # Stands in for a network.
+      >>> import types
+      >>> preprocessing = Preprocessing(image_size=32)
+      >>> sample_images(types.SimpleNamespace(channels=1, preprocessing=preprocessing), 4).shape
+      (4, 32, 32, 1)
+    """
+    try:
+        from PIL import Image
+        from sklearn import datasets
+    except ImportError as error:
+        raise ExportError(
+            f"an export is checked on images of scikit-learn, and {error.name} is not installed: "
+            "pip install 'resnet-jax-linen[train]'"
+        ) from error
+    side = network.preprocessing.image_size
+    if network.channels == 1:
+        digits = datasets.load_digits().images[:count] * (255 / 16)
+        pictures = [digit.astype(np.uint8) for digit in digits]
+    else:
+        photos = datasets.load_sample_images().images  # 427 x 640
+        starts = [200 * k // max(1, count // 2) for k in range((count + 1) // 2)]
+        pictures = [
+            photo[start // 2 :, start : start + 427] for start in starts for photo in photos
+        ]
+    squares = [
+        np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
+        for picture in pictures[:count]
+    ]
+    stack = np.stack(squares).reshape(count, side, side, -1)
+    # A network of other channels gets colours in turn.
+    return np.ascontiguousarray(stack[..., np.arange(network.channels) % stack.shape[-1]])
+
+
+def predict(
+    model: ResNet, preprocessing: Preprocessing, variables: Any, images: jax.Array
+) -> jax.Array:
+    """What every export computes: uint8 images [N, S, S, C] -> logits [N, num_classes]."""
+    return jnp.asarray(model.apply(variables, preprocessing.normalize(images), train=False))
+
+
+def source_logits(
+    model: ResNet, variables: Any, preprocessing: Preprocessing, images: np.ndarray
+) -> np.ndarray:
+    """`predict` on this machine's CPU, compiled."""
+    with _on_cpu():
+        return np.asarray(_compiled(model, preprocessing, variables, images))
+
+
+_compiled = jax.jit(predict, static_argnums=(0, 1))
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Exports are compared where float32 is float32, whatever accelerator is there."""
+    try:
+        return jax.default_device(jax.devices("cpu")[0])
+    except RuntimeError as error:
+        raise ExportError(
+            "JAX_PLATFORMS hides the CPU, on which exports are checked; add cpu to it"
+        ) from error
+
+
+def _in_float32(network: Network) -> Network:
+    model = network.model.clone(dtype=np.float32, remat=False)
+    variables = jax.tree.map(np.asarray, network.variables)
+    return dataclasses.replace(network, model=model, variables=variables)
+
+
+def _folded(network: Network) -> Network:
+    from resnet_jax.inference.fold import fold_batch_norm
+
+    try:
+        model, variables = fold_batch_norm(network.model, network.variables)
+    except ModelError as error:
+        raise ExportError(f"--fold_batch_norm: {error}") from error
+    return dataclasses.replace(network, model=model, variables=variables)
+
+
+def _check_options(format: str, platforms: str, fold: bool, weights: str, push: str) -> None:
+    if format not in FORMATS:
+        raise ExportError(f"--format={format}: {unknown_name('format', format, FORMATS)}")
+    if weights not in ("", *WEIGHTS):
+        raise ExportError(f"--weights={weights}: {unknown_name('place', weights, WEIGHTS)}")
+    only = {
+        f"--platforms={platforms}": (platforms, ("stablehlo",)),
+        f"--weights={weights}": (weights == "beside", ("stablehlo",)),
+        f"--push={push}": (push, ("hub",)),
+        "--fold_batch_norm": (fold, ("stablehlo", "onnx")),
+    }
+    for flag, (given, formats) in only.items():
+        if given and format not in formats:
+            which = " or ".join(formats)
+            raise ExportError(f"{flag} goes with --format={which}, not {format}; leave it out")
+    if push and (push.count("/") != 1 or not all(push.split("/"))):
+        raise ExportError(f"--push={push}: is not OWNER/NAME")
+
+
+def _file_names(format: str, output: Path, beside: bool) -> tuple[list[str], bool]:
+    """The files of an export, and whether they are in a folder of their own."""
+    if format == "hub":
+        return ["README.md", "config.json", "model.safetensors"], True
+    if not beside:
+        return [output.name], False
+    if output.suffix == ".safetensors":
+        raise ExportError(f"--output={output}: is the name of the weights beside it; take another")
+    return [output.name, output.with_suffix(".safetensors").name], False
+
+
+def _write_stablehlo(
+    network: Network, files: Sequence[Path], images: np.ndarray, platforms: str
+) -> np.ndarray:
+    from resnet_jax.inference.stablehlo import parse_platforms, run_stablehlo, write_stablehlo
+
+    chosen = parse_platforms(platforms or "cpu,cuda,tpu")
+    program, weights = files[0], files[1] if len(files) > 1 else None
+    function = functools.partial(predict, network.model, network.preprocessing)
+    write_stablehlo(function, network.variables, images.shape[1:], chosen, program, weights)
+    with _on_cpu():
+        return run_stablehlo(program, weights, images)
+
+
+def _write_onnx(
+    network: Network, files: Sequence[Path], images: np.ndarray, platforms: str
+) -> np.ndarray:
+    try:
+        from resnet_jax.inference.onnx import run_onnx, write_onnx
+
+        function = functools.partial(predict, network.model, network.preprocessing)
+        facts = {
+            "architecture": network.name,
+            "class_names": network.class_names,
+            "preprocessing": dataclasses.asdict(network.preprocessing),
+        }
+        write_onnx(function, network.variables, images.shape[1:], facts, files[0])
+        return run_onnx(files[0], images)
+    except ImportError as error:
+        raise ExportError(
+            f"--format=onnx needs {error.name}: pip install 'resnet-jax-linen[onnx]'"
+        ) from error
+
+
+def _write_hub(
+    network: Network, files: Sequence[Path], images: np.ndarray, platforms: str
+) -> np.ndarray:
+    from resnet_jax.inference.hub import write_hub
+    from resnet_jax.weights.pretrained import load_pretrained
+
+    folder = files[0].parent
+    write_hub(network, folder)
+    try:
+        return source_logits(*load_pretrained(folder), images)
+    except WeightsError as error:
+        raise ExportError(f"--format=hub: {network.name} cannot be read back: {error}") from error
+
+
+_WRITERS: Mapping[str, Callable[..., np.ndarray]] = {
+    "stablehlo": _write_stablehlo,
+    "onnx": _write_onnx,
+    "hub": _write_hub,
+}
+
+
+def _compare(expected: np.ndarray, found: np.ndarray, paths: Sequence[Path]) -> Agreement:
+    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    if not difference <= TOLERANCE * largest:  # NaN is no agreement
+        raise ExportError(
+            f"the export disagrees with its source by {difference:.1e}; allowed is {TOLERANCE:g} "
+            f"of the largest logit, {largest:.3g}; nothing was written"
+        )
+    return Agreement(difference, largest, tuple(paths))
+
+
+@contextlib.contextmanager
+def _staged(
+    output: Path, names: Sequence[str], folder: bool, force: bool
+) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder beside the output for its files, which get their places if nothing fails."""
+    paths = [(output if folder else output.parent) / name for name in names]
+    for path in [output, *paths]:
+        if path.exists() and not force:
+            raise ExportError(f"--output={output}: {path} exists; take another, or give --force")
+    if force and (output.exists() and output.is_dir() != folder):
+        kind = "file" if folder else "folder"
+        raise ExportError(f"--output={output}: is a {kind}; remove it, or take another")
+    stage = output.parent / f".{output.name}.{os.getpid()}.partial"
+    try:
+        stage.mkdir()
+    except OSError as error:
+        raise ExportError(f"--output={output}: cannot be written ({error.strerror})") from error
+    try:
+        yield stage, paths
+        if folder and not output.exists():
+            os.replace(stage, output)
+        else:
+            for path in reversed(paths):  # the first needs the others
+                os.replace(stage / path.name, path)
+    except OSError as error:
+        raise ExportError(f"--output={output}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
