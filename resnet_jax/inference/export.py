@@ -101,13 +101,12 @@ def export_network(
     output = Path(output).expanduser()
     _check_options(format, platforms, fold_batch_norm, weights, push)
     network = _in_float32(network)
-    images = sample_images(network)
-    expected = source_logits(network.model, network.variables, network.preprocessing, images)
     exported = _folded(network) if fold_batch_norm else network
     names, folder = _file_names(format, output, weights == "beside")
     with _staged(output, names, folder, force) as (stage, paths):
-        files = [stage / name for name in names]
-        found = _WRITERS[format](exported, files, images, platforms)
+        images = sample_images(network)
+        expected = source_logits(network.model, network.variables, network.preprocessing, images)
+        found = _WRITERS[format](exported, [stage / name for name in names], images, platforms)
         agreement = _compare(expected, found, paths)
     if push:
         from resnet_jax.inference.hub import push_folder
@@ -189,6 +188,13 @@ def _on_cpu() -> contextlib.AbstractContextManager[Any]:
 
 
 def _in_float32(network: Network) -> Network:
+    means = len(network.preprocessing.mean)
+    if means not in (1, network.channels):
+        raise ExportError(
+            f"{network.source}: the preprocessing has {means} means for images of "
+            f"{network.channels} channel; export the workdir, or a folder with config.json, that "
+            "says which are right"
+        )
     model = network.model.clone(dtype=np.float32, remat=False)
     variables = jax.tree.map(np.asarray, network.variables)
     return dataclasses.replace(network, model=model, variables=variables)
@@ -314,7 +320,9 @@ def _staged(
     try:
         stage.mkdir()
     except OSError as error:
-        raise ExportError(f"--output={output}: cannot be written ({error.strerror})") from error
+        raise ExportError(
+            f"--output={output}: cannot be written ({error.strerror or error})"
+        ) from error
     try:
         yield stage, paths
         if folder and not output.exists():
@@ -323,6 +331,8 @@ def _staged(
             for path in reversed(paths):  # the first needs the others
                 os.replace(stage / path.name, path)
     except OSError as error:
-        raise ExportError(f"--output={output}: cannot be written ({error.strerror})") from error
+        raise ExportError(
+            f"--output={output}: cannot be written ({error.strerror or error})"
+        ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -1,0 +1,62 @@
+"""What folding the batch norms into the convolutions saves: images/s of both networks, in turn.
+
+    python benchmarks/folded.py [--model=resnet50] [--batch=8] [--side=224] [--rounds=9]
+
+Weights are arguments, as in a server that may load others. Prints a table and one JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import resnet_jax as rj
+from resnet_jax.inference.fold import fold_batch_norm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+
+    model = rj.create_model(options.model)
+    shape = (options.batch, options.side, options.side, 3)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    variables = jax.jit(lambda key: model.init(key, images[:1], train=False))(jax.random.key(0))
+    networks = {"plain": (model, variables), "folded": fold_batch_norm(model, variables)}
+    runs = {name: compiled(*network, images) for name, network in networks.items()}
+
+    seconds = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run().block_until_ready()
+            seconds[name].append(time.perf_counter() - start)
+    # Neighbours in time see the same machine.
+    ratios = [plain / folded for plain, folded in zip(seconds["plain"], seconds["folded"])]
+    for name, times in seconds.items():
+        print(f"{name:8} {options.batch / statistics.median(times):8.2f} images/s")
+    ratio = statistics.median(ratios)
+    print(f"folded / plain {ratio:.3f} (median of {options.rounds} pairs)")
+    rates = {name: options.batch / statistics.median(times) for name, times in seconds.items()}
+    print(json.dumps({"benchmark": "folded", **vars(options), **rates, "ratio": ratio}))
+
+
+def compiled(model, variables, images):
+    """A call without arguments; compiled and run once."""
+    variables = jax.device_put(variables)
+    function = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
+    program = function.lower(variables, images).compile()
+    program(variables, images).block_until_ready()
+    return lambda: program(variables, images)
+
+
+if __name__ == "__main__":
+    main()
