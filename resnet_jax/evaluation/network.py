@@ -122,11 +122,10 @@ def open_network(
 
 def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
     # Orbax is loaded only where a workdir is read.
-    from resnet_jax.training.checkpoint import chosen_step, load_variables
+    from resnet_jax.training.checkpoint import load_variables
 
     try:
-        name, variables = load_variables(workdir, best=best, ema=ema)
-        step = chosen_step(workdir, best=best)
+        name, variables, step = load_variables(workdir, best=best, ema=ema)
     except ResNetJaxError as error:
         raise WeightsError(str(error)) from error
     config = from_json((workdir / "config.json").read_text())

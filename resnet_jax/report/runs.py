@@ -46,7 +46,8 @@ class Run:
         total, before = 0.0, 0
         for record in self.training:
             images = (record["step"] - before) * self.config.train.batch_size
-            total += images / record["images_per_second"]
+            if record["images_per_second"]:
+                total += images / record["images_per_second"]
             before = record["step"]
         return total
 

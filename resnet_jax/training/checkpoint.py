@@ -1,36 +1,44 @@
-"""A run on disk: its configuration, and its states, written by Orbax.
+"""The states of a run on disk: written by Orbax, sealed by checksums, named when complete.
 
-    WORKDIR/config.json           the resolved configuration
-    WORKDIR/classes.json          the name of each label
-    WORKDIR/checkpoints/STEP/     everything that goes on from that step
+    checkpoints/STEP/default/         the state, as Orbax writes it
+    checkpoints/STEP/progress.json    its evaluation, and what the next record has so far
+    checkpoints/STEP/SHA256SUMS       of both, written last
+    checkpoints/STEP.damaged/         a state that was not as it was written
+    checkpoints/.unfinished/          what is being written or removed
 
-This is the only file that imports orbax.
+A state is made in .unfinished and gets its name in one rename, so that a STEP is complete or not
+there; an older one goes only after that. Orbax's manager would remove it before our checksums
+exist, and ranks a NaN as the best. This is the only file that imports orbax.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from resnet_jax.errors import ConfigError
-from resnet_jax.training.config import Config, differences, to_json
+from resnet_jax.training import manifest
 from resnet_jax.training.state import TrainState
+from resnet_jax.training.workdir import has_states, read_json, sync, write_whole
 
-# Orbax and its helpers tell of every file on the "absl" logger.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax and its helpers tell of every file on the "absl" logger, and of errors once a thread.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+_STATE = "default"  # where Orbax's own CheckpointManager looks for it
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT)
 
 
 class Checkpoints:
@@ -45,54 +53,92 @@ class Checkpoints:
     def __init__(
         self, workdir: str | os.PathLike[str], keep: int = 1, read_only: bool = False
     ) -> None:
-        policy = AnyPreservationPolicy(
-            [LatestN(keep), BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False)]
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=_top1,  # without it no metrics are stored for the policy
-            enable_async_checkpointing=True,
-            # A step that was cut off is no checkpoint and only takes room.
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
-        self.workdir = Path(workdir)
-        path = epath.Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(path, options=options)
+        self.workdir = Path(workdir).expanduser()
+        self._folder = self.workdir / "checkpoints"
+        self._unfinished = self._folder / ".unfinished"
+        self._keep = keep
+        self._whole: set[int] = set()  # steps whose checksums were right in this process
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        if not read_only:
+            shutil.rmtree(self._unfinished, ignore_errors=True)  # of a process that was killed
 
     @property
     def latest(self) -> int | None:
-        """Completed steps of the newest state; None: there is none."""
-        return self._manager.latest_step()
+        """Completed steps of the newest state, once it is on disk; None: there is none."""
+        self.wait()
+        return max(self._steps(), default=None)
 
     @property
     def best(self) -> int | None:
         """Completed steps of the state with the highest top-1; None: none was evaluated."""
-        ranked = [(_top1(metrics), step) for step, metrics in self._evaluated()]
-        return max(ranked)[1] if ranked else None
+        self.wait()
+        return self._best()
 
-    def choose(self, best: bool) -> int | None:
-        """The best state, or without an evaluation or where it is not asked for the newest."""
-        return (self.best if best else None) or self.latest
-
-    def _evaluated(self) -> Iterator[tuple[int, dict[str, float]]]:
-        for step in self._manager.all_steps():
-            metrics = self._manager.metrics(step)
-            if metrics:
-                yield step, metrics
-
-    def save(self, state: TrainState, metrics: dict[str, float] | None) -> None:
+    def save(
+        self, state: TrainState, metrics: dict[str, float] | None, records: dict[str, Any]
+    ) -> None:
         """Writes a state in the background.
 
         Args:
           state: May be donated to the next step once this returns: it is copied to the host.
           metrics: Of its evaluation; None: it was not evaluated and cannot be the best.
+          records: What `Recorder.carried` gives.
+
+        Raises:
+          ConfigError: The state before this one could not be written.
         """
+        self.wait()  # a third copy of the state would be one too many for the host's memory
         step = int(state.step)
-        if step == self.latest:
-            return
-        tree = jax.device_get(state)
-        self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics)
+        if step not in self._steps():
+            progress = {"metrics": metrics, "records": records}
+            self._pending = self._writer.submit(self._write, step, _copy(state), progress)
+
+    def check(self) -> None:
+        """Tells, without waiting, whether a state could not be written.
+
+        Raises:
+          ConfigError: So it is.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+          ConfigError: A state could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, and no more states."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def set_damaged_aside(self) -> list[str]:
+        """Renames the states that are not as they were written, so that the others are used.
+
+        Returns:
+          A line for each.
+
+        Raises:
+          ConfigError: Not one is whole; none was renamed, or the next start would be a new run.
+        """
+        problems = {step: self._damage(step) for step in self._steps()}
+        damaged = {step: problem for step, problem in problems.items() if problem}
+        if damaged and len(damaged) == len(problems):
+            raise self._none_is_whole(damaged)
+        lines = []
+        for step, problem in damaged.items():
+            aside = self._free_name(f"{step}.damaged")
+            os.rename(self._folder / str(step), aside)
+            lines.append(f"the state at step {step} is damaged: {problem}; it is now {aside}")
+        return lines
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """Reads a state.
@@ -105,124 +151,188 @@ class Checkpoints:
           Its NumPy arrays.
 
         Raises:
-          ConfigError: The workdir holds another model's or optimizer's state.
+          ConfigError: It is damaged, or of another model or optimizer.
         """
-        step = self.latest if step is None else step
+        step = self._or_latest(step)
+        if step not in self._whole and (problem := self._damage(step)):
+            raise self._none_is_whole({step: problem})
         try:
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            return self._read(step, like)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--workdir={self.workdir}: its state at step {step} is of another model or "
                 "optimizer; take another workdir"
             ) from error
-        return jax.tree.map(np.asarray, state)
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def records(self, step: int | None = None) -> dict[str, Any]:
+        """What `save` was given of the records.
 
+        Args:
+          step: Which state's; None: the newest one's.
 
-def _top1(metrics: dict[str, float]) -> float:
-    """What the best state is best in; Orbax itself would rank NaN above every number."""
-    top1 = metrics["top1"]
-    return -1.0 if math.isnan(top1) else top1
+        Returns:
+          What `Recorder` takes.
+        """
+        return self._progress(self._or_latest(step))["records"]
 
+    def read_whole(self, best: bool) -> dict[str, Any]:
+        """The first state that is whole; what is damaged stays where it is.
 
-def open_workdir(workdir: str | os.PathLike[str], config: Config) -> Path:
-    """Makes a workdir, or checks that the one that is there belongs to the same run.
+        Args:
+          best: Begin with the highest top-1 instead of the newest.
 
-    Args:
-      workdir: Folder of the run.
-      config: Its resolved configuration.
+        Returns:
+          The state as a dictionary of NumPy arrays.
 
-    Returns:
-      The folder.
+        Raises:
+          ConfigError: None is whole.
+        """
+        damaged: dict[int, str] = {}
+        while True:
+            steps = [step for step in self._ranked(best) if step not in damaged]
+            if not steps:
+                raise self._none_is_whole(damaged)
+            problem = self._damage(steps[0])
+            # A run that trains here removes a state once there is a newer one: look again then.
+            with contextlib.suppress(FileNotFoundError):
+                if not problem:
+                    return self._read(steps[0])
+            if (self._folder / str(steps[0])).exists():
+                damaged[steps[0]] = problem or "it cannot be read"
+                logging.getLogger(__name__).warning(
+                    "%s: the state at step %d is damaged: %s; taking another",
+                    *(self.workdir, steps[0], damaged[steps[0]]),
+                )
 
-    Raises:
-      ConfigError: It cannot be written, or holds a run with another configuration; nothing in
-        it has been touched then.
-    """
-    workdir = Path(workdir).expanduser()
-    path = workdir / "config.json"
-    if path.exists() and has_states(workdir):
-        changed = differences(config, _read_json(path))
-        if changed and not config.checkpoint.allow_change:
+    # What is on the disk.
+
+    def _steps(self) -> list[int]:
+        names = (path.name for path in self._folder.glob("*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _ranked(self, best: bool) -> list[int]:
+        """Newest first; or by top-1, those without an evaluation last."""
+        ranks = {step: (self._top1(step) if best else 0.0, step) for step in self._steps()}
+        return sorted(ranks, key=ranks.__getitem__, reverse=True)
+
+    def _best(self) -> int | None:
+        ranked = self._ranked(best=True)
+        return ranked[0] if ranked and self._top1(ranked[0]) > -math.inf else None
+
+    def _top1(self, step: int) -> float:
+        try:
+            top1 = float(self._progress(step)["metrics"]["top1"])
+        except (ConfigError, KeyError, TypeError, ValueError):
+            return -math.inf  # not evaluated; or damaged, which its checksums will tell
+        return -1.0 if math.isnan(top1) else top1
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        return read_json(self._folder / str(step) / "progress.json")
+
+    def _or_latest(self, step: int | None) -> int:
+        step = self.latest if step is None else step
+        if step is None:
+            raise ConfigError(f"{self.workdir} has no checkpoint yet")
+        return step
+
+    def _damage(self, step: int) -> str | None:
+        problem = manifest.damage(self._folder / str(step))
+        if problem is None:
+            self._whole.add(step)
+        return problem
+
+    def _none_is_whole(self, damaged: dict[int, str]) -> ConfigError:
+        folder = self._folder
+        if not damaged:
+            return ConfigError(f"{self.workdir} has no checkpoint yet")
+        found = "; ".join(f"step {step}: {problem}" for step, problem in damaged.items())
+        return ConfigError(
+            f"no state in {folder} is whole ({found}); put a copy of one back, or move that folder "
+            "away to begin anew"
+        )
+
+    def _free_name(self, name: str) -> Path:
+        names = [name, *(f"{name}.{number}" for number in range(1, 1000))]
+        return next(path for each in names if not (path := self._folder / each).exists())
+
+    # Orbax.
+
+    def _read(self, step: int, like: Any = None) -> Any:
+        arguments = ocp.args.StandardRestore(like)
+        with _orbax() as checkpointer:
+            path = (self._folder / str(step) / _STATE).absolute()
+            return jax.tree.map(np.asarray, checkpointer.restore(path, args=arguments))
+
+    def _write(self, step: int, tree: Any, progress: dict[str, Any]) -> None:
+        """In the background: makes a state, gives it its name, and removes what is too many."""
+        unfinished, final = self._unfinished / str(step), self._folder / str(step)
+        try:
+            self._folder.mkdir(exist_ok=True)  # but not the workdir, if someone removed it
+            self._unfinished.mkdir(exist_ok=True)
+            unfinished.mkdir()
+            with _orbax() as checkpointer:
+                path = (unfinished / _STATE).absolute()
+                checkpointer.save(path, args=ocp.args.StandardSave(tree))
+            write_whole(unfinished / "progress.json", json.dumps(progress))
+            manifest.seal(unfinished)
+            with contextlib.suppress(FileNotFoundError):
+                sync(self.workdir / "metrics.jsonl")  # the records of its steps, before the state
+            os.rename(unfinished, final)
+            sync(self._folder)
+        except Exception as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            before = max(self._steps(), default=None)
+            last = f"the last good one is at step {before}" if before else "there is none before it"
             raise ConfigError(
-                f"--workdir={workdir} holds a run with another configuration "
-                f"({'; '.join(changed)}); take another workdir, or go on with it by "
-                "--config.checkpoint.allow_change=true"
-            )
-    elif has_states(workdir):
-        raise ConfigError(f"--workdir={workdir} holds checkpoints without a config.json")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
-    return workdir
+                f"--workdir={self.workdir}: the state at step {step} could not be written "
+                f"({_reason(error)}); {last}. Mend that, and the same command goes on"
+            ) from error
+        self._whole.add(step)
+        self._remove_old()
 
-
-def has_states(workdir: Path) -> bool:
-    """Whether a run was ever saved here; what failed before that binds nobody.
-
-    Args:
-      workdir: Folder of the run.
-
-    Returns:
-      True where a run goes on instead of starting.
-    """
-    return any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
+    def _remove_old(self) -> None:
+        best = self._best()
+        for step in self._steps()[: -self._keep]:
+            if step != best:
+                # Half a state must not look like one. What cannot go now is tried again later.
+                with contextlib.suppress(OSError):
+                    os.rename(self._folder / str(step), self._unfinished / f"{step}.old")
+                    shutil.rmtree(self._unfinished / f"{step}.old")
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keeps a second process from training in the same workdir.
-
-    Args:
-      workdir: Folder of the run.
-
-    Raises:
-      ConfigError: Another process trains here.
-    """
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"--workdir={workdir}: another process is training there; wait, or take another"
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
-        yield
+def _orbax() -> Iterator[ocp.Checkpointer]:
+    """Reads and writes for this process alone, however many others there are."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        yield checkpointer
 
 
-def write_config(workdir: Path, config: Config) -> None:
-    """Writes config.json; called once it is known that the run can start.
-
-    Args:
-      workdir: Folder of the run.
-      config: Its resolved configuration.
-    """
-    partial = workdir / ".config.json.partial"
-    partial.write_text(to_json(config))
-    os.replace(partial, workdir / "config.json")
+def _copy(state: TrainState) -> TrainState:
+    """On the host, in memory of its own: a CPU's arrays would be views of what is donated."""
+    return jax.tree.map(lambda x: x if x.flags.owndata else x.copy(), jax.device_get(state))
 
 
-def write_classes(workdir: Path, names: Sequence[str]) -> None:
-    """Writes classes.json: the name of each output of the network.
+def _reason(error: Exception) -> str:
+    """The disk's own words, out of whatever a library made of them."""
+    text = f"{error}"
+    words = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
+    return words[0] if words else f"{type(error).__name__}: {text.splitlines()[0][:200]}"
 
-    Args:
-      workdir: Folder of the run.
-      names: In the order of the labels.
-    """
-    (workdir / "classes.json").write_text(json.dumps(list(names), indent=2) + "\n")
+
+class Stored(NamedTuple):
+    """A network's name, its variables, and the completed steps of the state they are from."""
+
+    name: str
+    variables: dict[str, Any]
+    step: int
 
 
 def load_variables(
     workdir: str | os.PathLike[str], *, best: bool = True, ema: bool = True
-) -> tuple[str, dict[str, Any]]:
+) -> Stored:
     """The variables of a trained network.
 
     Args:
@@ -231,44 +341,18 @@ def load_variables(
       ema: Their moving average, where the run has one.
 
     Returns:
-      The model's name, and {"params", "batch_stats"} of NumPy arrays.
+      The model's name, {"params", "batch_stats"} of NumPy arrays, and the state's steps.
 
     Raises:
-      ConfigError: The folder holds no run, or none with a checkpoint.
+      ConfigError: The folder holds no run, none with a checkpoint, or only damaged ones.
     """
     workdir = Path(workdir).expanduser()
     if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
-    config = _read_json(workdir / "config.json")
+    config = read_json(workdir / "config.json")
     if not has_states(workdir):
         raise ConfigError(f"{workdir} has no checkpoint yet")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.choose(best)
-    state = checkpoints._manager.restore(step, args=ocp.args.StandardRestore())
-    checkpoints.close()
+    state = Checkpoints(workdir, read_only=True).read_whole(best)
     found = state["ema"] if ema and state.get("ema") else state
     variables = {name: found[name] for name in ("params", "batch_stats") if found.get(name)}
-    return config["model"]["name"], jax.tree.map(np.asarray, variables)
-
-
-def chosen_step(workdir: str | os.PathLike[str], *, best: bool = True) -> int | None:
-    """Completed steps of the state that `load_variables` takes.
-
-    Args:
-      workdir: Folder of the run, with a checkpoint.
-      best: As there.
-
-    Returns:
-      The number.
-    """
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.choose(best)
-    checkpoints.close()
-    return step
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); restore it") from error
+    return Stored(config["model"]["name"], jax.tree.map(np.asarray, variables), int(state["step"]))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from resnet_jax.training.workdir import write_whole
+
 # Whose versions can change a result.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
 
@@ -59,6 +61,4 @@ def write_environment(workdir: Path) -> None:
     Args:
       workdir: Folder of the run.
     """
-    partial = workdir / ".environment.json.partial"
-    partial.write_text(json.dumps(environment(), indent=2) + "\n")
-    os.replace(partial, workdir / "environment.json")
+    write_whole(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")

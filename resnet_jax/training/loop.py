@@ -5,6 +5,7 @@ sources -> model -> workdir -> devices -> state (new, loaded, or restored) -> st
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -34,14 +35,7 @@ from resnet_jax.errors import DataError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
-from resnet_jax.training.checkpoint import (
-    Checkpoints,
-    has_states,
-    locked,
-    open_workdir,
-    write_classes,
-    write_config,
-)
+from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
 from resnet_jax.training.environment import write_environment
 from resnet_jax.training.initial import initial_variables
@@ -58,6 +52,7 @@ from resnet_jax.training.signals import Signals
 from resnet_jax.training.state import TrainState, create_state, state_shapes
 from resnet_jax.training.step import make_steps, make_train_step
 from resnet_jax.training.telemetry import Telemetry
+from resnet_jax.training.workdir import has_states, locked, open_workdir, write_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +102,7 @@ def train(config: Config, workdir: str | Path) -> Result:
     initial = None
     if not has_states(Path(workdir).expanduser()):  # a run that goes on needs no first weights
         initial = initial_variables(config, model, channels_of(config, sources["train"]))
-    folder = open_workdir(workdir, config)
+    folder = open_workdir(workdir, config, _fingerprints(sources))
     _use_compile_cache(config)
     with Signals() as signals, locked(folder):
         return _Run(config, folder, model, sources, initial, signals).finish()
@@ -134,15 +129,16 @@ class _Run:
         optimizer = make_optimizer(config, self.length)
         channels = channels_of(config, sources["train"])
         self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+        damaged = self.checkpoints.set_damaged_aside()
         resumed = self.checkpoints.latest is not None
+        self.carried = self.checkpoints.records() if resumed else None
         self.state: TrainState = parallel.place(
             self.checkpoints.restore(state_shapes(model, optimizer, config, channels))
             if resumed
             else create_state(model, optimizer, config, channels, initial)
         )
         if jax.process_index() == 0:
-            write_config(workdir, config)
-            write_classes(workdir, sources["train"].class_names)
+            write_config(workdir, config, sources["train"].class_names, _fingerprints(sources))
             write_environment(workdir)
         self.telemetry = Telemetry(
             config,
@@ -151,6 +147,8 @@ class _Run:
             self.length.steps,
             self.length.steps_per_epoch,
         )
+        for line in damaged:
+            self.telemetry.say(line)
         self.corrupt = Corrupt(config.data.max_corrupt, self.telemetry.say)
         self.train_data = self._in_memory(sources["train"], training=True)
         self.eval_data = self._in_memory(sources["eval"], training=False)
@@ -168,17 +166,21 @@ class _Run:
 
     def finish(self) -> Result:
         """Takes the steps that are left and closes everything, whatever happens."""
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.telemetry.close)
+            stack.callback(self.checkpoints.close)
             metrics = self._train()
-        finally:
-            self.checkpoints.close()
-            self.telemetry.close()
         return Result(int(self.state.step), metrics, self.workdir)
 
     def _train(self) -> dict[str, float]:
         config, done = self.config, int(self.state.step)
         recorder = Recorder(
-            config, self.length.steps_per_epoch, self.telemetry, done, self._divergence
+            config,
+            self.length.steps_per_epoch,
+            self.telemetry,
+            done,
+            self._divergence,
+            self.carried,
         )
         trace = Trace(config, self.workdir)
         metrics: dict[str, float] = {}
@@ -198,16 +200,15 @@ class _Run:
                 trace.after(done, step_metrics)
                 recorder.add(done, step_metrics)
                 self.telemetry.advance(done)
+                self.checkpoints.check()
                 stop = self.signals.received and jax.process_count() == 1
                 if self._evaluates_at(done):
                     recorder.flush()
                     metrics = self._evaluate(done, write=True)
-                    self._save(metrics)
+                    self._save(metrics, recorder)
                     recorder.restart()
                 elif stop or self._saves_at(done):
-                    recorder.flush()
-                    self._save(None)
-                    recorder.restart()
+                    self._save(None, recorder)
                 if stop and done < self.length.steps:
                     raise StoppedError(
                         f"stopped by a signal after step {done}; all is saved, "
@@ -282,8 +283,9 @@ class _Run:
             return evaluation_batches(data, size, **self.hosts)
         return streamed_evaluation_batches(data, config.data, size, self.corrupt, **self.hosts)
 
-    def _save(self, metrics: dict[str, float] | None) -> None:
-        self.checkpoints.save(self.state, metrics)
+    def _save(self, metrics: dict[str, float] | None, recorder: Recorder) -> None:
+        carried = recorder.carried()  # where a step diverged it says so, and nothing is saved
+        self.checkpoints.save(self.state, metrics, carried)
 
     def _evaluates_at(self, done: int) -> bool:
         interval = self.config.evaluate.every_epochs * self.length.steps_per_epoch
@@ -321,6 +323,10 @@ class _Run:
         )
         if resumed:
             self.telemetry.say(f"going on after step {int(self.state.step)}")
+
+
+def _fingerprints(sources: dict[str, Source]) -> dict[str, str]:
+    return {use: source.fingerprint for use, source in sources.items()}
 
 
 def _use_compile_cache(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -23,6 +24,26 @@ _IN_FLIGHT = 2
 _MOST_OVERFLOWS = 20
 
 
+@dataclasses.dataclass
+class _Sums:
+    """Of the steps since the last record; a checkpoint carries them to the next start."""
+
+    steps: int = 0
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)
+    learning_rate: float = 0.0  # of the last of them
+    overflows: int = 0  # in a row, up to now
+
+    def add(self, values: dict[str, float]) -> None:
+        self.steps += 1
+        # One by one, so that a restart in between changes no rounding.
+        self.totals = {name: self.totals.get(name, 0.0) + x for name, x in values.items()}
+        self.learning_rate = values["learning_rate"]
+
+    def means(self) -> dict[str, float]:
+        means = {name: total / self.steps for name, total in self.totals.items()}
+        return {**means, "learning_rate": self.learning_rate}
+
+
 class Recorder:
     """Averages the metrics of steps into records; reads them late, so that no device waits.
 
@@ -32,6 +53,7 @@ class Recorder:
       telemetry: Where records go.
       done: Completed steps.
       divergence: Makes the message of a DivergedError: of what was not a number, and the step.
+      carried: What `carried` gave at the step where this start begins.
     """
 
     def __init__(
@@ -41,14 +63,15 @@ class Recorder:
         telemetry: Telemetry,
         done: int,
         divergence: Callable[[str, int], str],
+        carried: dict[str, Any] | None = None,
     ) -> None:
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._telemetry = telemetry
         self._divergence = divergence
         self._pending: deque[tuple[int, Any]] = deque()
-        self._values: list[dict[str, float]] = []
-        self._overflows = 0
+        self._sums = _Sums(**(carried or {}))
+        self._timed = 0  # steps since the clock was started
         self._done = done
         self._time = time.monotonic()
         self._flops: float | None = None
@@ -76,14 +99,25 @@ class Recorder:
 
     def flush(self) -> None:
         """Waits for all steps and writes what is left over as a record."""
-        while self._pending:
-            self._read_one()
-        if self._values:
+        self._read_all()
+        if self._sums.steps:
             self._write()
 
+    def carried(self) -> dict[str, Any]:
+        """Waits for all steps and gives what the next record has so far, to go on from it.
+
+        So which records there are does not depend on when a run was saved or stopped.
+        """
+        self._read_all()
+        return dataclasses.asdict(self._sums)
+
     def restart(self) -> None:
-        """Starts the clock again after an evaluation or a checkpoint."""
-        self._time = time.monotonic()
+        """Starts the clock again after an evaluation."""
+        self._time, self._timed = time.monotonic(), 0
+
+    def _read_all(self) -> None:
+        while self._pending:
+            self._read_one()
 
     def _read_one(self) -> None:
         done, metrics = self._pending.popleft()
@@ -96,29 +130,27 @@ class Recorder:
     def _take(self, done: int, values: dict[str, float]) -> None:
         self._done = done
         if math.isfinite(values["loss"]):
-            self._overflows = 0
-            self._values.append(values)
+            self._sums.overflows = 0
+            self._sums.add(values)
+            self._timed += 1
             self._telemetry.watch(values)
         else:
-            self._overflows += 1
-            if self._config.model.dtype != "float16" or self._overflows > _MOST_OVERFLOWS:
+            self._sums.overflows += 1
+            if self._config.model.dtype != "float16" or self._sums.overflows > _MOST_OVERFLOWS:
                 raise DivergedError(self._divergence("training loss", done))
-        if done % self._config.log.every_steps == 0 and self._values:
+        if done % self._config.log.every_steps == 0 and self._sums.steps:
             self._write()
 
     def _write(self) -> None:
-        now, steps = time.monotonic(), len(self._values)
-        means = {name: sum(v[name] for v in self._values) / steps for name in self._values[0]}
-        means["learning_rate"] = self._values[-1]["learning_rate"]
-        rate = steps * self._config.train.batch_size / (now - self._time)
-        record: dict[str, Any] = {"step": self._done, "split": "train", **means}
+        seconds = time.monotonic() - self._time
+        record: dict[str, Any] = {"step": self._done, "split": "train", **self._sums.means()}
         record["epoch"] = self._done / self._steps_per_epoch
-        record["images_per_second"] = rate
+        record["images_per_second"] = self._timed * self._config.train.batch_size / seconds
         if self._peak and self._flops:
-            record["mfu"] = steps / (now - self._time) * self._flops / self._peak
+            record["mfu"] = self._timed / seconds * self._flops / self._peak
         self._telemetry.record(record)
-        self._values.clear()
-        self._time = now
+        self._sums = _Sums(overflows=self._sums.overflows)
+        self.restart()
 
 
 class Trace:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -13,6 +16,7 @@ from tqdm import tqdm
 
 from resnet_jax.training.chips import CHIPS
 from resnet_jax.training.config import Config
+from resnet_jax.training.workdir import Appender, write_whole, writing
 
 Record = dict[str, Any]
 
@@ -52,15 +56,12 @@ class MetricsFile:
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _step(line) <= completed_steps]
             if kept != lines:
-                partial = path.with_name(f".{path.name}.partial")
-                partial.write_text("".join(kept))
-                os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
+                write_whole(path, "".join(kept))
+        self._file = Appender(path)
 
     def write(self, record: Record) -> None:
         """Adds a record; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(record).encode() + b"\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -161,10 +162,11 @@ class Telemetry:
 
     def close(self) -> None:
         """Closes files and bar."""
-        if self._bar is not None:
-            self._bar.close()
-        for writer in self._writers:
-            writer.close()
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+            if self._bar is not None:
+                self._bar.close()
 
     def _progress_line(self, record: Record) -> str:
         step = record["step"]
@@ -195,20 +197,44 @@ def _duration(seconds: float) -> str:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, completed_steps: int) -> None:
-        from tensorboardX import SummaryWriter
+    """An event file, written on the spot.
 
-        # Records past `purge_step` are hidden: those steps are taken again.
-        self._writer = SummaryWriter(str(folder), purge_step=completed_steps + 1, flush_secs=10)
+    tensorboardX's own writer has a thread that dies when the disk is full, and a queue that then
+    blocks the run for ever.
+    """
+
+    def __init__(self, folder: Path, completed_steps: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
+        self._file = Appender(folder / name)
+        self._event = Event
+        self._write(file_version="brain.Event:2")
+        # Records from this step on, of an earlier start, are hidden: those steps are taken again.
+        start = SessionLog(status=SessionLog.START)
+        self._write(step=completed_steps + 1, session_log=start)
 
     def write(self, record: Record) -> None:
+        from tensorboardX.summary import scalar
+
         name = record["split"] + ("_ema" if record.get("weights") == "ema" else "")
         for key, value in record.items():
             if isinstance(value, float):
-                self._writer.add_scalar(f"{name}/{key}", value, record["step"])
+                self._write(step=record["step"], summary=scalar(f"{name}/{key}", value))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        """A record of TFRecord's: length and content, each with its checksum."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        event = self._event(wall_time=time.time(), **content).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        check = struct.pack("<I", masked_crc32c(length))
+        self._file.write(length + check + event + struct.pack("<I", masked_crc32c(event)))
 
 
 class _WeightsAndBiases:

@@ -123,7 +123,7 @@ def _from_workdir(model: ResNet, workdir: Path, reset_head: bool) -> Variables:
             "pip install 'resnet-jax-linen[train]'"
         ) from error
     try:
-        name, variables = load_variables(workdir)
+        name, variables, _ = load_variables(workdir)
     except ResNetJaxError as error:
         raise WeightsError(str(error)) from error
     try:

@@ -22,7 +22,6 @@ from resnet_jax.training import config as c
 from resnet_jax.training.checkpoint import Checkpoints, load_variables
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
-from resnet_jax.training.state import TrainState
 from resnet_jax.training.telemetry import PEAK_FLOPS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -85,7 +84,7 @@ def test_a_workdir_is_a_weight_file(straight):
     workdir, _ = straight
     model = rj.ResNet20()
     variables = rj.load_weights(model, workdir)
-    name, stored = load_variables(workdir)
+    name, stored, _ = load_variables(workdir)
     assert name == "resnet20"
     chex.assert_trees_all_equal(variables, stored)
     other = rj.load_weights(rj.ResNet20(num_classes=3), workdir, reset_head=True)
@@ -95,10 +94,7 @@ def test_a_workdir_is_a_weight_file(straight):
 
 
 def state_of(workdir):
-    checkpoints = Checkpoints(workdir)
-    state = checkpoints._manager.restore(checkpoints.latest)
-    checkpoints.close()
-    return state
+    return Checkpoints(workdir, read_only=True).read_whole(best=False)
 
 
 def without_times(found):
@@ -117,7 +113,7 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(Recorder, "add", adding)
 
 
-@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("steps", [2, 5])  # at a record, and between two
 def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
@@ -129,10 +125,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monke
     result = train(configuration(), tmp_path)
     assert result.metrics == straight[1].metrics
     chex.assert_trees_all_equal(state_of(tmp_path), state_of(straight[0]))
-    found, expected = records(tmp_path), records(straight[0])
-    assert without_times(found[-2:]) == without_times(expected[-2:])
-    steps_seen = [record["step"] for record in found if record["split"] == "train"]
-    assert steps_seen == sorted(set(steps_seen))
+    assert without_times(records(tmp_path)) == without_times(records(straight[0]))
 
 
 def test_several_steps_a_call(straight, tmp_path, monkeypatch):
@@ -175,7 +168,7 @@ def test_reading_a_workdir_changes_nothing_in_it(straight, tmp_path):
 
 
 def test_one_process_a_workdir(straight, tmp_path):
-    from resnet_jax.training.checkpoint import locked
+    from resnet_jax.training.workdir import locked
 
     shutil.copytree(straight[0], tmp_path / "run")
     with locked(tmp_path / "run"), pytest.raises(ConfigError, match="another process is training"):
@@ -223,21 +216,6 @@ def test_divergence(tmp_path):
         train(config, tmp_path)
 
 
-def test_the_best_state_is_kept_beside_the_newest(tmp_path):
-    def state(step):
-        return TrainState(np.int32(step), {"w": np.zeros(1)}, {}, (), {}, None)
-
-    checkpoints = Checkpoints(tmp_path)
-    for step, top1 in enumerate([0.1, 0.9, float("nan"), 0.3, 0.2], start=1):
-        checkpoints.save(state(step), {"top1": top1})
-    checkpoints.save(state(6), None)
-    checkpoints._manager.wait_until_finished()
-    assert (checkpoints.best, checkpoints.latest) == (2, 6)
-    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == [2, 6]
-    checkpoints.close()
-
-
 def test_fine_tuning_from_a_workdir(straight, tmp_path):
     config = configuration(
         checkpoint__init_from=str(straight[0]),
@@ -250,8 +228,8 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
     train(config, tmp_path)
     shutil.rmtree(tmp_path / "first")
     train(config, tmp_path)  # goes on without the weights it started from
-    _, start = load_variables(straight[0])
-    _, end = load_variables(tmp_path)
+    _, start, _ = load_variables(straight[0])
+    _, end, _ = load_variables(tmp_path)
     for part in start["params"]:
         same = jax.tree.map(np.array_equal, start["params"][part], end["params"][part])
         assert all(jax.tree.leaves(same)) == (part != "head")

@@ -1,0 +1,426 @@
+"""States on disk: sealed, damaged, cut off, without room."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import threading
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from resnet_jax.errors import ConfigError
+from resnet_jax.training import checkpoint, manifest, workdir
+from resnet_jax.training import config as c
+from resnet_jax.training.checkpoint import Checkpoints, load_variables
+from resnet_jax.training.state import TrainState
+
+
+def state(step):
+    """Its numbers tell its step."""
+    params = {"stem": {"kernel": np.full((3, 4), step, np.float32)}, "head": np.ones(5, np.int32)}
+    return TrainState(np.array(step, np.int32), params, {}, (), {}, None)
+
+
+LIKE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(0))
+
+
+def save(folder, *tops, first=1, keep=9):
+    """Saves the steps from the first on; top-1 None: not evaluated."""
+    folder.mkdir(exist_ok=True)
+    checkpoints = Checkpoints(folder, keep)
+    for step, top1 in enumerate(tops, start=first):
+        metrics = None if top1 is None else {"top1": top1}
+        checkpoints.save(state(step), metrics, {"steps": step})
+    checkpoints.close()
+
+
+def restored(folder, step=None):
+    checkpoints = Checkpoints(folder)
+    found = checkpoints.restore(LIKE, step)
+    checkpoints.close()
+    return found
+
+
+def steps(folder):
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A workdir with the states 1 (the best) and 2."""
+    folder = tmp_path_factory.mktemp("two")
+    save(folder, 0.9, 0.1)
+    workdir.write_config(folder, c.Config(), ["a", "b"], {"train": "1", "eval": "2"})
+    return folder
+
+
+@pytest.fixture
+def copy(two, tmp_path):
+    return pathlib.Path(shutil.copytree(two, tmp_path / "copy"))
+
+
+def test_a_state_comes_back(two):
+    chex.assert_trees_all_equal(restored(two), state(2))
+    chex.assert_trees_all_equal(restored(two, 1), state(1))
+    checkpoints = Checkpoints(two, read_only=True)
+    assert checkpoints.records() == {"steps": 2}
+    assert (checkpoints.latest, checkpoints.best) == (2, 1)
+
+
+def test_orbax_itself_reads_it(two):
+    with ocp.CheckpointManager(two / "checkpoints") as manager:
+        assert manager.all_steps() == [1, 2]
+        found = manager.restore(2, args=ocp.args.StandardRestore())
+    chex.assert_trees_all_equal(found["params"], state(2).params)
+
+
+def test_the_best_state_is_kept_beside_the_newest(tmp_path):
+    save(tmp_path, 0.1, 0.9, float("nan"), 0.3, 0.2, None, keep=1)
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.best, checkpoints.latest) == (2, 6)
+    assert steps(tmp_path) == [2, 6]
+    save(tmp_path, 0.9, first=7, keep=2)
+    assert steps(tmp_path) == [6, 7]  # the later of two that are as good
+
+
+def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    """The next step writes into its memory while it is still being saved."""
+    donate = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 0 - 1, x), donate_argnums=0)
+    before = jax.tree.map(jax.numpy.asarray, state(3))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(before, None, {})
+    donate(before)
+    checkpoints.close()
+    chex.assert_trees_all_equal(restored(tmp_path), state(3))
+
+
+# Damage.
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def files(folder):
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert {"SHA256SUMS", "progress.json", "_METADATA"} <= {path.name for path in found}
+    return found
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, pathlib.Path.unlink])
+def test_damage_to_any_file_is_noticed(harm, two, tmp_path):
+    for file in files(two / "checkpoints" / "2"):
+        name = file.relative_to(two)
+        folder = shutil.copytree(two, tmp_path / name)
+        harm(folder / name)
+        lines = Checkpoints(folder).set_damaged_aside()
+        assert len(lines) == 1, name
+        assert file.name in lines[0] or file.name == manifest.NAME
+        assert "\n" not in lines[0]
+        assert "step 2 is damaged" in lines[0]
+        chex.assert_trees_all_equal(restored(folder), state(1))
+
+
+def test_all_of_the_manifest_counts(copy):
+    file = copy / "checkpoints" / "2" / manifest.NAME
+    sealed = file.read_bytes()
+    for index in range(0, len(sealed), 3):
+        changed = bytearray(sealed)
+        changed[index] ^= 1 << index % 8
+        file.write_bytes(changed)
+        assert manifest.damage(file.parent), index
+    file.write_bytes(sealed)
+    assert manifest.damage(file.parent) is None
+
+
+def test_a_file_or_manifest_too_many(copy):
+    folder = copy / "checkpoints"
+    (folder / "2" / "default" / "more").write_text("")
+    assert manifest.damage(folder / "2") == "default/more does not belong to it"
+    (folder / "2" / "default" / "more").unlink()
+    shutil.copy(folder / "1" / manifest.NAME, folder / "2")
+    assert manifest.damage(folder / "2")
+
+
+def test_a_file_that_the_disk_does_not_give(two, monkeypatch):
+    def fails(file, name):
+        raise OSError(errno.EIO, "Input/output error", file.name)
+
+    monkeypatch.setattr(manifest.hashlib, "file_digest", fails)
+    found = manifest.damage(two / "checkpoints" / "2")
+    assert found.endswith("cannot be read: Input/output error")
+
+
+def test_damaged_states_step_aside(copy):
+    folder = copy / "checkpoints"
+    for number in range(2):  # what stepped aside before is not written over
+        truncate(folder / "2" / "progress.json")
+        lines = Checkpoints(copy).set_damaged_aside()
+        aside = "2.damaged.1" if number else "2.damaged"
+        assert lines == [
+            "the state at step 2 is damaged: progress.json does not match its checksum; it is now "
+            f"{folder / aside}"
+        ]
+        assert (folder / aside / "progress.json").exists()
+        assert Checkpoints(copy).latest == 1
+        with ocp.CheckpointManager(folder) as manager:
+            assert manager.all_steps() == [1]
+        save(copy, 0.2, first=2)
+    assert Checkpoints(copy).set_damaged_aside() == []
+
+
+def test_where_no_state_is_whole_all_stay(copy):
+    """A second start must not take it for a new run."""
+    for step in (1, 2):
+        truncate(copy / "checkpoints" / str(step) / "progress.json")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"no state .* is whole \(step 1: progress\.json"):
+            Checkpoints(copy).set_damaged_aside()
+    assert steps(copy) == [1, 2]
+    assert workdir.has_states(copy)
+
+
+def test_restore_itself_looks_at_the_checksums(copy):
+    truncate(copy / "checkpoints" / "2" / "progress.json")
+    with pytest.raises(ConfigError, match="step 2: progress"):
+        restored(copy)
+
+
+@pytest.mark.parametrize(("best", "damaged"), [(True, 1), (False, 2)])
+def test_variables_come_from_the_next_best_state(best, damaged, copy, caplog):
+    """Reading renames nothing: the run may be going on."""
+    flip(copy / "checkpoints" / str(damaged) / "default" / "_METADATA")
+    before = sorted(copy.rglob("*"))
+    with caplog.at_level(logging.WARNING):
+        _, variables, _ = load_variables(copy, best=best)
+    chex.assert_trees_all_equal(variables["params"], state(3 - damaged).params)
+    assert f"the state at step {damaged} is damaged: default/_METADATA" in caplog.text
+    assert sorted(copy.rglob("*")) == before
+    truncate(next((copy / "checkpoints" / str(3 - damaged) / "default" / "d").iterdir()))
+    with pytest.raises(ConfigError, match=r"no state .* is whole .*default/d/"):
+        load_variables(copy, best=best)
+
+
+def test_a_state_that_is_removed_while_it_is_read(copy, monkeypatch):
+    """By the run that trains there, which has a newer one."""
+    read = Checkpoints._read
+
+    def reading(self, step, like=None):
+        if step == 1:
+            shutil.rmtree(copy / "checkpoints" / "1")
+        return read(self, step, like)
+
+    monkeypatch.setattr(Checkpoints, "_read", reading)
+    _, variables, _ = load_variables(copy)
+    chex.assert_trees_all_equal(variables["params"], state(2).params)
+
+
+# Cut off.
+
+
+class Killed(BaseException):
+    """Nothing is cleaned up after a kill -9."""
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Every call that changes names or waits for the disk, of which one can be the last."""
+    calls = []
+    disk = {"calls": calls, "last": None}
+
+    def watched(name, function):
+        def call(*arguments, **keywords):
+            if len(calls) == disk["last"]:
+                raise Killed
+            calls.append(name)
+            return function(*arguments, **keywords)
+
+        return call
+
+    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
+    return disk
+
+
+def test_a_kill_between_any_two_calls_to_the_disk(tmp_path, disk):
+    """The state before, or the new one, is there and whole; and the run can go on."""
+    save(tmp_path / "before", 0.1, keep=1)
+    shutil.copytree(tmp_path / "before", tmp_path / "whole")
+    disk["calls"].clear()
+    save(tmp_path / "whole", 0.2, first=2, keep=1)
+    calls = list(disk["calls"])
+    assert {"fsync", "rename", "replace", "mkdir", "unlink", "rmdir"} == set(calls)
+    survived = []
+    for last, call in enumerate(calls):
+        folder = shutil.copytree(tmp_path / "before", tmp_path / str(last))
+        disk["calls"].clear()
+        disk["last"] = last
+        with contextlib.suppress(Killed):
+            save(folder, 0.2, first=2, keep=1)
+        disk["last"] = None
+        checkpoints = Checkpoints(folder, keep=1)
+        assert checkpoints.set_damaged_aside() == []
+        survived.append(checkpoints.latest)
+        if call in ("rename", "replace") or last % 8 == 0:  # all would take long
+            chex.assert_trees_all_equal(checkpoints.restore(LIKE), state(checkpoints.latest))
+            checkpoints.save(state(3), None, {})
+            checkpoints.close()
+            assert 3 in steps(folder)
+            assert not list((folder / "checkpoints" / ".unfinished").iterdir())
+    assert survived == sorted(survived)
+    assert set(survived) == {1, 2}
+
+
+# No room.
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_in_orbax(*_, **__):
+    raise ValueError("RESOURCE_EXHAUSTED: write: [OS error 28: ENOSPC No space left on device]")
+
+
+FAILURES = [(os, "fsync", full), (os, "rename", full), (ocp.Checkpointer, "save", full_in_orbax)]
+
+
+@pytest.mark.parametrize(("where", "name", "failure"), FAILURES)
+@pytest.mark.parametrize("when", ["check", "save", "close"])
+def test_a_failed_write_is_told(when, where, name, failure, tmp_path, monkeypatch):
+    save(tmp_path, 0.5)
+    checkpoints = Checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, failure)
+        checkpoints.save(state(2), None, {})
+        checkpoints._writer.shutdown()
+    message = (
+        r"--workdir=.*: the state at step 2 could not be written \((OSError: )?(\[Errno 28\] )?"
+        r"No space left on device\); the last good one is at step 1"
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        checkpoints.save(state(3), None, {}) if when == "save" else getattr(checkpoints, when)()
+    assert "\n" not in str(caught.value)
+    checkpoints.close()  # told once
+    chex.assert_trees_all_equal(restored(tmp_path), state(1))
+    assert not (tmp_path / "checkpoints" / ".unfinished" / "2").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """One of half a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = [shutil.which("mount"), "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder]
+    if command[0] is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield folder
+    subprocess.run([shutil.which("umount"), folder], check=True)
+
+
+def test_a_full_disk(small_disk):
+    save(small_disk, 0.5)
+    (small_disk / "others").write_bytes(bytes(300_000))
+    checkpoints = Checkpoints(small_disk)
+    large = state(2).replace(params={"w": np.random.default_rng(0).random(100_000)})
+    checkpoints.save(large, None, {})
+    with pytest.raises(ConfigError, match=r"step 2 could not be written \(No space left") as caught:
+        checkpoints.close()
+    assert "\n" not in str(caught.value)
+    chex.assert_trees_all_equal(restored(small_disk), state(1))
+    (small_disk / "others").unlink()
+    save(small_disk, 0.6, first=2)
+    chex.assert_trees_all_equal(restored(small_disk), state(2))
+
+
+def test_a_full_disk_and_small_files(small_disk):
+    path = small_disk / "config.json"
+    workdir.write_whole(path, "before")
+    (small_disk / "others").write_bytes(bytes(500_000))
+    with pytest.raises(ConfigError, match=r"config\.json cannot be written \(No space left"):
+        workdir.write_whole(path, "x" * 100_000)
+    assert path.read_text() == "before"
+    assert sorted(os.listdir(small_disk)) == ["config.json", "others"]
+    records = workdir.Appender(small_disk / "metrics.jsonl")
+    records.write(b"{}\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written \(No space left"):
+        records.write(b"x" * 100_000)
+    records.close()
+    assert (small_disk / "metrics.jsonl").read_bytes().startswith(b"{}\n")
+
+
+def test_a_workdir_that_is_gone(tmp_path):
+    folder = tmp_path / "run"
+    save(folder, 0.5)
+    checkpoints = Checkpoints(folder)
+    shutil.rmtree(folder)
+    checkpoints.save(state(2), None, {})
+    with pytest.raises(ConfigError, match=r"run: .* \(No such file or directory\); there is none"):
+        checkpoints.wait()
+    assert not folder.exists()
+
+
+def test_a_slow_disk_holds_up_only_the_next_save(tmp_path, monkeypatch):
+    room, sync = threading.Event(), os.fsync
+
+    def slow(descriptor):
+        assert room.wait(60)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), None, {})
+    checkpoints.check()
+    assert not list(tmp_path.glob("checkpoints/*"))
+    timer = threading.Timer(0.2, room.set)
+    timer.start()
+    checkpoints.save(state(2), None, {})  # after the first, which waits for the disk
+    assert room.is_set()
+    assert 1 in steps(tmp_path)
+    checkpoints.close()
+    timer.join()
+    assert checkpoint.Checkpoints(tmp_path).latest == 2
+
+
+# The folder.
+
+
+def test_another_data_set_is_refused_unless_allowed(copy):
+    config = c.Config()
+    same = {"train": "1", "eval": "2"}
+    assert workdir.open_workdir(copy, config, same) == copy
+    message = r"data\.name = 'digits' has changed .*\(fingerprints: train: 1 -> 7\).*allow_change"
+    with pytest.raises(ConfigError, match=message):
+        workdir.open_workdir(copy, config, {**same, "train": "7"})
+    assert json.loads((copy / "data.json").read_text()) == same
+    config.checkpoint.allow_change = True
+    workdir.open_workdir(copy, config, {**same, "train": "7"})
+
+
+def test_small_files_are_whole_or_not_there(tmp_path, disk):
+    path = tmp_path / "classes.json"
+    workdir.write_whole(path, "before")
+    disk["calls"].clear()
+    workdir.write_whole(path, "after")
+    for last in range(len(disk["calls"])):
+        workdir.write_whole(path, "before")
+        disk["calls"].clear()
+        disk["last"] = last
+        with pytest.raises(Killed):
+            workdir.write_whole(path, "after")
+        disk["last"] = None
+        assert path.read_text() in ("before", "after")
