@@ -42,7 +42,9 @@ def test_workdir(workdir):
     assert (network.crop.eval_size, network.crop.eval_resize) == (12, 15)
     assert network.colours.mean == (0.3,)
     chex.assert_trees_all_equal(network.variables, load_variables(workdir)[1])
+    assert (network.step, network.ema) == (1, True)
     plain = open_network(workdir, ema=False)
+    assert not plain.ema
     assert plain.config.train.ema_decay == 0.5
     kernels = [each.variables["params"]["head"]["kernel"] for each in (network, plain)]
     assert (kernels[0] != kernels[1]).any()
@@ -69,6 +71,10 @@ def test_hub_folder(tmp_path):
     assert network.name == "resnet20"
     assert (network.preprocessing.image_size, network.preprocessing.crop_fraction) == (64, 0.95)
     assert network.class_names[0] == "tench"
+    assert network.step is None
+    config |= {"label_names": [f"kind {k}" for k in range(1000)], "model_args": {"in_chans": 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_network(tmp_path).class_names[999] == "kind 999"
 
 
 def test_imagenet_classes():
