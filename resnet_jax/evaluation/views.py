@@ -79,32 +79,48 @@ def make_measuring_step(
         logits = predict(variables, images)
         return logits if outputs is None else logits[:, outputs]
 
-    if views in ("one_crop", "flip"):
-
-        def step(variables: Any, batch: dict[str, jax.Array]) -> dict[str, Sums]:
-            return _judged(compete(variables, batch["images"]), batch)
-
-        measured = parallel.data_parallel_sums(step)
-        return lambda variables, batch: measured(variables, parallel.put(batch))
-
-    def judge_scores(_: Any, batch: dict[str, jax.Array]) -> dict[str, Sums]:
-        return _judged(batch["scores"], batch)
-
-    look = _look_at_crops(compete, side) if views == "ten_crop" else _look_at_scales(compete)
-    judged = parallel.data_parallel_sums(judge_scores)
+    look = {"ten_crop": _look_at_crops(compete, side), "multi_scale": _look_at_scales(compete)}.get(
+        views, _look_once(compete)
+    )
+    judged = parallel.data_parallel_sums(lambda _, batch: _judged(batch))
     classes = model.num_classes if outputs is None else len(outputs)
 
     def measure(variables: Any, batch: dict[str, Any]) -> dict[str, Sums]:
-        facts = {"labels": batch["labels"], "weights": batch["weights"]}
         nothing = np.full((len(batch["weights"]), classes), -np.inf, np.float32)
-        scores = look(variables, batch["images"], parallel.put(nothing))
-        return judged(np.float32(0), {"scores": scores, **parallel.put(facts)})
+        placed = parallel.put({"scores": nothing, **batch, "images": None})
+        sums, scores = look(variables, batch["images"], placed)
+        found = judged(np.float32(0), {**placed, "scores": scores})
+        return {**found, "sums": sums or found["sums"]}
 
     return measure
 
 
-# (variables, a host's images, nothing) -> the logarithm of the views' summed probabilities.
-Look = Callable[[Any, Any, jax.Array], jax.Array]
+# (variables, a host's images, the rest of the batch on the devices) -> sums, if it knows them
+# already, and what orders the classes and normalises to their probabilities [D, N / D, classes].
+Look = Callable[[Any, Any, dict[str, jax.Array]], tuple[Sums, jax.Array]]
+
+
+def _look_once(compete: Callable[[Any, jax.Array], jax.Array]) -> Look:
+    """The trainer's program, which gives its logits away as well.
+
+    Anything else that this program had to give away would change how the compiler adds up, and
+    with it the last digit of the loss.
+    """
+
+    def step(variables: Any, batch: dict[str, jax.Array]) -> tuple[Sums, jax.Array]:
+        logits, labels = compete(variables, batch["images"]), batch["labels"]
+        known = labels.ndim == 1
+        return sum_up(judge(logits, labels), batch["weights"]) if known else {}, logits
+
+    run = parallel.data_parallel_sums(step, outputs=True)
+
+    def look(
+        variables: Any, images: np.ndarray, batch: dict[str, jax.Array]
+    ) -> tuple[Sums, jax.Array]:
+        facts = {name: batch[name] for name in ("labels", "weights")}
+        return run(variables, {"images": parallel.put(images), **facts})
+
+    return look
 
 
 def _look_at_crops(compete: Callable[[Any, jax.Array], jax.Array], side: int) -> Look:
@@ -117,14 +133,17 @@ def _look_at_crops(compete: Callable[[Any, jax.Array], jax.Array], side: int) ->
 
     run = parallel.data_parallel_outputs(add)  # one program for all ten
 
-    def look(variables: Any, images: np.ndarray, total: jax.Array) -> jax.Array:
+    def look(
+        variables: Any, images: np.ndarray, batch: dict[str, jax.Array]
+    ) -> tuple[Sums, jax.Array]:
+        total = batch["scores"]
         placed, rest = parallel.put(images), images.shape[1] - side
         middle = round(rest / 2)
         for top, left in ((0, 0), (0, rest), (rest, 0), (rest, rest), (middle, middle)):
             for mirrored in (False, True):
                 arguments = (variables, np.int32(top), np.int32(left), np.bool_(mirrored))
                 total = run(arguments, {"images": placed, "total": total})
-        return total
+        return {}, total
 
     return look
 
@@ -136,17 +155,20 @@ def _look_at_scales(compete: Callable[[Any, jax.Array], jax.Array]) -> Look:
 
     run = parallel.data_parallel_outputs(add)  # one program for each shape
 
-    def look(variables: Any, images: list[np.ndarray], total: jax.Array) -> jax.Array:
+    def look(
+        variables: Any, images: list[np.ndarray], batch: dict[str, jax.Array]
+    ) -> tuple[Sums, jax.Array]:
+        total = batch["scores"]
         for scaled in images:
             total = run(variables, {"images": parallel.put(scaled), "total": total})
-        return total
+        return {}, total
 
     return look
 
 
-def _judged(logits: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Sums]:
+def _judged(batch: dict[str, jax.Array]) -> dict[str, Sums]:
     """Sums over all devices, and every image's measures; for use under the axis "batch"."""
-    labels, weights = batch["labels"], batch["weights"]
+    logits, labels, weights = batch["scores"], batch["labels"], batch["weights"]
     if labels.ndim == 1:
         each, labelled = judge(logits, labels), jnp.ones_like(weights)
     else:

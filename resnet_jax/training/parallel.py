@@ -54,16 +54,19 @@ def data_parallel(
 
 
 def data_parallel_sums(
-    step: Callable[..., Any], devices: Sequence[jax.Device] | None = None
+    step: Callable[..., Any],
+    devices: Sequence[jax.Device] | None = None,
+    outputs: bool = False,
 ) -> Callable[..., Any]:
     """Runs a step(variables, batch) -> sums on all devices; nothing is donated.
 
     Args:
       step: A pure function that sums over the axis "batch" by `lax.psum`.
       devices: Which; None: all.
+      outputs: The step returns (sums, outputs), whose outputs have an axis of images.
 
     Returns:
-      The compiled step; batches have a leading axis of local devices.
+      The compiled step; batches and outputs have a leading axis of local devices.
 
     Example:
       >>> from jax import lax
@@ -71,7 +74,8 @@ def data_parallel_sums(
       >>> float(total(np.float32(0), shard(np.ones(8, np.float32))))
       8.0
     """
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+    out_axes = (None, 0) if outputs else None
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=out_axes, devices=devices)
 
 
 def data_parallel_outputs(
