@@ -1,7 +1,8 @@
 """`python -m resnet_jax COMMAND`: the command line.
 
 A mistake of the user's ends with one line and exit code 2; a run that diverged with 70; one that a
-signal stopped, with everything saved, with 75. Where broken images were skipped, it is 1.
+signal stopped, with everything saved, with 75; one that lost another of its processes with 69.
+Where broken images were skipped, it is 1.
 """
 
 from __future__ import annotations
@@ -245,14 +246,28 @@ def _open_network(options: argparse.Namespace) -> Any:
 
 
 def _train(options: argparse.Namespace) -> None:
-    wanted = [each for each in options.rest if each not in ("-h", "--help")]
-    config, workdir = parse_train_flags(wanted)
-    if wanted != options.rest:
-        print(_TRAIN_HELP + _fields_help(config))
-        return
-    from resnet_jax.training.loop import train
+    from resnet_jax.training.distributed import abandon, together
+    from resnet_jax.training.launch import FLAGS, start
 
-    result = train(config, workdir)
+    wanted = [each for each in options.rest if each not in ("-h", "--help")]
+    if wanted != options.rest:
+        config, _ = parse_train_flags(wanted)
+        print(_TRAIN_HELP.format(several=FLAGS) + _fields_help(config))
+        return
+    wanted = start(wanted)
+    try:
+        with together() as peers:
+            config, workdir = parse_train_flags(wanted)
+            from resnet_jax.training.loop import train
+
+            result = train(config, workdir)
+    except (StoppedError, DivergedError):  # so all processes end, at the same step
+        raise
+    except BaseException as error:
+        abandon(error)
+        raise
+    if not peers.is_first:
+        return
     if config.log.report:
         _report_at_the_end(result.workdir)
     top1 = result.metrics["top1"]
@@ -418,7 +433,7 @@ Trains the network that a configuration describes; the same command goes on with
 
   --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits)
   --workdir  where the run is kept (default: runs/ and the configuration's name)
-
+{several}
 Fields of this configuration:
 """
 

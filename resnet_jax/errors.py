@@ -41,6 +41,10 @@ class StoppedError(ResNetJaxError):
     """A signal stopped a run between two steps; the same command goes on with it."""
 
 
+class PeerError(ResNetJaxError):
+    """Another process of the run is lost; the same command on all of them goes on with it."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Says that `name` is unknown and which of the known names come closest.
 

@@ -37,6 +37,7 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
+from resnet_jax.training.distributed import Peers, together
 from resnet_jax.training.environment import write_environment
 from resnet_jax.training.initial import initial_variables
 from resnet_jax.training.optimizer import Length, make_optimizer
@@ -45,6 +46,8 @@ from resnet_jax.training.setup import (
     channels_of,
     check_batches,
     check_calls,
+    facts,
+    fingerprints,
     make_model,
     open_sources,
 )
@@ -85,6 +88,7 @@ def train(config: Config, workdir: str | Path) -> Result:
       DataError: The data set cannot be used.
       DivergedError: The loss is no longer a number.
       StoppedError: A signal asked to stop; everything is saved.
+      PeerError: Another process of the run is lost.
 
     Example:
       >>> import tempfile
@@ -94,18 +98,23 @@ def train(config: Config, workdir: str | Path) -> Result:
       ...     train(config, folder).steps
       2
     """
-    check(config)
-    sources = open_sources(config)
-    model = make_model(config, sources["train"].num_classes)
-    check_batches(config)
-    check_calls(config, sources["train"])
-    initial = None
-    if not has_states(Path(workdir).expanduser()):  # a run that goes on needs no first weights
-        initial = initial_variables(config, model, channels_of(config, sources["train"]))
-    folder = open_workdir(workdir, config, _fingerprints(sources))
-    _use_compile_cache(config)
-    with Signals() as signals, locked(folder):
-        return _Run(config, folder, model, sources, initial, signals).finish()
+    with together() as peers:
+        check(config)
+        sources = open_sources(config)
+        model = make_model(config, sources["train"].num_classes)
+        check_batches(config)
+        check_calls(config, sources["train"])
+        peers.agree(facts(config, sources))
+        _use_compile_cache(config)
+        folder, initial = Path(workdir).expanduser(), None
+        with Signals() as signals, contextlib.ExitStack() as stack:
+            if peers.is_first:  # the only one that touches the workdir
+                if not has_states(folder):  # a run that goes on needs no first weights
+                    channels = channels_of(config, sources["train"])
+                    initial = initial_variables(config, model, channels)
+                folder = open_workdir(folder, config, fingerprints(sources))
+                stack.enter_context(locked(folder))
+            return _Run(config, folder, model, sources, initial, signals, peers).finish()
 
 
 class _Run:
@@ -119,30 +128,36 @@ class _Run:
         sources: dict[str, Source],
         initial: dict[str, Any] | None,
         signals: Signals,
+        peers: Peers,
     ) -> None:
         self.config = config
         self.workdir = workdir
         self.model = model
         self.signals = signals
         self.length = Length.of(config, len(sources["train"]))
-        self.hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+        self.peers = peers
+        self.hosts: dict[str, Any] = {"host": peers.index, "hosts": peers.count}
         optimizer = make_optimizer(config, self.length)
         channels = channels_of(config, sources["train"])
-        self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-        damaged = self.checkpoints.set_damaged_aside()
-        resumed = self.checkpoints.latest is not None
-        self.carried = self.checkpoints.records() if resumed else None
-        self.state: TrainState = parallel.place(
-            self.checkpoints.restore(state_shapes(model, optimizer, config, channels))
-            if resumed
-            else create_state(model, optimizer, config, channels, initial)
-        )
-        if jax.process_index() == 0:
-            write_config(workdir, config, sources["train"].class_names, _fingerprints(sources))
+        shapes = state_shapes(model, optimizer, config, channels)
+        self.checkpoints: Checkpoints | None = None
+        self.carried: dict[str, Any] | None = None
+        state, damaged = None, list[str]()
+        if peers.is_first:
+            self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+            damaged = self.checkpoints.set_damaged_aside()
+            if self.checkpoints.latest is not None:
+                self.carried = self.checkpoints.records()
+                state = self.checkpoints.restore(shapes)
+            else:
+                state = create_state(model, optimizer, config, channels, initial)
+            write_config(workdir, config, sources["train"].class_names, fingerprints(sources))
             write_environment(workdir)
+        self.carried = peers.tell(self.carried)
+        self.state: TrainState = parallel.place(peers.share(state, shapes))
         self.telemetry = Telemetry(
             config,
-            workdir if jax.process_index() == 0 else None,
+            workdir if peers.is_first else None,
             int(self.state.step),
             self.length.steps,
             self.length.steps_per_epoch,
@@ -158,17 +173,21 @@ class _Run:
             data = {"images": self.train_data.images, "labels": self.train_data.labels}
             self.on_devices = (parallel.place(data),)
             step = make_steps(step)
+        if peers.count > 1:
+            step = parallel.with_stop_flag(step)
+            self.stop_flags = parallel.stop_flags()
         self.step = parallel.data_parallel(step, whole=len(self.on_devices))
         self.evaluation_step = parallel.data_parallel_sums(
             make_evaluation_step(model, config.augment, config.evaluate.flip)
         )
-        self._say_start(channels, resumed)
+        self._say_start(channels)
 
     def finish(self) -> Result:
         """Takes the steps that are left and closes everything, whatever happens."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.telemetry.close)
-            stack.callback(self.checkpoints.close)
+            if self.checkpoints is not None:
+                stack.callback(self.checkpoints.close)
             metrics = self._train()
         return Result(int(self.state.step), metrics, self.workdir)
 
@@ -193,6 +212,8 @@ class _Run:
         try:
             for steps, batch in zip(lengths, batches, strict=True):
                 trace.before(done)
+                if self.peers.count > 1:
+                    batch = batch, self.stop_flags[self.signals.received]
                 arguments = (self.state, *self.on_devices, batch)
                 recorder.look_at(self.step, *arguments, several=bool(self.on_devices))
                 self.state, step_metrics = self.step(*arguments)
@@ -200,8 +221,10 @@ class _Run:
                 trace.after(done, step_metrics)
                 recorder.add(done, step_metrics)
                 self.telemetry.advance(done)
-                self.checkpoints.check()
-                stop = self.signals.received and jax.process_count() == 1
+                if self.checkpoints is not None:
+                    self.checkpoints.check()
+                # Several processes stop where the metrics, read late, tell all of them to.
+                stop = recorder.stop if self.peers.count > 1 else self.signals.received
                 if self._evaluates_at(done):
                     recorder.flush()
                     metrics = self._evaluate(done, write=True)
@@ -285,7 +308,8 @@ class _Run:
 
     def _save(self, metrics: dict[str, float] | None, recorder: Recorder) -> None:
         carried = recorder.carried()  # where a step diverged it says so, and nothing is saved
-        self.checkpoints.save(self.state, metrics, carried)
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.state, metrics, carried)
 
     def _evaluates_at(self, done: int) -> bool:
         interval = self.config.evaluate.every_epochs * self.length.steps_per_epoch
@@ -304,14 +328,14 @@ class _Run:
         return logs or self._evaluates_at(done) or self._saves_at(done) or done in (traced or ())
 
     def _divergence(self, what: str, done: int) -> str:
-        saved = self.checkpoints.latest
+        saved = self.checkpoints.latest if self.checkpoints is not None else None
         where = f"the last good state is at step {saved}" if saved else "no state was saved"
         return (
             f"the {what} is not a number at step {done}; {where}. A lower "
             "optimizer.learning_rate, a longer schedule.warmup_epochs or optimizer.clip_norm help"
         )
 
-    def _say_start(self, channels: int, resumed: bool) -> None:
+    def _say_start(self, channels: int) -> None:
         config, side = self.config, self.config.data.image_size
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -321,12 +345,8 @@ class _Run:
             f"{self.model.num_classes} classes; {self.length.steps} steps of "
             f"{config.train.batch_size} on {devices}; workdir {self.workdir}"
         )
-        if resumed:
+        if int(self.state.step):
             self.telemetry.say(f"going on after step {int(self.state.step)}")
-
-
-def _fingerprints(sources: dict[str, Source]) -> dict[str, str]:
-    return {use: source.fingerprint for use, source in sources.items()}
 
 
 def _use_compile_cache(config: Config) -> None:

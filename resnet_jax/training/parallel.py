@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
 from resnet_jax.errors import ConfigError
 
@@ -43,7 +44,7 @@ def data_parallel(
       >>> float(state), float(mean)
       (1.0, 1.0)
     """
-    return jax.pmap(
+    call = jax.pmap(
         step,
         axis_name=AXIS,
         in_axes=(None,) * (1 + whole) + (0,),
@@ -51,6 +52,7 @@ def data_parallel(
         donate_argnums=(0,),
         devices=devices,
     )
+    return _awaited(call)
 
 
 def data_parallel_sums(
@@ -75,7 +77,53 @@ def data_parallel_sums(
       8.0
     """
     out_axes = (None, 0) if outputs else None
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=out_axes, devices=devices)
+    call = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=out_axes, devices=devices)
+    return _awaited(call)
+
+
+def _awaited(call: Callable[..., Any]) -> Callable[..., Any]:
+    """On the CPUs of several processes, one call at a time.
+
+    The collectives of two calls would share a few threads, and wait for each other for ever.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return call
+    return lambda *arguments: jax.block_until_ready(call(*arguments))
+
+
+def with_stop_flag(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets every process know, at the same step, whether one of them wants to stop.
+
+    The flag travels with the metrics' means, so it costs no round of its own.
+
+    Args:
+      step: step(state, ..., batch) -> (state, metrics) of one device.
+
+    Returns:
+      The same, with batch = (batch, flag) and "stop" among the metrics: above 0 where the flag of
+      any device is.
+
+    Example:
+      >>> step = lambda state, batch: (state, {"loss": lax.pmean(batch.mean(), AXIS)})
+      >>> flags = stop_flags()
+      >>> batch = shard(np.zeros(8, np.float32))
+      >>> run = data_parallel(with_stop_flag(step))
+      >>> [float(run(np.float32(0), (batch, flags[stop]))[1]["stop"]) for stop in (False, True)]
+      [0.0, 1.0]
+    """
+
+    def flagged(*arguments: Any) -> Any:
+        batch, flag = arguments[-1]
+        state, metrics = step(*arguments[:-1], batch)
+        return state, {**metrics, "stop": lax.pmean(flag[0], AXIS)}
+
+    return flagged
+
+
+def stop_flags() -> tuple[Any, Any]:
+    """This host's flags, on its devices for good: (go on, stop)."""
+    ones = np.ones(jax.local_device_count(), np.float32)
+    return put(0 * ones), put(ones)
 
 
 def data_parallel_outputs(
@@ -117,7 +165,7 @@ def shard(batch: Any, devices: int | None = None) -> Any:
 
 
 def place(state: Any) -> Any:
-    """Puts a state on all devices, as the step gives it back: so one program fits every step.
+    """Puts a state on this host's devices, as the step gives it back: one program fits all steps.
 
     Args:
       state: NumPy arrays.
@@ -129,8 +177,6 @@ def place(state: Any) -> Any:
       >>> place({"step": np.int32(0)})["step"].is_fully_replicated
       True
     """
-    if jax.process_count() > 1:
-        return state
     return jax.device_put(state, jax.NamedSharding(_mesh(), jax.P()))
 
 
@@ -154,8 +200,6 @@ def put(batch: Any) -> Any:
       3
     """
     split = shard(batch)
-    if jax.process_count() > 1:  # there the step takes this host's arrays and sends them itself
-        return split
     return jax.device_put(split, jax.NamedSharding(_mesh(), jax.P(AXIS)))
 
 

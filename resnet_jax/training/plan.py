@@ -70,7 +70,7 @@ def make_plan(
     classes = num_classes or (config.model.num_classes if images else 0)
     source = training_size(config.data, images, classes)
     check_source(config, source)
-    check_calls(config, source, part.hosts)
+    check_calls(config, source)
     devices = part.chips * part.chip.devices
     if batch_per_chip:
         unit = part.chip.devices * batch_parts(config)

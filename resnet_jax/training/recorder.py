@@ -73,6 +73,7 @@ class Recorder:
         self._sums = _Sums(**(carried or {}))
         self._timed = 0  # steps since the clock was started
         self._done = done
+        self.stop = False  # whether a process of the run has asked to stop
         self._time = time.monotonic()
         self._flops: float | None = None
         self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
@@ -123,6 +124,7 @@ class Recorder:
         done, metrics = self._pending.popleft()
         arrays = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
         steps = len(arrays["loss"])
+        self.stop |= bool(arrays.pop("stop", np.zeros(1))[0])
         for index in range(steps):
             values = {name: float(x[index]) for name, x in arrays.items()}
             self._take(done - steps + 1 + index, values)
@@ -157,7 +159,8 @@ class Trace:
     """Writes a trace of the steps that log.profile names."""
 
     def __init__(self, config: Config, workdir: Path) -> None:
-        self._steps = profile_steps(config.log.profile) if config.log.profile else None
+        wanted = config.log.profile and jax.process_index() == 0
+        self._steps = profile_steps(config.log.profile) if wanted else None
         self._folder = str(workdir / "profile")
         self._running = False
 

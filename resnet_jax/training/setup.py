@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,8 @@ from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
-from resnet_jax.training.config import Config, registered_overrides
+from resnet_jax.training.config import Config, registered_overrides, to_flat
+from resnet_jax.training.environment import versions
 
 
 def open_sources(config: Config) -> dict[str, Source]:
@@ -115,16 +118,15 @@ def make_model(config: Config, classes: int) -> ResNet:
     return model
 
 
-def check_calls(config: Config, source: Source, processes: int = 0) -> None:
+def check_calls(config: Config, source: Source) -> None:
     """Checks that a data set that is to lie on the devices can.
 
     Args:
       config: The configuration of a run.
       source: Its training images.
-      processes: Of the run; 0: as many as JAX knows of.
 
     Raises:
-      ConfigError: It does not stay in memory, or there are several processes.
+      ConfigError: It does not stay in memory.
     """
     steps = config.train.steps_per_call
     if steps == 1:
@@ -133,11 +135,6 @@ def check_calls(config: Config, source: Source, processes: int = 0) -> None:
         raise ConfigError(
             f"train.steps_per_call = {steps}: needs a data set that lies in memory, with "
             "data.crop = 'center' and at most data.memory_gib; take 1 for this one"
-        )
-    processes = processes or jax.process_count()
-    if processes > 1:
-        raise ConfigError(
-            f"train.steps_per_call = {steps}: must be 1 in a run of {processes} processes"
         )
 
 
@@ -183,3 +180,34 @@ def batch_parts(config: Config) -> int:
     """
     mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
     return config.train.accumulate * (2 if mixes else 1)
+
+
+def fingerprints(sources: Mapping[str, Source]) -> dict[str, str]:
+    """What tells whether the data is still the same.
+
+    Args:
+      sources: From `open_sources`.
+
+    Returns:
+      A text for each.
+    """
+    return {use: source.fingerprint for use, source in sources.items()}
+
+
+def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:
+    """What has to be the same in all processes of a run.
+
+    Args:
+      config: The configuration of the run.
+      sources: From `open_sources`.
+
+    Returns:
+      Versions, fields of the configuration, the data and the devices, by what a person calls them.
+
+    Example:
+      >>> facts(Config(), {})["train.batch_size"]
+      128
+    """
+    devices = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+    data = {f"the data set in data.{k}_split": x for k, x in fingerprints(sources).items()}
+    return {**versions(), **to_flat(config), **data, "the devices of a process": devices}
