@@ -245,6 +245,8 @@ class Train:
       seed: Of initial parameters, order, crops and augmentation.
       ema_decay: Of the moving average of parameters and statistics; 0: none.
       ema_every: Steps between its updates.
+      max_skipped: Steps in a row that are skipped, because loss, gradients or what would come of
+        them are not finite, before the run ends as diverged.
     """
 
     epochs: float = 10.0
@@ -255,6 +257,7 @@ class Train:
     seed: int = 0
     ema_decay: float = 0.0
     ema_every: int = 1
+    max_skipped: int = 20
 
 
 @dataclasses.dataclass
@@ -481,6 +484,7 @@ _RULES: dict[str, Rule] = {
     "train.seed": (lambda x: 0 <= x < 2**31, "must be in [0, 2^31)"),
     "train.ema_decay": _RATE,
     "train.ema_every": _AT_LEAST_1,
+    "train.max_skipped": _NOT_NEGATIVE,
     "evaluate.every_epochs": _POSITIVE,
     "evaluate.batch_size": _NOT_NEGATIVE,
     "checkpoint.every_steps": _NOT_NEGATIVE,
@@ -651,6 +655,7 @@ _FREE = {
     "data.prefetch",
     "data.max_corrupt",
     "train.steps_per_call",
+    "train.max_skipped",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.allow_change",

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def train(config: Config, workdir: str | Path) -> Result:
     Raises:
       ConfigError: The configuration, or the workdir, cannot be used; nothing was touched.
       DataError: The data set cannot be used.
-      DivergedError: The loss is no longer a number.
+      DivergedError: The loss, or what would come of it, is no longer a number.
       StoppedError: A signal asked to stop; everything is saved.
       PeerError: Another process of the run is lost.
 
@@ -206,9 +206,10 @@ class _Run:
         if done >= self.length.steps:
             self.telemetry.say(f"already trained for {done} steps; evaluating")
             return self._evaluate(done, write=False)
-        # A generator closed in time does not leave its thread behind.
+        # Generators closed in time leave neither threads nor processes behind.
         lengths = [*self._call_lengths(done)]
-        batches = prefetch(map(parallel.put, self._batches(done, lengths)), config.data.prefetch)
+        made = self._batches(done, lengths)
+        batches = prefetch(map(parallel.put, made), config.data.prefetch)
         try:
             for steps, batch in zip(lengths, batches, strict=True):
                 trace.before(done)
@@ -239,6 +240,7 @@ class _Run:
                     )
         finally:
             batches.close()
+            made.close()
             trace.close()
         return metrics
 
@@ -252,7 +254,7 @@ class _Run:
             yield steps
             done += steps
 
-    def _batches(self, start: int, lengths: list[int]) -> Iterator[Batch]:
+    def _batches(self, start: int, lengths: list[int]) -> Generator[Batch, None, None]:
         config, stop = self.config, self.length.steps
         size, data = config.train.batch_size, self.train_data
         order = Order(len(data), config.train.seed, config.data.repeats)
@@ -287,7 +289,7 @@ class _Run:
             metrics = evaluate(self.evaluation_step, variables, self._evaluation_batches())
             seconds = time.monotonic() - start
             images = metrics.pop("images")
-            if math.isnan(metrics["loss"]):  # and no record: JSON has no NaN
+            if not math.isfinite(metrics["loss"]):  # and no record: JSON has no NaN
                 raise DivergedError(self._divergence("evaluated loss", done))
             record: dict[str, Any] = {"step": done, "split": self.config.data.eval_split, **metrics}
             record["images_per_second"] = images / seconds
@@ -327,11 +329,12 @@ class _Run:
         logs = done % config.log.every_steps == 0
         return logs or self._evaluates_at(done) or self._saves_at(done) or done in (traced or ())
 
-    def _divergence(self, what: str, done: int) -> str:
+    def _divergence(self, what: str, done: int, skipped: int = 0) -> str:
         saved = self.checkpoints.latest if self.checkpoints is not None else None
         where = f"the last good state is at step {saved}" if saved else "no state was saved"
+        count = f", one of {skipped} skipped steps" if skipped > 1 else ""
         return (
-            f"the {what} is not a number at step {done}; {where}. A lower "
+            f"the {what} is not a number at step {done}{count}; {where}. A lower "
             "optimizer.learning_rate, a longer schedule.warmup_epochs or optimizer.clip_norm help"
         )
 

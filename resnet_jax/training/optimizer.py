@@ -185,15 +185,13 @@ def _scale_backbone(rate: float) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def current_learning_rate(
-    schedule: optax.Schedule, step: jax.Array, opt_state: optax.OptState
-) -> jax.Array:
+def current_learning_rate(schedule: optax.Schedule, opt_state: optax.OptState) -> jax.Array:
     """The learning rate that the next step uses.
 
     Args:
       schedule: From `make_schedule`.
-      step: Completed steps.
-      opt_state: State of `make_optimizer`'s transformation.
+      opt_state: State of `make_optimizer`'s transformation; it counts the steps that were taken,
+        of which there are fewer than completed ones where some were skipped.
 
     Returns:
       A scalar, with the drops of a plateau schedule.
@@ -201,15 +199,17 @@ def current_learning_rate(
     Example:
       >>> length = Length(steps=10, steps_per_epoch=5.0)
       >>> state = make_optimizer(Config(), length).init({"head": jnp.zeros((2, 2))})
-      >>> round(float(current_learning_rate(make_schedule(Config(), length), 0, state)), 4)
+      >>> round(float(current_learning_rate(make_schedule(Config(), length), state)), 4)
       0.1
     """
-    rate = jnp.asarray(schedule(step), jnp.float32)
-    for state in jax.tree.leaves(opt_state, is_leaf=_is_plateau):
-        if _is_plateau(state):
+    rate = jnp.float32(1)
+    for state in jax.tree.leaves(opt_state, is_leaf=_has_rate):
+        if isinstance(state, optax.ScaleByScheduleState):
+            rate = rate * schedule(state.count)
+        elif isinstance(state, optax.contrib.ReduceLROnPlateauState):
             rate = rate * state.scale
     return rate
 
 
-def _is_plateau(state: object) -> bool:
-    return isinstance(state, optax.contrib.ReduceLROnPlateauState)
+def _has_rate(state: object) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState | optax.contrib.ReduceLROnPlateauState)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,8 +19,6 @@ from resnet_jax.training.telemetry import PEAK_FLOPS, Telemetry
 
 # Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
 _IN_FLIGHT = 2
-# A float16 loss may overflow now and then; this many steps in a row are a divergence.
-_MOST_OVERFLOWS = 20
 
 
 @dataclasses.dataclass
@@ -31,17 +28,31 @@ class _Sums:
     steps: int = 0
     totals: dict[str, float] = dataclasses.field(default_factory=dict)
     learning_rate: float = 0.0  # of the last of them
-    overflows: int = 0  # in a row, up to now
+    skipped: int = 0
+    skipped_in_a_row: int = 0  # up to now
+    skipped_in_all: int = 0  # since the run began
 
     def add(self, values: dict[str, float]) -> None:
+        """A step that was taken."""
         self.steps += 1
         # One by one, so that a restart in between changes no rounding.
         self.totals = {name: self.totals.get(name, 0.0) + x for name, x in values.items()}
         self.learning_rate = values["learning_rate"]
+        self.skipped_in_a_row = 0
+
+    def skip(self) -> None:
+        """A step whose values are no numbers."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.skipped_in_all += 1
 
     def means(self) -> dict[str, float]:
         means = {name: total / self.steps for name, total in self.totals.items()}
         return {**means, "learning_rate": self.learning_rate}
+
+    def next(self) -> _Sums:
+        """After a record: only what counts over several of them is kept."""
+        return _Sums(skipped_in_a_row=self.skipped_in_a_row, skipped_in_all=self.skipped_in_all)
 
 
 class Recorder:
@@ -52,7 +63,8 @@ class Recorder:
       steps_per_epoch: May be a fraction.
       telemetry: Where records go.
       done: Completed steps.
-      divergence: Makes the message of a DivergedError: of what was not a number, and the step.
+      divergence: Makes the message of a DivergedError: of what was not a number, the step, and how
+        many were skipped.
       carried: What `carried` gave at the step where this start begins.
     """
 
@@ -62,7 +74,7 @@ class Recorder:
         steps_per_epoch: float,
         telemetry: Telemetry,
         done: int,
-        divergence: Callable[[str, int], str],
+        divergence: Callable[[str, int, int], str],
         carried: dict[str, Any] | None = None,
     ) -> None:
         self._config = config
@@ -99,8 +111,15 @@ class Recorder:
             self._read_one()
 
     def flush(self) -> None:
-        """Waits for all steps and writes what is left over as a record."""
+        """Waits for all steps and writes what is left over as a record.
+
+        Raises:
+          DivergedError: Of all steps of the run more were skipped than taken. A run too short to
+            skip train.max_skipped in a row is not to end as if it had trained.
+        """
         self._read_all()
+        if self._sums.skipped_in_all > self._done / 2:
+            raise self._diverged()
         if self._sums.steps:
             self._write()
 
@@ -131,27 +150,31 @@ class Recorder:
 
     def _take(self, done: int, values: dict[str, float]) -> None:
         self._done = done
-        if math.isfinite(values["loss"]):
-            self._sums.overflows = 0
-            self._sums.add(values)
-            self._timed += 1
-            self._telemetry.watch(values)
+        if values.pop("skipped"):  # its other values are no numbers
+            self._sums.skip()
+            if self._sums.skipped_in_a_row > self._config.train.max_skipped:
+                raise self._diverged()
         else:
-            self._sums.overflows += 1
-            if self._config.model.dtype != "float16" or self._sums.overflows > _MOST_OVERFLOWS:
-                raise DivergedError(self._divergence("training loss", done))
+            self._sums.add(values)
+            self._telemetry.watch(values)
+        self._timed += 1
         if done % self._config.log.every_steps == 0 and self._sums.steps:
             self._write()
+
+    def _diverged(self) -> DivergedError:
+        what = "training loss, or what would come of its gradients,"
+        return DivergedError(self._divergence(what, self._done, self._sums.skipped_in_all))
 
     def _write(self) -> None:
         seconds = time.monotonic() - self._time
         record: dict[str, Any] = {"step": self._done, "split": "train", **self._sums.means()}
         record["epoch"] = self._done / self._steps_per_epoch
         record["images_per_second"] = self._timed * self._config.train.batch_size / seconds
+        record["skipped"] = self._sums.skipped
         if self._peak and self._flops:
             record["mfu"] = self._timed / seconds * self._flops / self._peak
         self._telemetry.record(record)
-        self._sums = _Sums(overflows=self._sums.overflows)
+        self._sums = self._sums.next()
         self.restart()
 
 

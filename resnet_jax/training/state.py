@@ -20,7 +20,7 @@ class LossScale(struct.PyTreeNode):
     """Keeps float16 gradients from vanishing: the loss is multiplied, the gradients divided.
 
     Args:
-      value: The factor; halved when a gradient overflows, doubled after 2,000 steps without.
+      value: The factor; halved when a step is skipped, doubled after 2,000 steps without.
       good_steps: Steps since the last change.
 
     Example:
@@ -38,7 +38,7 @@ class LossScale(struct.PyTreeNode):
         return cls(jnp.float32(2.0**16), jnp.int32(0))
 
     def update(self, finite: jax.Array) -> LossScale:
-        """After a step whose gradients were all finite, or not."""
+        """After a step that was taken because all was finite, or skipped."""
         grown = self.good_steps + 1 >= 2_000
         value = jnp.where(finite, jnp.where(grown, self.value * 2, self.value), self.value / 2)
         good_steps = jnp.where(finite & ~grown, self.good_steps + 1, 0)

@@ -21,7 +21,7 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.config import Config, Loss
 from resnet_jax.training.optimizer import Length, current_learning_rate, make_schedule
 from resnet_jax.training.parallel import AXIS
-from resnet_jax.training.state import LossScale, TrainState
+from resnet_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -94,7 +94,8 @@ def make_train_step(
       step(state, batch) -> (state, metrics) for one device of the axis "batch". A batch is
       {"images": uint8 [N, H, W, C], "labels": int32 [N]}, and "mirrored": bool [N] where
       augment.flip_alternates is on; metrics are means over the batch of
-      all devices: loss, top1, top5 (fractions), and learning_rate.
+      all devices: loss, top1, top5 (fractions), learning_rate, and skipped: 1.0 where the step
+      was left out because something in it was not a finite number, else 0.0.
     """
     schedule = make_schedule(config, length)
 
@@ -105,7 +106,7 @@ def make_train_step(
         gradients, batch_stats, metrics = lax.pmean(found, AXIS)
         if state.loss_scale is not None:
             gradients = jax.tree.map(lambda x: x / scale, gradients)
-        metrics["learning_rate"] = current_learning_rate(schedule, state.step, state.opt_state)
+        metrics["learning_rate"] = current_learning_rate(schedule, state.opt_state)
 
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, value=metrics["loss"]
@@ -116,11 +117,11 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        if state.loss_scale is not None:
-            new = _skip_overflow(state, new, state.loss_scale, gradients)
         if state.ema:
             new = new.replace(ema=_average(new, config))
-        return new, metrics
+        finite = _all_finite(metrics["loss"], gradients, new)
+        metrics["skipped"] = 1 - finite.astype(jnp.float32)
+        return _unless_skipped(finite, new, state), metrics
 
     return step
 
@@ -239,13 +240,26 @@ def _forward(
     return logits, updates.get("batch_stats", batch_stats)
 
 
-def _skip_overflow(
-    old: TrainState, new: TrainState, scale: LossScale, gradients: Any
-) -> TrainState:
-    """Counts a step whose float16 gradients overflowed, but takes nothing else from it."""
-    finite = jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(gradients)]))
-    kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    return kept.replace(step=new.step, loss_scale=scale.update(finite))
+def _all_finite(loss: jax.Array, gradients: Any, new: TrainState) -> jax.Array:
+    """Whether a step may be taken: one bool, the same on all devices.
+
+    The same because it is computed from what `lax.pmean` has made the same. These four suffice:
+    - What overflowed in the network reaches the state by gradients and running statistics only; a
+      plateau schedule also sees the loss. An infinity that shows in none of them left no trace.
+    - Finite squares of the gradients keep the moments of every optimizer finite, Adam's second
+      ones too, and so keeps clipping from dividing by an infinite norm.
+    - The update is the last that can overflow: it shows in the new parameters. Their averages lie
+      between old and new ones.
+    """
+    squares = optax.tree.norm((loss, gradients, new.params, new.batch_stats), squared=True)
+    return jnp.isfinite(squares)
+
+
+def _unless_skipped(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state; of a skipped step only its number, and what float16 learns from it."""
+    state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    scale = old.loss_scale and old.loss_scale.update(finite)
+    return state.replace(step=new.step, loss_scale=scale)
 
 
 def _average(state: TrainState, config: Config) -> dict[str, Any]:

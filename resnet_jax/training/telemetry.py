@@ -181,7 +181,8 @@ class Telemetry:
 def _values(record: Record) -> str:
     text = f"loss {record['loss']:.3f}  top-1 {record['top1']:.1%}"
     text += f"  {record['images_per_second']:,.0f} images/s"
-    return text + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")
+    text += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    return text + (f"  {record['skipped']} skipped" if record["skipped"] else "")
 
 
 def _evaluation_line(record: Record) -> str:

@@ -12,6 +12,7 @@ import types
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +20,8 @@ import resnet_jax as rj
 from resnet_jax import cli
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.training import config as c
+from resnet_jax.training import loop
+from resnet_jax.training import step as step_module
 from resnet_jax.training.checkpoint import Checkpoints, load_variables
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
@@ -68,6 +71,7 @@ def test_what_a_run_writes(straight):
             "learning_rate",
             "epoch",
             "images_per_second",
+            "skipped",
         }
     evaluated = [(r["step"], r.get("weights")) for r in found if r["split"] == "test"]
     assert evaluated == [(3, None), (3, "ema"), (6, None), (6, "ema")]
@@ -214,6 +218,71 @@ def test_divergence(tmp_path):
     config = configuration(optimizer__learning_rate=1e20)
     with pytest.raises(DivergedError, match="not a number at step"):
         train(config, tmp_path)
+
+
+def poison(monkeypatch, *steps):
+    """Makes loss and gradients of some steps no numbers."""
+    gradients = step_module._gradients
+
+    def poisoned(model, config, state, batch, scale):
+        bad = jnp.isin(state.step, jnp.array(steps))
+        found = gradients(model, config, state, batch, scale)
+        return jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), found)
+
+    monkeypatch.setattr(step_module, "_gradients", poisoned)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_skipped_steps_are_counted(steps_per_call, tmp_path, monkeypatch):
+    poison(monkeypatch, 0, 3, 4)
+    train(configuration(train__steps_per_call=steps_per_call), tmp_path)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    training = [record for record in records(tmp_path) if record["split"] == "train"]
+    # Step 4, the only one since step 3, was skipped: its count is in the next record.
+    counts = [(record["step"], record["skipped"]) for record in training]
+    assert counts == [(2, 1), (3, 0), (6, 2)]
+    state = state_of(tmp_path)
+    assert state["step"] == 6
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_too_many_skipped_steps_in_a_row(tmp_path, monkeypatch):
+    """The run ends as diverged; the state that was saved before stays, and can be gone on from."""
+    poison(monkeypatch, 3, 4, 5)
+    config = configuration(train__max_skipped=1, checkpoint__every_steps=3)
+    config.evaluate.every_epochs = 1.0
+    with pytest.raises(DivergedError) as caught:
+        train(config, tmp_path)
+    message = "is not a number at step 5, one of 2 skipped steps; the last good state is at step 3"
+    assert message in str(caught.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    monkeypatch.undo()
+    assert train(config, tmp_path).steps == 6
+
+
+def test_an_evaluation_that_is_no_number_is_no_record(tmp_path, monkeypatch):
+    measured = {"images": 360.0, "loss": float("inf"), "top1": 0.1, "top5": 0.5}
+    monkeypatch.setattr(loop, "evaluate", lambda *_: dict(measured))
+    with pytest.raises(DivergedError, match=r"evaluated loss is not a number at step 3; no state"):
+        train(configuration(), tmp_path)
+    assert {record["split"] for record in records(tmp_path)} == {"train"}
+
+
+def test_the_best_state_is_kept_beside_the_newest(tmp_path):
+    def state(step):
+        return TrainState(np.int32(step), {"w": np.zeros(1)}, {}, (), {}, None)
+
+    checkpoints = Checkpoints(tmp_path)
+    for step, top1 in enumerate([0.1, 0.9, float("nan"), 0.3, 0.2], start=1):
+        checkpoints.save(state(step), {"top1": top1})
+    checkpoints.save(state(6), None)
+    checkpoints._manager.wait_until_finished()
+    assert (checkpoints.best, checkpoints.latest) == (2, 6)
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [2, 6]
+    checkpoints.close()
 
 
 def test_fine_tuning_from_a_workdir(straight, tmp_path):

@@ -1,8 +1,10 @@
 """The training step: one golden update, and the same on any number of devices and parts."""
 
 import functools
+from typing import Any, ClassVar
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +33,8 @@ def tiny(**fields):
 
 
 def configuration(**sections):
-    schedule = c.Schedule(name="constant")
-    return c.Config(data=c.Data(image_size=8), schedule=schedule, **sections)
+    sections = {"schedule": c.Schedule(name="constant"), **sections}
+    return c.Config(data=c.Data(image_size=8), **sections)
 
 
 def batch(size=16):
@@ -167,21 +169,137 @@ def test_half_precision(dtype):
     assert np.isfinite(metrics["loss"])
 
 
-def test_an_overflow_is_skipped():
-    config = configuration(model=c.Model(dtype="float16"))
-    model = tiny(dtype=jnp.float16)
+class Poisonable(nn.Module):
+    """A stem in which a white image makes something infinite or not a number."""
+
+    what: str
+    activate: bool = True
+    conv_cls: Any = None
+    norm_cls: Any = None
+    stride: ClassVar[int] = 1
+
+    @nn.compact
+    def __call__(self, x, train):
+        white = (x == 2).all((1, 2, 3)).any()  # 255 -> (1 - 0.5) / 0.25
+        weight = self.param("weight", nn.initializers.ones, ())
+        seen = self.variable("batch_stats", "seen", jnp.zeros, ())
+        if self.what == "loss":
+            x = jnp.where(white, jnp.nan, x)
+        elif self.what == "gradients":  # that of the root is infinite at 0
+            x = x * (1 + jnp.sqrt(weight - jax.lax.stop_gradient(weight) + (1 - white)))
+        elif self.what == "squares":  # finite gradients, whose squares are not
+            x = x * (1 + 1e25 * white * (weight - jax.lax.stop_gradient(weight)))
+        elif train:
+            seen.value = jnp.where(white, jnp.inf, seen.value + 1)
+        stem = rj.CifarStem(8, self.activate, self.conv_cls, self.norm_cls, name="stem")
+        return stem(x * weight, train)
+
+
+def poisonable(what):
+    stem = functools.partial(Poisonable, what=what)
+    return tiny(stem_cls=stem, stage_sizes=(1,), stage_widths=(8,))
+
+
+def poisoned_batch(at, size=16):
+    found = batch(size)
+    found["images"][at] = 255
+    return found
+
+
+def steps_of(model, config, devices=1):
+    """The first state, and a function from a state and a batch to the next ones."""
     optimizer = make_optimizer(config, LENGTH)
-    state = create_state(model, optimizer, config, channels=3)
-    huge = state.replace(loss_scale=LossScale(np.float32(2.0**40), np.int32(5)))
-    step = parallel.data_parallel(
-        make_train_step(model, optimizer, config, LENGTH), jax.devices()[:1]
+    step = jax.pmap(
+        make_train_step(model, optimizer, config, LENGTH),
+        axis_name=parallel.AXIS,
+        in_axes=(None, 0),
+        devices=jax.devices()[:devices],
     )
-    found, _ = step(huge, parallel.shard(batch(), 1))
-    assert int(found.step) == 1
-    assert float(found.loss_scale.value) == 2.0**39
-    assert int(found.loss_scale.good_steps) == 0
-    chex.assert_trees_all_equal(jax.device_get(found.params), state.params)
-    chex.assert_trees_all_equal(jax.device_get(found.opt_state), state.opt_state)
+
+    def take(state, data):
+        return jax.device_get(step(state, parallel.shard(data, devices)))
+
+    return create_state(model, optimizer, config, channels=3), take
+
+
+def first(tree):
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def check_skipped(found, before, metrics):
+    """Equal to the bit on every device, but for the number of steps."""
+    assert (metrics["skipped"] == 1).all()
+    assert (found.step == before.step + 1).all()
+    same = jax.tree.map(lambda f, b: np.array_equal(f, np.broadcast_to(b, f.shape)), found, before)
+    assert all(jax.tree.leaves(same.replace(step=True)))
+
+
+OPTIMIZERS = {
+    "lars": c.Optimizer(name="lars", clip_norm=1.0),
+    "lamb": c.Optimizer(name="lamb"),
+    "adamw": c.Optimizer(name="adamw"),
+}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradients", "statistics"])
+def test_a_step_with_nan_on_one_device_is_skipped_on_all(what):
+    """Whatever it is that is not a number; the steps before and after it are taken."""
+    config = configuration(
+        train=c.Train(ema_decay=0.9, accumulate=2), schedule=c.Schedule(name="plateau")
+    )
+    model = poisonable(what)
+    state, take = steps_of(model, config, devices=8)
+    state, metrics = take(state, batch(32))
+    assert (metrics["skipped"] == 0).all()
+    before = first(state)
+    skipped, metrics = take(before, poisoned_batch(at=13, size=32))
+    if what != "loss":  # alone it would not tell
+        assert np.isfinite(metrics["loss"]).all()
+    check_skipped(skipped, before, metrics)
+    after, metrics = take(first(skipped), batch(32))
+    assert (metrics["skipped"] == 0).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((after.params, after.ema)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_skips(name):
+    """Adam's second moment would be infinite, and the parameters for ever as they are."""
+    config = configuration(optimizer=OPTIMIZERS[name])
+    model = poisonable("squares")
+    state, take = steps_of(model, config)
+    before = first(take(state, batch())[0])
+    found, metrics = take(before, poisoned_batch(at=3))
+    check_skipped(found, before, metrics)
+
+
+def test_an_infinite_update_is_skipped():
+    config = configuration(optimizer=c.Optimizer(learning_rate=1e38))
+    state, take = steps_of(poisonable(""), config)
+    found, metrics = take(state, batch())
+    assert np.isfinite(metrics["loss"]).all()
+    check_skipped(found, state, metrics)
+
+
+def test_a_skipped_step_is_none_of_the_schedules():
+    """The rate that is told is the one that is used."""
+    config = configuration(schedule=c.Schedule(name="linear"))
+    state, take = steps_of(poisonable("loss"), config)
+    rates = []
+    for data in (batch(), poisoned_batch(at=0), batch()):
+        state, metrics = take(state, data)
+        state = first(state)
+        rates.append(float(metrics["learning_rate"][0]))
+    np.testing.assert_allclose(rates, [0.1, 0.099, 0.099], rtol=1e-6)
+
+
+def test_an_overflow_is_skipped_and_halves_the_scale():
+    config = configuration(model=c.Model(dtype="float16"))
+    state, take = steps_of(tiny(dtype=jnp.float16), config)
+    huge = state.replace(loss_scale=LossScale(np.float32(2.0**40), np.int32(5)))
+    found, metrics = take(huge, batch())
+    scale = found.loss_scale
+    assert (scale.value.item(), scale.good_steps.item()) == (2.0**39, 0)
+    check_skipped(found.replace(loss_scale=None), state.replace(loss_scale=None), metrics)
 
 
 def test_the_loss_scale_grows_again():
