@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def memory_batches(
     mirror: bool = False,
     host: int = 0,
     hosts: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Training batches of a data set in memory.
 
     Args:
@@ -175,7 +175,7 @@ def memory_choices(
 
 def evaluation_batches(
     images: MemoryImages, batch_size: int, host: int = 0, hosts: int = 1
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every image of a data set in memory once; all hosts give equally many batches.
 
     Args:

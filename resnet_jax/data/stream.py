@@ -10,13 +10,17 @@ import abc
 import collections
 import concurrent.futures
 import itertools
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
 
 from resnet_jax.data import decode
-from resnet_jax.data.base import Batch
+from resnet_jax.data.base import Batch, fault
 from resnet_jax.data.corrupt import Corrupt
 from resnet_jax.data.order import Order, host_positions
 from resnet_jax.data.sources import Source
@@ -122,8 +126,8 @@ class _Training(Batches):
         """Fills in the image and the indices of undecodable ones before it; returns its label."""
         for attempt in range(_MOST_IN_A_ROW):
             candidate = (index + attempt) % len(self.source)
-            data, label = self.source[candidate]
             try:
+                data, label = self.source[candidate]
                 decode.train_crop(data, self.config, self.channels, rng, out=image)
                 return int(label)
             except DataError:
@@ -161,8 +165,8 @@ class _Evaluation(Batches):
         if index >= len(self.source):
             pixels[:] = 0
             return
-        data, batch["labels"][place] = self.source[index]
         try:
+            data, batch["labels"][place] = self.source[index]
             pixels[:] = decode.eval_crop(data, self.config, self.channels)
             batch["weights"][place] = 1.0
         except DataError:
@@ -181,7 +185,7 @@ def stream_batches(
     mirror: bool = False,
     host: int = 0,
     hosts: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Training batches that are read, decoded and cropped as they are needed.
 
     Args:
@@ -211,7 +215,7 @@ def streamed_evaluation_batches(
     corrupt: Corrupt,
     host: int = 0,
     hosts: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """`evaluation_batches` of a data set that does not lie in memory.
 
     Args:
@@ -229,7 +233,7 @@ def streamed_evaluation_batches(
     return reported(by_threads(batches, config), source, corrupt)
 
 
-def by_threads(batches: Batches, config: Data) -> Iterator[Batch]:
+def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
     """All threads work on one batch after the other, `prefetch` batches ahead."""
     begun: collections.deque[tuple[Batch, list[concurrent.futures.Future[None]]]]
     begun = collections.deque()
@@ -264,7 +268,7 @@ def by_threads(batches: Batches, config: Data) -> Iterator[Batch]:
         pool.shutdown()
 
 
-def _by_processes(batches: Batches, config: Data) -> Iterator[Batch]:
+def _by_processes(batches: Batches, config: Data) -> Generator[Batch, None, None]:
     """Each process makes whole batches, in turn; each of its threads one of them."""
     import grain
 
@@ -272,7 +276,36 @@ def _by_processes(batches: Batches, config: Data) -> Iterator[Batch]:
     threads = min(config.threads, config.prefetch)
     options = grain.ReadOptions(threads, prefetch_buffer_size=config.prefetch)
     dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
-    return iter(dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers)))
+    made = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers), _start_worker))
+    try:
+        for batch in made:  # copied, for memory that is shared outlives a process that forgets it
+            yield {name: np.array(x) for name, x in batch.items()}
+    except RuntimeError as error:
+        if "Worker process" not in str(error):  # Grain has no class of its own for it
+            raise
+        raise fault(
+            "data.workers",
+            config.workers,
+            "a worker process was killed, perhaps for want of memory; the same command goes on "
+            "from the last checkpoint, and fewer workers or a smaller data.prefetch need less",
+        ) from error
+    finally:
+        made.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """In a worker process: it ends with its parent, whose matter signals are."""
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole group
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _mark_flags_parsed() -> None:
@@ -283,7 +316,9 @@ def _mark_flags_parsed() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def reported(batches: Iterator[Batch], source: Source, corrupt: Corrupt) -> Iterator[Batch]:
+def reported(
+    batches: Iterator[Batch], source: Source, corrupt: Corrupt
+) -> Generator[Batch, None, None]:
     """Names the images that could not be decoded, with the reason."""
     for batch in batches:
         faulty = batch.pop("faulty")

@@ -17,6 +17,7 @@ import optax
 from jax import lax
 
 from resnet_jax.data.augment import normalize
+from resnet_jax.errors import DataError
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.config import Augment
 from resnet_jax.training.parallel import AXIS, put
@@ -125,6 +126,9 @@ def evaluate(
 
     Returns:
       {"images", "loss", "top1", "top5"}: a count, nats an image, and fractions.
+
+    Raises:
+      DataError: No image has a weight: none could be decoded.
     """
     total: dict[str, float] = dict.fromkeys(("images", "loss", "top1", "top5"), 0.0)
     waiting: Sums | None = None
@@ -135,6 +139,8 @@ def evaluate(
         waiting = sums
     _add(total, waiting)
     images = total.pop("images")
+    if not images:
+        raise DataError("data.eval_split: none of its images can be decoded; mend the data")
     return {"images": images, **{name: value / images for name, value in total.items()}}
 
 

@@ -270,21 +270,6 @@ def test_an_evaluation_that_is_no_number_is_no_record(tmp_path, monkeypatch):
     assert {record["split"] for record in records(tmp_path)} == {"train"}
 
 
-def test_the_best_state_is_kept_beside_the_newest(tmp_path):
-    def state(step):
-        return TrainState(np.int32(step), {"w": np.zeros(1)}, {}, (), {}, None)
-
-    checkpoints = Checkpoints(tmp_path)
-    for step, top1 in enumerate([0.1, 0.9, float("nan"), 0.3, 0.2], start=1):
-        checkpoints.save(state(step), {"top1": top1})
-    checkpoints.save(state(6), None)
-    checkpoints._manager.wait_until_finished()
-    assert (checkpoints.best, checkpoints.latest) == (2, 6)
-    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == [2, 6]
-    checkpoints.close()
-
-
 def test_fine_tuning_from_a_workdir(straight, tmp_path):
     config = configuration(
         checkpoint__init_from=str(straight[0]),

@@ -1,0 +1,276 @@
+"""What goes wrong with images, data files and worker processes while a run goes on."""
+
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax.data import loader
+from resnet_jax.data.sources import open_source
+from resnet_jax.errors import DataError
+from resnet_jax.evaluation.metrics import evaluate
+from resnet_jax.training.config import Data
+from resnet_jax.training.loop import train
+from resnet_jax.training.recorder import Recorder
+from tests.data.photos import Photos
+from tests.training.test_loop import configuration, state_of
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def limit(seconds):
+    """Fails what hangs."""
+
+    def late(*_):
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def stream(source, corrupt, steps=400, **fields):
+    order = loader.Order(len(source), seed=1)
+    config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2, **fields)
+    return loader.stream_batches(source, order, config, 8, 0, steps, corrupt)
+
+
+def reports(most=10):
+    lines = []
+    return lines, loader.Corrupt(most, lines.append)
+
+
+# Worker processes.
+
+
+def kill_one_worker():
+    """SIGKILL, as the kernel sends it where memory runs out."""
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_stream():
+    with limit(120):
+        batches = stream(Photos(), reports()[1], workers=2)
+        next(batches)
+        assert len(multiprocessing.active_children()) == 2
+        kill_one_worker()
+        with pytest.raises(DataError, match=r"data\.workers = 2: a worker process was killed"):
+            for _ in batches:
+                pass
+        assert not multiprocessing.active_children()
+
+
+def test_a_run_goes_on_after_a_killed_worker(tmp_path, monkeypatch):
+    """It stops with its last checkpoint whole, and the same command ends it as without the kill."""
+    config = configuration(data__crop="random_resized", checkpoint__every_steps=2)
+    config.train.steps = 20  # more than the worker has made when it is killed
+    expected = train(config, tmp_path / "straight")
+    config.data.workers, config.data.prefetch = 1, 1
+    add = Recorder.add
+
+    def adding(self, done, metrics):
+        add(self, done, metrics)
+        if done == 3:
+            kill_one_worker()
+
+    with limit(240):
+        with monkeypatch.context() as patch:
+            patch.setattr(Recorder, "add", adding)
+            with pytest.raises(DataError, match=r"data\.workers = 1"):
+                train(config, tmp_path / "killed")
+        assert 0 < state_of(tmp_path / "killed")["step"] < 20
+        found = train(config, tmp_path / "killed")
+    assert found.metrics == expected.metrics
+    chex.assert_trees_all_equal(state_of(tmp_path / "killed"), state_of(tmp_path / "straight"))
+
+
+PARENT = """
+import multiprocessing, time
+from resnet_jax.data import loader
+from tests.faults.test_inputs import Photos, reports, stream
+if __name__ == "__main__":
+    batches = stream(Photos(), reports()[1], steps=10**6, workers=2)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    for _ in batches:
+        time.sleep(0.01)
+"""
+
+
+def is_running(pid):
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks processes up in /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    path = tmp_path / "parent.py"
+    path.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, env=environment)
+    try:
+        with limit(120):
+            workers = [int(each) for each in parent.stdout.readline().split()]
+    finally:
+        parent.kill()
+        parent.stdout.close()
+        parent.wait()
+    assert len(workers) == 2
+    try:
+        assert wait_for(lambda: not any(map(is_running, workers)), 20)
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_without_a_traceback(number, tmp_path):
+    """As Ctrl-C in a terminal, and a batch system, send it."""
+    flags = [
+        f"--workdir={tmp_path}",
+        "--config.data.image_size=8",
+        "--config.data.crop=random_resized",
+        "--config.data.workers=1",
+        "--config.train.steps=100000",
+        "--config.train.batch_size=16",
+        "--config.log.every_steps=5",
+        "--config.log.tensorboard=false",
+        "--config.evaluate.every_epochs=1000000",
+    ]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    run = subprocess.Popen(
+        [sys.executable, "train.py", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        records = tmp_path / "metrics.jsonl"
+        assert wait_for(lambda: records.exists() and records.read_text(), 150)
+        os.killpg(run.pid, number)
+        output, _ = run.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 75, output
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].startswith("stopped: ")
+    step = int(output.rpartition("after step ")[2].split(";")[0])
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+
+
+# Images and files.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of 20 images in two classes."""
+    for index in range(20):
+        path = tmp_path / "train" / f"class{index % 2}" / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (12, 10, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    return tmp_path
+
+
+def images_of(folder):
+    return sorted((folder / "train").rglob("*.png"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_while_a_run_goes_on_is_skipped_and_named(folder, workers):
+    source = open_source(f"folder:{folder}", "train")
+    lines, corrupt = reports(most=3)
+    with limit(120):
+        batches = stream(source, corrupt, steps=40, workers=workers)
+        next(batches)
+        cut, gone, empty, *_ = images_of(folder)
+        os.truncate(cut, 60)
+        gone.unlink()
+        empty.write_bytes(b"")
+        assert len(list(batches)) == 39
+    found = sorted(line.split(":")[0].removeprefix("skipped ") for line in lines)
+    assert found == sorted(map(str, (cut, gone, empty)))
+
+
+def test_too_much_damage_stops_the_run(folder):
+    source = open_source(f"folder:{folder}", "train")
+    batches = stream(source, reports(most=1)[1], steps=40)
+    next(batches)
+    for path in images_of(folder)[:4]:
+        path.unlink()
+    with limit(60), pytest.raises(DataError, match=r"data\.max_corrupt = 1: .*cannot read"):
+        list(batches)
+
+
+def test_a_data_set_that_vanishes_stops_the_run(folder):
+    source = open_source(f"folder:{folder}", "train")
+    batches = stream(source, reports()[1], steps=40)
+    next(batches)
+    for path in images_of(folder):
+        path.unlink()
+    with limit(60), pytest.raises(DataError, match=r"images in a row|max_corrupt") as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("deed", "workers"), [("truncate", 0), ("truncate", 1), ("unlink", 0), ("overwrite", 0)]
+)
+def test_a_record_file_that_is_lost(deed, workers, tmp_path):
+    """Threads keep the file open; a worker opens it again. Neither hangs, or crashes."""
+    source = open_source("digits", "train", str(tmp_path))
+    [path] = [each for each in tmp_path.rglob("*array_record*") if "train" in each.name]
+    batches = stream(source, reports()[1], workers=workers)
+    with limit(120):
+        next(batches)
+        if deed == "truncate":
+            os.truncate(path, path.stat().st_size // 2)
+        elif deed == "unlink":
+            path.unlink()
+        else:
+            path.write_bytes(bytes(path.stat().st_size))
+        with contextlib.suppress(DataError) as _:
+            list(batches)
+    if deed != "unlink":  # a file that is open is there until it is closed
+        with pytest.raises(DataError) as caught:
+            list(stream(open_again(source), reports()[1]))
+        assert "\n" not in str(caught.value)
+
+
+def open_again(source):
+    source._set_up()
+    return source
+
+
+def test_no_image_to_evaluate():
+    source = Photos(count=4, damaged=range(4))
+    batches = loader.streamed_evaluation_batches(source, Data(image_size=8), 8, reports()[1])
+    sums = dict.fromkeys(("images", "loss", "top1", "top5"), 0.0)
+    with pytest.raises(DataError, match=r"data\.eval_split: none of its images"):
+        evaluate(lambda *_: sums, {}, batches)
