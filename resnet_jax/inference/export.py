@@ -90,7 +90,7 @@ def export_network(
       >>> import tempfile, jax.numpy as jnp, resnet_jax as rj
       >>> from resnet_jax.evaluation.network import open_network
       >>> model = rj.create_model("plain20")
-      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     rj.save_weights(f"{folder}/w.npz", model, variables)
       ...     network = open_network(f"{folder}/w.npz", model="plain20", image_size=8)
