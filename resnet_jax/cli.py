@@ -403,13 +403,16 @@ def _stoppable() -> Iterator[None]:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from resnet_jax.evaluation.evaluator import evaluate_data
-    from resnet_jax.evaluation.results import dump_json, json_file
+    from resnet_jax.evaluation.results import dump_json
+    from resnet_jax.inference.files import new_file
 
     scales = options.scales.split(",") if options.scales else []
     if not all(each.strip().isdecimal() for each in scales):
         raise ConfigError(f"--scales={options.scales}: pixels with commas, such as 224,256,384")
-    to_file = options.json not in ("", "-")
-    with json_file(options.json, options.force) if to_file else contextlib.nullcontext() as path:
+    file: Any = contextlib.nullcontext()
+    if options.json not in ("", "-"):
+        file = new_file(options.json, options.force, "--json")
+    with file as path:
         report = evaluate_data(
             _open_network(options),
             options.data,

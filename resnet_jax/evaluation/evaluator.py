@@ -351,6 +351,7 @@ class _Evaluator:
         return Report(
             network=network.source,
             model=network.name,
+            step=network.step,
             weights="ema" if network.ema else "",
             data=source.name,
             split=source.split,

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnet_jax.errors import ConfigError
 from resnet_jax.evaluation.label_sets import ALEXNET_ERRORS, CORRUPTED, SEVERITIES
 from resnet_jax.evaluation.measures import (
     Bin,
@@ -47,6 +43,7 @@ class Report:
     Args:
       network: What it was opened from.
       model: Its registered name.
+      step: Completed steps of the run's state; None where it was no run.
       weights: "ema" for the moving average of a run's parameters, else "".
       data: The data set.
       split: Of it.
@@ -71,6 +68,7 @@ class Report:
 
     network: str
     model: str
+    step: int | None
     weights: str
     data: str
     split: str
@@ -277,7 +275,7 @@ class CorruptionReport:
 
 
 def _setting(report: Report) -> dict[str, Any]:
-    fields = "network model weights data split views image_size resize_size scales batch_size"
+    fields = "network model step weights data split views image_size resize_size scales batch_size"
     return {name: getattr(report, name) for name in fields.split()}
 
 
@@ -288,40 +286,10 @@ def _title(report: Report, of: str = "") -> str:
         "ten_crop": "ten crops of {size} pixels, probabilities averaged",
         "multi_scale": "whole images at {scales} pixels, probabilities averaged",
     }[report.views].format(size=report.image_size, scales=", ".join(map(str, report.scales)))
-    weights = ", moving average" if report.weights else ""
-    network = f"{report.network} ({report.model}{weights})"
+    state = "" if report.step is None else f", step {report.step}"
+    state += ", moving average" if report.weights else ""
+    network = f"{report.network} ({report.model}{state})"
     return f"{network}: {views}; {report.split} of {of or report.data}"
-
-
-@contextlib.contextmanager
-def json_file(output: str | os.PathLike[str], force: bool) -> Iterator[Path]:
-    """A file that appears when all of it is written; asked for before the work starts.
-
-    Args:
-      output: Where.
-      force: Replace a file that is there.
-
-    Yields:
-      Where to write it: beside, by another name.
-
-    Raises:
-      ConfigError: There is such a file, or it cannot be written.
-    """
-    path = Path(output).expanduser()
-    if path.is_dir():
-        raise ConfigError(f"--json={output}: is a folder; give a file in it, or - to print it")
-    if path.exists() and not force:
-        raise ConfigError(f"--json={output}: exists; give --force to replace it")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.touch()
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(f"--json={output}: cannot be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def dump_json(record: Mapping[str, Any]) -> str:

@@ -16,12 +16,13 @@ from resnet_jax.inference.images import ImageFile
 
 
 @contextlib.contextmanager
-def new_file(output: str | os.PathLike[str], force: bool) -> Iterator[Path]:
+def new_file(output: str | os.PathLike[str], force: bool, flag: str = "--output") -> Iterator[Path]:
     """A file that appears when all of it is written, and not at all if that fails.
 
     Args:
       output: Where.
       force: Replace a file that is there.
+      flag: That it was given by, for messages.
 
     Yields:
       Where to write it: beside, by another name.
@@ -39,9 +40,9 @@ def new_file(output: str | os.PathLike[str], force: bool) -> Iterator[Path]:
     """
     path = Path(output).expanduser()
     if path.is_dir():
-        raise ConfigError(f"--output={output}: is a folder; give a file in it")
+        raise ConfigError(f"{flag}={output}: is a folder; give a file in it")
     if path.exists() and not force:
-        raise ConfigError(f"--output={output}: exists; give --force to replace it")
+        raise ConfigError(f"{flag}={output}: exists; give --force to replace it")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()  # says at once whether that can be done
@@ -51,7 +52,7 @@ def new_file(output: str | os.PathLike[str], force: bool) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         reason = error.strerror or error
-        raise ConfigError(f"--output={output}: cannot be written ({reason})") from error
+        raise ConfigError(f"{flag}={output}: cannot be written ({reason})") from error
     finally:
         partial.unlink(missing_ok=True)
 

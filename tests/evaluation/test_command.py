@@ -1,0 +1,132 @@
+"""`python -m resnet_jax evaluate`: what it prints, writes and refuses."""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from PIL import Image
+
+import resnet_jax as rj
+from resnet_jax.cli import main
+from tests.evaluation.settings import photo, write_folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A weight file of four classes, a folder of ten images in four classes, one damaged image."""
+    folder = tmp_path_factory.mktemp("command")
+    model = rj.create_model("resnet8_cifar", num_classes=4)
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)), train=False))
+    rj.save_weights(folder / "w.npz", model, init(jax.random.key(0)))
+    write_folder(folder / "data", [(8, 8)] * 9)
+    (folder / "data" / "test" / "class0" / "z.png").write_bytes(b"nothing")
+    write_folder(folder / "other", [(8, 8)] * 9, classes=3)
+    for each in range(2):
+        for name in ("x", "y", "z", "a", "b"):
+            target = folder / "five" / "test" / name
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(photo(each)).save(target / f"{each}.png")
+    return folder
+
+
+def evaluate(place, *flags, data="data"):
+    return main(
+        [
+            "evaluate",
+            f"{place}/w.npz",
+            "--model=resnet8_cifar",
+            "--image_size=8",
+            f"--data=folder:{place}/{data}",
+            "--split=test",
+            *flags,
+        ]
+    )
+
+
+def test_json_and_table(place, tmp_path, capsys):
+    assert evaluate(place, "--json=-") == 0
+    printed = capsys.readouterr()
+    record = json.loads(printed.out, parse_constant=pytest.fail)
+    assert "skipped" in printed.err
+    assert (record["images"], record["skipped"], record["classes"]) == (9, 1, 4)
+    assert 0 <= record["top1"] <= record["top5"] == 1
+    assert record["views"] == "one_crop"
+
+    assert evaluate(place, f"--json={tmp_path}/a.json", "--per_class") == 0
+    out = capsys.readouterr().out
+    assert f"top-1   {record['top1']:.2%}" in out
+    assert "9; 1 more cannot be decoded" in out
+    assert "confusion matrix" in out
+    written = json.loads((tmp_path / "a.json").read_text())
+    for each in (record, written):
+        each.pop("seconds")
+        each.pop("images_per_second")
+    assert written == record
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_documented_fields(place, capsys):
+    """docs/evaluate.md has a row for every field of the JSON and none for another."""
+    assert evaluate(place, "--json=-") == 0
+    record = json.loads(capsys.readouterr().out)
+    docs = (pathlib.Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
+    rows = [
+        line.split("|")[1]
+        for line in docs.splitlines()
+        if line.startswith("| `") and "--" not in line
+    ]
+    named = [name for row in rows for name in row.replace("`", "").replace(" ", "").split(",")]
+    assert named == list(record)
+
+
+def test_an_existing_file_stays(place, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text("mine")
+    assert evaluate(place, f"--json={path}") == 2
+    assert capsys.readouterr().err == f"error: --json={path}: exists; give --force to replace it\n"
+    assert path.read_text() == "mine"
+    assert evaluate(place, f"--json={path}", "--force", "--max_corrupt=0") == 2
+    assert path.read_text() == "mine"  # an evaluation that fails replaces nothing
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert evaluate(place, f"--json={path}", "--force") == 0
+    assert json.loads(path.read_text())["images"] == 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "data", "message"),
+    [
+        (["--views=center"], "data", "--views: unknown view 'center'"),
+        (["--views=multi_scale", "--scales=8;9"], "data", "--scales=8;9: pixels with commas"),
+        (["--views=multi_scale", "--scales=2"], "data", "--scales=2: resnet8_cifar needs at least"),
+        (["--max_corrupt=0"], "data", "data.max_corrupt = 0: more images than that"),
+        (["--json=/nowhere/a.json"], "data", "--json=/nowhere/a.json: cannot be written"),
+        (["--json=/"], "data", "--json=/: is a folder"),
+        ([], "five", "its 5 classes (a, b, x, ...) are not among the 4 of"),
+        ([], "other", "its 3 classes (class0, class1, class2) are not among the 4 of"),
+        ([], "none", "is not a folder"),
+        (["--split=train"], "data", "--split=train: data.eval_split = 'train'"),
+        (["--model=resnet20"], "data", "do not fit"),
+    ],
+)
+def test_mistakes_are_one_line(flags, data, message, place, capsys):
+    assert evaluate(place, *flags, data=data) == 2
+    printed = capsys.readouterr()
+    lines = [each for each in printed.err.splitlines() if not each.startswith("skipped ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("source", ["nothing.npz", "foreign.npz", "."])
+def test_a_missing_or_foreign_network(source, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "foreign.npz").write_bytes(b"PK nothing")
+    flags = [f"{tmp_path}/{source}", "--model=resnet8_cifar", f"--data=folder:{place}/data"]
+    assert main(["evaluate", *flags, "--split=test"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
