@@ -498,6 +498,8 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
     if not isinstance(config, Config):
         raise ConfigError(f"--config={file}: {_file_fault(Path(file))}")
     name = "-".join(part for part in (Path(file).stem, argument) if part)
+    if "://" in (values.workdir or ""):
+        raise ConfigError(f"--workdir={values.workdir}: must be a folder; mount the bucket")
     return config, Path(values.workdir or Path("runs") / name)
 
 

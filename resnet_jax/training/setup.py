@@ -194,6 +194,10 @@ def fingerprints(sources: Mapping[str, Source]) -> dict[str, str]:
     return {use: source.fingerprint for use, source in sources.items()}
 
 
+# Where a host has its data and how it reads it changes no batch.
+_OF_A_HOST = ("data.data_dir", "data.threads", "data.workers", "data.prefetch")
+
+
 def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:
     """What has to be the same in all processes of a run.
 
@@ -208,6 +212,7 @@ def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:
       >>> facts(Config(), {})["train.batch_size"]
       128
     """
+    fields = {name: x for name, x in to_flat(config).items() if name not in _OF_A_HOST}
     devices = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
     data = {f"the data set in data.{k}_split": x for k, x in fingerprints(sources).items()}
-    return {**versions(), **to_flat(config), **data, "the devices of a process": devices}
+    return {**versions(), **fields, **data, "the devices of a process": devices}

@@ -183,8 +183,7 @@ class Watch:
         self._leaving = True
         if self._verdict is not None:  # the others have that line already
             line, code = "", 0
-        with contextlib.suppress(Exception):  # where process 0 is gone, there is no table
-            self._table.put(self._own("end"), json.dumps([line, code]))
+        self._say_end(line, code)
         until = time.monotonic() + most
         while time.monotonic() < until and self._lost() is None:
             if all(peer in self._ends for peer in self._seen):
@@ -232,9 +231,19 @@ class Watch:
                 with contextlib.suppress(Exception):
                     self._table.put("verdict/0", json.dumps(found))
             if not self._over.wait(_GRACE * self._beat) and not self._leaving:
-                with contextlib.suppress(Exception):
-                    self._table.put(self._own("end"), json.dumps(["", 0]))
+                self._say_end("", 0)
                 end_process(*found)
+
+    def _say_end(self, line: str, code: int) -> None:
+        """Where process 0 is gone there is no table, and where it hangs so does the request."""
+
+        def put() -> None:
+            with contextlib.suppress(Exception):
+                self._table.put(self._own("end"), json.dumps([line, code]))
+
+        thread = threading.Thread(target=put, daemon=True)
+        thread.start()
+        thread.join(2 * self._beat)
 
     def _lost(self) -> tuple[str, int] | None:
         """The verdict on the first process that is silent, or ended by an error."""

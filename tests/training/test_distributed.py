@@ -1,0 +1,315 @@
+"""Several processes as one run: real ones, on this machine, and how they watch each other."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import pytest
+
+from resnet_jax import cli
+from resnet_jax.errors import ConfigError, PeerError
+from resnet_jax.training import launch, watch
+from resnet_jax.training.checkpoint import Checkpoints
+from resnet_jax.training.distributed import first_difference, together
+from resnet_jax.training.watch import LOST, MISTAKE, Watch
+
+ROOT = pathlib.Path(__file__).parents[2]
+LIMIT = 240  # seconds until every process of a test is killed
+
+STEPS = 60
+FLAGS = [
+    "--config.model.name=resnet8_cifar",
+    "--config.model.bn_sync=all",
+    "--config.data.image_size=8",
+    "--config.augment.pad=1",
+    f"--config.train.steps={STEPS}",
+    "--config.train.batch_size=16",
+    "--config.train.ema_decay=0.9",
+    "--config.optimizer.learning_rate=0.01",  # rounding stays small for all steps
+    "--config.evaluate.every_epochs=10",  # at the end; 360 images leave an uneven last batch
+    "--config.evaluate.batch_size=32",
+    "--config.checkpoint.every_steps=4",
+    "--config.log.every_steps=20",
+    "--config.log.tensorboard=false",
+    "--config.log.report=false",
+]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(devices):
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / "tmp" / "jax-cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+
+
+@contextlib.contextmanager
+def started(folder, *commands, devices=1):
+    """Processes whose output goes to folder/0, 1, ...; killed at the end, whatever happens."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for index, command in enumerate(commands):
+            output = stack.enter_context((folder / str(index)).open("w"))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "train.py", *command],
+                    cwd=ROOT,
+                    env=environment(devices),
+                    stdout=output,
+                    stderr=output,
+                )
+            )
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def several(count, *flags):
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    return [
+        [address, f"--num_processes={count}", f"--process_id={i}", *flags] for i in range(count)
+    ]
+
+
+def ends(processes):
+    until = time.monotonic() + LIMIT
+    return [process.wait(max(until - time.monotonic(), 1)) for process in processes]
+
+
+def wait_for(condition, processes):
+    until = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
+def text(folder, index):
+    return (folder / str(index)).read_text()
+
+
+def errors(folder, index):
+    return [line for line in text(folder, index).splitlines() if line.startswith("error: ")]
+
+
+def state_of(workdir):
+    return Checkpoints(workdir, read_only=True).read_whole(best=False)
+
+
+def last_records(workdir):
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    found = {(r["step"], r["split"], r.get("weights")): r for r in records}
+    for record in found.values():
+        record.pop("images_per_second")
+    return found
+
+
+def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
+    """Two processes, one is killed; two again, one is stopped; then one of two devices.
+
+    At the end it is the run of one process that nothing happened to.
+    """
+    straight, workdir = tmp_path / "straight", tmp_path / "run"
+    straight_output = tmp_path / "output"
+    straight_output.mkdir()
+    alone = [*FLAGS, f"--workdir={straight}"]
+    flags = [*FLAGS, f"--workdir={workdir}"]
+
+    with started(tmp_path, *several(2, *flags)) as processes:
+        wait_for((workdir / "checkpoints" / "4").exists, processes)
+        processes[1].kill()
+        begin = time.monotonic()
+        assert ends(processes) == [LOST, -signal.SIGKILL]
+        assert time.monotonic() - begin < 60
+        (line,) = errors(tmp_path, 0)
+        assert "process 1 gave no sign of life" in line
+
+    with (
+        started(tmp_path, *several(2, "--config.train.steps_per_call=2", *flags)) as processes,
+        started(straight_output, alone, devices=2) as lone,
+    ):
+        wait_for(lambda: "going on after step" in text(tmp_path, 0), processes)
+        processes[1].send_signal(signal.SIGTERM)  # process 0 hears of it by the step
+        assert ends(processes) == [cli.STOPPED, cli.STOPPED]
+        stopped = [text(tmp_path, i).splitlines()[-1] for i in range(2)]
+        assert stopped[0] == stopped[1]
+        assert stopped[0].startswith("stopped: stopped by a signal after step ")
+        assert "top-1" not in text(tmp_path, 1)  # only the first process talks
+        assert int(state_of(workdir)["step"]) < STEPS
+        assert ends(lone) == [0]
+
+    with started(tmp_path, flags, devices=2) as processes:
+        assert ends(processes) == [0]
+    chex.assert_trees_all_close(state_of(workdir), state_of(straight), rtol=1e-3, atol=1e-4)
+    found, expected = last_records(workdir), last_records(straight)
+    assert found.keys() == expected.keys()
+    for key, record in found.items():
+        assert record == pytest.approx(expected[key], rel=1e-3, abs=1e-2), key
+    assert found[STEPS, "test", "ema"]["images"] == 360
+
+
+def test_two_processes_equal_one_and_disagree_by_name(tmp_path):
+    """A whole run of two processes; then two that were started with different flags."""
+    single, double = tmp_path / "single", tmp_path / "double"
+    short = [*FLAGS, "--config.train.steps=3"]
+    outputs = [tmp_path / name for name in ("one", "two", "wrong")]
+    for output in outputs:
+        output.mkdir()
+    wrong = several(2, *short, f"--workdir={tmp_path / 'wrong-run'}")
+    wrong[1].append("--config.optimizer.learning_rate=0.02")
+    with started(outputs[1], *several(2, *short, f"--workdir={double}")) as processes:
+        assert ends(processes) == [0, 0]
+    with (
+        started(outputs[0], [*short, f"--workdir={single}"], devices=2) as lone,
+        started(outputs[2], *wrong) as processes,
+    ):
+        assert ends(processes) == [MISTAKE, MISTAKE]
+        assert ends(lone) == [0]
+    for index in range(2):
+        (line,) = errors(outputs[2], index)
+        assert "optimizer.learning_rate differs between processes: 0.01 (process 0), 0.02" in line
+    assert not (tmp_path / "wrong-run").exists()
+    chex.assert_trees_all_close(state_of(double), state_of(single), rtol=1e-5, atol=1e-6)
+    found, expected = last_records(double), last_records(single)
+    for key, record in found.items():
+        assert record == pytest.approx(expected[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (several(2)[0][:2], "--process_id is missing; it goes"),
+        (["--process_id=0"], "--coordinator_address is missing"),
+        (["--coordinator_address=host", *several(2)[0][1:]], "=host: must be HOST:PORT"),
+        (["--coordinator_address=h:0", *several(2)[0][1:]], "=h:0: must be HOST:PORT"),
+        ([*several(2)[0][:2], "--process_id=2"], "--process_id=2: must be from 0 to 1"),
+        ([*several(2)[0][:1], "--num_processes=0", "--process_id=0"], "must be at least 1"),
+        ([*several(2)[0], "--distributed"], "--distributed finds the processes by itself"),
+        (["--num_processes=two"], "--num_processes: invalid int value: 'two'"),
+        (["--start_timeout=0"], "--start_timeout=0: must be"),
+        (["--workdir=gs://bucket/run"], "gs://bucket/run: must be a folder"),
+    ],
+)
+def test_flags_that_cannot_be(flags, message, capsys):
+    assert cli.main(["train", *flags]) == MISTAKE
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.count("\n") == 1
+
+
+def test_who_was_launched_as_one_of_several(monkeypatch):
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "_pod_workers", lambda: "")
+    assert not launch._several_processes()
+    monkeypatch.setattr(launch, "_pod_workers", lambda: "host-0,host-1")
+    assert launch._several_processes()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")  # Colab; nothing else is asked
+    assert not launch._several_processes()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not launch._several_processes()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert launch._several_processes()
+
+
+def test_differences_name_the_processes():
+    facts = [{"jax": "1", "seed": "0"}, {"jax": "1", "seed": "2"}, {"jax": "1", "seed": "0"}]
+    assert first_difference(facts).startswith(
+        "seed differs between processes: 0 (processes 0, 2), 2 (process 1)"
+    )
+    assert first_difference(facts[::2]) == ""
+    assert "9 (processes 0, 1, 2, 3 and 2 more)" in first_difference([{"a": "9"}] * 6 + [{}])
+
+
+def test_alone_there_is_nobody_to_wait_for():
+    with together() as peers:
+        peers.agree({"jax": 1})
+        assert peers.tell([1]) == [1]
+        assert peers.share({"a": 1}, None) == {"a": 1}
+        assert peers.is_first
+
+
+class Texts:
+    """A table in this process."""
+
+    def __init__(self):
+        self.texts = {}
+
+    def put(self, key, value):
+        self.texts[key] = value
+
+    def folder(self, key):
+        found = {**self.texts}
+        return {int(k.rpartition("/")[2]): v for k, v in found.items() if k.startswith(key)}
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """Of three processes with a hundred beats a second; none of them may end this one."""
+    ended = []
+    monkeypatch.setattr(watch, "end_process", lambda *verdict: ended.append(verdict))
+    table = Texts()
+    found = [Watch(table, index, 3, beat=0.01) for index in range(3)]
+    for each in found:
+        each.ended = ended
+    yield found
+    for each in found:
+        each.stop()
+
+
+def verdict_of(each):
+    for _ in range(1000):
+        with contextlib.suppress(TimeoutError):
+            each._raise_verdict()
+        time.sleep(0.01)
+
+
+def test_a_silent_process_is_named_to_all(watches):
+    time.sleep(0.3)
+    watches[2].stop()
+    for each in watches[:2]:
+        with pytest.raises(PeerError, match="process 2 gave no sign of life"):
+            verdict_of(each)
+    for _ in range(500):
+        if len(watches[0].ended) >= 2:
+            break
+        time.sleep(0.01)
+    assert {code for _, code in watches[0].ended} == {LOST}
+
+
+def test_a_mistake_of_one_ends_all_with_its_code(watches):
+    watches[1].leave("data.name: gone", MISTAKE, most=0)
+    for each in (watches[0], watches[2]):
+        with pytest.raises(ConfigError, match=r"process 1 stopped: data.name: gone"):
+            each.wait_for("facts/", 3)
+
+
+def test_all_come_to_the_end_together(watches):
+    watches[1].leave(most=0)
+    watches[2].leave(most=0)
+    begin = time.monotonic()
+    watches[0].leave()
+    assert time.monotonic() - begin < 5
+    watches[2].leave()
+    time.sleep(0.6)  # longer than a silence that counts
+    assert watches[0].ended == []
