@@ -16,6 +16,8 @@ class Photos:
     num_classes = 20
     channels = 3
 
+    label_shape = ()
+
     def __init__(self, count=20, damaged=()):
         self.data = []
         for label in range(count):
