@@ -1,7 +1,7 @@
 """What a compiled TPU program moves: read from its text, because the compiler's count is another.
 
 The compiler's "bytes accessed" counts every operand and result of every operation, also those
-that lie in the chip's fast memory (VMEM). Here only what crosses the bus to HBM counts.
+that lie in the chip's fast memory. Here only what crosses the bus to HBM counts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ _BYTES = {
 _ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\](\{{[^}}]*\}})?")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
+# Arrays elsewhere than in HBM: S(1) is VMEM, S(3) v4's CMEM, others hold scalars.
+_FAST = re.compile(r"S\([1-9]")
 _BODY = re.compile(r"\bbody=%([\w.\-]+)")
 # These move nothing: names for parts, or the start of what its "-done" counts.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while"}
@@ -56,8 +58,8 @@ def traffic(program: str, trips: int = 1) -> Traffic:
       trips: How often its largest loop runs, which the text does not tell; other loops count once.
 
     Returns:
-      Operands and results that the program places in HBM, copies between HBM and VMEM once, and
-      all-reduces.
+      Operands and results that the program places in HBM, copies between HBM and fast memory once,
+      and all-reduces.
 
     Example:
       >>> traffic('''
@@ -123,8 +125,11 @@ def _operands(rest: str) -> str:
 
 
 def _arrays(kind: str) -> list[tuple[int, bool]]:
-    """(bytes, lies in VMEM) of every array in an instruction's type."""
+    """(bytes, lies in fast memory) of every array in an instruction's type."""
     return [
-        (_BYTES[dtype] * math.prod(map(int, filter(None, shape.split(",")))), "S(1)" in layout)
+        (
+            _BYTES[dtype] * math.prod(map(int, filter(None, shape.split(",")))),
+            bool(_FAST.search(layout)),
+        )
         for dtype, shape, layout in _ARRAY.findall(kind)
     ]

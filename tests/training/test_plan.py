@@ -123,6 +123,13 @@ ENTRY %main (x: f32[256], y: bf16[128]) -> f32[256] {
         once = traffic(self.PROGRAM)
         assert once == Traffic(256 + 1024 + 2048 + 32, reduced=1040, reductions=1)
 
+    def test_every_fast_memory_is_one(self):
+        # On a v4 chip it is number 3; number 0 is HBM.
+        v4 = self.PROGRAM.replace("S(1)", "S(3)")
+        assert traffic(v4) == traffic(self.PROGRAM)
+        slow = traffic(self.PROGRAM.replace("S(1)", "S(0)"))
+        assert slow.hbm > traffic(self.PROGRAM).hbm
+
     def test_only_the_largest_loop_runs_often(self):
         assert traffic(self.PROGRAM, trips=4).hbm == traffic(self.PROGRAM).hbm + 3 * 2048
 
