@@ -116,6 +116,10 @@ def state_of(workdir):
     return Checkpoints(workdir, read_only=True).read_whole(best=False)
 
 
+def numbers(record):
+    return {name: value for name, value in record.items() if not isinstance(value, str)}
+
+
 def last_records(workdir):
     records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     found = {(r["step"], r["split"], r.get("weights")): r for r in records}
@@ -164,7 +168,7 @@ def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
     found, expected = last_records(workdir), last_records(straight)
     assert found.keys() == expected.keys()
     for key, record in found.items():
-        assert record == pytest.approx(expected[key], rel=1e-3, abs=1e-2), key
+        assert numbers(record) == pytest.approx(numbers(expected[key]), rel=1e-3, abs=1e-2), key
     assert found[STEPS, "test", "ema"]["images"] == 360
 
 
@@ -192,7 +196,7 @@ def test_two_processes_equal_one_and_disagree_by_name(tmp_path):
     chex.assert_trees_all_close(state_of(double), state_of(single), rtol=1e-5, atol=1e-6)
     found, expected = last_records(double), last_records(single)
     for key, record in found.items():
-        assert record == pytest.approx(expected[key], rel=1e-5), key
+        assert numbers(record) == pytest.approx(numbers(expected[key]), rel=1e-5), key
 
 
 @pytest.mark.parametrize(

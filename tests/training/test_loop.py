@@ -224,9 +224,9 @@ def poison(monkeypatch, *steps):
     """Makes loss and gradients of some steps no numbers."""
     gradients = step_module._gradients
 
-    def poisoned(model, config, state, batch, scale):
+    def poisoned(model, config, state, *rest):
         bad = jnp.isin(state.step, jnp.array(steps))
-        found = gradients(model, config, state, batch, scale)
+        found = gradients(model, config, state, *rest)
         return jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), found)
 
     monkeypatch.setattr(step_module, "_gradients", poisoned)

@@ -188,7 +188,7 @@ class Poisonable(nn.Module):
         elif self.what == "gradients":  # that of the root is infinite at 0
             x = x * (1 + jnp.sqrt(weight - jax.lax.stop_gradient(weight) + (1 - white)))
         elif self.what == "squares":  # finite gradients, whose squares are not
-            x = x * (1 + 1e25 * white * (weight - jax.lax.stop_gradient(weight)))
+            x = x * (1 + 1e30 * white * (weight - jax.lax.stop_gradient(weight)))
         elif train:
             seen.value = jnp.where(white, jnp.inf, seen.value + 1)
         stem = rj.CifarStem(8, self.activate, self.conv_cls, self.norm_cls, name="stem")
