@@ -38,7 +38,8 @@ from resnet_jax.weights.pretrained import Preprocessing
 def network(name: str) -> Network:
     """The network with random weights."""
     model, side = create_model(name), model_info(name).image_size
-    variables = model.init(jax.random.key(0), jnp.zeros((1, side, side, 3)), train=False)
+    init = jax.jit(functools.partial(model.init, train=False))
+    variables = init(jax.random.key(0), jnp.zeros((1, side, side, 3)))
     names = tuple(map(str, range(model.num_classes)))
     shape = Preprocessing(side, 0.875 if side > 32 else 1.0)
     return Network(name, name, model, jax.device_get(variables), shape, 3, names)
