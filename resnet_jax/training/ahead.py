@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.data.base import one_line
 from resnet_jax.data.sources import Source
 from resnet_jax.errors import ConfigError
 from resnet_jax.training import parallel
@@ -85,13 +88,26 @@ def tpu_compiler(part: Slice, source: Source) -> Callable[[Config], Program]:
         start = time.monotonic()
         lowered = lower_step(config, devices, source)
         try:
-            compiled = lowered.compile()
+            compiled = _with_deep_stack(lowered.compile)
         except jax.errors.JaxRuntimeError as error:
             needed, limit = memory_shortage(str(error))
             return Program(False, needed, limit, seconds=time.monotonic() - start)
         return _program(compiled, config, part, time.monotonic() - start)
 
     return compile_step
+
+
+def _with_deep_stack(function: Callable[[], Any]) -> Any:
+    """Runs a function where it may call itself far deeper than on the usual 8 MiB of stack.
+
+    The compiler for v6e does, along the chain of operations, and dies without a word.
+    """
+    before = threading.stack_size(512 * 2**20)  # only what is used becomes memory
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(function).result()
+    finally:
+        threading.stack_size(before)
 
 
 def slice_devices(part: Slice) -> Sequence[Any]:
@@ -109,7 +125,7 @@ def slice_devices(part: Slice) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             "libtpu is not installed, which compiles for TPUs (no TPU is needed): pip install "
-            "libtpu, or this package's extra 'plan'"
+            "'jax[tpu]', or this package's extra 'plan'"
         )
     from jax.experimental import topologies
 
@@ -129,7 +145,7 @@ def _topology_fault(part: Slice, message: str) -> str:
             "libtpu is in use by another process, and serves one at a time; try again when that "
             "has ended. On a machine without a TPU, ALLOW_MULTIPLE_LIBTPU_LOAD=1 lets several plan"
         )
-    return f"--topology={part.name}: libtpu has no such slice ({' '.join(message.split())})"
+    return f"--topology={part.name}: libtpu has no such slice ({one_line(message)})"
 
 
 def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.stages.Lowered:
@@ -173,7 +189,13 @@ def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.st
 
 def _program(compiled: Any, config: Config, part: Slice, seconds: float) -> Program:
     parts = config.train.accumulate
-    memory, moved = compiled.memory_analysis(), traffic(compiled.as_text(), parts)
+    try:
+        memory, moved = compiled.memory_analysis(), traffic(compiled.as_text(), parts)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"libtpu's program cannot be read by jax {jax.__version__}; take the libtpu that "
+            f"belongs to it, by pip install 'jax[tpu]=={jax.__version__}' ({one_line(error)})"
+        ) from error
     needed = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -212,7 +234,7 @@ def memory_shortage(message: str) -> tuple[int, int]:
       (21474836480, 16911433728)
     """
     if "RESOURCE_EXHAUSTED" not in message:
-        raise ConfigError(f"libtpu cannot compile the step: {' '.join(message.split())[:500]}")
+        raise ConfigError(f"libtpu cannot compile the step: {one_line(message)[:500]}")
     found = _SHORTAGE.search(message)
     if not found:
         return 0, 0

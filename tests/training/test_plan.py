@@ -332,7 +332,7 @@ class TestCommand:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         code, _, err = self.run(capsys)
         assert code == 2
-        assert "pip install libtpu" in err
+        assert "pip install 'jax[tpu]'" in err
 
     @pytest.mark.parametrize(
         ("message", "said"),
