@@ -78,11 +78,25 @@ def test_counts(name):
     assert counts.multiply_adds == info.multiply_adds
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_shapes_and_dtypes(name, dtype):
-    if name == "resnet1202" and dtype == jnp.bfloat16:
-        pytest.skip("the same code as resnet110, and slow to trace")
+def shallowest_of_each_kind():
+    """Names of networks that differ in more than the number of their blocks."""
+    kinds = {}
+    for name in PARAMETERS:
+        fields = vars(rj.create_model(name))
+        kind = tuple(value for field, value in fields.items() if field in rj.ResNet.__annotations__)
+        sizes = fields["stage_sizes"]
+        kinds.setdefault(str([x for x in kind if x != sizes]), []).append((sum(sizes), name))
+    return [min(each)[1] for each in kinds.values()]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *((jnp.float32, name) for name in PARAMETERS),
+        *((jnp.bfloat16, name) for name in shallowest_of_each_kind()),
+    ],
+)
+def test_shapes_and_dtypes(dtype, name):
     model = rj.create_model(name, dtype=dtype, num_classes=7)
     side = rj.model_info(name).image_size
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)

@@ -73,9 +73,12 @@ def test_dilated_maps_contain_the_strided_ones(fields, output_stride):
     model, x = tiny(**fields), images(2, 64)
     dilated = tiny(**fields, output_stride=output_stride)
     variables = init(model, x)
-    features = functools.partial(model.apply, train=False, method="features")
-    fine = functools.partial(dilated.apply, train=False, method="features")
-    coarse_map, fine_map = features(variables, x)["stage4"], fine(variables, x)["stage4"]
+    coarse_map, fine_map = (
+        jax.jit(functools.partial(each.apply, train=False, method="features"))(variables, x)[
+            "stage4"
+        ]
+        for each in (model, dilated)
+    )
     assert fine_map.shape[1] == 64 // output_stride
     step = 32 // output_stride
     chex.assert_trees_all_close(fine_map[:, ::step, ::step], coarse_map, rtol=1e-5, atol=1e-5)
