@@ -60,6 +60,7 @@ def evaluate_network(
     max_corrupt: int | None = None,
     say: Callable[[str], Any] = print,
     bar: bool = False,
+    alone: bool = False,
 ) -> Report:
     """Measures a network on a data set, on all devices, each image once.
 
@@ -79,6 +80,8 @@ def evaluate_network(
         None: the run's data.max_corrupt, else 10.
       say: Called with one line for each of those.
       bar: Show a progress bar on stderr, if that is a terminal.
+      alone: Of several processes only this one measures, on its own devices; by default all do,
+        together. The batch size is then not that of the run, which more devices may have shared.
 
     Returns:
       The measures, and each image's prediction.
@@ -102,7 +105,7 @@ def evaluate_network(
       >>> report.images, report.confusion.shape, len(report.bins)
       (16, (10, 10), 15)
     """
-    evaluator = _Evaluator(network, views, scales, batch_size, max_corrupt, say, bar)
+    evaluator = _Evaluator(network, views, scales, batch_size, max_corrupt, say, bar, alone)
     return evaluator.measure(source)
 
 
@@ -194,11 +197,13 @@ class _Evaluator:
         max_corrupt: int | None = None,
         say: Callable[[str], Any] = print,
         bar: bool = False,
+        alone: bool = False,
     ) -> None:
         flips = network.config is not None and network.config.evaluate.flip
         self.network = network
         self.views = views or ("flip" if flips else "one_crop")
-        self.say, self.bar = say, bar
+        self.say, self.bar, self.alone = say, bar, alone
+        self.devices = jax.local_devices() if alone else jax.devices()
         if self.views not in VIEWS:
             raise ConfigError(f"--views: {unknown_name('view', self.views, VIEWS)}")
         if scales and self.views != "multi_scale":
@@ -221,15 +226,15 @@ class _Evaluator:
         if wanted:
             if wanted < 0:
                 raise ConfigError(f"--batch_size={wanted}: a number of images, 1 or more")
-            parallel.check_divisible({"--batch_size": wanted})
+            parallel.check_divisible({"--batch_size": wanted}, devices=len(self.devices))
             return wanted
         config = self.network.config
         size = _BATCH_SIZE
-        if config is not None:
+        if config is not None and not self.alone:
             size = config.evaluate.batch_size or config.train.batch_size
         if self.views == "multi_scale":
             size = max(1, size // _FEWER_AT_SCALES)
-        devices = jax.device_count()
+        devices = len(self.devices)
         return -(-size // devices) * devices
 
     def measure(self, source: Source) -> Report:
@@ -243,7 +248,12 @@ class _Evaluator:
         key = b"" if classes.outputs is None else classes.outputs.tobytes()
         if key not in self._steps:
             self._steps[key] = make_measuring_step(
-                self.network.model, self.network.colours, self.views, self.size, classes.outputs
+                self.network.model,
+                self.network.colours,
+                self.views,
+                self.size,
+                classes.outputs,
+                self.devices if self.alone else None,
             )
         results = _Results()
         waiting = None
@@ -284,7 +294,8 @@ class _Evaluator:
         self, source: Source, data: Data, corrupt: Corrupt
     ) -> tuple[Iterator[Batch], np.ndarray]:
         """Batches, and the place in the data set of each image in them, -1 for none."""
-        size, hosts = self.batch_size, (jax.process_index(), jax.process_count())
+        size = self.batch_size
+        hosts = (0, 1) if self.alone else (jax.process_index(), jax.process_count())
         if self.views == "multi_scale":
             plan = plan_batches(source, size, data.threads)
             batches = scaled_batches(source, data, self.scales, plan, corrupt, *hosts)

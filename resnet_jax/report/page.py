@@ -18,6 +18,7 @@ from resnet_jax.data.augment import normalize
 from resnet_jax.data.decode import eval_crop
 from resnet_jax.errors import ConfigError, ResNetJaxError
 from resnet_jax.evaluation.network import Network, open_network
+from resnet_jax.evaluation.results import Report
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
 from resnet_jax.report import figures
@@ -132,15 +133,19 @@ def _one_run(run: Run, images: Sequence[str | Path]) -> list[Section]:
         text = f"The network could not be opened, so only its records are here: {error}"
         return [*sections, Section("network", "Network", text), *_recipe(run)]
     try:
-        predictions = predict_split(network, run.config, MOST_IMAGES, RESPONDING)
+        predictions = predict_split(network, run.config, MOST_IMAGES)
     except ResNetJaxError as error:
         text = f"The held-out images could not be read, so they are not looked at: {error}"
         return [*sections, Section("images", "Images", text), _filters(network), *_recipe(run)]
-    sections += [_confusion(network, predictions), _mistakes(network, predictions)]
-    examples = _read_images(images, network) or predictions.examples
-    sections += [_explanations(network, examples[:EXPLAINED]), _filters(network)]
-    pixels = np.stack([example.pixels for example in predictions.examples])
-    sections.append(_responses({run.title: (network, pixels)}))
+    held_out = predictions.examples(RESPONDING)
+    examples = _read_images(images, network) or held_out
+    sections += [
+        _confusion(predictions.report),
+        _mistakes(predictions),
+        _explanations(network, examples[:EXPLAINED]),
+        _filters(network),
+        _responses({run.title: (network, _pixels(held_out))}),
+    ]
     return [*sections, *_recipe(run)]
 
 
@@ -150,10 +155,10 @@ def _several_runs(runs: Sequence[Run]) -> list[Section]:
     for run in runs:
         try:
             network = open_network(run.workdir)
-            examples = predict_split(network, run.config, RESPONDING, RESPONDING).examples
+            examples = predict_split(network, run.config, RESPONDING).examples(RESPONDING)
         except ResNetJaxError:  # its curves are there all the same
             continue
-        found[run.title] = network, np.stack([example.pixels for example in examples])
+        found[run.title] = network, _pixels(examples)
     if found:
         sections.append(_responses(found))
     return sections
@@ -204,38 +209,37 @@ def _curves(runs: Sequence[Run]) -> Section:
     return Section("curves", "Learning curves", pictures=[picture])
 
 
-def _confusion(network: Network, predictions: Predictions) -> Section:
-    names, accuracy = network.class_names, predictions.class_accuracy
-    counts = predictions.confusion.sum(1)
-    order = [index for index in np.argsort(accuracy).tolist() if counts[index]]
-    rows = [(names[i], f"{accuracy[i]:.1%}", f"{counts[i]:,}") for i in order]
+def _confusion(report: Report) -> Section:
+    there = [each for each in report.per_class or () if each.top1 is not None]
+    hardest = sorted(there, key=lambda each: each.top1 or 0.0)
+    rows = [(each.name, f"{each.top1:.1%}", f"{each.images:,}") for each in hardest]
     table = Table(rows, ("class", "recognised", "images"), folded="Each class, the hardest first")
     pictures = []
-    if len(names) <= 200:  # with more nothing could be seen
+    names, counts = report.class_names, report.confusion
+    if counts is not None and len(names) <= 200:  # with more nothing could be seen
         pictures.append(
             Picture(
                 "confusion",
-                figures.confusion_matrix(predictions.confusion, names),
+                figures.confusion_matrix(counts, names),
                 "Confusion matrix: true classes by predicted ones",
-                f"Of {predictions.images:,} held-out images, by the state with the best top-1.",
+                f"Of {report.images:,} held-out images, by the state with the best top-1.",
             )
         )
     return Section("confusion", "Confusion", pictures=pictures, tables=[table])
 
 
-def _mistakes(network: Network, predictions: Predictions) -> Section:
-    if not predictions.mistakes:
-        text = f"None of {predictions.images:,} images is mistaken."
+def _mistakes(predictions: Predictions) -> Section:
+    names, shown = predictions.report.class_names, predictions.mistakes(MISTAKES)
+    if not shown:
+        text = f"None of {predictions.report.images:,} images is mistaken."
         return Section("mistakes", "Surest mistakes", text)
-    names, shown = network.class_names, predictions.mistakes[:MISTAKES]
     titles = [
         f"{_short(names[each.label])}\n→ {_short(names[each.predicted])} {each.probability:.0%}"
         for each in shown
     ]
-    pixels = [each.pixels for each in shown]
     picture = Picture(
         "mistakes",
-        figures.picture_grid(pixels, titles, columns=6),
+        figures.picture_grid([each.pixels for each in shown], titles, columns=6),
         "Images that the network is most sure of and wrong",
         "Above each image its true class, and below that the prediction with its probability.",
     )
@@ -243,7 +247,7 @@ def _mistakes(network: Network, predictions: Predictions) -> Section:
 
 
 def _explanations(network: Network, examples: Sequence[Example]) -> Section:
-    pixels = np.stack([example.pixels for example in examples])
+    pixels = _pixels(examples)
     images = normalize(jnp.asarray(pixels), network.colours)
     classes = jnp.array([example.predicted for example in examples])
     evidence = grad_cam(network.model, network.variables, images, classes)
@@ -329,6 +333,10 @@ def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]
         guess = int(shares.argmax())
         examples.append(Example(pixels, guess, guess, float(shares[guess] / shares.sum())))
     return examples
+
+
+def _pixels(examples: Sequence[Example]) -> np.ndarray:
+    return np.stack([example.pixels for example in examples])
 
 
 def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
