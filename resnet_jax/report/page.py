@@ -25,6 +25,7 @@ from resnet_jax.report import figures
 from resnet_jax.report.predictions import Example, Predictions, predict_split
 from resnet_jax.report.runs import Run, read_run
 from resnet_jax.training.config import to_flat
+from resnet_jax.training.telemetry import duration
 
 # Held-out images that the network is run over again.
 MOST_IMAGES = 10_000
@@ -172,7 +173,7 @@ def _figures(run: Run) -> Section:
         ("top-5", f"{final['top5']:.2%}" if "top5" in final else ""),
         ("loss", f"{final['loss']:.4f}" if final else ""),
         ("steps", f"{run.training[-1]['step'] if run.training else 0:,}"),
-        ("time in training", _duration(run.seconds)),
+        ("time in training", duration(run.seconds)),
         ("images/s in training", f"{run.images_per_second:,.0f}"),
     ]
     rows = [row for row in rows if row[1]]
@@ -192,7 +193,7 @@ def _comparison(runs: Sequence[Run]) -> Section:
                 f"{1 - final['top1']:.2%}" if final else "",
                 f"{final['loss']:.4f}" if final else "",
                 f"{last.get('step', 0):,}",
-                _duration(run.seconds),
+                duration(run.seconds),
             )
         )
     text = "Training error: the last record's mean, of images augmented as for training."
@@ -369,9 +370,3 @@ def _write(output: Path, page: str, sections: Sequence[Section]) -> None:
 
 def _short(name: str, longest: int = 16) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

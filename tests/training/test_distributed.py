@@ -1,7 +1,6 @@
 """Several processes as one run: real ones, on this machine, and how they watch each other."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -16,9 +15,9 @@ import pytest
 from resnet_jax import cli
 from resnet_jax.errors import LOST, MISTAKE, STOPPED, ConfigError, PeerError
 from resnet_jax.training import launch, watch
-from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.distributed import first_difference, together
 from resnet_jax.training.watch import Watch
+from tests.training.runs import records, state_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 240  # seconds until every process of a test is killed
@@ -112,17 +111,12 @@ def errors(folder, index):
     return [line for line in text(folder, index).splitlines() if line.startswith("error: ")]
 
 
-def state_of(workdir):
-    return Checkpoints(workdir, read_only=True).read_whole(best=False)
-
-
 def numbers(record):
     return {name: value for name, value in record.items() if not isinstance(value, str)}
 
 
 def last_records(workdir):
-    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    found = {(r["step"], r["split"], r.get("weights")): r for r in records}
+    found = {(r["step"], r["split"], r.get("weights")): r for r in records(workdir)}
     for record in found.values():
         record.pop("images_per_second")
     return found
