@@ -15,7 +15,7 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import ConfigError, DataError
-from resnet_jax.report import figures, page, predictions
+from resnet_jax.report import figures, predictions, sections
 from resnet_jax.report.page import write_report
 from resnet_jax.report.predictions import predict_split
 from resnet_jax.report.runs import read_run
@@ -193,7 +193,7 @@ def test_one_process_of_several_reports_alone(monkeypatch):
 def test_a_class_without_images():
     """There is no accuracy to show of it, and no division by nothing."""
     found = predict_split(digits_network(), configuration(), most=3)
-    [table] = page._confusion(found.report).tables
+    [table] = sections._confusion(found.report).tables
     there = {str(each.label) for each in found.examples(3)}
     assert {name for name, _, _ in table.rows} == there
     assert len(there) < 10
