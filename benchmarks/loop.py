@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from resnet_jax.cli import parse_train_flags
 from resnet_jax.training import parallel
+from resnet_jax.training.flags import parse_train_flags
 from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import Length, make_optimizer
 from resnet_jax.training.setup import channels_of, make_model, open_sources

@@ -77,8 +77,8 @@ def measure(started: float, flags: list[str]) -> None:
     """Runs in the new interpreter: trains for a step with a clock on every part."""
     import jax
 
-    from resnet_jax.cli import parse_train_flags
     from resnet_jax.training import loop
+    from resnet_jax.training.flags import parse_train_flags
 
     parts: dict[str, float] = collections.defaultdict(float)
     parts["interpreter and imports"] = time.time() - started

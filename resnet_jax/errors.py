@@ -8,6 +8,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What the command line ends with: images were skipped, the user's mistake, another process of the
+# run is lost, training diverged, stopped with everything saved.
+SKIPPED, MISTAKE, LOST, DIVERGED, STOPPED = 1, 2, 69, 70, 75
+
 
 class ResNetJaxError(ValueError):
     """A mistake that the caller can mend; the message is one line that says how."""

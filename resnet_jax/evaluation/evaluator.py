@@ -1,42 +1,20 @@
 """A network measured on a data set: `python -m resnet_jax evaluate`.
 
-network, source -> classes that compete -> batches of views -> sums on the devices -> Report
+Here is said what is measured on what; how it goes is in measuring.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
-from resnet_jax.data.base import Batch
-from resnet_jax.data.loader import (
-    Corrupt,
-    evaluation_batches,
-    fits_memory,
-    load_memory,
-    streamed_evaluation_batches,
-)
-from resnet_jax.data.scales import plan_batches, scaled_batches
 from resnet_jax.data.sources import Source, open_source
 from resnet_jax.data.tfds_files import prepared_configs
-from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
-from resnet_jax.evaluation.label_sets import CORRUPTED, Classes, data_set_name, match_classes
+from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.evaluation.label_sets import CORRUPTED, data_set_name
+from resnet_jax.evaluation.measuring import Evaluator
 from resnet_jax.evaluation.network import Network
 from resnet_jax.evaluation.results import CorruptionReport, Report
-from resnet_jax.evaluation.views import VIEWS, default_scales, make_measuring_step
-from resnet_jax.training import parallel
-from resnet_jax.training.config import Data
-
-_BATCH_SIZE = 128
-# A multi-scale batch has about 16 times the pixels of one crop's; it is this much smaller.
-_FEWER_AT_SCALES = 8
 
 # Splits that are measured where nobody says which.
 _SPLITS = {
@@ -60,6 +38,7 @@ def evaluate_network(
     max_corrupt: int | None = None,
     say: Callable[[str], Any] = print,
     bar: bool = False,
+    alone: bool = False,
 ) -> Report:
     """Measures a network on a data set, on all devices, each image once.
 
@@ -79,6 +58,8 @@ def evaluate_network(
         None: the run's data.max_corrupt, else 10.
       say: Called with one line for each of those.
       bar: Show a progress bar on stderr, if that is a terminal.
+      alone: Of several processes only this one measures, on its own devices; by default all do,
+        together. The batch size is then not that of the run, which more devices may have shared.
 
     Returns:
       The measures, and each image's prediction.
@@ -89,7 +70,7 @@ def evaluate_network(
       WeightsError: The network's outputs are not numbers.
 
     Example:
-      >>> import tempfile, jax, jax.numpy as jnp, resnet_jax as rj
+      >>> import dataclasses, tempfile, jax, jax.numpy as jnp, resnet_jax as rj
       >>> from resnet_jax.evaluation.network import open_network
       >>> model = rj.ResNet20()
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
@@ -102,7 +83,7 @@ def evaluate_network(
       >>> report.images, report.confusion.shape, len(report.bins)
       (16, (10, 10), 15)
     """
-    evaluator = _Evaluator(network, views, scales, batch_size, max_corrupt, say, bar)
+    evaluator = Evaluator(network, views, scales, batch_size, max_corrupt, say, bar, alone)
     return evaluator.measure(source)
 
 
@@ -130,7 +111,7 @@ def evaluate_corruptions(
             f"--data=tfds:{CORRUPTED}: none of its configurations is prepared; run: "
             f"python -m resnet_jax prepare {CORRUPTED}/gaussian_noise_1"
         )
-    evaluator = _Evaluator(network, views, **options)
+    evaluator = Evaluator(network, views, **options)
     reports: dict[str, dict[int, Report]] = {}
     for name in found:
         corruption, _, severity = name.partition("/")[2].rpartition("_")
@@ -180,220 +161,3 @@ def evaluate_data(
     except DataError as error:
         raise DataError(f"--data={data} --split={split}: {error}") from error
     return evaluate_network(network, source, **options)
-
-
-class _Evaluator:
-    """A network, the views, and the programs that are compiled for them."""
-
-    def __init__(
-        self,
-        network: Network,
-        views: str = "",
-        scales: Sequence[int] = (),
-        batch_size: int = 0,
-        max_corrupt: int | None = None,
-        say: Callable[[str], Any] = print,
-        bar: bool = False,
-    ) -> None:
-        flips = network.config is not None and network.config.evaluate.flip
-        self.network = network
-        self.views = views or ("flip" if flips else "one_crop")
-        self.say, self.bar = say, bar
-        if self.views not in VIEWS:
-            raise ConfigError(f"--views: {unknown_name('view', self.views, VIEWS)}")
-        if scales and self.views != "multi_scale":
-            raise ConfigError(f"--scales={_joined(scales)}: goes with --views=multi_scale only")
-        self.size = network.preprocessing.image_size
-        self.scales: tuple[int, ...] = ()
-        if self.views == "multi_scale":
-            self.scales = tuple(scales) or default_scales(self.size)
-        least = network.model.strides()[-1]
-        if any(scale < least for scale in self.scales):
-            raise ConfigError(
-                f"--scales={_joined(self.scales)}: {network.name} needs at least {least} pixels"
-            )
-        self.batch_size = self._batch_size(batch_size)
-        self.max_corrupt = max_corrupt
-        self.variables = parallel.place(network.variables)
-        self._steps: dict[bytes, Any] = {}
-
-    def _batch_size(self, wanted: int) -> int:
-        if wanted:
-            if wanted < 0:
-                raise ConfigError(f"--batch_size={wanted}: a number of images, 1 or more")
-            parallel.check_divisible({"--batch_size": wanted})
-            return wanted
-        config = self.network.config
-        size = _BATCH_SIZE
-        if config is not None:
-            size = config.evaluate.batch_size or config.train.batch_size
-        if self.views == "multi_scale":
-            size = max(1, size // _FEWER_AT_SCALES)
-        devices = jax.device_count()
-        return -(-size // devices) * devices
-
-    def measure(self, source: Source) -> Report:
-        """Measures the network on one data set."""
-        classes = match_classes(self.network, source)
-        data = self._data(source)
-        limit = data.max_corrupt if self.max_corrupt is None else self.max_corrupt
-        corrupt = Corrupt(limit, self.say)
-        start = time.monotonic()
-        batches, indices = self._batches(source, data, corrupt)
-        key = b"" if classes.outputs is None else classes.outputs.tobytes()
-        if key not in self._steps:
-            self._steps[key] = make_measuring_step(
-                self.network.model, self.network.colours, self.views, self.size, classes.outputs
-            )
-        results = _Results()
-        waiting = None
-        with self._progress(len(source)) as advance:
-            # One batch is fetched while the next is computed.
-            for batch in batches:
-                batch["labels"] = self._translate(classes, source, batch)
-                measured = self._steps[key](self.variables, batch)
-                results.add(waiting)
-                waiting = measured
-                advance(self.batch_size)
-            results.add(waiting)
-        seconds = time.monotonic() - start
-        return self._report(source, classes, data, results, indices, corrupt, seconds)
-
-    def _data(self, source: Source) -> Data:
-        """How images are prepared: as for the trainer's evaluation of the same network."""
-        network, size = self.network, self.size
-        resize = network.preprocessing.resize_size
-        if data_set_name(source.name) == CORRUPTED:
-            resize = size  # its images are crops already
-        if self.views == "ten_crop":
-            if resize == size:
-                raise ConfigError(
-                    f"--views=ten_crop: crops of {size} pixels from images of {resize} would all "
-                    "be the same; give --crop_fraction, such as 0.875"
-                )
-            size = resize  # the devices cut the crops out
-        return dataclasses.replace(
-            network.config.data if network.config else Data(),
-            channels=network.channels,
-            eval_size=size,
-            eval_resize=resize,
-            interpolation=network.preprocessing.interpolation,
-        )
-
-    def _batches(
-        self, source: Source, data: Data, corrupt: Corrupt
-    ) -> tuple[Iterator[Batch], np.ndarray]:
-        """Batches, and the place in the data set of each image in them, -1 for none."""
-        size, hosts = self.batch_size, (jax.process_index(), jax.process_count())
-        if self.views == "multi_scale":
-            plan = plan_batches(source, size, data.threads)
-            batches = scaled_batches(source, data, self.scales, plan, corrupt, *hosts)
-            return batches, plan.indices.ravel()
-        if not fits_memory(source, data, training=False):
-            steps = -(-len(source) // size)
-            batches = streamed_evaluation_batches(source, data, size, corrupt, *hosts)
-            return batches, np.arange(steps * size)
-        images = load_memory(source, data, training=False, corrupt=corrupt)
-        there = [*range(len(source))]
-        if corrupt.count:
-            there = [index for index in there if source.image_name(index) not in corrupt.names]
-        filler = [-1] * (-len(there) % size)
-        return evaluation_batches(images, size, *hosts), np.array(there + filler)
-
-    def _translate(self, classes: Classes, source: Source, batch: Batch) -> np.ndarray:
-        labels = classes.translate(batch["labels"])
-        if labels.ndim == 1:
-            strange = (labels < 0) & (batch["weights"] > 0)
-            if strange.any():
-                name = source.class_names[batch["labels"][strange][0]]
-                raise DataError(
-                    f"{source.name}: has an image of {name}, which is not one of its "
-                    f"{len(classes.names)} classes; prepare it again"
-                )
-        return labels
-
-    @contextlib.contextmanager
-    def _progress(self, images: int) -> Iterator[Callable[[int], Any]]:
-        if not self.bar:
-            yield lambda count: None
-            return
-        from tqdm import tqdm
-
-        # disable=None: only on a terminal.
-        with tqdm(total=images, unit="img", disable=None, leave=False, file=sys.stderr) as bar:
-            yield lambda count: bar.update(min(count, images - bar.n))
-
-    def _report(
-        self,
-        source: Source,
-        classes: Classes,
-        data: Data,
-        results: _Results,
-        indices: np.ndarray,
-        corrupt: Corrupt,
-        seconds: float,
-    ) -> Report:
-        network, each = self.network, results.each()
-        seen = each["weight"] > 0 if each else np.zeros(0, bool)
-        counted = seen & (each["labelled"] > 0) if each else seen
-        count = int(counted.sum())
-        if not count:
-            raise DataError(f"{source.name}: none of its images can be measured")
-        bad = int((seen & ~each["finite"]).sum())
-        if bad:
-            raise WeightsError(
-                f"{network.source}: its outputs are not numbers for {bad} of {seen.sum()} images; "
-                "take another state or file"
-            )
-        order = np.flatnonzero(counted)
-        order = order[np.argsort(indices[order], kind="stable")]
-        means = {name: total / count for name, total in results.total.items()}
-        return Report(
-            network=network.source,
-            model=network.name,
-            step=network.step,
-            weights="ema" if network.ema else "",
-            data=source.name,
-            split=source.split,
-            views=self.views,
-            image_size=self.size,
-            resize_size=data.eval_resize,
-            scales=self.scales,
-            batch_size=self.batch_size,
-            skipped=corrupt.count,
-            unlabelled=int(seen.sum()) - count,
-            loss=means.get("loss"),
-            top1=means["top1"],
-            top5=means["top5"],
-            class_names=classes.names,
-            indices=indices[order],
-            labels=each["label"][order] if "label" in each else None,
-            predictions=each["prediction"][order],
-            confidences=each["confidence"][order],
-            hits=each["top1"][order],
-            seconds=seconds,
-        )
-
-
-class _Results:
-    """Sums in float64, in the order of the batches: the trainer's arithmetic. And each image's."""
-
-    def __init__(self) -> None:
-        self.total: dict[str, float] = {}
-        self._each: list[dict[str, np.ndarray]] = []
-
-    def add(self, measured: dict[str, Any] | None) -> None:
-        if measured is None:
-            return
-        found = jax.device_get(measured)
-        for name, value in found["sums"].items():
-            self.total[name] = self.total.get(name, 0.0) + float(value)
-        self._each.append(found["each"])
-
-    def each(self) -> dict[str, np.ndarray]:
-        names = self._each[0] if self._each else {}
-        return {name: np.concatenate([part[name] for part in self._each]) for name in names}
-
-
-def _joined(scales: Sequence[int]) -> str:
-    return ",".join(map(str, scales))

@@ -17,7 +17,7 @@ form of the two papers that the networks of section 3.4 are compared with (Simon
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,8 +58,9 @@ def make_measuring_step(
     views: str,
     side: int,
     outputs: np.ndarray | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Callable[[Any, dict[str, Any]], dict[str, Sums]]:
-    """The evaluation of one batch on all devices.
+    """The evaluation of one batch on several devices.
 
     Args:
       model: The network.
@@ -67,6 +68,7 @@ def make_measuring_step(
       views: One of `VIEWS`.
       side: Of a crop in pixels, for ten_crop.
       outputs: The network's outputs that compete; None: all.
+      devices: Which; None: all, of all processes.
 
     Returns:
       measure(variables, batch) -> {"sums", "each"}: as the trainer's step, summed over all
@@ -79,10 +81,13 @@ def make_measuring_step(
         logits = predict(variables, images)
         return logits if outputs is None else logits[:, outputs]
 
-    look = {"ten_crop": _look_at_crops(compete, side), "multi_scale": _look_at_scales(compete)}.get(
-        views, _look_once(compete)
-    )
-    judged = parallel.data_parallel_sums(lambda _, batch: _judged(batch))
+    if views == "ten_crop":
+        look = _look_at_crops(compete, side, devices)
+    elif views == "multi_scale":
+        look = _look_at_scales(compete, devices)
+    else:
+        look = _look_once(compete, devices)
+    judged = parallel.data_parallel_sums(lambda _, batch: _judged(batch), devices)
     classes = model.num_classes if outputs is None else len(outputs)
 
     def measure(variables: Any, batch: dict[str, Any]) -> dict[str, Sums]:
@@ -98,9 +103,11 @@ def make_measuring_step(
 # (variables, a host's images, the rest of the batch on the devices) -> sums, if it knows them
 # already, and what orders the classes and normalises to their probabilities [D, N / D, classes].
 Look = Callable[[Any, Any, dict[str, jax.Array]], tuple[Sums, jax.Array]]
+Compete = Callable[[Any, jax.Array], jax.Array]
+Devices = Sequence[jax.Device] | None
 
 
-def _look_once(compete: Callable[[Any, jax.Array], jax.Array]) -> Look:
+def _look_once(compete: Compete, devices: Devices) -> Look:
     """The trainer's program, which gives its logits away as well.
 
     Anything else that this program had to give away would change how the compiler adds up, and
@@ -112,7 +119,7 @@ def _look_once(compete: Callable[[Any, jax.Array], jax.Array]) -> Look:
         known = labels.ndim == 1
         return sum_up(judge(logits, labels), batch["weights"]) if known else {}, logits
 
-    run = parallel.data_parallel_sums(step, outputs=True)
+    run = parallel.data_parallel_sums(step, devices, outputs=True)
 
     def look(
         variables: Any, images: np.ndarray, batch: dict[str, jax.Array]
@@ -123,7 +130,7 @@ def _look_once(compete: Callable[[Any, jax.Array], jax.Array]) -> Look:
     return look
 
 
-def _look_at_crops(compete: Callable[[Any, jax.Array], jax.Array], side: int) -> Look:
+def _look_at_crops(compete: Compete, side: int, devices: Devices) -> Look:
     def add(arguments: Any, batch: dict[str, jax.Array]) -> jax.Array:
         variables, top, left, mirrored = arguments
         images = lax.dynamic_slice_in_dim(batch["images"], top, side, axis=1)
@@ -131,7 +138,7 @@ def _look_at_crops(compete: Callable[[Any, jax.Array], jax.Array], side: int) ->
         images = jnp.where(mirrored, images[:, :, ::-1], images)
         return jnp.logaddexp(batch["total"], jax.nn.log_softmax(compete(variables, images)))
 
-    run = parallel.data_parallel_outputs(add)  # one program for all ten
+    run = parallel.data_parallel_outputs(add, devices)  # one program for all ten
 
     def look(
         variables: Any, images: np.ndarray, batch: dict[str, jax.Array]
@@ -148,12 +155,12 @@ def _look_at_crops(compete: Callable[[Any, jax.Array], jax.Array], side: int) ->
     return look
 
 
-def _look_at_scales(compete: Callable[[Any, jax.Array], jax.Array]) -> Look:
+def _look_at_scales(compete: Compete, devices: Devices) -> Look:
     def add(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
         logits = compete(variables, batch["images"])
         return jnp.logaddexp(batch["total"], jax.nn.log_softmax(logits))
 
-    run = parallel.data_parallel_outputs(add)  # one program for each shape
+    run = parallel.data_parallel_outputs(add, devices)  # one program for each shape
 
     def look(
         variables: Any, images: list[np.ndarray], batch: dict[str, jax.Array]

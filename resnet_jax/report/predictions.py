@@ -1,33 +1,20 @@
-"""What a network says of the images it was evaluated on, and which it was surest of and wrong."""
+"""What a network says of the images that its run was evaluated on, and those images themselves."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import heapq
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.data.augment import normalize
-from resnet_jax.data.loader import (
-    Batch,
-    Corrupt,
-    evaluation_batches,
-    fits_memory,
-    load_memory,
-    streamed_evaluation_batches,
-)
-from resnet_jax.data.sources import Source, open_source
+from resnet_jax.data.base import Label, Source
+from resnet_jax.data.decode import eval_crop
+from resnet_jax.data.sources import open_source
+from resnet_jax.errors import DataError
+from resnet_jax.evaluation.evaluator import evaluate_network
 from resnet_jax.evaluation.network import Network
-from resnet_jax.models.resnet import ResNet
+from resnet_jax.evaluation.results import Report
 from resnet_jax.training.config import Config
-from resnet_jax.weights.convert import Variables
-
-BATCH = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,80 +39,82 @@ class Predictions:
     """A pass over held-out images.
 
     Args:
-      confusion: Counts [classes, classes], rows are true classes.
-      mistakes: The surest wrong predictions, the surest first.
-      examples: The first images, right or wrong.
-      images: How many there were.
+      network: That made it.
+      source: The images.
+      report: What it says of each.
     """
 
-    confusion: np.ndarray
-    mistakes: list[Example]
-    examples: list[Example]
-    images: int
+    network: Network
+    source: Source
+    report: Report
 
-    @property
-    def class_accuracy(self) -> np.ndarray:
-        """Share of each class's images that are recognised; NaN for a class without images."""
-        counts = self.confusion.sum(1)
-        shares = self.confusion.diagonal() / np.maximum(counts, 1)
-        return np.where(counts > 0, shares, np.nan)
+    def examples(self, count: int) -> list[Example]:
+        """The first images, right or wrong."""
+        return self._read(range(min(count, self.report.images)))
+
+    def mistakes(self, count: int) -> list[Example]:
+        """The surest wrong predictions, the surest first."""
+        wrong = np.flatnonzero(self.report.predictions != self.report.labels)
+        surest = np.argsort(-self.report.confidences[wrong], kind="stable")
+        return self._read(wrong[surest[:count]].tolist())
+
+    def _read(self, places: Iterable[int]) -> list[Example]:
+        network, report = self.network, self.report
+        labels = np.asarray(report.labels)  # there: a run's images have one label each
+        return [
+            Example(
+                eval_crop(self.source[report.indices[place]][0], network.crop, network.channels),
+                int(labels[place]),
+                int(report.predictions[place]),
+                float(report.confidences[place]),
+            )
+            for place in places
+        ]
 
 
-def predict_split(network: Network, config: Config, most: int, keep: int) -> Predictions:
+def predict_split(network: Network, config: Config, most: int) -> Predictions:
     """Runs a network over the images that its run was evaluated on.
 
     Args:
       network: With the variables to look at.
-      config: Of its run: data set, split and crop.
+      config: Of its run: data set and split.
       most: Images looked at, at most.
-      keep: Mistakes and examples kept.
 
     Returns:
-      Counts and images.
+      What it says of them.
 
     Raises:
-      DataError: The data set is not there.
+      DataError: The data set is not there, or not the one that the network was trained for.
+      WeightsError: The network's outputs are not numbers.
     """
     data = config.data
     source = open_source(data.name, data.eval_split, data.data_dir, train_split=data.train_split)
-    classes = len(network.class_names)
-    confusion = np.zeros((classes, classes), np.int64)
-    surest: list[tuple[float, int, Example]] = []
-    examples: list[Example] = []
-    order = itertools.count()
-
-    for batch in itertools.islice(_batches(source, config), -(-most // BATCH)):
-        real = batch["weights"] > 0
-        images = normalize(jnp.asarray(batch["images"]), network.colours)
-        found = np.asarray(_probabilities(network.model, network.variables, images))
-        predicted = found.argmax(-1)
-        np.add.at(confusion, (batch["labels"][real], predicted[real]), 1)
-        for place in np.flatnonzero(real).tolist():
-            sure = float(found[place].max())
-            label, guess = int(batch["labels"][place]), int(predicted[place])
-            wanted = label != guess and (len(surest) < keep or sure > surest[0][0])
-            if not wanted and len(examples) >= keep:
-                continue
-            example = Example(batch["images"][place].copy(), label, guess, sure)
-            if len(examples) < keep:
-                examples.append(example)
-            if wanted:
-                heapq.heappush(surest, (sure, -next(order), example))
-                if len(surest) > keep:
-                    heapq.heappop(surest)
-    mistakes = [example for _, _, example in sorted(surest, key=lambda each: -each[0])]
-    return Predictions(confusion, mistakes, examples, int(confusion.sum()))
+    first = _First(source, most)
+    # The run has named the images that cannot be decoded. Of its processes only one writes.
+    report = evaluate_network(network, first, "one_crop", say=lambda line: None, alone=True)
+    if report.class_names != network.class_names:
+        raise DataError(
+            f"{source.name}: has {len(report.class_names)} of the {len(network.class_names)} "
+            "classes that the network was trained for; restore the others"
+        )
+    return Predictions(network, first, report)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _probabilities(model: ResNet, variables: Variables, images: jax.Array) -> jax.Array:
-    return jax.nn.softmax(jnp.asarray(model.apply(variables, images, train=False)))
+class _First(Source):
+    """The first images of a source."""
 
+    def __init__(self, source: Source, most: int) -> None:
+        self._source = source
+        self._length = min(most, len(source))
+        self.name, self.split, self.fingerprint = source.name, source.split, source.fingerprint
+        self.class_names, self.label_shape = source.class_names, source.label_shape
+        self.channels, self.image_shape = source.channels, source.image_shape
 
-def _batches(source: Source, config: Config) -> Iterator[Batch]:
-    data = config.data
-    corrupt = Corrupt(data.max_corrupt, lambda line: None)  # the run named them
-    if fits_memory(source, data, training=False):
-        images = load_memory(source, data, training=False, corrupt=corrupt)
-        return evaluation_batches(images, BATCH)
-    return streamed_evaluation_batches(source, data, BATCH, corrupt)
+    def __len__(self) -> int:
+        return self._length
+
+    def _read(self, position: int) -> tuple[bytes, Label]:
+        return self._source[position]
+
+    def _name(self, position: int) -> str:
+        return self._source.image_name(position)

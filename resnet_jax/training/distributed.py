@@ -15,8 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.errors import ConfigError, DivergedError, PeerError, ResNetJaxError, StoppedError
-from resnet_jax.training.watch import LOST, MISTAKE, Table, Watch, end_process
+from resnet_jax.errors import (
+    LOST,
+    MISTAKE,
+    ConfigError,
+    DivergedError,
+    PeerError,
+    ResNetJaxError,
+    StoppedError,
+)
+from resnet_jax.training.watch import Table, Watch, end_process
 
 # Seconds that a process waits for the others to come to an end after a mistake.
 _FAREWELL = 20

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -28,13 +30,44 @@ def versions() -> dict[str, str]:
     """
     from resnet_jax import __version__
 
-    found = {"resnet_jax": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
+    own = {"resnet_jax": __version__, "python": platform.python_version()}
+    return {**own, **installed_versions(PACKAGES)}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of packages.
+
+    Args:
+      packages: Their names on PyPI.
+
+    Returns:
+      Name to version; those that are not installed are left out.
+
+    Example:
+      >>> installed_versions(["jax", "no-such-package"]) == {"jax": jax.__version__}
+      True
+    """
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
+
+
+def computes_on(devices: Sequence[jax.Device]) -> str:
+    """What computes, for people.
+
+    Args:
+      devices: One or more, of one kind.
+
+    Returns:
+      Their number and kind.
+
+    Example:
+      >>> computes_on(jax.devices("cpu")[:1])
+      '1 x cpu'
+    """
+    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def environment() -> dict[str, str]:
@@ -48,7 +81,7 @@ def environment() -> dict[str, str]:
       True
     """
     return {
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "devices": computes_on(jax.devices()),
         "processes": str(jax.process_count()),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         **versions(),

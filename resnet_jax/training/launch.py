@@ -13,9 +13,9 @@ from typing import NoReturn
 
 import jax
 
-from resnet_jax.errors import ConfigError
+from resnet_jax.errors import LOST, ConfigError
 from resnet_jax.training.distributed import service
-from resnet_jax.training.watch import LOST, end_process, end_when_aborted
+from resnet_jax.training.watch import end_process, end_when_aborted
 
 FLAGS = """
   --coordinator_address  HOST:PORT of process 0, for a run of several processes

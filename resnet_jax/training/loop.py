@@ -38,7 +38,7 @@ from resnet_jax.training import parallel
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
 from resnet_jax.training.distributed import Peers, together
-from resnet_jax.training.environment import write_environment
+from resnet_jax.training.environment import computes_on, write_environment
 from resnet_jax.training.initial import initial_variables
 from resnet_jax.training.optimizer import Length, make_optimizer
 from resnet_jax.training.recorder import Recorder, Trace
@@ -341,12 +341,11 @@ class _Run:
     def _say_start(self, channels: int) -> None:
         config, side = self.config, self.config.data.image_size
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
-        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self.telemetry.say(
             f"{config.model.name} ({parameters:,} parameters) on {config.data.name}, "
             f"{len(self.train_data):,} images of {side}x{side}x{channels}, "
             f"{self.model.num_classes} classes; {self.length.steps} steps of "
-            f"{config.train.batch_size} on {devices}; workdir {self.workdir}"
+            f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {self.workdir}"
         )
         if int(self.state.step):
             self.telemetry.say(f"going on after step {int(self.state.step)}")

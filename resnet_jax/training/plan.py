@@ -20,6 +20,7 @@ from resnet_jax.errors import ConfigError
 from resnet_jax.training.ahead import Program, tpu_compiler
 from resnet_jax.training.chips import Slice, parse_slice
 from resnet_jax.training.config import Config, check
+from resnet_jax.training.environment import installed_versions
 from resnet_jax.training.optimizer import Length
 from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
 
@@ -101,7 +102,7 @@ def make_plan(
         **_memory(tried[batch], part),
         **_bounds(tried[batch], part, config, len(source), rate),
         "tried": [_attempt(size, tried[size], part) for size in sorted(tried)],
-        "versions": _versions(),
+        "versions": installed_versions(("jax", "libtpu")),
     }
 
 
@@ -246,14 +247,6 @@ _BOUNDS = (
     *("images_per_second", "images_per_second_per_chip", "images_per_second_per_host"),
     *("cores_per_host", "hours"),
 )
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata as metadata
-
-    names = ("jax", "libtpu")
-    installed = {each.name for each in metadata.distributions() if each.name in names}
-    return {name: metadata.version(name) for name in names if name in installed}
 
 
 def plan_table(plan: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, registered_overrides, to_flat
-from resnet_jax.training.environment import versions
+from resnet_jax.training.environment import computes_on, versions
 
 
 def open_sources(config: Config) -> dict[str, Source]:
@@ -153,10 +153,11 @@ def check_batches(config: Config, devices: int = 0) -> None:
       >>> check_batches(Config(train=Train(batch_size=16 * jax.device_count())))
     """
     devices = devices or jax.device_count()
-    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
+    parts = batch_parts(config)
+    mixes = parts > config.train.accumulate
     why = "train.accumulate, and pairs to mix" if mixes else "train.accumulate"
     sizes = {"train.batch_size": config.train.batch_size}
-    parallel.check_divisible(sizes, batch_parts(config), why, devices)
+    parallel.check_divisible(sizes, parts, why, devices)
     group = config.model.bn_group_size
     if group and devices % group:
         raise ConfigError(f"model.bn_group_size = {group}: must divide the {devices} devices")
@@ -213,6 +214,10 @@ def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:
       128
     """
     fields = {name: x for name, x in to_flat(config).items() if name not in _OF_A_HOST}
-    devices = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
     data = {f"the data set in data.{k}_split": x for k, x in fingerprints(sources).items()}
-    return {**versions(), **fields, **data, "the devices of a process": devices}
+    return {
+        **versions(),
+        **fields,
+        **data,
+        "the devices of a process": computes_on(jax.local_devices()),
+    }

@@ -174,7 +174,7 @@ class Telemetry:
         left = (time.monotonic() - self._start) / done * (self._total - step)
         return (
             f"step {step}/{self._total}  epoch {step / self._steps_per_epoch:.1f}  "
-            f"{_values(record)}  {_duration(left)} left"
+            f"{_values(record)}  {duration(left)} left"
         )
 
 
@@ -191,7 +191,19 @@ def _evaluation_line(record: Record) -> str:
     return f"{text}  top-5 {record['top5']:.2%}  loss {record['loss']:.4f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Args:
+      seconds: Of it.
+
+    Returns:
+      Minutes and seconds, and hours where there are any.
+
+    Example:
+      >>> duration(61.2), duration(3600)
+      ('1:01', '1:00:00')
+    """
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

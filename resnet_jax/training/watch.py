@@ -18,10 +18,8 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from resnet_jax.errors import ConfigError, PeerError
+from resnet_jax.errors import LOST, MISTAKE, ConfigError, PeerError
 
-# Exit codes, as the command line has them.
-MISTAKE, LOST = 2, 69
 # Beats without a sign of life. Not less: a process may hold Python's lock while it reads or traces.
 _SILENT = 30
 # The same once a collective has failed: then somebody is gone, and it is only asked who.

@@ -12,8 +12,9 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.data import scales as data_scales
 from resnet_jax.data.sources import open_source
-from resnet_jax.evaluation.evaluator import _Evaluator, evaluate_data, evaluate_network
+from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
 from resnet_jax.evaluation.measures import calibration, expected_calibration_error
+from resnet_jax.evaluation.measuring import Evaluator
 from resnet_jax.evaluation.network import open_network
 from resnet_jax.evaluation.views import default_scales
 from resnet_jax.training import config as c
@@ -151,7 +152,7 @@ def test_ratios_are_few_and_near():
 
 def test_default_scales_are_the_papers():
     assert default_scales(224) == (224, 256, 384, 480, 640)
-    assert _Evaluator(tiny_network(), "multi_scale").scales == (8, 9, 14, 17, 23)
+    assert Evaluator(tiny_network(), "multi_scale").scales == (8, 9, 14, 17, 23)
 
 
 # --- Measures -------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from resnet_jax.training.config import Data
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
 from tests.data.photos import Photos
-from tests.training.test_loop import configuration, state_of
+from tests.training.runs import state_of
+from tests.training.test_loop import configuration
 
 ROOT = pathlib.Path(__file__).parents[2]
 

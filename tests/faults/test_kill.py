@@ -3,7 +3,6 @@
 pytest -m faults tests/faults/test_kill.py     50 kills; the default suite has three
 """
 
-import json
 import os
 import pathlib
 import random
@@ -16,8 +15,8 @@ import chex
 import pytest
 
 from resnet_jax.training import manifest
-from resnet_jax.training.checkpoint import Checkpoints
 from tests.conftest import TEMPORARY
+from tests.training.runs import state_of, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 300  # seconds of a single start
@@ -105,10 +104,7 @@ def killed(workdir, moment):
 
 def outcome(workdir):
     """The state, and the records but for times and rates."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        del record["images_per_second"]
-    return Checkpoints(workdir, read_only=True).read_whole(best=False), records
+    return state_of(workdir), without_times(workdir)
 
 
 @pytest.fixture(scope="module")

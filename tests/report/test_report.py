@@ -7,18 +7,21 @@ import json
 import shutil
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from resnet_jax import cli
-from resnet_jax.errors import ConfigError
-from resnet_jax.report import figures
+from resnet_jax.data.sources import open_source
+from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.report import figures, predictions, sections
 from resnet_jax.report.page import write_report
-from resnet_jax.report.predictions import Predictions, predict_split
+from resnet_jax.report.predictions import predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
+from tests.evaluation.settings import tiny_network
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -100,15 +103,23 @@ def test_several_runs(workdir, tmp_path):
         assert title in page.text  # two of the folders have one name
 
 
-def test_names_are_data(workdir, tmp_path):
+def test_names_are_data(workdir, tmp_path, monkeypatch):
     run = tmp_path / "<script>alert(1)</script>"
     shutil.copytree(workdir, run)
     names = ["<script>alert(1)</script>", "$x_", "a&b", *"3456789"]
     (run / "classes.json").write_text(json.dumps(names))
+    monkeypatch.setattr(predictions, "open_source", lambda *_, **__: named(names))
     page = Page(write_report([run], tmp_path / "page.html").read_text())
     assert "script" not in page.tags
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
     assert "a&amp;b" in page.text
+
+
+def named(names):
+    """The digits under other names."""
+    source = open_source("digits", "test")
+    source.class_names = tuple(names)
+    return source
 
 
 def test_what_cannot_be_had_is_said(workdir, tmp_path):
@@ -142,21 +153,55 @@ def test_predictions(workdir):
     from resnet_jax.evaluation.network import open_network
 
     run, network = read_run(workdir), open_network(workdir, best=False)
-    found = predict_split(network, run.config, most=10_000, keep=5)
-    assert found.images == 360
-    right = found.confusion.diagonal().sum() / found.images
-    assert right == pytest.approx(run.final["top1"], abs=1e-9)
-    assert [each.probability for each in found.mistakes] == sorted(
-        (each.probability for each in found.mistakes), reverse=True
-    )
-    assert all(each.label != each.predicted for each in found.mistakes)
-    everything = predict_split(network, run.config, most=10_000, keep=360).mistakes
-    assert [m.probability for m in everything[:5]] == [m.probability for m in found.mistakes]
+    found = predict_split(network, run.config, most=10_000)
+    assert found.report.images == 360
+    assert found.report.top1 == pytest.approx(run.final["top1"], abs=1e-9)
+    mistakes = found.mistakes(360)
+    assert len(mistakes) == 360 - found.report.hits.sum()
+    assert all(each.label != each.predicted for each in mistakes)
+    surest = [each.probability for each in mistakes]
+    assert surest == sorted(surest, reverse=True)
+    assert [each.probability for each in found.mistakes(5)] == surest[:5]
+
+
+def digits_network(classes=10):
+    names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "gone")[:classes]
+    return tiny_network(classes, channels=1, crop_fraction=1.0, names=names)
+
+
+def test_examples_are_what_the_network_sees():
+    source = open_source("digits", "test")
+    found = predict_split(digits_network(), configuration(), most=3)
+    examples = found.examples(10)
+    assert found.report.images == len(examples) == 3
+    for index, example in enumerate(examples):
+        data, label = source[index]
+        assert example.label == label
+        np.testing.assert_array_equal(example.pixels[:, :, 0], Image.open(io.BytesIO(data)))
+
+
+def test_one_process_of_several_reports_alone(monkeypatch):
+    """The others have ended by then: with them it would wait for ever, or see its part only."""
+    network, ran, pmap = digits_network(), [], jax.pmap
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.devices", lambda: [*jax.local_devices()] * 2)
+    monkeypatch.setattr("jax.pmap", lambda *a, **k: ran.append(k["devices"]) or pmap(*a, **k))
+    assert predict_split(network, configuration(), most=20).report.images == 20
+    assert ran == [jax.local_devices()] * len(ran) != []
 
 
 def test_a_class_without_images():
-    found = Predictions(np.array([[3, 1], [0, 0]]), [], [], 4)
-    np.testing.assert_array_equal(found.class_accuracy, [0.75, np.nan])
+    """There is no accuracy to show of it, and no division by nothing."""
+    found = predict_split(digits_network(), configuration(), most=3)
+    [table] = sections._confusion(found.report).tables
+    there = {str(each.label) for each in found.examples(3)}
+    assert {name for name, _, _ in table.rows} == there
+    assert len(there) < 10
+
+
+def test_a_data_set_that_lost_classes():
+    with pytest.raises(DataError, match="has 10 of the 11 classes"):
+        predict_split(digits_network(11), configuration(), most=3)
 
 
 def test_drops_and_times(workdir):

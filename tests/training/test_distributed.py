@@ -1,7 +1,6 @@
 """Several processes as one run: real ones, on this machine, and how they watch each other."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -14,11 +13,11 @@ import chex
 import pytest
 
 from resnet_jax import cli
-from resnet_jax.errors import ConfigError, PeerError
+from resnet_jax.errors import LOST, MISTAKE, STOPPED, ConfigError, PeerError
 from resnet_jax.training import launch, watch
-from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.distributed import first_difference, together
-from resnet_jax.training.watch import LOST, MISTAKE, Watch
+from resnet_jax.training.watch import Watch
+from tests.training.runs import records, state_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 240  # seconds until every process of a test is killed
@@ -112,17 +111,12 @@ def errors(folder, index):
     return [line for line in text(folder, index).splitlines() if line.startswith("error: ")]
 
 
-def state_of(workdir):
-    return Checkpoints(workdir, read_only=True).read_whole(best=False)
-
-
 def numbers(record):
     return {name: value for name, value in record.items() if not isinstance(value, str)}
 
 
 def last_records(workdir):
-    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    found = {(r["step"], r["split"], r.get("weights")): r for r in records}
+    found = {(r["step"], r["split"], r.get("weights")): r for r in records(workdir)}
     for record in found.values():
         record.pop("images_per_second")
     return found
@@ -154,7 +148,7 @@ def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
     ):
         wait_for(lambda: "going on after step" in text(tmp_path, 0), processes)
         processes[1].send_signal(signal.SIGTERM)  # process 0 hears of it by the step
-        assert ends(processes) == [cli.STOPPED, cli.STOPPED]
+        assert ends(processes) == [STOPPED, STOPPED]
         stopped = [text(tmp_path, i).splitlines()[-1] for i in range(2)]
         assert stopped[0] == stopped[1]
         assert stopped[0].startswith("stopped: stopped by a signal after step ")

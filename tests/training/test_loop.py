@@ -22,10 +22,11 @@ from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedErro
 from resnet_jax.training import config as c
 from resnet_jax.training import loop
 from resnet_jax.training import step as step_module
-from resnet_jax.training.checkpoint import Checkpoints, load_variables
+from resnet_jax.training.checkpoint import load_variables
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
 from resnet_jax.training.telemetry import PEAK_FLOPS
+from tests.training.runs import records, state_of, stop_after, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -44,10 +45,6 @@ def configuration(**changes):
         section, field = name.split("__")
         setattr(getattr(config, section), field, value)
     return config
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -97,26 +94,6 @@ def test_a_workdir_is_a_weight_file(straight):
         rj.load_weights(rj.ResNet32(), workdir)
 
 
-def state_of(workdir):
-    return Checkpoints(workdir, read_only=True).read_whole(best=False)
-
-
-def without_times(found):
-    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in found]
-
-
-def stop_after(monkeypatch, steps):
-    """Sends this process SIGTERM when a number of steps is done."""
-    add = Recorder.add
-
-    def adding(self, done, metrics):
-        add(self, done, metrics)
-        if done == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Recorder, "add", adding)
-
-
 @pytest.mark.parametrize("steps", [2, 5])  # at a record, and between two
 def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -129,7 +106,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monke
     result = train(configuration(), tmp_path)
     assert result.metrics == straight[1].metrics
     chex.assert_trees_all_equal(state_of(tmp_path), state_of(straight[0]))
-    assert without_times(records(tmp_path)) == without_times(records(straight[0]))
+    assert without_times(tmp_path) == without_times(straight[0])
 
 
 def test_several_steps_a_call(straight, tmp_path, monkeypatch):

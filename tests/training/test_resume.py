@@ -1,9 +1,5 @@
 """A run that is stopped ends as one that is not, to the bit, with everything switched on."""
 
-import json
-import os
-import signal
-
 import chex
 import pytest
 
@@ -11,8 +7,8 @@ from resnet_jax.errors import ConfigError, StoppedError
 from resnet_jax.training import config as c
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.loop import train
-from resnet_jax.training.recorder import Recorder
 from resnet_jax.training.telemetry import MetricsFile
+from tests.training.runs import state_of, stop_after, without_times
 
 
 def configuration():
@@ -42,31 +38,11 @@ def configuration():
     )
 
 
-def without_times(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "images_per_second"} for x in lines]
-
-
-def state_of(workdir):
-    return Checkpoints(workdir, read_only=True).read_whole(best=False)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
     train(configuration(), workdir)
     return workdir
-
-
-def stop_after(patch, steps):
-    add = Recorder.add
-
-    def adding(self, done, metrics):
-        add(self, done, metrics)
-        if done == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    patch.setattr(Recorder, "add", adding)
 
 
 def test_a_run_that_is_stopped_again_and_again(straight, tmp_path, monkeypatch):

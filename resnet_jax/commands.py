@@ -1,0 +1,225 @@
+"""What each command does: its options, as the parser gives them, become calls of the library.
+
+What a command needs is imported by that command, so `--help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.errors import SKIPPED, ConfigError, DivergedError, StoppedError
+from resnet_jax.training.flags import parse_train_flags, train_help
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains a network, or goes on with a run that was stopped."""
+    from resnet_jax.training.distributed import abandon, together
+    from resnet_jax.training.launch import start
+
+    wanted = [each for each in options.rest if each not in ("-h", "--help")]
+    if wanted != options.rest:
+        print(train_help(wanted))
+        return
+    wanted = start(wanted)
+    try:
+        with together() as peers:
+            config, workdir = parse_train_flags(wanted)
+            from resnet_jax.training import loop
+
+            result = loop.train(config, workdir)
+    except (StoppedError, DivergedError):  # so all processes end, at the same step
+        raise
+    except BaseException as error:
+        abandon(error)
+        raise
+    if not peers.is_first:
+        return
+    if config.log.report:
+        _report_at_the_end(result.workdir)
+    top1 = result.metrics["top1"]
+    print(f"top-1 {top1:.2%} after {result.steps} steps; everything is in {result.workdir}")
+
+
+def _report_at_the_end(workdir: Path) -> None:
+    """report.html of a run that has ended well, which it still has when this fails."""
+    try:
+        from resnet_jax.report.page import write_report
+
+        write_report([workdir], force=True)
+    except ModuleNotFoundError as error:
+        print(f"no report.html: {error.name} is not installed", file=sys.stderr)
+    except Exception as error:
+        print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Writes a page about runs."""
+    from resnet_jax.report.page import write_report
+
+    page = write_report(
+        options.workdirs, options.output, images=options.images, force=options.force
+    )
+    print(f"{page} and its pictures in {page.with_suffix('')}")
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Prints a network's layers."""
+    from resnet_jax.models.registry import create_model, model_info
+    from resnet_jax.models.summary import summary
+
+    side = options.image_size or model_info(options.model).image_size
+    overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    model = create_model(options.model, **overrides)
+    print(summary(model, (1, side, side, options.channels)))
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Prints what a run will need on a TPU slice."""
+    import jax
+
+    # A plan touches no device: not even the TPU of the machine that it is made on.
+    jax.config.update("jax_platforms", "cpu")
+    from resnet_jax.training.plan import make_plan, plan_table
+
+    plan = make_plan(
+        parse_train_flags(options.rest)[0],
+        options.topology,
+        batch_per_chip=options.batch_per_chip,
+        find_batch=options.find_batch,
+        images=options.images,
+        num_classes=options.num_classes,
+        images_per_core=options.images_per_core,
+    )
+    print(json.dumps(plan) if options.json else plan_table(plan))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Gives a network away."""
+    from resnet_jax.inference.export import export_network
+
+    agreement = export_network(
+        _open_network(options),
+        options.format,
+        options.output,
+        platforms=options.platforms,
+        fold_batch_norm=options.fold_batch_norm,
+        weights=options.weights,
+        push=options.push,
+        force=options.force,
+    )
+    print(agreement)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Prepares a data set."""
+    from resnet_jax.data.prepare import prepare
+
+    prepare(options.name, options.data_dir, options.manual_dir)
+    print(f"{options.name} is ready")
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Says what is on images; returns the exit code."""
+    from resnet_jax.inference.classifier import Classifier
+    from resnet_jax.inference.images import list_images
+    from resnet_jax.inference.predictions import write_predictions
+
+    with _stoppable():
+        files = list_images(options.inputs)
+        skipped = write_predictions(
+            lambda: Classifier(_open_network(options), batch_size=options.batch_size),
+            files,
+            top=options.top,
+            form=options.format,
+            output=options.output,
+            force=options.force,
+        )
+    return _say_skipped(skipped, len(files))
+
+
+def features(options: argparse.Namespace) -> int:
+    """Writes a network's features of images; returns the exit code."""
+    from resnet_jax.inference.features import write_features
+    from resnet_jax.inference.images import list_images
+
+    with _stoppable():
+        files = list_images(options.inputs)
+        skipped = write_features(
+            lambda: _open_network(options),
+            files,
+            options.output,
+            layer=options.layer,
+            maps=options.maps,
+            batch_size=options.batch_size,
+            force=options.force,
+        )
+    return _say_skipped(skipped, len(files))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measures a network on a data set."""
+    from resnet_jax.evaluation.evaluator import evaluate_data
+    from resnet_jax.evaluation.results import dump_json
+    from resnet_jax.inference.files import new_file
+
+    scales = options.scales.split(",") if options.scales else []
+    if not all(each.strip().isdecimal() for each in scales):
+        raise ConfigError(f"--scales={options.scales}: pixels with commas, such as 224,256,384")
+    file: Any = contextlib.nullcontext()
+    if options.json not in ("", "-"):
+        file = new_file(options.json, options.force, "--json")
+    with file as path:
+        report = evaluate_data(
+            _open_network(options),
+            options.data,
+            options.split,
+            options.data_dir,
+            views=options.views,
+            scales=tuple(map(int, scales)),
+            batch_size=options.batch_size,
+            max_corrupt=options.max_corrupt,
+            say=functools.partial(print, file=sys.stderr),
+            bar=True,
+        )
+        if path is not None:
+            path.write_text(dump_json(report.to_json()) + "\n")
+    print(dump_json(report.to_json()) if options.json == "-" else report.table(options.per_class))
+
+
+def _open_network(options: argparse.Namespace) -> Any:
+    from resnet_jax.evaluation.network import open_network
+
+    return open_network(
+        options.source,
+        model=options.model,
+        best=options.state == "best",
+        ema=options.ema,
+        image_size=options.image_size,
+        crop_fraction=options.crop_fraction,
+    )
+
+
+def _say_skipped(skipped: int, images: int) -> int:
+    if skipped:
+        print(f"{skipped} of {images} images could not be read", file=sys.stderr)
+    return SKIPPED if skipped else 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end a command in one line, after it has cleaned up."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise StoppedError("interrupted; run the command again") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)

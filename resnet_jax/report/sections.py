@@ -1,0 +1,310 @@
+"""The sections of a report: what each of them shows, and where it comes from."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from resnet_jax.data.augment import normalize
+from resnet_jax.data.decode import eval_crop
+from resnet_jax.errors import ConfigError, ResNetJaxError
+from resnet_jax.evaluation.network import Network, open_network
+from resnet_jax.evaluation.results import Report
+from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
+from resnet_jax.models.summary import summary
+from resnet_jax.report import figures
+from resnet_jax.report.predictions import Example, Predictions, predict_split
+from resnet_jax.report.runs import Run
+from resnet_jax.training.config import to_flat
+from resnet_jax.training.telemetry import duration
+
+# Held-out images that the network is run over again.
+MOST_IMAGES = 10_000
+MISTAKES, EXPLAINED, RESPONDING = 24, 6, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A PNG file in a report.
+
+    Args:
+      name: Of its file.
+      png: Its bytes.
+      alt: What it shows, for who cannot see it.
+      caption: The line below it.
+    """
+
+    name: str
+    png: bytes
+    alt: str
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        """The picture inside the page itself."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of text; `folded` is the line that unfolds them."""
+
+    rows: Sequence[Sequence[str]]
+    header: Sequence[str] = ()
+    folded: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading with what stands below it."""
+
+    id: str
+    heading: str
+    text: str = ""
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+
+
+def one_run(run: Run, images: Sequence[str | Path]) -> list[Section]:
+    """A run from all sides, as far as there still is what it was made of.
+
+    Args:
+      run: Its records.
+      images: Image files to explain, instead of the first held-out ones.
+
+    Returns:
+      The sections from above.
+
+    Raises:
+      ConfigError: One of the images cannot be read.
+    """
+    sections = [_figures(run), _curves([run])]
+    try:
+        network = open_network(run.workdir)
+    except ResNetJaxError as error:
+        text = f"The network could not be opened, so only its records are here: {error}"
+        return [*sections, Section("network", "Network", text), *_recipe(run)]
+    try:
+        predictions = predict_split(network, run.config, MOST_IMAGES)
+    except ResNetJaxError as error:
+        text = f"The held-out images could not be read, so they are not looked at: {error}"
+        return [*sections, Section("images", "Images", text), _filters(network), *_recipe(run)]
+    held_out = predictions.examples(RESPONDING)
+    examples = _read_images(images, network) or held_out
+    sections += [
+        _confusion(predictions.report),
+        _mistakes(predictions),
+        _explanations(network, examples[:EXPLAINED]),
+        _filters(network),
+        _responses({run.title: (network, _pixels(held_out))}),
+    ]
+    return [*sections, *_recipe(run)]
+
+
+def several_runs(runs: Sequence[Run]) -> list[Section]:
+    """Runs laid over each other.
+
+    Args:
+      runs: Their records.
+
+    Returns:
+      The sections from above.
+    """
+    sections = [_comparison(runs), _curves(runs)]
+    found: dict[str, tuple[Network, np.ndarray]] = {}
+    for run in runs:
+        try:
+            network = open_network(run.workdir)
+            examples = predict_split(network, run.config, RESPONDING).examples(RESPONDING)
+        except ResNetJaxError:  # its curves are there all the same
+            continue
+        found[run.title] = network, _pixels(examples)
+    if found:
+        sections.append(_responses(found))
+    return sections
+
+
+def _figures(run: Run) -> Section:
+    final, config = run.final, run.config
+    rows = [
+        ("held out", f"{config.data.eval_split}, {final.get('images', 0):,} images"),
+        ("top-1", f"{final['top1']:.2%}" if final else "not evaluated yet"),
+        ("top-5", f"{final['top5']:.2%}" if "top5" in final else ""),
+        ("loss", f"{final['loss']:.4f}" if final else ""),
+        ("steps", f"{run.training[-1]['step'] if run.training else 0:,}"),
+        ("time in training", duration(run.seconds)),
+        ("images/s in training", f"{run.images_per_second:,.0f}"),
+    ]
+    rows = [row for row in rows if row[1]]
+    return Section("result", "Result", tables=[Table(rows)])
+
+
+def _comparison(runs: Sequence[Run]) -> Section:
+    header = ("run", "network", "training error", "held-out error", "loss", "steps", "time")
+    rows = []
+    for run in runs:
+        final, last = run.final, run.training[-1] if run.training else {}
+        rows.append(
+            (
+                run.title,
+                run.config.model.name,
+                f"{1 - last['top1']:.2%}" if last else "",
+                f"{1 - final['top1']:.2%}" if final else "",
+                f"{final['loss']:.4f}" if final else "",
+                f"{last.get('step', 0):,}",
+                duration(run.seconds),
+            )
+        )
+    text = "Training error: the last record's mean, of images augmented as for training."
+    return Section("runs", "Runs", text, tables=[Table(rows, header)])
+
+
+def _curves(runs: Sequence[Run]) -> Section:
+    picture = Picture(
+        "curves",
+        figures.learning_curves(runs),
+        "Top-1 error over training steps, with the learning rate below",
+        "As in He et al. 2015, Figures 4 and 6. Dotted: where the learning rate falls.",
+    )
+    return Section("curves", "Learning curves", pictures=[picture])
+
+
+def _confusion(report: Report) -> Section:
+    there = [each for each in report.per_class or () if each.top1 is not None]
+    hardest = sorted(there, key=lambda each: each.top1 or 0.0)
+    rows = [(each.name, f"{each.top1:.1%}", f"{each.images:,}") for each in hardest]
+    table = Table(rows, ("class", "recognised", "images"), folded="Each class, the hardest first")
+    pictures = []
+    names, counts = report.class_names, report.confusion
+    if counts is not None and len(names) <= 200:  # with more nothing could be seen
+        pictures.append(
+            Picture(
+                "confusion",
+                figures.confusion_matrix(counts, names),
+                "Confusion matrix: true classes by predicted ones",
+                f"Of {report.images:,} held-out images, by the state with the best top-1.",
+            )
+        )
+    return Section("confusion", "Confusion", pictures=pictures, tables=[table])
+
+
+def _mistakes(predictions: Predictions) -> Section:
+    names, shown = predictions.report.class_names, predictions.mistakes(MISTAKES)
+    if not shown:
+        text = f"None of {predictions.report.images:,} images is mistaken."
+        return Section("mistakes", "Surest mistakes", text)
+    titles = [
+        f"{_short(names[each.label])}\n→ {_short(names[each.predicted])} {each.probability:.0%}"
+        for each in shown
+    ]
+    picture = Picture(
+        "mistakes",
+        figures.picture_grid([each.pixels for each in shown], titles, columns=6),
+        "Images that the network is most sure of and wrong",
+        "Above each image its true class, and below that the prediction with its probability.",
+    )
+    return Section("mistakes", "Surest mistakes", pictures=[picture])
+
+
+def _explanations(network: Network, examples: Sequence[Example]) -> Section:
+    pixels = _pixels(examples)
+    images = normalize(jnp.asarray(pixels), network.colours)
+    classes = jnp.array([example.predicted for example in examples])
+    evidence = grad_cam(network.model, network.variables, images, classes)
+    shares = integrated_gradients(network.model, network.variables, images, classes, steps=20)
+    titles = [
+        f"{_short(network.class_names[each.predicted])} {each.probability:.0%}" for each in examples
+    ]
+    picture = Picture(
+        "explanations",
+        figures.explanation_grid(pixels, np.asarray(evidence), np.asarray(shares), titles),
+        "Images with the places that speak for the predicted class",
+        "For the predicted class: Grad-CAM (Selvaraju et al. 2017) on the last stage, and "
+        "integrated gradients (Sundararajan et al. 2017): orange speaks for it, purple against.",
+    )
+    return Section("explanations", "What it looks at", pictures=[picture])
+
+
+def _filters(network: Network) -> Section:
+    kernel = np.asarray(network.variables["params"]["stem"]["conv1"]["kernel"], np.float32)
+    picture = Picture(
+        "filters",
+        figures.filter_grid(kernel),
+        "The first layer's filters",
+        f"{kernel.shape[3]} filters of {kernel.shape[0]}x{kernel.shape[1]} pixels; grey is 0.",
+    )
+    return Section("filters", "First-layer filters", pictures=[picture])
+
+
+def _responses(networks: dict[str, tuple[Network, np.ndarray]]) -> Section:
+    found = {}
+    for title, (network, pixels) in networks.items():
+        images = normalize(jnp.asarray(pixels), network.colours)
+        found[title] = responses(network.model, network.variables, images)
+    picture = Picture(
+        "responses",
+        figures.response_curves(found),
+        "Standard deviation of each layer's response",
+        "As in He et al. 2015, Figure 7: after a convolution and its norm, before ReLU or "
+        "addition. The paper finds them smaller in residual networks than in plain ones.",
+    )
+    return Section("responses", "Layer responses", pictures=[picture])
+
+
+def _recipe(run: Run) -> list[Section]:
+    config = run.config
+    try:
+        from resnet_jax.training.setup import make_model
+
+        classes = json.loads((run.workdir / "classes.json").read_text())
+        model = make_model(config, len(classes)).clone(axis_name=None)
+        side, channels = config.data.image_size, config.data.channels or len(config.augment.mean)
+        found = summary(model, (1, side, side, channels))
+        network = [
+            ("network", config.model.name),
+            ("parameters", f"{found.parameters:,}"),
+            ("multiply-adds an image", f"{found.multiply_adds:,}"),
+        ]
+    except (ResNetJaxError, OSError, ValueError):
+        network = [("network", config.model.name)]
+    changed = [(name, repr(value)) for name, value in run.changed_fields.items()]
+    everything = [(name, repr(value)) for name, value in to_flat(config).items()]
+    recipe = Section(
+        "recipe",
+        "Recipe",
+        "What differs from the defaults; all fields are in config.json.",
+        tables=[Table(network + changed), Table(everything, folded="All fields")],
+    )
+    if not run.environment:
+        return [recipe]
+    return [recipe, Section("machine", "Machine", tables=[Table([*run.environment.items()])])]
+
+
+def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]:
+    examples = []
+    for path in paths:
+        try:
+            pixels = eval_crop(Path(path).read_bytes(), network.crop, network.channels)
+        except OSError as error:
+            raise ConfigError(f"--images: {path} cannot be read: {error.strerror}") from error
+        images = normalize(jnp.asarray(pixels[None]), network.colours)
+        logits: Any = network.model.apply(network.variables, images, train=False)
+        shares = np.asarray(jnp.exp(logits - logits.max()))[0]
+        guess = int(shares.argmax())
+        examples.append(Example(pixels, guess, guess, float(shares[guess] / shares.sum())))
+    return examples
+
+
+def _pixels(examples: Sequence[Example]) -> np.ndarray:
+    return np.stack([example.pixels for example in examples])
+
+
+def _short(name: str, longest: int = 16) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "…"

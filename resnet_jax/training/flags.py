@@ -1,0 +1,141 @@
+"""The flags of `train`: a configuration file, its fields, and where the run is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.errors import ConfigError
+
+_ROOT = Path(__file__).parents[2]
+
+_HELP = """usage: python train.py [--config=FILE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]
+
+Trains the network that a configuration describes; the same command goes on with a stopped run.
+
+  --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits)
+  --workdir  where the run is kept (default: runs/ and the configuration's name)
+{several}
+Fields of this configuration:
+"""
+
+
+def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
+    """The flags of train.py.
+
+    Args:
+      arguments: Such as ["--config=configs/digits.py", "--config.train.epochs=3"].
+
+    Returns:
+      (Config, workdir).
+
+    Raises:
+      ConfigError: An unknown flag, field or file, or a value that cannot be read.
+
+    Example:
+      >>> parse_train_flags(["--config.train.epochs=3"])[0].train.epochs
+      3.0
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from resnet_jax.training.config import Config
+
+    default = _ROOT / "configs" / "digits.py"
+    argv = ["train.py", *arguments]
+    values = flags.FlagValues()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints before it raises
+            config_flags.DEFINE_config_file(
+                "config", str(default), flag_values=values, sys_argv=argv
+            )
+            flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+            left = values(argv)
+        config = values.config
+        file, _, argument = config_flags.get_config_filename(values["config"]).partition(":")
+    except Exception as error:  # a configuration file is a program, and may raise anything
+        raise ConfigError(_flag_fault(error, arguments)) from error
+    if len(left) > 1:
+        raise ConfigError(f"{left[1]!r} is not a flag; write --config.FIELD=VALUE")
+    if isinstance(config, Config) and config.model.shortcut == "None":  # as --help shows it
+        config.model.shortcut = None
+    if not isinstance(config, Config):
+        raise ConfigError(f"--config={file}: {_file_fault(Path(file))}")
+    name = "-".join(part for part in (Path(file).stem, argument) if part)
+    if "://" in (values.workdir or ""):
+        raise ConfigError(f"--workdir={values.workdir}: must be a folder; mount the bucket")
+    return config, Path(values.workdir or Path("runs") / name)
+
+
+def _file_fault(file: Path) -> str:
+    if file.is_file():
+        return "its get_config() does not return a resnet_jax.training.config.Config"
+    recipes = sorted(_ROOT.glob("configs/*.py"))
+    return f"no such file; there are {', '.join(f'configs/{path.name}' for path in recipes)}"
+
+
+def _flag_fault(error: Exception, arguments: Sequence[str]) -> str:
+    """One line for what is wrong with a flag: the library's own texts name no alternatives."""
+    from absl import flags
+
+    from resnet_jax.training.config import Config, to_flat
+
+    fields = to_flat(Config())
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        field = name.removeprefix("config.")
+        if name.startswith("config.") and field not in fields:
+            close = [each for each in fields if each.partition(".")[2] == field]
+            close = close or difflib.get_close_matches(field, fields)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see --help"
+            return f"unknown field {field!r}; {hint}"
+    last = str(error).strip().splitlines()[-1].strip()
+    if isinstance(error, flags.Error) and "Error whilst parsing" not in str(error):
+        return " ".join(str(error).split())
+    file = next((each for each in arguments if each.startswith("--config=")), "--config")
+    return f"{file}: {type(error).__name__ if last == str(error) else ''} {last}".replace("  ", " ")
+
+
+def train_help(arguments: Sequence[str]) -> str:
+    """What `train --help` says.
+
+    Args:
+      arguments: The other flags: the values of the fields are those of their configuration.
+
+    Returns:
+      Text of many lines.
+
+    Raises:
+      ConfigError: As `parse_train_flags`.
+
+    Example:
+      >>> "--config.train.batch_size=64" in train_help([])
+      True
+    """
+    from resnet_jax.training.launch import FLAGS
+
+    config, _ = parse_train_flags(arguments)
+    return _HELP.format(several=FLAGS) + _fields_help(config)
+
+
+def _fields_help(config: Any) -> str:
+    """Every field with its value here and what the docstring of its section says of it."""
+    lines = []
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        text = inspect.getdoc(type(section)) or ""
+        meanings = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", text, re.MULTILINE))
+        for field in dataclasses.fields(section):
+            lines.append(f"\n  --config.{part.name}.{field.name}={getattr(section, field.name)}")
+            lines += textwrap.wrap(
+                meanings[field.name], 88, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+    return "\n".join(lines)

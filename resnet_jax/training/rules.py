@@ -1,0 +1,225 @@
+"""What the fields of a run may be: types, a rule for each, rules for several, and the network's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from resnet_jax.errors import ModelError
+from resnet_jax.models.blocks import SHORTCUT_OPTIONS
+from resnet_jax.models.registry import create_model
+from resnet_jax.training.config import (
+    BN_SYNC,
+    CROPS,
+    DECAYS,
+    DTYPES,
+    INTERPOLATIONS,
+    LOSSES,
+    OPTIMIZERS,
+    SCHEDULES,
+    Config,
+    profile_steps,
+    registered_overrides,
+    to_flat,
+)
+
+# Whether a value is allowed, and what is.
+Rule = tuple[Callable[[Any], bool], str]
+_POSITIVE: Rule = (lambda x: x > 0, "must be more than 0")
+_NOT_NEGATIVE: Rule = (lambda x: x >= 0, "must be 0 or more")
+_AT_LEAST_1: Rule = (lambda x: x >= 1, "must be 1 or more")
+_SHARE: Rule = (lambda x: 0 <= x <= 1, "must be in [0, 1]")
+_RATE: Rule = (lambda x: 0 <= x < 1, "must be in [0, 1)")
+_RANGE: Rule = (
+    lambda x: len(x) == 2 and 0 < x[0] <= x[1],
+    "must be two positive numbers, the smaller first",
+)
+
+
+def _one_of(allowed: tuple[str, ...]) -> Rule:
+    return (lambda x: x in allowed, f"must be one of {', '.join(allowed)}")
+
+
+_RULES: dict[str, Rule] = {
+    "model.num_classes": _NOT_NEGATIVE,
+    "model.dtype": _one_of(DTYPES),
+    "model.shortcut": (
+        lambda x: x is None or x in SHORTCUT_OPTIONS,
+        f"must be one of {', '.join(SHORTCUT_OPTIONS)}",
+    ),
+    "model.bn_momentum": _RATE,
+    "model.bn_sync": _one_of(BN_SYNC),
+    "model.bn_group_size": _NOT_NEGATIVE,
+    "model.stochastic_depth_rate": _RATE,
+    "model.dropout_rate": _RATE,
+    "data.name": (
+        lambda x: x == "digits" or (x.partition(":")[0] in ("tfds", "folder") and x.count(":")),
+        "must be digits, tfds:NAME[:VERSION] or folder:PATH",
+    ),
+    "data.channels": (lambda x: x in (0, 1, 3), "must be 0 (the data set's own), 1 or 3"),
+    "data.image_size": _AT_LEAST_1,
+    "data.crop": _one_of(CROPS),
+    "data.crop_area": (
+        lambda x: _RANGE[0](x) and x[1] <= 1,
+        "must be two shares in (0, 1], the smaller first",
+    ),
+    "data.crop_ratio": _RANGE,
+    "data.jitter_sides": _RANGE,
+    "data.interpolation": _one_of(INTERPOLATIONS),
+    "data.eval_size": _NOT_NEGATIVE,
+    "data.eval_resize": _NOT_NEGATIVE,
+    "data.memory_gib": _NOT_NEGATIVE,
+    "data.workers": _NOT_NEGATIVE,
+    "data.threads": _AT_LEAST_1,
+    "data.prefetch": _AT_LEAST_1,
+    "data.max_corrupt": _NOT_NEGATIVE,
+    "data.repeats": _AT_LEAST_1,
+    "augment.pad": _NOT_NEGATIVE,
+    "augment.rotate": (lambda x: 0 <= x <= 180, "must be in [0, 180] degrees"),
+    "augment.rand_layers": _NOT_NEGATIVE,
+    "augment.rand_magnitude": (lambda x: 0 <= x <= 10, "must be in [0, 10]"),
+    "augment.rand_magnitude_std": _NOT_NEGATIVE,
+    "augment.brightness": _SHARE,
+    "augment.contrast": _SHARE,
+    "augment.saturation": _SHARE,
+    "augment.hue": (lambda x: 0 <= x <= 0.5, "must be in [0, 0.5]"),
+    "augment.pca": _NOT_NEGATIVE,
+    "augment.erase": _SHARE,
+    "augment.cutout": _NOT_NEGATIVE,
+    "augment.mixup": _NOT_NEGATIVE,
+    "augment.cutmix": _NOT_NEGATIVE,
+    "augment.mean": (lambda x: len(x) in (1, 3), "must have 1 or 3 numbers"),
+    "augment.std": (lambda x: len(x) in (1, 3) and min(x) > 0, "must have 1 or 3 positive numbers"),
+    "optimizer.name": _one_of(OPTIMIZERS),
+    "optimizer.learning_rate": _NOT_NEGATIVE,
+    "optimizer.base_batch": _NOT_NEGATIVE,
+    "optimizer.momentum": _RATE,
+    "optimizer.beta1": _RATE,
+    "optimizer.beta2": _RATE,
+    "optimizer.epsilon": _POSITIVE,
+    "optimizer.trust_coefficient": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.decay": _one_of(DECAYS),
+    "optimizer.clip_norm": _NOT_NEGATIVE,
+    "optimizer.backbone_rate": _SHARE,
+    "schedule.name": _one_of(SCHEDULES),
+    "schedule.warmup_epochs": _NOT_NEGATIVE,
+    "schedule.warmup_start": _SHARE,
+    "schedule.boundaries": (
+        lambda x: all(0 < each < 1 for each in x) and list(x) == sorted(set(x)),
+        "must be growing shares of the run in (0, 1)",
+    ),
+    "schedule.factor": (lambda x: 0 < x < 1, "must be in (0, 1)"),
+    "schedule.final": _SHARE,
+    "schedule.patience": _AT_LEAST_1,
+    "loss.name": _one_of(LOSSES),
+    "loss.label_smoothing": _RATE,
+    "loss.bce_threshold": _RATE,
+    "train.epochs": _POSITIVE,
+    "train.steps": _NOT_NEGATIVE,
+    "train.batch_size": _AT_LEAST_1,
+    "train.accumulate": _AT_LEAST_1,
+    "train.steps_per_call": _AT_LEAST_1,
+    "train.seed": (lambda x: 0 <= x < 2**31, "must be in [0, 2^31)"),
+    "train.ema_decay": _RATE,
+    "train.ema_every": _AT_LEAST_1,
+    "train.max_skipped": _NOT_NEGATIVE,
+    "evaluate.every_epochs": _POSITIVE,
+    "evaluate.batch_size": _NOT_NEGATIVE,
+    "checkpoint.every_steps": _NOT_NEGATIVE,
+    "checkpoint.keep": _AT_LEAST_1,
+    "log.every_steps": _AT_LEAST_1,
+    "log.profile": (
+        lambda x: not x or profile_steps(x) is not None,
+        "must be FIRST:LAST, two growing step numbers",
+    ),
+}
+
+
+def find_faults(config: Config) -> list[str]:
+    """What is wrong with a configuration.
+
+    Args:
+      config: The configuration of a run.
+
+    Returns:
+      A line for each fault: field, value and what is allowed.
+
+    Example:
+      >>> from resnet_jax.training.config import Train
+      >>> find_faults(Config(train=Train(batch_size=0)))
+      ['train.batch_size = 0: must be 1 or more']
+    """
+    # Values of the wrong type cannot be compared.
+    faults = list(_type_faults(config)) or list(_value_faults(config))
+    if not any(fault.startswith("model.") for fault in faults):
+        faults += _model_faults(config)
+    return faults
+
+
+def _type_faults(config: Config) -> Iterator[str]:
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        for name, hint in get_type_hints(type(section)).items():
+            value = getattr(section, name)
+            if not _has_type(value, hint):
+                kind = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
+                finite = "finite " if hint is float else ""
+                yield f"{part.name}.{name} = {value!r}: must be of type {finite}{kind}"
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Union:
+        return any(_has_type(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        each = get_args(hint)[0]
+        return isinstance(value, tuple | list) and all(_has_type(x, each) for x in value)
+    if hint is float:  # 1 for 1.0; a bool is not a number here
+        return (
+            isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _value_faults(config: Config) -> Iterator[str]:
+    values = to_flat(config)
+    for name, (holds, allowed) in _RULES.items():
+        if not holds(values[name]):
+            yield f"{name} = {values[name]!r}: {allowed}"
+    yield from _joint_faults(config)
+
+
+def _model_faults(config: Config) -> Iterator[str]:
+    try:
+        create_model(config.model.name, **registered_overrides(config.model))
+    except ModelError as error:
+        yield f"model.name = {config.model.name!r}: {error}"
+
+
+def _joint_faults(config: Config) -> Iterator[str]:
+    """Fields that do not go together."""
+    data, train = config.data, config.train
+    if (config.model.bn_sync == "group") != (config.model.bn_group_size > 0):
+        yield (
+            f"model.bn_group_size = {config.model.bn_group_size}: must be given with "
+            "model.bn_sync = 'group', and only then"
+        )
+    if data.eval_resize and data.eval_resize < (data.eval_size or data.image_size):
+        yield f"data.eval_resize = {data.eval_resize}: must not be less than the evaluated side"
+    if data.crop == "scale_jitter" and data.jitter_sides[0] < data.image_size:
+        yield f"data.jitter_sides = {data.jitter_sides}: must not be less than data.image_size"
+    if len(config.augment.mean) != len(config.augment.std):
+        yield f"augment.std = {config.augment.std}: must have as many numbers as augment.mean"
+    if config.augment.flip and config.augment.flip_alternates:
+        yield "augment.flip_alternates = True: must be False with augment.flip"
+    if config.augment.trivial and config.augment.rand_layers:
+        yield f"augment.rand_layers = {config.augment.rand_layers}: must be 0 with augment.trivial"
+    if not train.steps and config.schedule.warmup_epochs > train.epochs:
+        yield (
+            f"schedule.warmup_epochs = {config.schedule.warmup_epochs}: must not be more than "
+            f"train.epochs = {train.epochs}"
+        )

@@ -1,0 +1,34 @@
+"""What the tests of whole runs do with them."""
+
+import json
+import os
+import signal
+
+from resnet_jax.training.checkpoint import Checkpoints
+from resnet_jax.training.recorder import Recorder
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(workdir):
+    """The records but for their rates, which no two runs share."""
+    return [{k: v for k, v in x.items() if k != "images_per_second"} for x in records(workdir)]
+
+
+def state_of(workdir):
+    """The newest state as it lies on disk."""
+    return Checkpoints(workdir, read_only=True).read_whole(best=False)
+
+
+def stop_after(monkeypatch, steps):
+    """Sends this process SIGTERM when a number of steps is done."""
+    add = Recorder.add
+
+    def adding(self, done, metrics):
+        add(self, done, metrics)
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "add", adding)
