@@ -378,7 +378,9 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple | list) and all(_has_type(x, each) for x in value)
     if hint is float:  # 1 for 1.0; a bool is not a number here
         return (
-            isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+            isinstance(value, float | int)
+            and not isinstance(value, bool)
+            and -math.inf < value < math.inf  # isfinite fails for an int that no float can hold
         )
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -610,7 +612,7 @@ def from_json(text: str) -> Config:
     try:
         stored = json.loads(text)
         fields = {f"{name}.{k}": v for name, part in stored.items() for k, v in part.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"config.json is not as a run writes it ({error}); restore it") from error
     config = Config()
     if unknown := sorted(fields.keys() - to_flat(config).keys()):
@@ -640,7 +642,8 @@ def differences(config: Config, stored: dict[str, Any]) -> list[str]:
     found = []
     for name, value in json_fields(config).items():
         section, _, field = name.partition(".")
-        before = stored.get(section, {}).get(field)
+        part = stored.get(section)
+        before = part.get(field) if isinstance(part, dict) else None
         if before != value and section != "log" and name not in _FREE:
             found.append(f"{name}: {before!r} -> {value!r}")
     return found
