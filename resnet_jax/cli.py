@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:
-    print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
+    # Names out of a stranger's file may hold codes that a terminal obeys.
+    text = "".join(each if each.isprintable() else " " for each in str(error))
+    print(f"{word}: {' '.join(text.split())}", file=sys.stderr)
     return code
 
 
@@ -94,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
             help="what a run will need on a TPU slice; needs no TPU",
             description="Compiles a run's training step for a TPU slice, without a TPU, and prints "
             "memory, work and the bounds of its speed. Takes --config and all --config.FIELD=X of "
-            "train too; minutes for a large network.",
+            "train too (a --config is run as Python code); minutes for a large network.",
             allow_abbrev=False,
         )
     )
@@ -434,7 +436,8 @@ _TRAIN_HELP = """usage: python train.py [--config=FILE[:ARG]] [--workdir=DIR] [-
 
 Trains the network that a configuration describes; the same command goes on with a stopped run.
 
-  --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits)
+  --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits); it is
+             run as Python code, so take one from a stranger only after reading it
   --workdir  where the run is kept (default: runs/ and the configuration's name)
 {several}
 Fields of this configuration:
