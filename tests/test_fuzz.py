@@ -10,6 +10,7 @@ import json
 import struct
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from resnet_jax import cli
 from resnet_jax.data import decode
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError, WeightsError
 from resnet_jax.evaluation import network
+from resnet_jax.inference.hub import measured
 from resnet_jax.inference.images import ImageFile, read_pixels
 from resnet_jax.report.runs import read_run
 from resnet_jax.training import checkpoint, manifest, workdir
@@ -361,7 +363,8 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         lambda: network.open_network(tmp_path),
         lambda: workdir.open_workdir(tmp_path, c.Config(), {"train": "x"}),
         lambda: c.check(c.from_json((tmp_path / "config.json").read_text())),
-        lambda: read_run(tmp_path),
+        lambda: [record["loss"] * record["top1"] for record in read_run(tmp_path).training],
+        lambda: measured(SimpleNamespace(source=tmp_path, step=1, ema=False)),
         lambda: network._read_names(tmp_path / "classes.json"),
         lambda: _Sums.of(store.records()),
         lambda: store.best,
