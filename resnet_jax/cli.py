@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:
-    print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
+    # Names out of a stranger's file may hold codes that a terminal obeys.
+    text = "".join(each if each.isprintable() else " " for each in str(error))
+    print(f"{word}: {' '.join(text.split())}", file=sys.stderr)
     return code
 
 
@@ -104,7 +106,7 @@ def _add_plan(parsers: Any) -> None:
         help="what a run will need on a TPU slice; needs no TPU",
         description="Compiles a run's training step for a TPU slice, without a TPU, and prints "
         "memory, work and the bounds of its speed. Takes --config and all --config.FIELD=X of "
-        "train too; minutes for a large network.",
+        "train too (a --config is run as Python code); minutes for a large network.",
         allow_abbrev=False,
     )
     add = parser.add_argument

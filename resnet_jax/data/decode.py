@@ -6,12 +6,17 @@ crop's last row, and OpenCV resizes it (figures in docs/decoding.md). Every call
 data and leaves the interpreter lock while it decodes and resizes, so threads run side by side.
 
 Orientation tags (EXIF) are not applied: the published accuracies are of images as stored.
+
+Images may come from strangers. What a header claims is checked before memory is taken for it, and
+only decoders that are asked for look at the bytes; whatever is wrong is a DataError.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -29,6 +34,13 @@ except ImportError:  # pragma: no cover
 # Rows and columns of a region of an image.
 Region = tuple[slice, slice]
 
+# Most pixels of an image, as stored and as resized before a crop: as many as the largest sensors
+# have, 0.6 GB in colour. A header of a few bytes can claim more than any memory holds.
+MAX_PIXELS = 200_000_000
+# What Pillow may try. It knows 40 formats, runs Ghostscript for one of them, and looks at the bytes
+# instead of the name, so each of them would be open to any file.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
 _PILLOW_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -36,8 +48,66 @@ _PILLOW_FILTERS = {
 _OPENCV_FILTERS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
+def _limit_pillow() -> None:
+    """Makes Pillow's own limit ours: of frames and tiles inside an image only Pillow knows.
+
+    It refuses twice the number below and warns from there on, which says nothing to our users. A
+    filter for one call would need a lock: threads share the filters.
+    """
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+_limit_pillow()
+
+
+def open_image(file: io.BytesIO | Path) -> Image.Image:
+    """Reads the header of an image with Pillow.
+
+    Args:
+      file: The encoded image.
+
+    Returns:
+      The image, not decoded yet.
+
+    Raises:
+      DataError: It has more than MAX_PIXELS, is damaged, or of none of FORMATS.
+
+    Example:
+      >>> file = io.BytesIO()
+      >>> Image.new("L", (8, 4)).save(file, "PNG")
+      >>> open_image(file).size
+      (8, 4)
+    """
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Exception as error:  # what Pillow's readers raise for bad data has no common class
+        raise not_whole(error) from error
+    check_size(image.height, image.width)
+    return image
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuses an image that would take too much memory.
+
+    Args:
+      height: In pixels.
+      width: In pixels.
+
+    Raises:
+      DataError: They are more than MAX_PIXELS.
+
+    Example:
+      >>> check_size(65535, 65535)
+      Traceback (most recent call last):
+      resnet_jax.errors.DataError: 65535 x 65535: more than 200,000,000 pixels are not decoded
+    """
+    if height * width > MAX_PIXELS:
+        raise DataError(f"{width} x {height}: more than {MAX_PIXELS:,} pixels are not decoded")
+
+
 def decode(data: bytes, channels: int) -> np.ndarray:
-    """Decodes an image of any kind that Pillow reads; of an animation, the first frame.
+    """Decodes an image of any of FORMATS; of an animation, the first frame.
 
     Palettes are looked up, transparency is dropped, CMYK becomes RGB, and of 16 bits the upper 8
     are kept. Colour becomes grey by Rec. 601 luma.
@@ -50,7 +120,7 @@ def decode(data: bytes, channels: int) -> np.ndarray:
       uint8 pixels [H, W, channels].
 
     Raises:
-      DataError: The data is damaged, cut short, or no image.
+      DataError: The data is damaged, cut short, too large, or no image.
 
     Example:
       >>> file = io.BytesIO()
@@ -58,7 +128,7 @@ def decode(data: bytes, channels: int) -> np.ndarray:
       >>> decode(file.getvalue(), channels=3).shape
       (4, 8, 3)
     """
-    frame = jpeg_frame(data)
+    frame = _small_frame(data)
     if frame is not None and simplejpeg is not None:
         pixels = _decode_jpeg(data, frame, channels, rows=frame.height, shrink=1, exact=True)
         if pixels is not None:
@@ -80,7 +150,7 @@ def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
       uint8 pixels [S, S, channels].
 
     Raises:
-      DataError: The data is damaged, cut short, or no image.
+      DataError: The data is damaged, cut short, too large, or no image.
 
     Example:
       >>> file = io.BytesIO()
@@ -101,6 +171,9 @@ def crop_pixels(pixels: np.ndarray, config: Data) -> np.ndarray:
 
     Returns:
       uint8 pixels [S, S, channels].
+
+    Raises:
+      DataError: Resized, it would be too large: a strip thousands of times as long as wide.
 
     Example:
       >>> crop_pixels(np.zeros((30, 40, 1), np.uint8), Data(eval_size=24)).shape
@@ -133,7 +206,8 @@ def train_crop(
       uint8 pixels [S, S, channels], antialiased where the crop is larger than S.
 
     Raises:
-      DataError: The data is cut short or no image, or the rows of the crop are damaged.
+      DataError: The data is cut short, too large or no image, or the rows of the crop are
+        damaged.
 
     Example:
       >>> file = io.BytesIO()
@@ -147,7 +221,7 @@ def train_crop(
         pixels = _centre_crop(decode(data, channels), size, size, config.interpolation)
         return _resize(pixels, size, config.interpolation, out)
     draw = {"random_resized": _random_region, "scale_jitter": _jittered_region}[config.crop]
-    frame = jpeg_frame(data)
+    frame = _small_frame(data)
     if frame is None:
         pixels = _decode_pillow(data, channels)
         pixels = pixels[draw(pixels.shape[0], pixels.shape[1], config, rng)]
@@ -155,6 +229,14 @@ def train_crop(
         region = draw(frame.height, frame.width, config, rng)
         pixels = _decode_region(data, frame, channels, region, size)
     return _resize(pixels, size, config.interpolation, out)
+
+
+def _small_frame(data: bytes) -> Frame | None:
+    """`jpeg_frame`, whose sizes are checked."""
+    frame = jpeg_frame(data)
+    if frame is not None:
+        check_size(frame.height, frame.width)
+    return frame
 
 
 def _random_region(height: int, width: int, config: Data, rng: np.random.Generator) -> Region:
@@ -208,6 +290,7 @@ def _centre_crop(pixels: np.ndarray, shorter: int, size: int, interpolation: str
     height, width = pixels.shape[:2]
     if min(height, width) != shorter:
         height, width = _resized(height, width, shorter)
+        check_size(height, width)
         image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
         image = image.resize((width, height), _PILLOW_FILTERS[interpolation])
         pixels = np.asarray(image).reshape(height, width, -1)
@@ -303,15 +386,15 @@ def _decode_jpeg(
 
 
 def _decode_pillow(data: bytes, channels: int, shrink: int = 1) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
+    with open_image(io.BytesIO(data)) as image:
+        width, height = image.size
+        try:
             if image.format == "JPEG":  # of grey images, decode no colour
                 mode = "RGB" if channels == 3 else "L"
                 image.draft(mode, (width // shrink, height // shrink))
             return image_pixels(image, channels)
-    except Exception as error:  # what Pillow's readers raise for bad data has no common class
-        raise not_whole(error) from error
+        except Exception as error:  # as in open_image
+            raise not_whole(error) from error
 
 
 def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -345,6 +428,8 @@ def not_whole(error: Exception) -> DataError:
     Returns:
       One that says why, in one line.
     """
+    if isinstance(error, Image.DecompressionBombError):
+        return DataError(f"more than {MAX_PIXELS:,} pixels are not decoded")
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # its text is an address in memory
         reason = "of no known format"

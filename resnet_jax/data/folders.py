@@ -122,14 +122,14 @@ def _stored_channels(
     folder: Path, classes: list[str], files: list[list[str]], field: str, split: str
 ) -> int:
     """1 if the first image of every class is grey, else 3; damaged ones do not count."""
-    from PIL import Image
+    from resnet_jax.data.decode import open_image
 
     modes = set()
     for each, names in zip(classes, files):
         try:
-            with Image.open(folder / each / names[0]) as image:
+            with open_image(folder / each / names[0]) as image:
                 modes.add(image.mode)
-        except (OSError, Image.DecompressionBombError):
+        except DataError:
             continue
     if not modes:
         raise fault(field, split, f"the first image of no class of {folder} can be opened")

@@ -98,7 +98,7 @@ def _ratio(source: Source, index: int) -> Ratio:
     if source.image_shape is not None:
         return Ratio.of(*source.image_shape)
     try:
-        with Image.open(io.BytesIO(source[index][0])) as image:
+        with decode.open_image(io.BytesIO(source[index][0])) as image:
             return Ratio.of(image.height, image.width)
     except Exception:  # whatever is wrong with it, decoding will say
         return Ratio(_PARTS, upright=False)

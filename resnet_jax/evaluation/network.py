@@ -15,9 +15,9 @@ from pathlib import Path
 from resnet_jax.errors import ConfigError, ResNetJaxError, WeightsError
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.config import Augment, Config, Data, check, from_json
+from resnet_jax.training.config import INTERPOLATIONS, Augment, Config, Data, check, from_json
 from resnet_jax.training.setup import make_model
-from resnet_jax.weights.convert import Variables, from_torch, head_classes
+from resnet_jax.weights.convert import Variables, fit_variables, from_torch, head_classes
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, read_state_dict
 from resnet_jax.weights.pretrained import (
     Preprocessing,
@@ -130,11 +130,14 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
         raise WeightsError(str(error)) from error
     config = from_json((workdir / "config.json").read_text())
     check(config)
-    data, head = config.data, variables["params"]["head"]
-    classes = int(head["bias"].shape[0])
+    data, classes = config.data, _classes(workdir, variables)
     size = data.eval_size or data.image_size
     # The mapped axis belongs to training.
     model = make_model(config, classes).clone(axis_name=None, bn_group_size=None)
+    try:
+        variables = fit_variables(model, variables)
+    except WeightsError as error:
+        raise WeightsError(f"{workdir} holds a {name}: {error}") from error
     return Network(
         source=str(workdir),
         name=name,
@@ -182,6 +185,11 @@ def _from_file(path: Path, name: str) -> Network:
 
 def _from_hub(source: str) -> Network:
     model, variables, preprocessing = load_pretrained(source)
+    if preprocessing.interpolation not in INTERPOLATIONS:
+        raise WeightsError(
+            f"{source}: its images are resized by {preprocessing.interpolation!r}, which is none "
+            f"of {', '.join(INTERPOLATIONS)}"
+        )
     return Network(
         source=source,
         name=pretrained_name(source),
@@ -191,6 +199,13 @@ def _from_hub(source: str) -> Network:
         channels=_channels(variables),
         class_names=_class_names(model.num_classes, pretrained_labels(source)),
     )
+
+
+def _classes(workdir: Path, variables: Variables) -> int:
+    try:
+        return int(variables["params"]["head"]["bias"].shape[0])
+    except (LookupError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{workdir}: its state is of no network with a head") from error
 
 
 def _channels(variables: Variables) -> int:
@@ -207,8 +222,11 @@ def _class_names(classes: int, known: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 def _read_names(path: Path) -> tuple[str, ...]:
     try:
-        return tuple(map(str, json.loads(path.read_text())))
-    except (OSError, ValueError) as error:
+        names = json.loads(path.read_text())
+        if not isinstance(names, list):
+            raise ValueError("no list")
+        return tuple(map(str, names))
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); restore it") from error
 
 

@@ -124,8 +124,11 @@ def measured(network: Network) -> dict[str, Any] | None:
     if network.step is None or not path.is_file():
         return None
     found = None
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):  # not by a run, or cut off
+            continue
         of_state = record.get("step") == network.step and record.get("split") != "train"
         if of_state and (record.get("weights") == "ema") == network.ema and "top1" in record:
             found = record

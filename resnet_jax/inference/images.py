@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
-from resnet_jax.data.decode import decode, image_pixels, not_whole
+from resnet_jax.data.decode import decode, image_pixels, not_whole, open_image
 from resnet_jax.data.folders import IMAGE_SUFFIXES as DATA_SET_SUFFIXES
 from resnet_jax.errors import DataError
 
@@ -105,9 +105,9 @@ def _from_stdin(data: bytes) -> list[ImageFile]:
 
 def _is_image(data: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(data)):
+        with open_image(io.BytesIO(data)):
             return True
-    except Exception:  # what Pillow's readers raise for bad data has no common class
+    except DataError:
         return False
 
 
@@ -147,7 +147,8 @@ def read_pixels(image: Any, channels: int) -> np.ndarray:
       uint8 pixels [H, W, channels].
 
     Raises:
-      DataError: It cannot be read, is damaged, or is no image.
+      DataError: It cannot be read, is damaged, is no image, or has too many pixels. (Of arrays and
+        Pillow's images the pixels are not counted: who has them has the memory.)
 
     Example:
       >>> read_pixels(Image.new("LA", (8, 4)), channels=3).shape
@@ -164,10 +165,9 @@ def read_pixels(image: Any, channels: int) -> np.ndarray:
         file = image if isinstance(image, ImageFile) else ImageFile(os.fspath(image))
         name = file.name
         data = Path(name).read_bytes() if file.data is None else file.data
+        return _decode_upright(data, channels)
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
-    try:
-        return _decode_upright(data, channels)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
@@ -175,16 +175,16 @@ def read_pixels(image: Any, channels: int) -> np.ndarray:
 def _decode_upright(data: bytes, channels: int) -> np.ndarray:
     if data[:2] == b"\xff\xd8":  # a JPEG, of which Pillow reads the tag only
         pixels = decode(data, channels)
-        return _turned(pixels, _orientation(lambda: Image.open(io.BytesIO(data))))
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _upright(image, channels)
-    except Exception as error:  # what Pillow's readers raise for bad data has no common class
-        raise not_whole(error) from error
+        return _turned(pixels, _orientation(lambda: open_image(io.BytesIO(data))))
+    with open_image(io.BytesIO(data)) as image:
+        return _upright(image, channels)
 
 
 def _upright(image: Image.Image, channels: int) -> np.ndarray:
-    pixels = image_pixels(image, channels)
+    try:
+        pixels = image_pixels(image, channels)
+    except Exception as error:  # what Pillow's readers raise for bad data has no common class
+        raise not_whole(error) from error
     # The tag comes second: loading a TIFF, Pillow turns it by itself and takes its tag away.
     return _turned(pixels, _orientation(lambda: image))
 

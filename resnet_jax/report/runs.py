@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.errors import ConfigError
-from resnet_jax.training.config import Config, from_json, to_flat
+from resnet_jax.training.config import Config, check, from_json, to_flat
 
 Record = dict[str, Any]
 
@@ -93,7 +93,8 @@ def read_run(workdir: str | Path) -> Run:
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
     try:
         config = from_json((workdir / "config.json").read_text())
-    except ConfigError as error:
+        check(config)
+    except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{workdir}: {error}") from error
     records = _read_records(workdir / "metrics.jsonl")
     evaluations = [record for record in records if record["split"] != "train"]
@@ -119,7 +120,10 @@ def _read_records(path: Path) -> list[Record]:
         records = [json.loads(line) for line in whole]
         if any(not {"step", "split", "loss", "top1"} <= record.keys() for record in records):
             raise ValueError("a record lacks step, split, loss or top1")
-    except (ValueError, AttributeError) as error:
+        numbers = [record[name] for record in records for name in ("step", "loss", "top1")]
+        if not all(isinstance(each, int | float) for each in numbers):
+            raise ValueError("a step, loss or top1 is no number")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is not what a run writes ({error})") from error
     if not records:
         raise ConfigError(f"{path} has no record yet; let the run train for a while")
@@ -129,5 +133,5 @@ def _read_records(path: Path) -> list[Record]:
 def _read_environment(path: Path) -> dict[str, str]:
     try:
         return {str(k): str(v) for k, v in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError):  # runs of before it was noted
+    except (OSError, ValueError, AttributeError, RecursionError):  # runs of before it was noted
         return {}

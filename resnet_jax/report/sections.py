@@ -272,7 +272,7 @@ def _recipe(run: Run) -> list[Section]:
             ("parameters", f"{found.parameters:,}"),
             ("multiply-adds an image", f"{found.multiply_adds:,}"),
         ]
-    except (ResNetJaxError, OSError, ValueError):
+    except (ResNetJaxError, OSError, ValueError, TypeError, RecursionError):
         network = [("network", config.model.name)]
     changed = [(name, repr(value)) for name, value in run.changed_fields.items()]
     everything = [(name, repr(value)) for name, value in to_flat(config).items()]

@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from resnet_jax.errors import ConfigError
 from resnet_jax.training import manifest
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.workdir import has_states, read_json, sync, write_whole
+from resnet_jax.training.workdir import has_states, read_json, saved_steps, sync, write_whole
 
 # Orbax and its helpers tell of every file on the "absl" logger, and of errors once a thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -163,6 +163,8 @@ class Checkpoints:
                 f"--workdir={self.workdir}: its state at step {step} is of another model or "
                 "optimizer; take another workdir"
             ) from error
+        except Exception as error:  # what else Orbax raises has no common class
+            raise self._none_is_whole({step: _reason(error)}) from error
 
     def records(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given of the records.
@@ -173,7 +175,11 @@ class Checkpoints:
         Returns:
           What `Recorder` takes.
         """
-        return self._progress(self._or_latest(step))["records"]
+        step = self._or_latest(step)
+        found = self._progress(step).get("records")
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self._folder}/{step}/progress.json has no records; restore it")
+        return found
 
     def read_whole(self, best: bool) -> dict[str, Any]:
         """The first state that is whole; what is damaged stays where it is.
@@ -193,12 +199,14 @@ class Checkpoints:
             if not steps:
                 raise self._none_is_whole(damaged)
             problem = self._damage(steps[0])
-            # A run that trains here removes a state once there is a newer one: look again then.
-            with contextlib.suppress(FileNotFoundError):
-                if not problem:
+            if not problem:
+                try:
                     return self._read(steps[0])
+                except Exception as error:  # what Orbax raises has no common class
+                    problem = _reason(error)
+            # A run that trains here removes a state once there is a newer one: look again then.
             if (self._folder / str(steps[0])).exists():
-                damaged[steps[0]] = problem or "it cannot be read"
+                damaged[steps[0]] = problem
                 logging.getLogger(__name__).warning(
                     "%s: the state at step %d is damaged: %s; taking another",
                     *(self.workdir, steps[0], damaged[steps[0]]),
@@ -207,8 +215,7 @@ class Checkpoints:
     # What is on the disk.
 
     def _steps(self) -> list[int]:
-        names = (path.name for path in self._folder.glob("*"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        return saved_steps(self.workdir)
 
     def _ranked(self, best: bool) -> list[int]:
         """Newest first; or by top-1, those without an evaluation last."""
@@ -222,7 +229,7 @@ class Checkpoints:
     def _top1(self, step: int) -> float:
         try:
             top1 = float(self._progress(step)["metrics"]["top1"])
-        except (ConfigError, KeyError, TypeError, ValueError):
+        except (ConfigError, KeyError, TypeError, ValueError, OverflowError):
             return -math.inf  # not evaluated; or damaged, which its checksums will tell
         return -1.0 if math.isnan(top1) else top1
 
@@ -319,7 +326,7 @@ def _reason(error: Exception) -> str:
     """The disk's own words, out of whatever a library made of them."""
     text = f"{error}"
     words = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
-    return words[0] if words else f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+    return words[0] if words else f"{type(error).__name__}: {text[:200].partition(chr(10))[0]}"
 
 
 class Stored(NamedTuple):
@@ -344,7 +351,8 @@ def load_variables(
       The model's name, {"params", "batch_stats"} of NumPy arrays, and the state's steps.
 
     Raises:
-      ConfigError: The folder holds no run, none with a checkpoint, or only damaged ones.
+      ConfigError: The folder holds no run, none with a checkpoint, or only damaged ones, or what it
+        holds is not what a run writes.
     """
     workdir = Path(workdir).expanduser()
     if not (workdir / "config.json").exists():
@@ -353,6 +361,11 @@ def load_variables(
     if not has_states(workdir):
         raise ConfigError(f"{workdir} has no checkpoint yet")
     state = Checkpoints(workdir, read_only=True).read_whole(best)
-    found = state["ema"] if ema and state.get("ema") else state
-    variables = {name: found[name] for name in ("params", "batch_stats") if found.get(name)}
-    return Stored(config["model"]["name"], jax.tree.map(np.asarray, variables), int(state["step"]))
+    try:
+        found = state["ema"] if ema and state.get("ema") else state
+        variables = {name: found[name] for name in ("params", "batch_stats") if found.get(name)}
+        variables = jax.tree.map(np.asarray, variables)
+        return Stored(str(config["model"]["name"]), variables, int(state["step"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{workdir} holds no state as a run writes it ({reason})") from error

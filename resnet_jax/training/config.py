@@ -430,7 +430,7 @@ def from_json(text: str) -> Config:
     try:
         stored = json.loads(text)
         fields = {f"{name}.{k}": v for name, part in stored.items() for k, v in part.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"config.json is not as a run writes it ({error}); restore it") from error
     config = Config()
     if unknown := sorted(fields.keys() - to_flat(config).keys()):
@@ -460,7 +460,8 @@ def differences(config: Config, stored: dict[str, Any]) -> list[str]:
     found = []
     for name, value in json_fields(config).items():
         section, _, field = name.partition(".")
-        before = stored.get(section, {}).get(field)
+        part = stored.get(section)
+        before = part.get(field) if isinstance(part, dict) else None
         if before != value and section != "log" and name not in _FREE:
             found.append(f"{name}: {before!r} -> {value!r}")
     return found

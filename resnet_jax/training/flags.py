@@ -21,7 +21,8 @@ _HELP = """usage: python train.py [--config=FILE[:ARG]] [--workdir=DIR] [--confi
 
 Trains the network that a configuration describes; the same command goes on with a stopped run.
 
-  --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits)
+  --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits); it is
+             run as Python code, so take one from a stranger only after reading it
   --workdir  where the run is kept (default: runs/ and the configuration's name)
 {several}
 Fields of this configuration:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 from resnet_jax.training.workdir import sync, write_whole
@@ -55,6 +56,8 @@ def damage(folder: Path) -> str | None:
     except OSError as error:
         name = os.path.relpath(error.filename, folder) if error.filename else "a file"
         return f"{name} cannot be read: {error.strerror}"
+    except ValueError as error:
+        return str(error)
     if _text(found) == sealed:
         return None
     # A manifest that is damaged itself names a file that is not, or none.
@@ -70,11 +73,17 @@ def damage(folder: Path) -> str | None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256, of every file but the manifest."""
+    """Relative path -> SHA-256, of every file but the manifest.
+
+    Links and devices are none of ours, and some of them never end: a ValueError names the first.
+    """
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+    for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name != NAME:
+        kind = path.lstat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise ValueError(f"{name} is not a plain file")
+        if stat.S_ISREG(kind) and name != NAME:
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.errors import DivergedError
+from resnet_jax.errors import ConfigError, DivergedError
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, profile_steps
 from resnet_jax.training.telemetry import PEAK_FLOPS, Telemetry
@@ -31,6 +31,16 @@ class _Sums:
     skipped: int = 0
     skipped_in_a_row: int = 0  # up to now
     skipped_in_all: int = 0  # since the run began
+
+    @classmethod
+    def of(cls, carried: dict[str, Any]) -> _Sums:
+        """What a checkpoint carries, which someone else may have written."""
+        numbers = {name: value for name, value in carried.items() if name != "totals"}
+        totals = carried.get("totals", {})
+        known = carried.keys() <= {field.name for field in dataclasses.fields(cls)}
+        if not known or not isinstance(totals, dict) or not _are_numbers({**numbers, **totals}):
+            raise ConfigError("the checkpoint's progress.json has no records of ours; restore it")
+        return cls(**carried)
 
     def add(self, values: dict[str, float]) -> None:
         """A step that was taken."""
@@ -53,6 +63,10 @@ class _Sums:
     def next(self) -> _Sums:
         """After a record: only what counts over several of them is kept."""
         return _Sums(skipped_in_a_row=self.skipped_in_a_row, skipped_in_all=self.skipped_in_all)
+
+
+def _are_numbers(values: dict[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values.values())
 
 
 class Recorder:
@@ -82,7 +96,7 @@ class Recorder:
         self._telemetry = telemetry
         self._divergence = divergence
         self._pending: deque[tuple[int, Any]] = deque()
-        self._sums = _Sums(**(carried or {}))
+        self._sums = _Sums.of(carried or {})
         self._timed = 0  # steps since the clock was started
         self._done = done
         self.stop = False  # whether a process of the run has asked to stop

@@ -178,7 +178,9 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple | list) and all(_has_type(x, each) for x in value)
     if hint is float:  # 1 for 1.0; a bool is not a number here
         return (
-            isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+            isinstance(value, float | int)
+            and not isinstance(value, bool)
+            and -math.inf < value < math.inf  # isfinite fails for an int that no float can hold
         )
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)

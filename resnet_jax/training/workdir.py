@@ -183,7 +183,24 @@ def has_states(workdir: Path) -> bool:
     Returns:
       True where a run goes on instead of starting.
     """
-    return any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
+    return bool(saved_steps(workdir))
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Completed steps of each state in a workdir.
+
+    Args:
+      workdir: Folder of the run.
+
+    Returns:
+      In growing order. A folder of any other name, such as "007", is none of a run's.
+
+    Example:
+      >>> saved_steps(Path("nowhere"))
+      []
+    """
+    names = {path.name for path in workdir.glob("checkpoints/*")}
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 @contextlib.contextmanager
@@ -236,9 +253,12 @@ def read_json(path: Path) -> dict[str, Any]:
       Its object.
 
     Raises:
-      ConfigError: It cannot be read.
+      ConfigError: It cannot be read, or holds something else.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); restore it") from error

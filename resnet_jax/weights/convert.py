@@ -19,6 +19,7 @@ Variables = dict[str, Any]
 
 # Training scripts save the state dict beside epoch, optimizer and the like.
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net")
+_MOST_WRAPPERS = 8  # of dictionaries and prefixes around the tensors; a stranger's may never end
 
 
 def from_torch(
@@ -54,14 +55,13 @@ def from_torch(
     check_model(model)
     tensors = _unwrap(state_dict)
     scheme = _closest_scheme(model, tensors)
-    expected = _expected(model, scheme, tensors)
     if reset_head:
         prefix = f"{scheme.head}."
         tensors = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-        wanted = {path: shape for path, shape in expected.items() if path[1] != "head"}
-    else:
-        wanted = expected
     arrays = {name: _to_numpy(name, value) for name, value in tensors.items()}
+    wanted = expected = _expected(model, scheme, arrays)
+    if reset_head:
+        wanted = {path: shape for path, shape in expected.items() if path[1] != "head"}
     _check_fit(scheme, wanted, arrays, model.stage_sizes, reset_head)
     leaves = {}
     for path, shape in wanted.items():
@@ -127,7 +127,8 @@ def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int | None:
     """
     tensors = _unwrap(state_dict)
     head = tensors.get(f"{_closest_scheme(model, tensors).head}.weight")
-    return None if head is None else int(head.shape[0])
+    shape = tuple(getattr(head, "shape", ()))
+    return int(shape[0]) if shape else None
 
 
 def fit_variables(
@@ -148,8 +149,8 @@ def fit_variables(
     """
     leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(variables)))
     if reset_head:
-        leaves = {path: leaf for path, leaf in leaves.items() if path[1] != "head"}
-        channels = leaves["params", "stem", "conv1", "kernel"].shape[2]
+        leaves = {path: leaf for path, leaf in leaves.items() if path[1:2] != ("head",)}
+        channels = _channels(leaves.get(("params", "stem", "conv1", "kernel")), axis=2)
         leaves |= {
             path: _initial_head(model, path, shape)
             for path, shape in variable_shapes(model, channels).items()
@@ -174,7 +175,7 @@ def variable_shapes(model: ResNet, channels: int = 3) -> dict[Path, tuple[int, .
       >>> variable_shapes(rj.ResNet20())["params", "head", "kernel"]
       (64, 10)
     """
-    side = model.strides()[-1]
+    side = max(8, model.strides()[-1])  # images of 4 rows and more channels look transposed
     images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     init = functools.partial(model.clone(parent=None).init, train=False)
     variables = jax.eval_shape(init, jax.random.key(0), images)
@@ -192,18 +193,31 @@ def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
         raise WeightsError(f"expected a state dict, not a {kind}; pass network.state_dict()")
+    for _ in range(_MOST_WRAPPERS):
+        inner = _inside(state_dict)
+        if inner is None:
+            # A counter of steps that only matters where momentum is None; Flax has no such thing.
+            counter = "num_batches_tracked"
+            return {name: x for name, x in state_dict.items() if not name.endswith(counter)}
+        state_dict = inner
+    raise WeightsError(f"its tensors lie below more than {_MOST_WRAPPERS} dictionaries or prefixes")
+
+
+def _inside(state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What is below the outermost wrapper; None: there is none, these are the tensors."""
     for key in _WRAPPER_KEYS:
         if isinstance(state_dict.get(key), Mapping):
-            return _unwrap(state_dict[key])
+            return state_dict[key]
+    if not all(isinstance(name, str) for name in state_dict):
+        raise WeightsError("no state dict: some of its keys are not names")
     if not any(hasattr(value, "shape") and "." in name for name, value in state_dict.items()):
         raise WeightsError(f"no state dict among its keys: {', '.join(state_dict) or 'none'}")
     # "module." of DataParallel, "_orig_mod." of torch.compile, "model." of trainers: a ResNet's
     # own names never share their first part.
     first, _, _ = next(iter(state_dict)).partition(".")
     if len(state_dict) > 1 and all(name.startswith(f"{first}.") for name in state_dict):
-        return _unwrap({name.removeprefix(f"{first}."): x for name, x in state_dict.items()})
-    # A counter of steps that only matters where momentum is None; Flax has no such thing.
-    return {name: x for name, x in state_dict.items() if not name.endswith("num_batches_tracked")}
+        return {name.removeprefix(f"{first}."): x for name, x in state_dict.items()}
+    return None
 
 
 def _closest_scheme(model: ResNet, tensors: Mapping[str, Any]) -> Scheme:
@@ -217,12 +231,18 @@ def _closest_scheme(model: ResNet, tensors: Mapping[str, Any]) -> Scheme:
 
 
 def _expected(
-    model: ResNet, scheme: Scheme, tensors: Mapping[str, Any]
+    model: ResNet, scheme: Scheme, arrays: Mapping[str, np.ndarray]
 ) -> dict[Path, tuple[int, ...]]:
     """Our shapes, with as many image channels as the file's first convolution has."""
-    first = tensors.get(scheme.torch_name(("params", "stem", "conv1", "kernel")))
-    shape = () if first is None else tuple(first.shape)
-    return variable_shapes(model, channels=shape[1] if len(shape) == 4 else 3)
+    first = arrays.get(scheme.torch_name(("params", "stem", "conv1", "kernel")))
+    return variable_shapes(model, _channels(first, axis=1))
+
+
+def _channels(kernel: np.ndarray | None, axis: int) -> int:
+    """Image channels of a first convolution; 3 where it is none, which its shape will tell."""
+    if kernel is None or kernel.ndim != 4 or not kernel.size:  # without numbers, any shape is free
+        return 3
+    return kernel.shape[axis]
 
 
 def _check_fit(
@@ -260,7 +280,7 @@ def _check_fit(
 
 def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
     stem = leaves.get(("params", "stem", "conv1", "kernel"))
-    expected = variable_shapes(model, 3 if stem is None else stem.shape[-2])
+    expected = variable_shapes(model, _channels(stem, axis=2))
     wrong = sorted("/".join(path) for path in expected.keys() ^ leaves.keys())
     wrong += [
         f"{'/'.join(path)} {leaves[path].shape} for {shape}"
@@ -277,7 +297,10 @@ def _to_numpy(name: str, value: Any) -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor; NumPy has no bfloat16 to give it as
         value = value.detach().cpu()
         value = value.float().numpy() if value.is_floating_point() else value.numpy()
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # lists of lists, where anything may lie in a checkpoint
+        raise WeightsError(f"{name} is not an array ({error})") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise WeightsError(f"{name} holds {array.dtype}, not floating-point numbers")
     return array.astype(np.float32)

@@ -1,9 +1,14 @@
-"""Weight files: .safetensors, .pth and .npz; read whole or not at all, never unpickled."""
+"""Weight files: .safetensors, .pth and .npz; read whole or not at all, never unpickled.
+
+They may come from strangers: what a header claims is compared with the bytes that are there before
+memory is taken for it, and whatever is wrong is a WeightsError.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import re
@@ -18,6 +23,11 @@ import numpy as np
 from resnet_jax.errors import ResNetJaxError, WeightsError
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables, check_model, fit_variables, from_torch, to_torch
+
+# What an archive may unpack to, in times its own size, and in bytes whatever its size. Trained
+# weights hardly shrink by packing; zeros shrink a thousand times, and so do bombs.
+_MOST_UNPACKED = 16
+_SMALL = 2**26
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -182,7 +192,7 @@ def _read_safetensors(path: Path, data: bytes) -> dict[str, np.ndarray]:
     try:
         tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"not a whole safetensors file ({error})") from error
+        raise WeightsError(f"not a whole safetensors file ({_reason(error)})") from error
     arrays = {}
     for name, tensor in tensors:
         dtype = _SAFETENSORS_DTYPES.get(tensor["dtype"])
@@ -190,21 +200,63 @@ def _read_safetensors(path: Path, data: bytes) -> dict[str, np.ndarray]:
             raise WeightsError(
                 f"{name} has type {tensor['dtype']}; floating-point weights have 16 bits or more"
             )
-        arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+        try:
+            arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+        except (ValueError, OverflowError) as error:  # a shape with a 0 may have any other numbers
+            raise WeightsError(f"{name} has no array's shape ({_reason(error)})") from error
     return arrays
 
 
 def _read_npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return dict(file)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"not a whole .npz file of arrays ({error})") from error
+        with _open_zip(data) as archive:
+            return {
+                member.filename.removesuffix(".npy"): _read_array(archive.read(member))
+                for member in archive.infolist()
+            }
+    except WeightsError:
+        raise
+    except Exception as error:  # what zipfile and NumPy raise for a bad file has no common class
+        raise WeightsError(f"not a whole .npz file of arrays ({_reason(error)})") from error
+
+
+def _open_zip(data: bytes) -> zipfile.ZipFile:
+    """Opens an archive that stays in bounds: no member gives more bytes than it says here."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    size = sum(member.file_size for member in archive.infolist())
+    if size > max(_MOST_UNPACKED * len(data), _SMALL):
+        raise WeightsError(
+            f"{len(data):,} bytes would unpack to {size:,}, as no weights do; if you trust the "
+            "file, write it anew without compression"
+        )
+    for member in archive.infolist():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise WeightsError(f"{member.filename} is packed in a way that no weights are")
+    return archive
+
+
+def _read_array(data: bytes) -> np.ndarray:
+    """Reads a .npy file; `np.load` takes the memory that its header claims first."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    if dtype.hasobject:
+        raise WeightsError("holds Python objects, which are never unpickled here")
+    claimed, found = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if claimed != found:
+        raise ValueError(f"an array of {claimed:,} bytes in a member with {found:,}")
+    array = np.frombuffer(data, dtype, offset=file.tell())
+    return array.reshape(shape, order="F" if fortran else "C")
 
 
 def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
     torch = _import_torch(path)
     try:
+        if data.startswith(b"PK"):
+            _open_zip(data).close()
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         if not data.startswith(_TORCH_MAGIC):
@@ -213,12 +265,18 @@ def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
             "holds Python objects beside tensors, which are never unpickled here; where you "
             "trust it, load it with torch and pass its state dict to rj.from_torch"
         ) from error
+    except WeightsError:
+        raise
     except Exception as error:  # what torch raises for a bad file has no common class
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise WeightsError(f"not a whole PyTorch file of tensors ({reason})") from error
+        raise WeightsError(f"not a whole PyTorch file of tensors ({_reason(error)})") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _write_safetensors(arrays: dict[str, np.ndarray]) -> bytes:

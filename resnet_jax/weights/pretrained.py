@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables
 from resnet_jax.weights.files import load_weights
 
-# timm's arguments -> our fields; a network built with any other is refused.
-_MODEL_ARGUMENTS = {"output_stride": "output_stride", "drop_rate": "dropout_rate"}
+# timm's arguments -> our fields and their types; a network built with any other is refused.
+_MODEL_ARGUMENTS = {"output_stride": ("output_stride", int), "drop_rate": ("dropout_rate", float)}
 # Networks of timm's with one of our names and another function.
 _OTHER_NETWORKS = {
     name: (
@@ -208,11 +209,11 @@ def _read_config(path: Path) -> _Config:
         config = json.loads(path.read_bytes())
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON ({error})") from error
     try:
         return _parse_config(config)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
         raise WeightsError(f"{path} is not a configuration as timm writes it ({what})") from error
 
@@ -228,7 +229,8 @@ def _parse_config(config: dict[str, Any]) -> _Config:
             continue
         if argument not in _MODEL_ARGUMENTS:
             raise WeightsError(f"model_args.{argument} = {value!r} has no counterpart here")
-        fields[_MODEL_ARGUMENTS[argument]] = value
+        name, kind = _MODEL_ARGUMENTS[argument]
+        fields[name] = kind(value)
     default = Preprocessing()
     preprocessing = Preprocessing(
         image_size=int(facts.get("input_size", [3, default.image_size])[1]),
@@ -237,6 +239,21 @@ def _parse_config(config: dict[str, Any]) -> _Config:
         mean=tuple(map(float, facts.get("mean", default.mean))),
         std=tuple(map(float, facts.get("std", default.std))),
     )
+    _check_preprocessing(preprocessing)
     labels = facts.get("label_names") or ()
     known = labels if len(labels) == fields["num_classes"] else ()
     return _Config(architecture, fields, preprocessing, tuple(map(str, known)))
+
+
+def _check_preprocessing(preprocessing: Preprocessing) -> None:
+    """Refuses numbers that no image can be prepared by."""
+    size, crop = preprocessing.image_size, preprocessing.crop_fraction
+    mean, std = preprocessing.mean, preprocessing.std
+    if not 1 <= size <= 4096:
+        raise WeightsError(f"input_size = {size}: must be from 1 to 4096 pixels a side")
+    if not 0 < crop <= 1:
+        raise WeightsError(f"crop_pct = {crop}: must be a share in (0, 1]")
+    if len(mean) not in (1, 3) or not all(map(math.isfinite, mean)):
+        raise WeightsError(f"mean = {mean}: must be 1 or 3 numbers")
+    if len(std) != len(mean) or not all(0 < each < math.inf for each in std):
+        raise WeightsError(f"std = {std}: must be as many positive numbers as mean has")

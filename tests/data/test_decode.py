@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +16,7 @@ from resnet_jax.data import decode as module
 from resnet_jax.data.decode import decode, eval_crop, train_crop
 from resnet_jax.errors import DataError
 from resnet_jax.training.config import Data
+from tests.data.photos import bombs
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -450,3 +453,67 @@ def test_threads_do_not_disturb_each_other():
     alone = [checksum(number) for number in range(64)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(checksum, range(64))) == alone
+
+
+# Too many pixels.
+
+BOMBS = bombs()
+RANDOM = Data(crop="random_resized", image_size=16)
+JITTERED = Data(crop="scale_jitter", image_size=16, jitter_sides=(20, 24))
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_bombs_take_no_memory(decoder, kind):
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        for call in (
+            lambda data: decode(data, 3),
+            lambda data: eval_crop(data, Data(eval_size=16), 3),
+            lambda data: train_crop(data, Data(image_size=16), 3, rng),
+            lambda data: train_crop(data, RANDOM, 3, rng),
+            lambda data: train_crop(data, JITTERED, 1, rng),
+        ):
+            with pytest.raises(DataError, match="more than 200,000,000 pixels are not decoded"):
+                call(BOMBS[kind])
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_the_limit_itself(decoder, kind, monkeypatch):
+    data = encode(photo(30, 20), kind)
+    monkeypatch.setattr(module, "MAX_PIXELS", 600)
+    assert decode(data, 3).shape == (20, 30, 3)
+    monkeypatch.setattr(module, "MAX_PIXELS", 599)
+    with pytest.raises(DataError, match="30 x 20: more than 599 pixels"):
+        decode(data, 3)
+
+
+def test_strips_are_not_blown_up():
+    """A few hundred bytes, within the limit until the short side has its length."""
+    data = encode(Image.new("L", (1_000_000, 1)), "PNG")
+    assert decode(data, 1).shape == (1, 1_000_000, 1)
+    with pytest.raises(DataError, match=r": more than 200,000,000 pixels"):
+        eval_crop(data, Data(eval_resize=256, eval_size=224), 1)
+    with pytest.raises(DataError, match=r": more than 200,000,000 pixels"):
+        train_crop(data, Data(image_size=224), 1, np.random.default_rng(0))
+    assert train_crop(data, RANDOM, 1, np.random.default_rng(0)).shape == (16, 16, 1)
+
+
+def test_pillow_does_not_warn():
+    """Between its two limits it would, of an image that is fine here."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        module._limit_pillow()
+        with module.open_image(io.BytesIO(b"P6 12000 12000 255\n")) as image:
+            assert image.size == (12_000, 12_000)
+    assert not told
+
+
+def test_no_interpreter_is_started():
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    data = encode(photo(20, 20), "EPS")
+    with pytest.raises(DataError, match="of no known format"):
+        decode(data, 3)

@@ -11,7 +11,7 @@ from PIL import Image
 from resnet_jax.data import loader
 from resnet_jax.errors import DataError
 from resnet_jax.training.config import Data
-from tests.data.photos import Photos, assert_same, reports, stream
+from tests.data.photos import Photos, assert_same, bombs, reports, stream
 
 
 def test_each_position_has_a_crop_of_its_own():
@@ -79,6 +79,18 @@ def test_damaged_images_are_replaced_and_named_once():
     )
     assert corrupt.count == 2
     assert sorted(line.split(":")[0] for line in lines) == ["skipped photo3", "skipped photo7"]
+
+
+def test_images_of_too_many_pixels_are_damaged_ones():
+    source = Photos()
+    source.data[3], source.data[7] = bombs()["JPEG"], bombs()["PNG"]
+    whole = stream(Photos(damaged=(3, 7)), loader.Order(images=20, seed=1), 0, 4, reports()[1])
+    lines, corrupt = reports()
+    assert_same(stream(source, loader.Order(images=20, seed=1), 0, 4, corrupt), whole)
+    what = "more than 200,000,000 pixels are not decoded"
+    assert sorted(lines) == [f"skipped photo3: 60000 x 60000: {what}", f"skipped photo7: {what}"]
+    with pytest.raises(DataError, match=rf"max_corrupt = 0.*{what}"):
+        stream(source, loader.Order(images=20, seed=1), 0, 4)
 
 
 def test_damaged_images_in_a_row_are_all_named():

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image, ImageOps
 
 import resnet_jax as rj
+from resnet_jax.data import decode as decode_module
 from resnet_jax.inference import images as module
 from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_pixels
+from tests.data.photos import bombs
 
 RNG = np.random.default_rng(0)
 # Smooth in blocks, so that a JPEG keeps it well.
@@ -125,6 +127,34 @@ def test_arrays_are_converted_as_files():
 def test_broken_images_are_named(data):
     with pytest.raises(rj.DataError, match=r"^broken\.png: .*(whole|JPEG)"):
         read_pixels(ImageFile("broken.png", data=data), 3)
+
+
+def test_bombs_are_named_and_passed_over(monkeypatch):
+    found = bombs()
+    monkeypatch.setattr(module.sys, "stdin", io.TextIOWrapper(io.BytesIO(found["JPEG"])))
+    files = [*list_images(["-"]), *(ImageFile(kind, data=data) for kind, data in found.items())]
+    results = list(in_threads(lambda file: read_pixels(file, 3), [*files, COLOUR], ahead=16))
+    assert [file.name for file in files] == ["-", *found]
+    for file, error in zip(files, results[:-1]):
+        assert isinstance(error, rj.DataError)
+        assert str(error).startswith(f"{file.name}: ")
+        assert "200,000,000" in str(error)
+    assert results[-1].shape == COLOUR.shape
+
+
+def test_what_is_in_memory_is_not_counted(monkeypatch):
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 100)
+    assert read_pixels(COLOUR, 3).shape == read_pixels(PICTURE, 3).shape == (24, 32, 3)
+    with pytest.raises(rj.DataError, match="x: 32 x 24: more than 100 pixels"):
+        read_pixels(ImageFile("x", data=MODES["RGB"]), 3)
+
+
+def test_a_damaged_image_of_pillows():
+    data = bytearray(MODES["RGB"])
+    at = data.index(b"IDAT") + 4
+    data[at : at + 8] = b"\xff" * 8
+    with pytest.raises(rj.DataError, match="an image in memory: not a whole image"):
+        read_pixels(Image.open(io.BytesIO(data)), 3)
 
 
 def test_missing_files_are_named(tmp_path):

@@ -156,6 +156,50 @@ def test_a_file_or_manifest_too_many(copy):
     assert manifest.damage(folder / "2")
 
 
+def test_links_and_pipes_are_damage(copy):
+    """A sum over a device never ends, and a link reads what lies elsewhere."""
+    extra = copy / "checkpoints" / "2" / "extra"
+    for make in (lambda: extra.symlink_to("/dev/zero"), lambda: os.mkfifo(extra)):
+        make()
+        assert manifest.damage(extra.parent) == "extra is not a plain file"
+        extra.unlink()
+
+
+def test_names_in_a_manifest_are_only_compared(copy):
+    (copy / "config.json").write_text("{}")
+    state = copy / "checkpoints" / "2"
+    with (state / manifest.NAME).open("a") as file:
+        file.write(f"{'0' * 64}  ../../config.json\n")
+    assert manifest.damage(state) == "../../config.json is missing"
+
+
+def test_other_names_are_no_states(tmp_path):
+    """Looking for "7" where "007" is went on for ever."""
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("007", "\u0663", "-1"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="has no checkpoint yet"):
+        load_variables(tmp_path)
+    with pytest.raises(ConfigError, match="has no checkpoint yet"):
+        Checkpoints(tmp_path, read_only=True).read_whole(best=True)
+
+
+def test_a_sealed_state_that_is_none(copy, caplog):
+    """Its checksums are right: whoever made it made them too."""
+    for step in ("1", "2"):
+        folder = copy / "checkpoints" / step
+        (folder / manifest.NAME).unlink()
+        for file in folder.glob("default/*"):
+            if file.is_file():
+                file.write_text("[]")
+        manifest.seal(folder)
+    (copy / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"no state in .* is whole"):
+        load_variables(copy)
+    with pytest.raises(ConfigError, match=r"state at step 2|no state in"):
+        restored(copy)
+
+
 def test_a_file_that_the_disk_does_not_give(two, monkeypatch):
     def fails(file, name):
         raise OSError(errno.EIO, "Input/output error", file.name)

@@ -167,3 +167,13 @@ def test_help_lists_every_field(capsys):
     assert cli.main(["train", "--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"--config.{name}=" in printed for name in c.to_flat(c.Config()))
+
+
+def test_errors_hold_no_codes_for_a_terminal(capsys):
+    assert cli._fail(ConfigError("no \x1b]0;title\x07 of\nours"), 2) == 2
+    assert capsys.readouterr().err == "error: no ]0;title of ours\n"
+
+
+def test_help_says_that_a_configuration_is_a_program(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    assert "run as Python code" in " ".join(capsys.readouterr().out.split())

@@ -2,7 +2,11 @@
 
 import functools
 import hashlib
+import io
 import json
+import struct
+import tracemalloc
+import zipfile
 
 import chex
 import jax
@@ -14,6 +18,7 @@ import safetensors.numpy
 
 import resnet_jax as rj
 from resnet_jax.weights.convert import variable_shapes
+from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.naming import schemes_for
 
 SUFFIXES = [".safetensors", ".npz", ".pth"]
@@ -227,6 +232,86 @@ def test_nothing_is_unpickled(suffix, tmp_path):
         rj.load_weights(rj.ResNet20(), path)
 
 
+def npz_of(header, data=b"", kind=zipfile.ZIP_STORED):
+    """An archive with one array, whose header says what it likes."""
+    text = repr({"descr": "<f4", "fortran_order": False, "shape": (2,), **header}).encode() + b"\n"
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        member = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + data
+        archive.writestr("../../a.npy", member)
+    return file.getvalue()
+
+
+def safetensors_of(shape, data=b""):
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, len(data)]}}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("w.npz", npz_of({"shape": (2**45,)}), r"an array of 140,737,488,355,328 bytes"),
+        ("w.npz", npz_of({"shape": (-1, -2)}, bytes(8)), "not a whole .npz"),
+        ("w.npz", npz_of({"descr": "|V0"}), "not a whole .npz"),
+        ("w.npz", npz_of({"descr": "|O"}), "objects, which are never unpickled"),
+        ("w.npz", npz_of({}, bytes(2**27), zipfile.ZIP_DEFLATED), "would unpack to 134,"),
+        ("w.npz", npz_of({}, bytes(8), zipfile.ZIP_LZMA), "packed in a way that no weights are"),
+        ("w.safetensors", struct.pack("<Q", 2**63) + b"{}", "not a whole safetensors"),
+        ("w.safetensors", safetensors_of([3], bytes(8)), "not a whole safetensors"),
+        ("w.safetensors", safetensors_of([0, 2**63]), "a has no array's shape"),
+    ],
+)
+def test_claims_take_no_memory(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(rj.WeightsError, match=rf"{name}: .*{message}"):
+            rj.load_weights(rj.ResNet20(), tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < len(data) + 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_names_with_folders_are_names(tmp_path):
+    (tmp_path / "w.npz").write_bytes(npz_of({}, bytes(8)))
+    assert list(read_state_dict(tmp_path / "w.npz")) == ["../../a"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["w.npz"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv1.weight": np.zeros((16, 0, 3, 3), np.float32)}, "of the wrong shape: conv1.weight"),
+        ({"conv1.weight": np.zeros((16, 2**40, 0, 3), np.float32)}, "wrong shape: conv1.weight"),
+        ({"conv1.weight": 3.0}, "of the wrong shape: conv1.weight"),
+        ({"fc.bias": [[1], [2, 3]]}, "fc.bias is not an array"),
+        ({5: np.zeros(3)}, "some of its keys are not names"),
+    ],
+)
+def test_state_dicts_of_strangers(change, message):
+    state_dict = {**rj.to_torch(*network()), **change}
+    with pytest.raises(rj.WeightsError, match=message):
+        rj.from_torch(rj.ResNet20(), state_dict)
+
+
+def test_wrappers_end():
+    state_dict = rj.to_torch(*network())
+    for _ in range(5000):
+        state_dict = {"model": state_dict}
+    with pytest.raises(rj.WeightsError, match="more than 8"):
+        rj.from_torch(rj.ResNet20(), state_dict)
+    state_dict = {f"{'a.' * 5000}{name}": x for name, x in rj.to_torch(*network()).items()}
+    with pytest.raises(rj.WeightsError, match="more than 8"):
+        rj.from_torch(rj.ResNet20(), state_dict)
+
+
+def test_any_number_of_bands():
+    bands = np.ones((16, 7, 3, 3), np.float32)
+    found = rj.from_torch(rj.ResNet20(), {**rj.to_torch(*network()), "conv1.weight": bands})
+    chex.assert_shape(found["params"]["stem"]["conv1"]["kernel"], (3, 3, 7, 16))
+
+
 def test_files_that_are_not_there(tmp_path):
     model, variables = network()
     with pytest.raises(rj.WeightsError, match=r"cannot read .*No such file"):
@@ -296,6 +381,14 @@ def test_pretrained_from_the_cache(tmp_path, monkeypatch):
         ({"model_args": {"aa_layer": "blur"}}, "model_args.aa_layer = 'blur'"),
         ({"pretrained_cfg": {"input_size": "large"}}, "not a configuration"),
         ({"num_classes": 11}, "reset_head=True"),
+        ({"architecture": "../resnet20"}, "unknown model"),
+        ({"architecture": ["resnet20"]}, "not a configuration"),
+        ({"num_classes": float("inf")}, "not a configuration"),
+        ({"model_args": {"drop_rate": "x"}}, "not a configuration"),
+        ({"pretrained_cfg": {"crop_pct": 0}}, "crop_pct = 0.0: must be a share"),
+        ({"pretrained_cfg": {"input_size": [3, 10**9, 10**9]}}, "input_size = 1000000000: must be"),
+        ({"pretrained_cfg": {"mean": [0.5, 0.5]}}, "mean = .* must be 1 or 3"),
+        ({"pretrained_cfg": {"std": [0, 0, 0]}}, "std = .* positive"),
     ],
 )
 def test_other_repositories_are_refused(change, message, tmp_path):
