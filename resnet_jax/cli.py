@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:
-    print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk; the exit code still tells
+        print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 

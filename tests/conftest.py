@@ -1,7 +1,9 @@
-"""One compilation cache, one folder of data sets, and eight CPU devices for all tests."""
+"""For all tests: a compilation cache, a folder of data sets, eight CPU devices, a small disk."""
 
 import os
 import pathlib
+import shutil
+import subprocess
 
 TEMPORARY = pathlib.Path(__file__).parents[1] / "tmp"
 
@@ -15,6 +17,19 @@ os.environ.setdefault(
 os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
 
 import jax
+import pytest
 
 jax.config.update("jax_compilation_cache_dir", str(TEMPORARY / "jax-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """One of half a megabyte, or of the size that `indirect` gives."""
+    folder, size = tmp_path / "disk", getattr(request, "param", "512k")
+    folder.mkdir()
+    command = [shutil.which("mount"), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if command[0] is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield folder
+    subprocess.run([shutil.which("umount"), folder], check=True)

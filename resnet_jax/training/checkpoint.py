@@ -32,13 +32,16 @@ import orbax.checkpoint as ocp
 from resnet_jax.errors import ConfigError
 from resnet_jax.training import manifest
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.workdir import has_states, read_json, sync, write_whole
+from resnet_jax.training.workdir import has_states, read_json, saved_steps, sync, write_whole
 
 # Orbax and its helpers tell of every file on the "absl" logger, and of errors once a thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _STATE = "default"  # where Orbax's own CheckpointManager looks for it
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT)
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT),
+    *(errno.EACCES, errno.ESTALE),
+)
 
 
 class Checkpoints:
@@ -128,6 +131,7 @@ class Checkpoints:
 
         Raises:
           ConfigError: Not one is whole; none was renamed, or the next start would be a new run.
+            Or one cannot be renamed.
         """
         problems = {step: self._damage(step) for step in self._steps()}
         damaged = {step: problem for step, problem in problems.items() if problem}
@@ -136,8 +140,15 @@ class Checkpoints:
         lines = []
         for step, problem in damaged.items():
             aside = self._free_name(f"{step}.damaged")
-            os.rename(self._folder / str(step), aside)
-            lines.append(f"the state at step {step} is damaged: {problem}; it is now {aside}")
+            found = f"the state at step {step} is damaged: {problem}; it"
+            try:
+                os.rename(self._folder / str(step), aside)
+            except OSError as error:
+                raise ConfigError(
+                    f"--workdir={self.workdir}: {found} cannot be renamed to {aside} "
+                    f"({error.strerror or error}); move it away, and the same command goes on"
+                ) from error
+            lines.append(f"{found} is now {aside}")
         return lines
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
@@ -151,17 +162,21 @@ class Checkpoints:
           Its NumPy arrays.
 
         Raises:
-          ConfigError: It is damaged, or of another model or optimizer.
+          ConfigError: It is damaged, cannot be read, or is of another model or optimizer.
         """
         step = self._or_latest(step)
         if step not in self._whole and (problem := self._damage(step)):
             raise self._none_is_whole({step: problem})
         try:
             return self._read(step, like)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"--workdir={self.workdir}: its state at step {step}"
+            if words := _disk_words(error):
+                raise ConfigError(
+                    f"{what} cannot be read ({words}); mend that, and the same command goes on"
+                ) from error
             raise ConfigError(
-                f"--workdir={self.workdir}: its state at step {step} is of another model or "
-                "optimizer; take another workdir"
+                f"{what} is of another model or optimizer; take another workdir"
             ) from error
 
     def records(self, step: int | None = None) -> dict[str, Any]:
@@ -207,8 +222,7 @@ class Checkpoints:
     # What is on the disk.
 
     def _steps(self) -> list[int]:
-        names = (path.name for path in self._folder.glob("*"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        return saved_steps(self.workdir)
 
     def _ranked(self, best: bool) -> list[int]:
         """Newest first; or by top-1, those without an evaluation last."""
@@ -316,10 +330,16 @@ def _copy(state: TrainState) -> TrainState:
 
 
 def _reason(error: Exception) -> str:
-    """The disk's own words, out of whatever a library made of them."""
+    """Why a state was not written; the error itself where it is none of the disk's."""
+    first_line = f"{error}".partition("\n")[0][:200]
+    return _disk_words(error) or f"{type(error).__name__}: {first_line}"
+
+
+def _disk_words(error: Exception) -> str:
+    """The disk's own words, out of whatever a library made of them; "" where there are none."""
     text = f"{error}"
     words = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
-    return words[0] if words else f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+    return words[0] if words else text.partition("\n")[0] if isinstance(error, OSError) else ""
 
 
 class Stored(NamedTuple):

@@ -7,7 +7,6 @@ import logging
 import os
 import pathlib
 import shutil
-import subprocess
 import threading
 
 import chex
@@ -194,6 +193,38 @@ def test_where_no_state_is_whole_all_stay(copy):
     assert workdir.has_states(copy)
 
 
+def fails(*_, **__):
+    raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_states_that_cannot_be_listed_are_no_new_run(copy, monkeypatch):
+    monkeypatch.setattr(os, "listdir", fails)
+    for look in (workdir.has_states, load_variables, lambda path: Checkpoints(path).latest):
+        with pytest.raises(ConfigError, match=r"checkpoints cannot be read \(Permission denied\)"):
+            look(copy)
+
+
+def test_a_damaged_state_that_cannot_be_renamed(copy, monkeypatch):
+    truncate(copy / "checkpoints" / "2" / "progress.json")
+    monkeypatch.setattr(os, "rename", fails)
+    message = (
+        r"step 2 is damaged: progress\.json .*; it cannot be renamed to .* \(Permission denied"
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        Checkpoints(copy).set_damaged_aside()
+    assert "\n" not in str(caught.value)
+    assert steps(copy) == [1, 2]
+
+
+def test_a_state_that_is_lost_after_its_checksums_were_right(copy):
+    checkpoints = Checkpoints(copy)
+    assert checkpoints.set_damaged_aside() == []
+    shutil.rmtree(copy / "checkpoints" / "2")
+    with pytest.raises(ConfigError, match=r"state at step 2 cannot be read \(") as caught:
+        checkpoints.restore(LIKE, 2)
+    assert "\n" not in str(caught.value)
+
+
 def test_restore_itself_looks_at_the_checksums(copy):
     truncate(copy / "checkpoints" / "2" / "progress.json")
     with pytest.raises(ConfigError, match="step 2: progress"):
@@ -318,18 +349,6 @@ def test_a_failed_write_is_told(when, where, name, failure, tmp_path, monkeypatc
     checkpoints.close()  # told once
     chex.assert_trees_all_equal(restored(tmp_path), state(1))
     assert not (tmp_path / "checkpoints" / ".unfinished" / "2").exists()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """One of half a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = [shutil.which("mount"), "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder]
-    if command[0] is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield folder
-    subprocess.run([shutil.which("umount"), folder], check=True)
 
 
 def test_a_full_disk(small_disk):
