@@ -122,7 +122,9 @@ def files(folder):
 
 @pytest.mark.parametrize("harm", [flip, truncate, pathlib.Path.unlink])
 def test_damage_to_any_file_is_noticed(harm, two, tmp_path):
-    for file in files(two / "checkpoints" / "2"):
+    found = files(two / "checkpoints" / "2")
+    print(f"{harm.__name__}: {len(found)} files")
+    for file in found:
         name = file.relative_to(two)
         folder = shutil.copytree(two, tmp_path / name)
         harm(folder / name)
@@ -142,6 +144,7 @@ def test_all_of_the_manifest_counts(copy):
         changed[index] ^= 1 << index % 8
         file.write_bytes(changed)
         assert manifest.damage(file.parent), index
+    print(f"SHA256SUMS: {len(range(0, len(sealed), 3))} flipped bits")
     file.write_bytes(sealed)
     assert manifest.damage(file.parent) is None
 
@@ -295,6 +298,7 @@ def test_a_kill_between_any_two_calls_to_the_disk(tmp_path, disk):
     save(tmp_path / "whole", 0.2, first=2, keep=1)
     calls = list(disk["calls"])
     assert {"fsync", "rename", "replace", "mkdir", "unlink", "rmdir"} == set(calls)
+    print(f"ended before each of {len(calls)} calls to the disk")
     survived = []
     for last, call in enumerate(calls):
         folder = shutil.copytree(tmp_path / "before", tmp_path / str(last))
