@@ -325,8 +325,13 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
 
 
 def _copy(state: TrainState) -> TrainState:
-    """On the host, in memory of its own: a CPU's arrays would be views of what is donated."""
-    return jax.tree.map(lambda x: x if x.flags.owndata else x.copy(), jax.device_get(state))
+    """On the host, in memory of its own: a CPU's arrays would be views of what is donated.
+
+    What comes from an accelerator is a copy already; NumPy does not own that, so it cannot tell.
+    The loop waits here, and a second copy takes longer than a step of a fast chip.
+    """
+    found = jax.device_get(state)
+    return jax.tree.map(np.copy, found) if jax.default_backend() == "cpu" else found
 
 
 def _reason(error: Exception) -> str:

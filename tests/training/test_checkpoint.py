@@ -101,6 +101,16 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     chex.assert_trees_all_equal(restored(tmp_path), state(3))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_a_state_is_copied_once(backend, monkeypatch):
+    """On a CPU device_get gives views; elsewhere it is the copy."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    got = np.zeros(3)
+    monkeypatch.setattr(jax, "device_get", lambda tree: jax.tree.map(lambda _: got, tree))
+    copied = checkpoint._copy({"w": 0})["w"]
+    assert np.shares_memory(copied, got) == (backend == "tpu")
+
+
 # Damage.
 
 
