@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -294,6 +296,7 @@ class Checkpoints:
             os.rename(unfinished, final)
             sync(self._folder)
         except Exception as error:
+            _hush_orphans()
             shutil.rmtree(unfinished, ignore_errors=True)
             before = max(self._steps(), default=None)
             last = f"the last good one is at step {before}" if before else "there is none before it"
@@ -322,6 +325,21 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         yield checkpointer
+
+
+@functools.cache  # once is enough
+def _hush_orphans() -> None:
+    """Where one file of a state fails Orbax closes its event loop, with hundreds still to come.
+
+    Python would print a traceback for each of them, from threads that are not ours.
+    """
+    tell = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _copy(state: TrainState) -> TrainState:

@@ -7,7 +7,9 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import threading
+import types
 
 import chex
 import jax
@@ -331,6 +333,15 @@ def test_a_kill_between_any_two_calls_to_the_disk(tmp_path, disk):
 
 
 # No room.
+
+
+def test_what_a_failed_write_leaves_behind_is_not_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    checkpoint._hush_orphans.__wrapped__()
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(each.exc_value) for each in told] == ["another"]
 
 
 def full(*_, **__):
