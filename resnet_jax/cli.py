@@ -8,6 +8,7 @@ Where broken images were skipped, it is 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: Exception, code: int, word: str = "error") -> int:
     # Names out of a stranger's file may hold codes that a terminal obeys.
     text = "".join(each if each.isprintable() else " " for each in str(error))
-    print(f"{word}: {' '.join(text.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk; the exit code still tells
+        print(f"{word}: {' '.join(text.split())}", file=sys.stderr)
     return code
 
 

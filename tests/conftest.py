@@ -1,8 +1,10 @@
-"""One compilation cache, one folder of data sets, and eight CPU devices for all tests."""
+"""For all tests: a compilation cache, a folder of data sets, eight CPU devices, a small disk."""
 
 import gc
 import os
 import pathlib
+import shutil
+import subprocess
 
 import pytest
 
@@ -37,3 +39,15 @@ def _room_for_programs():
     if maps.exists() and maps.read_text().count("\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """One of half a megabyte, or of the size that `indirect` gives."""
+    folder, size = tmp_path / "disk", getattr(request, "param", "512k")
+    folder.mkdir()
+    command = [shutil.which("mount"), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if command[0] is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield folder
+    subprocess.run([shutil.which("umount"), folder], check=True)

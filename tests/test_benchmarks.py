@@ -1,10 +1,13 @@
-"""The benchmarks for machines that are not at hand still run."""
+"""The benchmarks for machines that are not at hand, and of what it costs to save, still run."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
+
+from benchmarks import checkpoint
+from resnet_jax.models.registry import model_info
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -20,3 +23,17 @@ def test_gpu_benchmark_runs_on_a_cpu():
     assert record["benchmark"] == "gpu"
     assert record["ours"] > 0
     assert record["flax"] > 0
+
+
+def test_checkpoint_benchmark(monkeypatch, capsys):
+    arguments = ["--cases=resnet8_cifar-ema", "--batch_sizes=8", "--side=8"]
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", *arguments, "--steps=2", "--rounds=1"])
+    checkpoint.main()
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["benchmark"] == "checkpoint"
+    parameters = model_info("resnet8_cifar").parameters
+    # Parameters, momentum, average and statistics, in float32; and what Orbax needs beside them.
+    assert 0.9 < record["megabytes"] / (3 * parameters * 4 / 1e6) < 1.5
+    assert 0 < record["save"] < record["sealed"]
+    assert record["step"] <= record["gap_without"]
+    assert min(record["verify"], record["restore"]) > 0

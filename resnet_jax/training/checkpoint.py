@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +40,10 @@ from resnet_jax.training.workdir import has_states, read_json, saved_steps, sync
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 _STATE = "default"  # where Orbax's own CheckpointManager looks for it
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT)
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT),
+    *(errno.EACCES, errno.ESTALE),
+)
 
 
 class Checkpoints:
@@ -128,6 +133,7 @@ class Checkpoints:
 
         Raises:
           ConfigError: Not one is whole; none was renamed, or the next start would be a new run.
+            Or one cannot be renamed.
         """
         problems = {step: self._damage(step) for step in self._steps()}
         damaged = {step: problem for step, problem in problems.items() if problem}
@@ -136,8 +142,15 @@ class Checkpoints:
         lines = []
         for step, problem in damaged.items():
             aside = self._free_name(f"{step}.damaged")
-            os.rename(self._folder / str(step), aside)
-            lines.append(f"the state at step {step} is damaged: {problem}; it is now {aside}")
+            found = f"the state at step {step} is damaged: {problem}; it"
+            try:
+                os.rename(self._folder / str(step), aside)
+            except OSError as error:
+                raise ConfigError(
+                    f"--workdir={self.workdir}: {found} cannot be renamed to {aside} "
+                    f"({error.strerror or error}); move it away, and the same command goes on"
+                ) from error
+            lines.append(f"{found} is now {aside}")
         return lines
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
@@ -151,17 +164,21 @@ class Checkpoints:
           Its NumPy arrays.
 
         Raises:
-          ConfigError: It is damaged, or of another model or optimizer.
+          ConfigError: It is damaged, cannot be read, or is of another model or optimizer.
         """
         step = self._or_latest(step)
         if step not in self._whole and (problem := self._damage(step)):
             raise self._none_is_whole({step: problem})
         try:
             return self._read(step, like)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"--workdir={self.workdir}: its state at step {step}"
+            if words := _disk_words(error):
+                raise ConfigError(
+                    f"{what} cannot be read ({words}); mend that, and the same command goes on"
+                ) from error
             raise ConfigError(
-                f"--workdir={self.workdir}: its state at step {step} is of another model or "
-                "optimizer; take another workdir"
+                f"{what} is of another model or optimizer; take another workdir"
             ) from error
         except Exception as error:  # what else Orbax raises has no common class
             raise self._none_is_whole({step: _reason(error)}) from error
@@ -287,6 +304,7 @@ class Checkpoints:
             os.rename(unfinished, final)
             sync(self._folder)
         except Exception as error:
+            _hush_orphans()
             shutil.rmtree(unfinished, ignore_errors=True)
             before = max(self._steps(), default=None)
             last = f"the last good one is at step {before}" if before else "there is none before it"
@@ -317,16 +335,42 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
         yield checkpointer
 
 
+@functools.cache  # once is enough
+def _hush_orphans() -> None:
+    """Where one file of a state fails Orbax closes its event loop, with hundreds still to come.
+
+    Python would print a traceback for each of them, from threads that are not ours.
+    """
+    tell = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def _copy(state: TrainState) -> TrainState:
-    """On the host, in memory of its own: a CPU's arrays would be views of what is donated."""
-    return jax.tree.map(lambda x: x if x.flags.owndata else x.copy(), jax.device_get(state))
+    """On the host, in memory of its own: a CPU's arrays would be views of what is donated.
+
+    What comes from an accelerator is a copy already; NumPy does not own that, so it cannot tell.
+    The loop waits here, and a second copy takes longer than a step of a fast chip.
+    """
+    found = jax.device_get(state)
+    return jax.tree.map(np.copy, found) if jax.default_backend() == "cpu" else found
 
 
 def _reason(error: Exception) -> str:
-    """The disk's own words, out of whatever a library made of them."""
+    """Why a state was not written; the error itself where it is none of the disk's."""
+    first_line = f"{error}".partition("\n")[0][:200]
+    return _disk_words(error) or f"{type(error).__name__}: {first_line}"
+
+
+def _disk_words(error: Exception) -> str:
+    """The disk's own words, out of whatever a library made of them; "" where there are none."""
     text = f"{error}"
     words = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
-    return words[0] if words else f"{type(error).__name__}: {text[:200].partition(chr(10))[0]}"
+    return words[0] if words else text.partition("\n")[0] if isinstance(error, OSError) else ""
 
 
 class Stored(NamedTuple):

@@ -31,7 +31,7 @@ from resnet_jax.data.loader import (
     streamed_evaluation_batches,
 )
 from resnet_jax.data.sources import Source
-from resnet_jax.errors import DataError, DivergedError, StoppedError
+from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
@@ -186,10 +186,28 @@ class _Run:
         """Takes the steps that are left and closes everything, whatever happens."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.telemetry.close)
-            if self.checkpoints is not None:
-                stack.callback(self.checkpoints.close)
+            stack.enter_context(self._saved())
             metrics = self._train()
         return Result(int(self.state.step), metrics, self.workdir)
+
+    @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Waits for the last state at the end; also under another error, and then both are told."""
+        if self.checkpoints is None:
+            yield
+            return
+        try:
+            yield
+        except StoppedError:
+            self.checkpoints.close()  # its error counts: not all is saved then
+            raise
+        except BaseException:
+            try:
+                self.checkpoints.close()
+            except ConfigError as error:
+                self.telemetry.say(str(error))
+            raise
+        self.checkpoints.close()
 
     def _train(self) -> dict[str, float]:
         config, done = self.config, int(self.state.step)
@@ -201,7 +219,7 @@ class _Run:
             self._divergence,
             self.carried,
         )
-        trace = Trace(config, self.workdir)
+        trace = Trace(config, self.workdir, self.telemetry.say)
         metrics: dict[str, float] = {}
         if done >= self.length.steps:
             self.telemetry.say(f"already trained for {done} steps; evaluating")
@@ -330,8 +348,11 @@ class _Run:
         return logs or self._evaluates_at(done) or self._saves_at(done) or done in (traced or ())
 
     def _divergence(self, what: str, done: int, skipped: int = 0) -> str:
-        saved = self.checkpoints.latest if self.checkpoints is not None else None
-        where = f"the last good state is at step {saved}" if saved else "no state was saved"
+        try:
+            saved = self.checkpoints.latest if self.checkpoints is not None else None
+            where = f"the last good state is at step {saved}" if saved else "no state was saved"
+        except ConfigError as error:  # the newest one could not be written: both are told
+            where = str(error)
         count = f", one of {skipped} skipped steps" if skipped > 1 else ""
         return (
             f"the {what} is not a number at step {done}{count}; {where}. A lower "

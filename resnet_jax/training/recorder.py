@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,19 +194,27 @@ class Recorder:
 
 
 class Trace:
-    """Writes a trace of the steps that log.profile names."""
+    """Writes a trace of the steps that log.profile names; a run without one goes on.
 
-    def __init__(self, config: Config, workdir: Path) -> None:
+    Args:
+      config: The configuration of the run.
+      workdir: Its folder.
+      say: Takes a line for the person who watches.
+    """
+
+    def __init__(self, config: Config, workdir: Path, say: Callable[[str], None]) -> None:
         wanted = config.log.profile and jax.process_index() == 0
         self._steps = profile_steps(config.log.profile) if wanted else None
         self._folder = str(workdir / "profile")
         self._running = False
+        self._say = say
 
     def before(self, done: int) -> None:
         """Starts the trace when the next step is its first."""
         if self._steps and done == self._steps[0]:
-            jax.profiler.start_trace(self._folder)
-            self._running = True
+            with self._or_say():
+                jax.profiler.start_trace(self._folder)
+                self._running = True
 
     def after(self, done: int, metrics: Any) -> None:
         """Ends the trace after its last step."""
@@ -216,5 +225,13 @@ class Trace:
     def close(self) -> None:
         """Ends a trace that is still running."""
         if self._running:
-            jax.profiler.stop_trace()
             self._running = False
+            with self._or_say():  # this is where it is written
+                jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def _or_say(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            self._say(f"log.profile: no trace: {' '.join(str(error).split())}")

@@ -53,10 +53,11 @@ class MetricsFile:
 
     def __init__(self, path: Path, completed_steps: int) -> None:
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            with writing(path):
+                lines = path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _step(line) <= completed_steps]
             if kept != lines:
-                write_whole(path, "".join(kept))
+                write_whole(path, b"".join(kept).decode())
         self._file = Appender(path)
 
     def write(self, record: Record) -> None:
@@ -68,16 +69,19 @@ class MetricsFile:
         self._file.close()
 
 
-def _step(line: str) -> float:
-    """The step of a record; a line that was cut off counts as one past the end."""
+def _step(line: bytes) -> float:
+    """The step of a record; a line that was cut off, or is none, counts as one past the end."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
 class Telemetry:
     """Takes the records of a run and tells them wherever the configuration says.
+
+    metrics.jsonl is the record: where it cannot be written the run ends. TensorBoard, Weights &
+    Biases and the terminal have copies: what cannot take them is left out, and the run goes on.
 
     Args:
       config: The configuration of the run.
@@ -100,19 +104,19 @@ class Telemetry:
         self._steps_per_epoch = steps_per_epoch
         self._total = total_steps
         self._stream = stream or sys.stderr
-        self._writers: list[Any] = []
+        self._file: MetricsFile | None = None
+        self._copies: list[_TensorBoard | _WeightsAndBiases] = []
         self._bar: tqdm | None = None
         self._start = time.monotonic()
         self._completed = completed_steps
-        self._shows = workdir is not None
         self._recorded = False
         if workdir is None:
             return
-        self._writers.append(MetricsFile(workdir / "metrics.jsonl", completed_steps))
+        self._file = MetricsFile(workdir / "metrics.jsonl", completed_steps)
         if config.log.tensorboard:
-            self._writers.append(_TensorBoard(workdir / "tensorboard", completed_steps))
+            self._copies.append(_TensorBoard(workdir / "tensorboard", completed_steps))
         if config.log.wandb:
-            self._writers.append(_WeightsAndBiases(config, workdir))
+            self._copies.append(_WeightsAndBiases(config, workdir))
         # In a narrow terminal, and in one that does not tell its width, lines are easier to read.
         if self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns >= 80:
             self._bar = tqdm(
@@ -136,11 +140,22 @@ class Telemetry:
             self._bar.set_postfix_str(text, refresh=False)
 
     def record(self, record: Record) -> None:
-        """Writes a record of "step", "split", loss, top1, ... and shows it."""
-        for writer in self._writers:
-            writer.write(record)
-        if not self._shows:
+        """Writes a record of "step", "split", loss, top1, ... and shows it.
+
+        Raises:
+          ConfigError: metrics.jsonl cannot be written.
+        """
+        if self._file is None:
             return
+        self._file.write(record)
+        for copy in [*self._copies]:
+            try:
+                copy.write(record)
+            except Exception as error:  # of a library that may reach over a network
+                self._copies.remove(copy)
+                self.say(f"{copy.name} is left out from here on: {_one_line(error)}")
+                with contextlib.suppress(Exception):
+                    copy.close()
         if record["split"] != "train":
             self.say(_evaluation_line(record))
         elif self._bar is not None:
@@ -152,21 +167,27 @@ class Telemetry:
             self.say(self._progress_line(record))
 
     def say(self, line: str) -> None:
-        """One line for the person who watches."""
-        if not self._shows:
+        """One line for the person who watches; nobody does where it cannot be written."""
+        if self._file is None:
             return
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        else:
-            print(line, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # it may go to a log on the same full disk
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            else:
+                print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Closes files and bar."""
-        with contextlib.ExitStack() as stack:
-            for writer in self._writers:
-                stack.callback(writer.close)
-            if self._bar is not None:
-                self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        for copy in self._copies:
+            try:
+                copy.close()
+            except Exception as error:
+                self.say(f"{copy.name} was not closed: {_one_line(error)}")
+        if self._file is not None:
+            self._file.close()
 
     def _progress_line(self, record: Record) -> str:
         step = record["step"]
@@ -176,6 +197,10 @@ class Telemetry:
             f"step {step}/{self._total}  epoch {step / self._steps_per_epoch:.1f}  "
             f"{_values(record)}  {duration(left)} left"
         )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _values(record: Record) -> str:
@@ -216,6 +241,8 @@ class _TensorBoard:
     blocks the run for ever.
     """
 
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, completed_steps: int) -> None:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -251,6 +278,8 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
+    name = "Weights & Biases"
+
     def __init__(self, config: Config, workdir: Path) -> None:
         import dataclasses
 

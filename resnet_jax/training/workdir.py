@@ -9,6 +9,7 @@ WORKDIR/checkpoints/STEP/     everything that goes on from that step (checkpoint
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -112,8 +113,15 @@ class Appender:
             self._file = path.open("ab", buffering=0)
 
     def write(self, data: bytes) -> None:
-        """Adds a record."""
+        """Adds a record.
+
+        Raises:
+          ConfigError: The disk is full, or someone removed the file: it would take what it is given
+            without a word, and nobody would ever read it.
+        """
         with writing(self._path):
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
             while data:  # a disk that is nearly full takes a part first, and then fails
                 data = data[self._file.write(data) :]
 
@@ -182,24 +190,39 @@ def has_states(workdir: Path) -> bool:
 
     Returns:
       True where a run goes on instead of starting.
+
+    Raises:
+      ConfigError: Its "checkpoints" cannot be read.
     """
     return bool(saved_steps(workdir))
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Completed steps of each state in a workdir.
+    """The states of a run.
 
     Args:
       workdir: Folder of the run.
 
     Returns:
-      In growing order. A folder of any other name, such as "007", is none of a run's.
+      Completed steps of each, ascending. A folder of any other name, such as "007", is none.
+
+    Raises:
+      ConfigError: The folder is there and cannot be read. That is not to look like a new run, whose
+        records would take the place of the old ones.
 
     Example:
       >>> saved_steps(Path("nowhere"))
       []
     """
-    names = {path.name for path in workdir.glob("checkpoints/*")}
+    try:
+        names = os.listdir(workdir / "checkpoints")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ConfigError(
+            f"{workdir / 'checkpoints'} cannot be read ({error.strerror or error}); mend that, and "
+            "the same command goes on"
+        ) from error
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 

@@ -7,8 +7,9 @@ import logging
 import os
 import pathlib
 import shutil
-import subprocess
+import sys
 import threading
+import types
 
 import chex
 import jax
@@ -102,6 +103,16 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     chex.assert_trees_all_equal(restored(tmp_path), state(3))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_a_state_is_copied_once(backend, monkeypatch):
+    """On a CPU device_get gives views; elsewhere it is the copy."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    got = np.zeros(3)
+    monkeypatch.setattr(jax, "device_get", lambda tree: jax.tree.map(lambda _: got, tree))
+    copied = checkpoint._copy({"w": 0})["w"]
+    assert np.shares_memory(copied, got) == (backend == "tpu")
+
+
 # Damage.
 
 
@@ -123,7 +134,9 @@ def files(folder):
 
 @pytest.mark.parametrize("harm", [flip, truncate, pathlib.Path.unlink])
 def test_damage_to_any_file_is_noticed(harm, two, tmp_path):
-    for file in files(two / "checkpoints" / "2"):
+    found = files(two / "checkpoints" / "2")
+    print(f"{harm.__name__}: {len(found)} files")
+    for file in found:
         name = file.relative_to(two)
         folder = shutil.copytree(two, tmp_path / name)
         harm(folder / name)
@@ -143,6 +156,7 @@ def test_all_of_the_manifest_counts(copy):
         changed[index] ^= 1 << index % 8
         file.write_bytes(changed)
         assert manifest.damage(file.parent), index
+    print(f"SHA256SUMS: {len(range(0, len(sealed), 3))} flipped bits")
     file.write_bytes(sealed)
     assert manifest.damage(file.parent) is None
 
@@ -238,6 +252,38 @@ def test_where_no_state_is_whole_all_stay(copy):
     assert workdir.has_states(copy)
 
 
+def fails(*_, **__):
+    raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_states_that_cannot_be_listed_are_no_new_run(copy, monkeypatch):
+    monkeypatch.setattr(os, "listdir", fails)
+    for look in (workdir.has_states, load_variables, lambda path: Checkpoints(path).latest):
+        with pytest.raises(ConfigError, match=r"checkpoints cannot be read \(Permission denied\)"):
+            look(copy)
+
+
+def test_a_damaged_state_that_cannot_be_renamed(copy, monkeypatch):
+    truncate(copy / "checkpoints" / "2" / "progress.json")
+    monkeypatch.setattr(os, "rename", fails)
+    message = (
+        r"step 2 is damaged: progress\.json .*; it cannot be renamed to .* \(Permission denied"
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        Checkpoints(copy).set_damaged_aside()
+    assert "\n" not in str(caught.value)
+    assert steps(copy) == [1, 2]
+
+
+def test_a_state_that_is_lost_after_its_checksums_were_right(copy):
+    checkpoints = Checkpoints(copy)
+    assert checkpoints.set_damaged_aside() == []
+    shutil.rmtree(copy / "checkpoints" / "2")
+    with pytest.raises(ConfigError, match=r"state at step 2 cannot be read \(") as caught:
+        checkpoints.restore(LIKE, 2)
+    assert "\n" not in str(caught.value)
+
+
 def test_restore_itself_looks_at_the_checksums(copy):
     truncate(copy / "checkpoints" / "2" / "progress.json")
     with pytest.raises(ConfigError, match="step 2: progress"):
@@ -308,6 +354,7 @@ def test_a_kill_between_any_two_calls_to_the_disk(tmp_path, disk):
     save(tmp_path / "whole", 0.2, first=2, keep=1)
     calls = list(disk["calls"])
     assert {"fsync", "rename", "replace", "mkdir", "unlink", "rmdir"} == set(calls)
+    print(f"ended before each of {len(calls)} calls to the disk")
     survived = []
     for last, call in enumerate(calls):
         folder = shutil.copytree(tmp_path / "before", tmp_path / str(last))
@@ -330,6 +377,15 @@ def test_a_kill_between_any_two_calls_to_the_disk(tmp_path, disk):
 
 
 # No room.
+
+
+def test_what_a_failed_write_leaves_behind_is_not_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    checkpoint._hush_orphans.__wrapped__()
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(each.exc_value) for each in told] == ["another"]
 
 
 def full(*_, **__):
@@ -362,18 +418,6 @@ def test_a_failed_write_is_told(when, where, name, failure, tmp_path, monkeypatc
     checkpoints.close()  # told once
     chex.assert_trees_all_equal(restored(tmp_path), state(1))
     assert not (tmp_path / "checkpoints" / ".unfinished" / "2").exists()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """One of half a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = [shutil.which("mount"), "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder]
-    if command[0] is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield folder
-    subprocess.run([shutil.which("umount"), folder], check=True)
 
 
 def test_a_full_disk(small_disk):

@@ -166,6 +166,24 @@ def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
     assert found[STEPS, "test", "ema"]["images"] == 360
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_is_stopped_is_as_good_as_lost(stopped, tmp_path):
+    """SIGSTOP: its connections stay open, and nobody is told; only its silence tells."""
+    workdir = tmp_path / "run"
+    with started(tmp_path, *several(2, *FLAGS, f"--workdir={workdir}")) as processes:
+        wait_for((workdir / "checkpoints" / "4").exists, processes)
+        processes[stopped].send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        assert processes[1 - stopped].wait(LIMIT) == LOST
+        taken = time.monotonic() - begin
+        (line,) = errors(tmp_path, 1 - stopped)
+        print(f"{taken:.0f} s: {line}")
+        assert taken < 60
+        assert line.startswith(f"error: process {stopped} gave no sign of life for ")
+    assert int(state_of(workdir)["step"]) >= 4
+
+
 def test_two_processes_equal_one_and_disagree_by_name(tmp_path):
     """A whole run of two processes; then two that were started with different flags."""
     single, double = tmp_path / "single", tmp_path / "double"
