@@ -10,15 +10,14 @@ import pytest
 
 TEMPORARY = pathlib.Path(__file__).parents[1] / "tmp"
 
+# Compiling takes most of the tests' time, and two thirds of it like this.
+FAST_COMPILE = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 # Before jax starts its backend, and before TFDS is imported. XLA_FLAGS from outside counts.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
     # Eight devices on a busy machine may wait for each other longer than XLA's 40 seconds.
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-    # Compiling takes most of the tests' time, and is three times as fast like this. Tests that
-    # start processes of their own run what users run.
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600 " + FAST_COMPILE,
 )
 os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
 

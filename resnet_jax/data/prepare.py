@@ -78,7 +78,7 @@ def _download(name: str, data_dir: str, manual_dir: str) -> None:
         raise fault(
             "data.name",
             f"tfds:{name}",
-            "TFDS needs TensorFlow to prepare it (never to read it): pip install '.[prepare]'",
+            "TFDS needs TensorFlow to prepare it (never to read it): pip install tensorflow-cpu",
         )
     root = tfds_root(data_dir)
     archives = str(manual_dir or root / "downloads" / "manual")

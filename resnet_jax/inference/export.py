@@ -138,7 +138,7 @@ def sample_images(network: Network, count: int = IMAGES) -> np.ndarray:
     except ImportError as error:
         raise ExportError(
             f"an export is checked on images of scikit-learn, and {error.name} is not installed: "
-            "pip install 'resnet-jax-linen[train]'"
+            "pip install scikit-learn pillow, or this package's extra 'train'"
         ) from error
     side = network.preprocessing.image_size
     if network.channels == 1:
@@ -269,7 +269,7 @@ def _write_onnx(
         return run_onnx(files[0], images)
     except ImportError as error:
         raise ExportError(
-            f"--format=onnx needs {error.name}: pip install 'resnet-jax-linen[onnx]'"
+            f"--format=onnx needs {error.name}: pip install onnx onnxruntime"
         ) from error
 
 

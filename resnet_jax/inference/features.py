@@ -234,7 +234,6 @@ def _writer_class(output: str | os.PathLike[str]) -> Callable[[Path], _Writer]:
         import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"--output={output}: Parquet needs pyarrow; pip install 'resnet-jax-linen[features]', "
-            "or take .npz"
+            f"--output={output}: Parquet needs pyarrow; pip install pyarrow, or take .npz"
         ) from error
     return _Parquet

@@ -236,7 +236,7 @@ def push_folder(folder: Path, repository: str) -> None:
         import huggingface_hub as hub
     except ImportError as error:
         raise ExportError(
-            f"--push={repository} needs huggingface_hub: pip install 'resnet-jax-linen[hub]'; "
+            f"--push={repository} needs huggingface_hub: pip install huggingface_hub; "
             f"{folder} is written"
         ) from error
     try:

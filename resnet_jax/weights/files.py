@@ -130,7 +130,7 @@ def _from_workdir(model: ResNet, workdir: Path, reset_head: bool) -> Variables:
     except ImportError as error:
         raise WeightsError(
             f"{workdir} is a folder, and reading a workdir needs {error.name}: "
-            "pip install 'resnet-jax-linen[train]'"
+            "install this package's extra 'train'"
         ) from error
     try:
         name, variables, _ = load_variables(workdir)

@@ -405,7 +405,7 @@ def test_prepare_needs_tensorflow(tmp_path, monkeypatch):
     text = message("cifar10", str(tmp_path), call=prepare.prepare)
     assert text == (
         "data.name = 'tfds:cifar10': TFDS needs TensorFlow to prepare it (never to read it): "
-        "pip install '.[prepare]'"
+        "pip install tensorflow-cpu"
     )
 
 

@@ -18,7 +18,7 @@ import chex
 import jax
 import pytest
 
-from resnet_jax import cli
+from resnet_jax import cli, commands
 from resnet_jax.errors import ConfigError, DivergedError, PeerError, StoppedError
 from resnet_jax.training import config as c
 from resnet_jax.training.checkpoint import Checkpoints
@@ -129,7 +129,7 @@ def test_a_trace_is_left_out(call, tmp_path, monkeypatch):
 
 def test_a_report_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("resnet_jax.report.page.write_report", failing(errno.ENOSPC))
-    cli._report_at_the_end(tmp_path)
+    commands._report_at_the_end(tmp_path)
     assert capsys.readouterr().err == "no report.html: [Errno 28] No space left on device\n"
 
 

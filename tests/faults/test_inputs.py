@@ -21,6 +21,7 @@ from resnet_jax.evaluation.metrics import evaluate
 from resnet_jax.training.config import Data
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
+from tests.conftest import FAST_COMPILE
 from tests.data.photos import Photos
 from tests.training.runs import state_of
 from tests.training.test_loop import configuration
@@ -75,6 +76,7 @@ def test_a_killed_worker_ends_the_stream():
         assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_killed_worker(tmp_path, monkeypatch):
     """It stops with its last checkpoint whole, and the same command ends it as without the kill."""
     config = configuration(data__crop="random_resized", checkpoint__every_steps=2)
@@ -146,11 +148,14 @@ def test_workers_end_with_a_killed_parent(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_all_processes_saves_without_a_traceback(number, tmp_path):
     """As Ctrl-C in a terminal, and a batch system, send it."""
     flags = [
         f"--workdir={tmp_path}",
+        "--config.model.name=resnet8_cifar",
         "--config.data.image_size=8",
         "--config.data.crop=random_resized",
         "--config.data.workers=1",
@@ -160,7 +165,7 @@ def test_a_signal_to_all_processes_saves_without_a_traceback(number, tmp_path):
         "--config.log.tensorboard=false",
         "--config.evaluate.every_epochs=1000000",
     ]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILE}
     run = subprocess.Popen(
         [sys.executable, "train.py", *flags],
         cwd=ROOT,

@@ -1,6 +1,6 @@
 """kill -9 to a real training process, at any moment: nothing is lost but the last few steps.
 
-pytest -m faults tests/faults/test_kill.py     50 kills; the default suite has three
+pytest -m faults tests/faults/test_kill.py     50 kills; the default suite has two
 """
 
 import os
@@ -15,7 +15,7 @@ import chex
 import pytest
 
 from resnet_jax.training import manifest
-from tests.conftest import TEMPORARY
+from tests.conftest import FAST_COMPILE, TEMPORARY
 from tests.training.runs import state_of, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -48,7 +48,7 @@ FLAGS = (
 
 def start(workdir):
     command = [sys.executable, "train.py", f"--workdir={workdir}", *FLAGS]
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": str(ROOT)}
     with (workdir.parent / "stderr").open("w") as errors:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
@@ -139,7 +139,7 @@ def kill_again_and_again(folder, straight, kills, seed):
 
 
 def test_a_few_kills(straight, tmp_path):
-    kill_again_and_again(tmp_path, straight, kills=3, seed=1)
+    kill_again_and_again(tmp_path, straight, kills=2, seed=1)
 
 
 @pytest.mark.faults

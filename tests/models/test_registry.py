@@ -1,5 +1,7 @@
 """Every registered model: shapes, dtypes, counts, names."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -89,11 +91,18 @@ def shallowest_of_each_kind():
     return [min(each)[1] for each in kinds.values()]
 
 
+SHALLOW = shallowest_of_each_kind()
+
+
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [
-        *((jnp.float32, name) for name in PARAMETERS),
-        *((jnp.bfloat16, name) for name in shallowest_of_each_kind()),
+        *itertools.product((jnp.float32, jnp.bfloat16), SHALLOW),
+        *(
+            pytest.param(jnp.float32, name, marks=pytest.mark.slow)
+            for name in PARAMETERS
+            if name not in SHALLOW
+        ),
     ],
 )
 def test_shapes_and_dtypes(dtype, name):

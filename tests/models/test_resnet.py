@@ -30,10 +30,15 @@ def init(model, x):
     return jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
 
 
+def run(model, variables, x, **options):
+    """`apply` for evaluation, compiled whole: operation by operation takes longer."""
+    return jax.jit(functools.partial(model.apply, train=False, **options))(variables, x)
+
+
 class Variants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_logits(self):
-        model, x = tiny(), images()
+        model, x = tiny(stage_sizes=(1, 1), stage_widths=(8, 16)), images()
         variables = init(model, x)
         logits = self.variant(functools.partial(model.apply, train=False))(variables, x)
         chex.assert_shape(logits, (4, 5))
@@ -74,10 +79,7 @@ def test_dilated_maps_contain_the_strided_ones(fields, output_stride):
     dilated = tiny(**fields, output_stride=output_stride)
     variables = init(model, x)
     coarse_map, fine_map = (
-        jax.jit(functools.partial(each.apply, train=False, method="features"))(variables, x)[
-            "stage4"
-        ]
-        for each in (model, dilated)
+        run(each, variables, x, method="features")["stage4"] for each in (model, dilated)
     )
     assert fine_map.shape[1] == 64 // output_stride
     step = 32 // output_stride
@@ -89,16 +91,16 @@ def test_half_precision_stays_close(dtype):
     x = images()
     model, half = tiny(), tiny(dtype=dtype)
     variables = init(model, x)
-    logits, low = (m.apply(variables, x, train=False) for m in (model, half))
+    logits, low = (run(m, variables, x) for m in (model, half))
     assert low.dtype == jnp.float32
     assert float(jnp.linalg.norm(low - logits) / jnp.linalg.norm(logits)) < 0.02
-    maps = half.apply(variables, x, train=False, method="features")
+    maps = run(half, variables, x, method="features")
     assert {m.dtype for m in maps.values()} == {jnp.dtype(dtype)}
 
 
 def test_remat_changes_nothing():
-    x = images()
-    model, remat = tiny(), tiny(remat=True)
+    x, short = images(), {"stage_sizes": (1, 1), "stage_widths": (8, 16)}
+    model, remat = tiny(**short), tiny(**short, remat=True)
     variables = init(model, x)
     chex.assert_trees_all_equal_structs(variables, init(remat, x))
 
@@ -148,11 +150,10 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
 
 
 def test_dropout_needs_training():
-    model, x = tiny(dropout_rate=0.5), images()
+    fields = {"stage_sizes": (1, 1), "stage_widths": (8, 16)}
+    model, x = tiny(**fields, dropout_rate=0.5), images()
     variables = init(model, x)
-    chex.assert_trees_all_equal(
-        model.apply(variables, x, train=False), tiny().apply(variables, x, train=False)
-    )
+    chex.assert_trees_all_equal(run(model, variables, x), run(tiny(**fields), variables, x))
     draws = [
         model.apply(
             variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(k)}
@@ -166,15 +167,15 @@ def test_no_head_gives_pooled_features():
     model, x = tiny(num_classes=0), images()
     variables = init(model, x)
     assert "head" not in variables["params"]
-    pooled = model.apply(variables, x, train=False)
-    last = model.apply(variables, x, train=False, method="features")["stage4"]
+    pooled = run(model, variables, x)
+    last = run(model, variables, x, method="features")["stage4"]
     chex.assert_trees_all_close(pooled, last.mean((1, 2)))
 
 
 def test_train_false_freezes_batch_norm():
     model, x = tiny(), images()
     variables = init(model, x)
-    _, updates = model.apply(variables, x, train=False, mutable=["batch_stats"])
+    _, updates = run(model, variables, x, mutable=["batch_stats"])
     chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
 
 
@@ -230,7 +231,7 @@ def test_batch_norm_with_a_large_mean():
 
 def test_any_number_of_channels():
     x = images(2, channels=9)
-    chex.assert_shape(tiny().apply(init(tiny(), x), x, train=False), (2, 5))
+    chex.assert_shape(run(tiny(), init(tiny(), x), x), (2, 5))
 
 
 def test_lists_are_fine_and_modules_hash():
@@ -314,7 +315,7 @@ def test_refused_group_size():
 
 
 def test_from_nnx():
-    linen, x = tiny(), images()
+    linen, x = tiny(stage_sizes=(1, 1), stage_widths=(8, 16)), images()
     model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(x, train=False)
     logits = model(x, train=False)
     chex.assert_shape(logits, (4, 5))

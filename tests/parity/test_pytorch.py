@@ -123,7 +123,14 @@ def check_gradients(model, arrays):
         assert_close(found[name], expected, GRADIENTS)
 
 
-@cases
+@pytest.mark.parametrize(
+    "case",
+    [
+        "torchvision_resnet18",
+        pytest.param("review_resnet50", marks=pytest.mark.slow),
+        *(f"{name} live" for name in MODELS),
+    ],
+)
 def test_running_statistics_after_three_steps(case):
     check_a_draw(case, check_running_statistics)
 

@@ -28,6 +28,7 @@ VOID = {"meta", "img", "br", "link", "input"}
 
 def configuration():
     return c.Config(
+        model=c.Model(name="resnet8_cifar"),
         data=c.Data(image_size=8, threads=2),
         augment=c.Augment(pad=1, mean=(0.3,), std=(0.38,)),
         schedule=c.Schedule(name="step", boundaries=(0.5,)),
@@ -76,11 +77,15 @@ def pixels(image):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"))
 
 
-def test_one_run(workdir, tmp_path):
-    output = write_report([workdir], tmp_path / "page.html")
-    page = Page(output.read_text())
+@pytest.fixture(scope="module")
+def written(workdir, tmp_path_factory):
+    return write_report([workdir], tmp_path_factory.mktemp("written") / "page.html")
+
+
+def test_one_run(workdir, written):
+    page = Page(written.read_text())
     names = ["curves", "confusion", "mistakes", "explanations", "filters", "responses"]
-    assert sorted(path.stem for path in (tmp_path / "page").iterdir()) == sorted(names)
+    assert sorted(path.stem for path in written.with_suffix("").iterdir()) == sorted(names)
     assert len(page.images) == len(names)
     for image in page.images:
         assert image["alt"]
@@ -135,12 +140,11 @@ def test_what_cannot_be_had_is_said(workdir, tmp_path):
     assert (run / "report.html").exists()
 
 
-def test_own_images(workdir, tmp_path):
-    write_report([workdir], tmp_path / "first.html")
+def test_own_images(workdir, written, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (9, 8), np.uint8)
     Image.fromarray(noise).save(tmp_path / "own.png")
     write_report([workdir], tmp_path / "own.html", images=[tmp_path / "own.png"])
-    own, first = (explanations_height(tmp_path / name) for name in ("own", "first"))
+    own, first = map(explanations_height, (tmp_path / "own", written.with_suffix("")))
     assert own < first  # one row of pictures instead of three
 
 

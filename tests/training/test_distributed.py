@@ -17,6 +17,7 @@ from resnet_jax.errors import LOST, MISTAKE, STOPPED, ConfigError, PeerError
 from resnet_jax.training import launch, watch
 from resnet_jax.training.distributed import first_difference, together
 from resnet_jax.training.watch import Watch
+from tests.conftest import FAST_COMPILE
 from tests.training.runs import records, state_of
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def environment(devices):
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / "tmp" / "jax-cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}",
     }
 
 
