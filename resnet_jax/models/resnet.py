@@ -122,7 +122,7 @@ class ResNet(nn.Module):
       ModelError: A field's value is not allowed, or the image is too small.
 
     Example:
-      >>> model = ResNet(stage_sizes=(2, 2, 2, 2), num_classes=10)
+      >>> model = ResNet(stage_sizes=(1, 1), stage_widths=(16, 32), num_classes=10)
       >>> images = jnp.zeros((1, 64, 64, 3))
       >>> variables = model.init(jax.random.key(0), images, train=False)
       >>> model.apply(variables, images, train=False).shape
@@ -209,12 +209,12 @@ class ResNet(nn.Module):
           the raw sums, before the final norm and ReLU.
 
         Example:
-          >>> model = ResNet(stage_sizes=(2, 2, 2, 2), num_classes=0)
+          >>> model = ResNet(stage_sizes=(1, 1), stage_widths=(16, 32), num_classes=0)
           >>> images = jnp.zeros((1, 64, 64, 3))
           >>> variables = model.init(jax.random.key(0), images, train=False)
           >>> maps = model.apply(variables, images, train=False, method="features")
-          >>> maps["stage4"].shape
-          (1, 2, 2, 2048)
+          >>> maps["stage2"].shape
+          (1, 8, 8, 128)
         """
         self._check_images(images)
         maps = {"stem": self.stem_module(jnp.asarray(images, self.dtype), train)}

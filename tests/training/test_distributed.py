@@ -123,6 +123,7 @@ def last_records(workdir):
     return found
 
 
+@pytest.mark.slow
 def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
     """Two processes, one is killed; two again, one is stopped; then one of two devices.
 

@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def configuration(**changes):
     """Six steps of a small network on digits of 8x8 pixels, evaluated twice."""
     config = c.Config(
-        model=c.Model(name="resnet20"),
+        model=c.Model(name="resnet8_cifar"),
         data=c.Data(name="digits", image_size=8, threads=2),
         augment=c.Augment(pad=1, rotate=5.0),
         train=c.Train(steps=6, batch_size=48, ema_decay=0.5),
@@ -83,13 +83,13 @@ def test_what_a_run_writes(straight):
 
 def test_a_workdir_is_a_weight_file(straight):
     workdir, _ = straight
-    model = rj.ResNet20()
+    model = rj.ResNet8Cifar()
     variables = rj.load_weights(model, workdir)
     name, stored, _ = load_variables(workdir)
-    assert name == "resnet20"
+    assert name == "resnet8_cifar"
     chex.assert_trees_all_equal(variables, stored)
-    other = rj.load_weights(rj.ResNet20(num_classes=3), workdir, reset_head=True)
-    chex.assert_shape(other["params"]["head"]["kernel"], (64, 3))
+    other = rj.load_weights(rj.ResNet8Cifar(num_classes=3), workdir, reset_head=True)
+    chex.assert_shape(other["params"]["head"]["kernel"], (256, 3))
     with pytest.raises(rj.WeightsError, match="not this model's"):
         rj.load_weights(rj.ResNet32(), workdir)
 
@@ -127,6 +127,7 @@ def test_several_steps_a_call(straight, tmp_path, monkeypatch):
     chex.assert_trees_all_close(state_of(tmp_path), state_of(straight[0]), rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_steps_a_call_goes_on_exactly(tmp_path, monkeypatch):
     changes = {"train__steps_per_call": 2, "augment__flip_alternates": True}
     expected = train(configuration(**changes), tmp_path / "straight")
@@ -144,7 +145,7 @@ def test_reading_a_workdir_changes_nothing_in_it(straight, tmp_path):
     unfinished = tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp"
     unfinished.mkdir()
     before = sorted(tmp_path.rglob("*"))
-    rj.load_weights(rj.ResNet20(), tmp_path / "run")
+    rj.load_weights(rj.ResNet8Cifar(), tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -286,7 +287,7 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
         ({"data__name": "tfds:mnist"}, r"data\.\w+.*prepare"),
         ({"data__name": "folder:/nowhere"}, "/nowhere"),
         ({"data__train_split": "training"}, r"data\.\w*.*train.*test"),
-        ({"data__image_size": 2}, r"data\.image_size = 2: resnet20 needs at least 4 pixels"),
+        ({"data__image_size": 2}, r"data\.image_size = 2: resnet8_cifar needs at least 4 pixels"),
         ({"model__num_classes": 4}, r"model\.num_classes = 4: the data set has 10 classes"),
         ({"checkpoint__init_from": "/none.npz"}, r"checkpoint\.init_from = '/none\.npz': .*read"),
     ],
@@ -313,7 +314,7 @@ def test_utilisation_where_the_peak_is_known(steps_per_call, tmp_path, monkeypat
     train(config, tmp_path)
     record = [r for r in records(tmp_path) if r["split"] == "train"][-1]
     # Forward, and twice that backward; two operations a multiply-add; eight devices.
-    operations = 6 * rj.summary(rj.ResNet20(), (1, 8, 8, 1)).multiply_adds
+    operations = 6 * rj.summary(rj.ResNet8Cifar(), (1, 8, 8, 1)).multiply_adds
     expected = record["images_per_second"] * operations / (8 * 1e9)
     # The compiler does not count products with padding, many at 8x8 pixels.
     assert 0.6 < record["mfu"] / expected < 1.1

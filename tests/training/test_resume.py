@@ -93,7 +93,7 @@ def fails(*_):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("name", ["metrics", "state"])
+@pytest.mark.parametrize("name", ["metrics", pytest.param("state", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up_in_the_middle(name, straight, tmp_path, monkeypatch):
     """One line, the last good state stays, and the same command goes on to the same end."""
     config = configuration()
