@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from resnet_jax.data.base import one_line
 from resnet_jax.errors import ConfigError, DivergedError
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, profile_steps
@@ -234,4 +235,4 @@ class Trace:
         try:
             yield
         except (OSError, RuntimeError) as error:
-            self._say(f"log.profile: no trace: {' '.join(str(error).split())}")
+            self._say(f"log.profile: no trace: {one_line(error)}")

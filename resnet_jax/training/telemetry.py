@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from resnet_jax.data.base import one_line
 from resnet_jax.training.chips import CHIPS
 from resnet_jax.training.config import Config
 from resnet_jax.training.workdir import Appender, write_whole, writing
@@ -153,7 +154,7 @@ class Telemetry:
                 copy.write(record)
             except Exception as error:  # of a library that may reach over a network
                 self._copies.remove(copy)
-                self.say(f"{copy.name} is left out from here on: {_one_line(error)}")
+                self.say(f"{copy.name} is left out from here on: {one_line(error)}")
                 with contextlib.suppress(Exception):
                     copy.close()
         if record["split"] != "train":
@@ -185,7 +186,7 @@ class Telemetry:
             try:
                 copy.close()
             except Exception as error:
-                self.say(f"{copy.name} was not closed: {_one_line(error)}")
+                self.say(f"{copy.name} was not closed: {one_line(error)}")
         if self._file is not None:
             self._file.close()
 
@@ -197,10 +198,6 @@ class Telemetry:
             f"step {step}/{self._total}  epoch {step / self._steps_per_epoch:.1f}  "
             f"{_values(record)}  {duration(left)} left"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _values(record: Record) -> str:
