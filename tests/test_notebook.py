@@ -6,8 +6,6 @@ import json
 import os
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import nbformat
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from PIL import Image
 
 import resnet_jax as rj
 from tests.conftest import FAST_COMPILE
+from tests.variables import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "colab_tpu.ipynb"
@@ -96,8 +95,7 @@ def executed(tmp_path_factory):
 def _save_as_on_the_hub(folder):
     folder.mkdir()
     model = rj.ResNet20()
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
-    rj.save_weights(folder / "model.safetensors", model, variables)
+    rj.save_weights(folder / "model.safetensors", model, random_variables(model))
     facts = {"input_size": [3, 32, 32], "crop_pct": 0.875, "interpolation": "bicubic"}
     config = {"architecture": "resnet20", "num_classes": 10, "pretrained_cfg": facts}
     (folder / "config.json").write_text(json.dumps(config))

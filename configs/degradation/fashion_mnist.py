@@ -23,14 +23,18 @@ from resnet_jax.training.config import (
 
 
 def get_config(model: str = "plain20") -> Config:
-    """The paper's recipe in small: a fifth of the images, at 16x16 pixels, for eight epochs."""
+    """The paper's recipe in small: a fifth of the images, at 14x14 pixels, for six epochs.
+
+    The first epoch raises the learning rate: in so few steps a deep network does not recover from
+    starting with all of it (the paper too starts its 110 layers at a tenth, section 4.2).
+    """
     return Config(
         model=Model(name=model),
-        data=Data(name="tfds:fashion_mnist", train_split="train[:20%]", image_size=16),
+        data=Data(name="tfds:fashion_mnist", train_split="train[:20%]", image_size=14),
         augment=Augment(flip=True, pad=1, mean=(0.286,), std=(0.353,)),
-        optimizer=Optimizer(learning_rate=0.1, weight_decay=1e-4, decay_norms_and_biases=True),
-        schedule=Schedule(name="step", boundaries=(0.5, 0.75)),
-        train=Train(epochs=8.0, batch_size=128),
+        optimizer=Optimizer(learning_rate=0.05, weight_decay=1e-4, decay_norms_and_biases=True),
+        schedule=Schedule(name="step", boundaries=(0.5, 0.75), warmup_epochs=1.0),
+        train=Train(epochs=6.0, batch_size=64),
         evaluate=Evaluate(every_epochs=1.0),
         log=Log(every_steps=47),
     )

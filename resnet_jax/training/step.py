@@ -98,6 +98,7 @@ def make_train_step(
       was left out because something in it was not a finite number, else 0.0.
     """
     schedule = make_schedule(config, length)
+    on_cpu = _is_cpu(platform)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.value
@@ -121,7 +122,7 @@ def make_train_step(
             new = new.replace(ema=_average(new, config))
         finite = _all_finite(metrics["loss"], gradients, new)
         metrics["skipped"] = 1 - finite.astype(jnp.float32)
-        return _unless_skipped(finite, new, state), metrics
+        return _unless_skipped(finite, new, state, on_cpu), metrics
 
     return step
 
@@ -209,11 +210,15 @@ def _gradients(
     return gradients, batch_stats, metrics
 
 
+def _is_cpu(platform: str) -> bool:
+    return (platform or jax.default_backend()) == "cpu"
+
+
 def _scan(
     function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, platform: str
 ) -> tuple[Any, Any]:
     """`lax.scan`; without a loop on a CPU, where XLA runs its convolutions 17 times slower."""
-    if (platform or jax.default_backend()) != "cpu":
+    if not _is_cpu(platform):
         return lax.scan(function, carry, xs)
     outputs = []
     for index in range(jax.tree.leaves(xs)[0].shape[0]):
@@ -255,11 +260,17 @@ def _all_finite(loss: jax.Array, gradients: Any, new: TrainState) -> jax.Array:
     return jnp.isfinite(squares)
 
 
-def _unless_skipped(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+def _unless_skipped(
+    finite: jax.Array, new: TrainState, old: TrainState, on_cpu: bool
+) -> TrainState:
     """The new state; of a skipped step only its number, and what float16 learns from it."""
-    # Not jnp.where for each leaf: a CPU's compiler would write out all that comes before it once
-    # more for each, and take three times as long.
-    state = lax.cond(finite, lambda n, o: n, lambda n, o: o, new, old)
+    if on_cpu:
+        # For jnp.where a CPU's compiler writes out all that comes before it once more for each
+        # leaf, and takes three times as long.
+        state = lax.cond(finite, lambda n, o: n, lambda n, o: o, new, old)
+    else:
+        # A conditional would copy the state: for ResNet-50 on a TPU v5e 2% of a step's traffic.
+        state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     scale = old.loss_scale and old.loss_scale.update(finite)
     return state.replace(step=new.step, loss_scale=scale)
 

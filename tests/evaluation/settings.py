@@ -4,13 +4,13 @@ import functools
 import io
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.evaluation.network import Network, imagenet_ids, imagenet_names
+from tests.variables import random_variables
 
 
 def tiny_network(classes=4, channels=3, size=8, crop_fraction=0.8, names=None):
@@ -21,9 +21,8 @@ def tiny_network(classes=4, channels=3, size=8, crop_fraction=0.8, names=None):
         block_cls=rj.BasicBlock,
         stem_cls=rj.CifarStem,
         num_classes=classes,
-        head_init=jax.nn.initializers.normal(1.0),
     )
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, channels)), train=False)
+    variables = random_variables(model, (8, 8, channels))
     return Network(
         source="net",
         name="tiny",

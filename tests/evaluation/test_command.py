@@ -4,23 +4,21 @@ import json
 import os
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import pytest
 from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.cli import main
 from tests.evaluation.settings import photo, write_folder
+from tests.variables import random_variables
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, tiny_model):
     """A weight file of four classes, a folder of ten images in four classes, one damaged image."""
     folder = tmp_path_factory.mktemp("command")
-    model = rj.create_model("resnet8_cifar", num_classes=4)
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)), train=False))
-    rj.save_weights(folder / "w.npz", model, init(jax.random.key(0)))
+    model = rj.create_model(tiny_model, num_classes=4)
+    rj.save_weights(folder / "w.npz", model, random_variables(model))
     write_folder(folder / "data", [(8, 8)] * 9)
     (folder / "data" / "test" / "class0" / "z.png").write_bytes(b"nothing")
     write_folder(folder / "other", [(8, 8)] * 9, classes=3)
@@ -37,7 +35,7 @@ def evaluate(place, *flags, data="data"):
         [
             "evaluate",
             f"{place}/w.npz",
-            "--model=resnet8_cifar",
+            "--model=tiny",
             "--image_size=8",
             f"--data=folder:{place}/{data}",
             "--split=test",
@@ -100,7 +98,6 @@ def test_an_existing_file_stays(place, tmp_path, capsys):
     [
         (["--views=center"], "data", "--views: unknown view 'center'"),
         (["--views=multi_scale", "--scales=8;9"], "data", "--scales=8;9: pixels with commas"),
-        (["--views=multi_scale", "--scales=2"], "data", "--scales=2: resnet8_cifar needs at least"),
         (["--max_corrupt=0"], "data", "data.max_corrupt = 0: more images than that"),
         (["--json=/nowhere/a.json"], "data", "--json=/nowhere/a.json: cannot be written"),
         (["--json=/"], "data", "--json=/: is a folder"),
@@ -125,7 +122,7 @@ def test_mistakes_are_one_line(flags, data, message, place, capsys):
 def test_a_missing_or_foreign_network(source, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "foreign.npz").write_bytes(b"PK nothing")
-    flags = [f"{tmp_path}/{source}", "--model=resnet8_cifar", f"--data=folder:{place}/data"]
+    flags = [f"{tmp_path}/{source}", "--model=tiny", f"--data=folder:{place}/data"]
     assert main(["evaluate", *flags, "--split=test"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")

@@ -38,12 +38,12 @@ def open_folder(root):
 
 
 @pytest.fixture(scope="module", params=["memory", "stream and flip"])
-def run(request, tmp_path_factory):
+def run(request, tmp_path_factory, tiny_model):
     """A real short run; its last batch of evaluation is padded."""
     streams = request.param != "memory"
     folder = tmp_path_factory.mktemp("run")
     config = c.Config(
-        model=c.Model(name="resnet8_cifar"),
+        model=c.Model(name="tiny"),
         data=c.Data(eval_split="test[:100]", image_size=8, memory_gib=0.0 if streams else 2.0),
         augment=c.Augment(mean=(0.3,), std=(0.38,)),
         train=c.Train(steps=4, batch_size=32, ema_decay=0.7),
@@ -153,6 +153,12 @@ def test_ratios_are_few_and_near():
 def test_default_scales_are_the_papers():
     assert default_scales(224) == (224, 256, 384, 480, 640)
     assert Evaluator(tiny_network(), "multi_scale").scales == (8, 9, 14, 17, 23)
+
+
+def test_scales_that_are_too_small():
+    network = dataclasses.replace(tiny_network(), model=rj.ResNet20())
+    with pytest.raises(rj.ConfigError, match="--scales=2,8: tiny needs at least 4 pixels"):
+        Evaluator(network, "multi_scale", scales=(2, 8))
 
 
 # --- Measures -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from resnet_jax.data.loader import MemoryImages, evaluation_batches
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Augment
+from tests.variables import random_variables
 
 
 @functools.cache
@@ -26,8 +26,7 @@ def setting():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (37, 8, 8, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, 37).astype(np.int32)
-    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)), train=False)
-    return model, MemoryImages(images, labels), variables
+    return model, MemoryImages(images, labels), random_variables(model)
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import json
 
 import chex
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,14 +11,15 @@ from resnet_jax.evaluation.network import imagenet_ids, imagenet_names, open_net
 from resnet_jax.training import config as c
 from resnet_jax.training.checkpoint import load_variables
 from resnet_jax.training.loop import train
+from tests.variables import random_variables
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(tmp_path_factory, tiny_model):
     """One step on digits, with statistics shared over devices and a moving average."""
     folder = tmp_path_factory.mktemp("run")
     config = c.Config(
-        model=c.Model(bn_sync="all", num_classes=12),
+        model=c.Model(name="tiny", bn_sync="all", num_classes=12),
         data=c.Data(image_size=8, eval_size=12, eval_resize=15, interpolation="bicubic"),
         augment=c.Augment(mean=(0.3,), std=(0.38,)),
         train=c.Train(steps=1, batch_size=16, ema_decay=0.5),
@@ -30,12 +30,12 @@ def workdir(tmp_path_factory):
 
 
 def initial(model, channels=3):
-    return model.init(jax.random.key(0), jnp.zeros((1, 32, 32, channels)), train=False)
+    return random_variables(model, (32, 32, channels))
 
 
 def test_workdir(workdir):
     network = open_network(workdir)
-    assert (network.name, network.channels, network.model.axis_name) == ("resnet20", 1, None)
+    assert (network.name, network.channels, network.model.axis_name) == ("tiny", 1, None)
     assert network.class_names == (*"0123456789", "10", "11")
     expected = rj.Preprocessing(12, 0.8, "bicubic", (0.3,), (0.38,))
     assert network.preprocessing == expected
@@ -105,7 +105,7 @@ def test_mistakes(source, options, error, message, tmp_path, monkeypatch):
 
 
 def test_a_workdir_holds_the_network_that_it_says(workdir):
-    with pytest.raises(rj.ConfigError, match="holds a resnet20; leave the flag out"):
+    with pytest.raises(rj.ConfigError, match="holds a tiny; leave the flag out"):
         open_network(workdir, model="resnet32")
     (workdir / "classes.json").write_text("[")
     with pytest.raises(rj.WeightsError, match=r"classes.json cannot be read"):

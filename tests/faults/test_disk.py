@@ -28,6 +28,7 @@ from resnet_jax.training.telemetry import Telemetry
 from resnet_jax.training.workdir import Appender
 from tests.training.test_loop import configuration, records, state_of
 
+pytestmark = pytest.mark.usefixtures("tiny_model")
 NUMBERS = {"loss": 0.5, "top1": 0.5, "top5": 1.0, "images_per_second": 9.0, "skipped": 0}
 
 

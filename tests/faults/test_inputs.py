@@ -27,6 +27,7 @@ from tests.training.runs import state_of
 from tests.training.test_loop import configuration
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 @contextlib.contextmanager
@@ -155,7 +156,7 @@ def test_a_signal_to_all_processes_saves_without_a_traceback(number, tmp_path):
     """As Ctrl-C in a terminal, and a batch system, send it."""
     flags = [
         f"--workdir={tmp_path}",
-        "--config.model.name=resnet8_cifar",
+        "--config=tests/tiny.py",
         "--config.data.image_size=8",
         "--config.data.crop=random_resized",
         "--config.data.workers=1",

@@ -20,9 +20,9 @@ from tests.training.runs import state_of, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 300  # seconds of a single start
-STEPS = 120
+STEPS = 60
 FLAGS = (
-    "--config.model.name=resnet8_cifar",
+    "--config=tests/tiny.py",
     "--config.model.dropout_rate=0.1",
     "--config.data.image_size=8",
     "--config.data.channels=3",

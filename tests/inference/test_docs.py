@@ -4,11 +4,9 @@ import json
 import pathlib
 import re
 
-import jax
-import jax.numpy as jnp
-
 import resnet_jax as rj
 from resnet_jax.cli import main
+from tests.variables import random_variables
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "predict.md"
 
@@ -19,7 +17,7 @@ def test_blocks(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "digits"
     folder.mkdir(parents=True)
     model = rj.ResNet20(num_classes=10)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)), train=False)
+    variables = random_variables(model, (16, 16, 1))
     rj.save_weights(folder / "model.safetensors", model, variables)
     facts = {"input_size": [1, 16, 16], "crop_pct": 1.0, "mean": [0.3], "std": [0.38]}
     config = {"architecture": "resnet20", "num_classes": 10, "pretrained_cfg": facts}

@@ -8,6 +8,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
+from tests.variables import random_variables
 
 
 def small(**fields):
@@ -17,7 +18,7 @@ def small(**fields):
 
 def network(model, side=32):
     images = jax.random.normal(jax.random.key(1), (2, side, side, 3))
-    return model.init(jax.random.key(0), images, train=False), images
+    return random_variables(model, images.shape[1:]), images
 
 
 CLASSES = jnp.array([3, 7])
@@ -25,8 +26,9 @@ CLASSES = jnp.array([3, 7])
 
 def test_integrated_gradients_are_complete():
     """Sundararajan et al. 2017, Proposition 1."""
-    model = small(head_init=jax.nn.initializers.normal(1.0))
+    model = small()
     variables, images = network(model)
+    variables["params"]["head"]["kernel"] *= 8  # logits that differ
     found = integrated_gradients(model, variables, images, CLASSES, steps=300)
 
     def logit(images):
@@ -73,11 +75,11 @@ def test_grad_cam_of_an_earlier_layer(layer):
 def test_responses_are_those_of_the_norms():
     model = rj.ResNet20()
     variables, images = network(model)
-    scale = variables["params"]["stage2"]["block1"]["norm2"]["scale"]
+    norm = variables["params"]["stage2"]["block1"]["norm2"]
     found = responses(model, variables, images)
     assert len(found) == 18  # 6 n, without the stem's
     assert list(found)[6:8] == ["stage2/block1/conv1", "stage2/block1/conv2"]
-    variables["params"]["stage2"]["block1"]["norm2"]["scale"] = 3 * scale
+    norm |= {name: 3 * value for name, value in norm.items()}
     tripled = responses(model, variables, images)
     assert tripled["stage2/block1/conv2"] == pytest.approx(3 * found["stage2/block1/conv2"])
     assert tripled["stage2/block1/conv1"] == pytest.approx(found["stage2/block1/conv1"])

@@ -23,6 +23,7 @@ from resnet_jax.inference.export import export_network, sample_images, source_lo
 from resnet_jax.inference.fold import fold_batch_norm
 from resnet_jax.inference.stablehlo import run_stablehlo
 from resnet_jax.training.config import Config, Data
+from tests.variables import random_variables
 
 ROOT = Path(__file__).parents[2]
 SIDE = 16
@@ -60,27 +61,11 @@ GROUP_NORM = functools.partial(
 )
 
 
-def trained(model, channels=3, side=SIDE):
-    """Variables in which no norm is the identity, and some scales are negative."""
-    shape = (1, side, side, channels)
-    init = jax.jit(lambda key: model.init(key, jnp.zeros(shape), train=False))
-    leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, init(jax.random.key(0))))
-    rng = np.random.default_rng(0)
-    for path, leaf in leaves.items():
-        if path[-1] in ("mean", "bias"):
-            leaves[path] = rng.normal(0, 0.2, leaf.shape).astype(np.float32)
-        elif path[-1] in ("scale", "var"):
-            leaves[path] = rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        if path[-1] == "scale":
-            leaves[path][::5] *= -1
-    return traverse_util.unflatten_dict(leaves)
-
-
 @functools.cache
 def case(kind):
     """A network of a kind, images for it, and its logits."""
     model = GROUP_NORM() if kind == "group norm" else KINDS[kind]()
-    variables, preprocessing = trained(model), rj.Preprocessing()
+    variables, preprocessing = random_variables(model), rj.Preprocessing()
     side = SIDE if "A" in kind else SIDE + 1  # option A is made for even maps
     images = np.random.default_rng(1).integers(0, 256, (3, side, side, 3)).astype(np.uint8)
     logits = source_logits(model, variables, preprocessing, images)
@@ -91,7 +76,7 @@ def case(kind):
 def weight_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
     model = rj.ResNet20(num_classes=7)
-    rj.save_weights(path, model, trained(model))
+    rj.save_weights(path, model, random_variables(model))
     return path
 
 
@@ -278,7 +263,7 @@ def test_hub_folder_is_read_back_whole(network, tmp_path, monkeypatch):
 
 def test_hub_folder_of_grey_images(tmp_path):
     model = rj.create_model("resnet8_cifar", num_classes=3)
-    rj.save_weights(tmp_path / "w.npz", model, trained(model, channels=1))
+    rj.save_weights(tmp_path / "w.npz", model, random_variables(model, (8, 8, 1)))
     network = open_network(tmp_path / "w.npz", model="resnet8_cifar", image_size=8)
     with pytest.raises(rj.ExportError, match="3 means for images of 1 channel"):
         export_network(network, "hub", tmp_path / "hub")
@@ -319,7 +304,7 @@ def test_timm_reads_the_folder(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     model = rj.ResNet18(num_classes=4)
-    rj.save_weights(tmp_path / "w.safetensors", model, trained(model, side=32))
+    rj.save_weights(tmp_path / "w.safetensors", model, random_variables(model))
     network = open_network(tmp_path / "w.safetensors", model="resnet18", image_size=64)
     export_network(network, "hub", tmp_path / "hub")
     theirs = timm.create_model(f"local-dir:{tmp_path}/hub", pretrained=True).eval()

@@ -27,6 +27,7 @@ from resnet_jax.evaluation.network import open_network
 from resnet_jax.inference import features as features_module
 from resnet_jax.training.parallel import shard
 from tests.conftest import FAST_COMPILE
+from tests.variables import random_variables
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = jax.local_device_count()
@@ -36,8 +37,7 @@ BATCH = 2 * DEVICES
 
 def write_network(folder, channels=3):
     model = rj.ResNet20(num_classes=7)
-    images = jnp.zeros((1, 32, 32, channels))
-    rj.save_weights(folder, model, model.init(jax.random.key(0), images, train=False))
+    rj.save_weights(folder, model, random_variables(model, (32, 32, channels)))
     return str(folder)
 
 

@@ -22,6 +22,7 @@ from resnet_jax.models.norms import (
     product_norm,
     product_norm_by_input,
 )
+from tests.variables import random_variables
 
 
 @pytest.fixture
@@ -151,8 +152,7 @@ def distance(results, exact):
 
 def example():
     images = np.random.default_rng(3).normal(size=(16, 32, 32, 3)).astype(np.float32)
-    variables = bottlenecks().init(jax.random.key(0), images[:1], train=False)
-    return variables, images
+    return random_variables(bottlenecks()), images
 
 
 def test_a_network_as_on_a_tpu_equals_the_plain_one(request):

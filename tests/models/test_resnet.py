@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import resnet_jax as rj
+from tests.variables import random_variables
 
 SIDE = 32
 TINY = {"stage_sizes": (1, 1, 1, 1), "stage_widths": (8, 16, 24, 32), "num_classes": 5}
@@ -27,7 +28,7 @@ def images(count=4, side=SIDE, channels=3):
 
 
 def init(model, x):
-    return jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
+    return random_variables(model, x.shape[1:])
 
 
 def run(model, variables, x, **options):

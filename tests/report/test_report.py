@@ -23,12 +23,13 @@ from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
 from tests.evaluation.settings import tiny_network
 
+pytestmark = pytest.mark.usefixtures("tiny_model")
 VOID = {"meta", "img", "br", "link", "input"}
 
 
 def configuration():
     return c.Config(
-        model=c.Model(name="resnet8_cifar"),
+        model=c.Model(name="tiny"),
         data=c.Data(image_size=8, threads=2),
         augment=c.Augment(pad=1, mean=(0.3,), std=(0.38,)),
         schedule=c.Schedule(name="step", boundaries=(0.5,)),
@@ -39,7 +40,7 @@ def configuration():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp("runs") / "digits"
     train(configuration(), folder)
     return folder

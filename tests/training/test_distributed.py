@@ -25,7 +25,7 @@ LIMIT = 240  # seconds until every process of a test is killed
 
 STEPS = 60
 FLAGS = [
-    "--config.model.name=resnet8_cifar",
+    "--config=tests/tiny.py",
     "--config.model.bn_sync=all",
     "--config.data.image_size=8",
     "--config.augment.pad=1",

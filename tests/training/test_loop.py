@@ -29,12 +29,13 @@ from resnet_jax.training.telemetry import PEAK_FLOPS
 from tests.training.runs import records, state_of, stop_after, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
 def configuration(**changes):
     """Six steps of a small network on digits of 8x8 pixels, evaluated twice."""
     config = c.Config(
-        model=c.Model(name="resnet8_cifar"),
+        model=c.Model(name="tiny"),
         data=c.Data(name="digits", image_size=8, threads=2),
         augment=c.Augment(pad=1, rotate=5.0),
         train=c.Train(steps=6, batch_size=48, ema_decay=0.5),
@@ -48,7 +49,7 @@ def configuration(**changes):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(tmp_path_factory, tiny_model):
     """A run without interruption."""
     workdir = tmp_path_factory.mktemp("straight")
     return workdir, train(configuration(), workdir)
@@ -83,13 +84,13 @@ def test_what_a_run_writes(straight):
 
 def test_a_workdir_is_a_weight_file(straight):
     workdir, _ = straight
-    model = rj.ResNet8Cifar()
+    model = rj.create_model("tiny")
     variables = rj.load_weights(model, workdir)
     name, stored, _ = load_variables(workdir)
-    assert name == "resnet8_cifar"
+    assert name == "tiny"
     chex.assert_trees_all_equal(variables, stored)
-    other = rj.load_weights(rj.ResNet8Cifar(num_classes=3), workdir, reset_head=True)
-    chex.assert_shape(other["params"]["head"]["kernel"], (256, 3))
+    other = rj.load_weights(rj.create_model("tiny", num_classes=3), workdir, reset_head=True)
+    chex.assert_shape(other["params"]["head"]["kernel"], (16, 3))
     with pytest.raises(rj.WeightsError, match="not this model's"):
         rj.load_weights(rj.ResNet32(), workdir)
 
@@ -145,7 +146,7 @@ def test_reading_a_workdir_changes_nothing_in_it(straight, tmp_path):
     unfinished = tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp"
     unfinished.mkdir()
     before = sorted(tmp_path.rglob("*"))
-    rj.load_weights(rj.ResNet8Cifar(), tmp_path / "run")
+    rj.load_weights(rj.create_model("tiny"), tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -183,7 +184,7 @@ def test_another_configuration_is_refused_unless_allowed(straight):
 
 def test_a_workdir_of_another_model(straight, tmp_path):
     workdir, _ = straight
-    changed = configuration(model__name="resnet32", checkpoint__allow_change=True)
+    changed = configuration(model__name="resnet20", checkpoint__allow_change=True)
     shutil.copytree(workdir, tmp_path / "copy")
     with pytest.raises(ConfigError, match="another model or optimizer"):
         train(changed, tmp_path / "copy")
@@ -287,7 +288,10 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
         ({"data__name": "tfds:mnist"}, r"data\.\w+.*prepare"),
         ({"data__name": "folder:/nowhere"}, "/nowhere"),
         ({"data__train_split": "training"}, r"data\.\w*.*train.*test"),
-        ({"data__image_size": 2}, r"data\.image_size = 2: resnet8_cifar needs at least 4 pixels"),
+        (
+            {"data__image_size": 2, "model__name": "resnet20"},
+            r"data\.image_size = 2: resnet20 needs at least 4 pixels",
+        ),
         ({"model__num_classes": 4}, r"model\.num_classes = 4: the data set has 10 classes"),
         ({"checkpoint__init_from": "/none.npz"}, r"checkpoint\.init_from = '/none\.npz': .*read"),
     ],
@@ -314,7 +318,7 @@ def test_utilisation_where_the_peak_is_known(steps_per_call, tmp_path, monkeypat
     train(config, tmp_path)
     record = [r for r in records(tmp_path) if r["split"] == "train"][-1]
     # Forward, and twice that backward; two operations a multiply-add; eight devices.
-    operations = 6 * rj.summary(rj.ResNet8Cifar(), (1, 8, 8, 1)).multiply_adds
+    operations = 6 * rj.summary(rj.create_model("tiny"), (1, 8, 8, 1)).multiply_adds
     expected = record["images_per_second"] * operations / (8 * 1e9)
     # The compiler does not count products with padding, many at 8x8 pixels.
     assert 0.6 < record["mfu"] / expected < 1.1
@@ -352,6 +356,7 @@ def test_training_in_a_thread(tmp_path):
 
 
 FLAGS = (
+    f"--config={ROOT}/tests/tiny.py",
     "--config.data.image_size=8",
     "--config.train.steps=3",
     "--config.train.batch_size=16",
@@ -379,7 +384,7 @@ def test_the_command(tmp_path):
 
 
 def test_exit_codes(tmp_path, monkeypatch, capsys):
-    flags = [f"--workdir={tmp_path}", *FLAGS[:3]]
+    flags = [f"--workdir={tmp_path}", *FLAGS[:4]]
     assert cli.main(["train", *flags, "--config.optimizer.learning_rate=1e20"]) == 70
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert cli.main(["train", *flags, "--config.train.batch_size=-1"]) == 2

@@ -10,11 +10,13 @@ from resnet_jax.training.loop import train
 from resnet_jax.training.telemetry import MetricsFile
 from tests.training.runs import state_of, stop_after, without_times
 
+pytestmark = pytest.mark.usefixtures("tiny_model")
+
 
 def configuration():
     """All augmentations that go together, parts of batches, averages, a schedule with a state."""
     return c.Config(
-        model=c.Model(name="resnet8_cifar", stochastic_depth_rate=0.2, dropout_rate=0.1),
+        model=c.Model(name="tiny", stochastic_depth_rate=0.2, dropout_rate=0.1),
         data=c.Data(image_size=8, channels=3, repeats=2, threads=2),
         augment=c.Augment(
             flip=True,
@@ -39,7 +41,7 @@ def configuration():
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(tmp_path_factory, tiny_model):
     workdir = tmp_path_factory.mktemp("straight")
     train(configuration(), workdir)
     return workdir
@@ -131,7 +133,11 @@ def test_a_disk_that_fills_up_in_the_middle(name, straight, tmp_path, monkeypatc
 
 def test_the_last_state_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("resnet_jax.training.manifest.seal", fails)
-    config = configuration()
-    config.train.steps = 1
+    config = c.Config(
+        model=c.Model(name="tiny"),
+        data=c.Data(image_size=8),
+        train=c.Train(steps=1, batch_size=16),
+        log=c.Log(tensorboard=False),
+    )
     with pytest.raises(ConfigError, match=r"step 1 could not be written .*there is none before it"):
         train(config, tmp_path)

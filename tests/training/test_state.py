@@ -9,6 +9,7 @@ import pytest
 import resnet_jax as rj
 from resnet_jax.training.config import Config, Model, Train
 from resnet_jax.training.state import create_state, state_shapes
+from tests.variables import random_variables
 
 SETTINGS = {
     "plain": Config(),
@@ -35,7 +36,7 @@ def test_random_parameters_follow_from_the_seed():
 
 def test_given_parameters_are_kept():
     model = rj.ResNet8Cifar()
-    given = model.init(jax.random.key(7), jnp.zeros((1, 32, 32, 3)), train=False)
+    given = random_variables(model)
     config = Config(train=Train(ema_decay=0.9))
     state = create_state(model, optax.sgd(0.1, momentum=0.9), config, 3, dict(given))
     jax.tree.map(np.testing.assert_array_equal, state.variables, dict(given))

@@ -207,11 +207,11 @@ def poisoned_batch(at, size=16):
     return found
 
 
-def steps_of(model, config, devices=1):
+def steps_of(model, config, devices=1, platform=""):
     """The first state, and a function from a state and a batch to the next ones."""
     optimizer = make_optimizer(config, LENGTH)
     step = jax.pmap(
-        make_train_step(model, optimizer, config, LENGTH),
+        make_train_step(model, optimizer, config, LENGTH, platform),
         axis_name=parallel.AXIS,
         in_axes=(None, 0),
         devices=jax.devices()[:devices],
@@ -273,9 +273,10 @@ def test_every_optimizer_skips(name):
     check_skipped(found, before, metrics)
 
 
-def test_an_infinite_update_is_skipped():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_an_infinite_update_is_skipped(platform):
     config = configuration(optimizer=c.Optimizer(learning_rate=1e38))
-    state, take = steps_of(poisonable(""), config)
+    state, take = steps_of(poisonable(""), config, platform=platform)
     found, metrics = take(state, batch())
     assert np.isfinite(metrics["loss"]).all()
     check_skipped(found, state, metrics)
