@@ -36,7 +36,7 @@ BATCH = 2 * DEVICES
 
 
 def write_network(folder, channels=3):
-    model = rj.ResNet20(num_classes=7)
+    model = rj.ResNet8Cifar(num_classes=7)
     rj.save_weights(folder, model, random_variables(model, (32, 32, channels)))
     return str(folder)
 
@@ -48,7 +48,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(weights):
-    return rj.Classifier.load(weights, model="resnet20", batch_size=BATCH)
+    return rj.Classifier.load(weights, model="resnet8_cifar", batch_size=BATCH)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def files_of(photos):
 
 
 def command(name, source, *arguments):
-    return [name, source, "--model=resnet20", f"--batch_size={BATCH}", *map(str, arguments)]
+    return [name, source, "--model=resnet8_cifar", f"--batch_size={BATCH}", *map(str, arguments)]
 
 
 # Python.
@@ -121,7 +121,7 @@ def test_kinds_of_images(classifier, photos):
 
 def test_grey_network(tmp_path, photos):
     path = write_network(tmp_path / "w.npz", channels=1)
-    network = open_network(path, model="resnet20")
+    network = open_network(path, model="resnet8_cifar")
     # One number each, as a run on grey images has.
     preprocessing = rj.Preprocessing(32, 1.0, mean=(0.5,), std=(0.25,))
     network = dataclasses.replace(network, preprocessing=preprocessing)
@@ -158,7 +158,7 @@ def test_options_are_checked(classifier, weights):
     )
     with pytest.raises(rj.ConfigError, match="resized by 'lanczos'"):
         rj.Classifier(network)
-    network = features_module.Network(**{**vars(network), "model": rj.ResNet20(num_classes=0)})
+    network = features_module.Network(**{**vars(network), "model": rj.ResNet8Cifar(num_classes=0)})
     with pytest.raises(rj.ConfigError, match="no head"):
         rj.Classifier(network)
 
@@ -170,7 +170,7 @@ def test_a_broken_file_among_good_ones(weights, photos, tmp_path):
     """As a user calls it: the good ones are predicted, the exit code is 1."""
     (photos / "cat" / "1.png").write_bytes(b"no image")
     arguments = [sys.executable, "-m", "resnet_jax", "predict", weights, str(photos)]
-    arguments += ["--model=resnet20", "--format=jsonl", "--top=2", "--batch_size=4"]
+    arguments += ["--model=resnet8_cifar", "--format=jsonl", "--top=2", "--batch_size=4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILE}
     result = subprocess.run(
         arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
@@ -184,7 +184,9 @@ def test_a_broken_file_among_good_ones(weights, photos, tmp_path):
     found = list(map(json.loads, result.stdout.splitlines()))
     names = ["cat/0.png", "cat/2.png", "dog/0.png", "dog/1.png", "dog/2.png"]
     assert [each["image"] for each in found] == [str(photos / name) for name in names]
-    expected = rj.Classifier.load(weights, model="resnet20").probabilities(found[3]["image"])[0]
+    expected = rj.Classifier.load(weights, model="resnet8_cifar").probabilities(found[3]["image"])[
+        0
+    ]
     best = found[3]["predictions"][0]
     chex.assert_trees_all_close(best["probability"], float(expected.max()), rtol=1e-5)
     assert (best["name"], best["index"]) == (str(expected.argmax()), int(expected.argmax()))
@@ -261,7 +263,7 @@ def test_mistakes_take_one_line(mistake, weights, tmp_path, monkeypatch, capsys)
     before = sorted(os.listdir())
     name, arguments, message = MISTAKES[mistake]
     flags = [] if "batch_size" in "".join(arguments) else [f"--batch_size={BATCH}"]
-    assert main([name, weights, "--model=resnet20", *flags, *arguments]) == 2
+    assert main([name, weights, "--model=resnet8_cifar", *flags, *arguments]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("error: ")
     assert message in error[-1]
@@ -320,7 +322,9 @@ def test_an_interruption_leaves_no_half_file(name, number, weights, photos, tmp_
 
 
 def test_a_closed_pipe_is_no_error(weights, photos):
-    shell = f"{sys.executable} -m resnet_jax predict {weights} {photos} --model=resnet20 | true"
+    shell = (
+        f"{sys.executable} -m resnet_jax predict {weights} {photos} --model=resnet8_cifar | true"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILE}
     result = subprocess.run(
         ["/bin/bash", "-o", "pipefail", "-c", shell],
@@ -339,10 +343,10 @@ def test_a_closed_pipe_is_no_error(weights, photos):
 @pytest.mark.parametrize(
     ("layer", "maps", "shape"),
     [
-        ("pooled", False, (64,)),
-        ("stage1", False, (16,)),
-        ("stage3", True, (8, 8, 64)),
-        ("stem", True, (32, 32, 16)),
+        ("pooled", False, (256,)),
+        ("stage1", False, (64,)),
+        ("stage3", True, (8, 8, 256)),
+        ("stem", True, (32, 32, 64)),
     ],
 )
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
