@@ -21,6 +21,7 @@ from resnet_jax.errors import (
     DivergedError,
     ResNetJaxError,
     StoppedError,
+    one_line,
 )
 from resnet_jax.training.flags import parse_train_flags
 
@@ -71,7 +72,7 @@ def _fail(error: Exception, code: int, word: str = "error") -> int:
     # Names out of a stranger's file may hold codes that a terminal obeys.
     text = "".join(each if each.isprintable() else " " for each in str(error))
     with contextlib.suppress(OSError):  # a log on a full disk; the exit code still tells
-        print(f"{word}: {' '.join(text.split())}", file=sys.stderr)
+        print(f"{word}: {one_line(text)}", file=sys.stderr)
     return code
 
 

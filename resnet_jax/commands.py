@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.errors import SKIPPED, ConfigError, DivergedError, StoppedError
+from resnet_jax.errors import SKIPPED, ConfigError, DivergedError, StoppedError, one_line
+from resnet_jax.output import print_copy, printing
 from resnet_jax.training.flags import parse_train_flags, train_help
 
 
@@ -26,7 +27,8 @@ def train(options: argparse.Namespace) -> None:
 
     wanted = [each for each in options.rest if each not in ("-h", "--help")]
     if wanted != options.rest:
-        print(train_help(wanted))
+        with printing():
+            print(train_help(wanted))
         return
     wanted = start(wanted)
     try:
@@ -45,7 +47,7 @@ def train(options: argparse.Namespace) -> None:
     if config.log.report:
         _report_at_the_end(result.workdir)
     top1 = result.metrics["top1"]
-    print(f"top-1 {top1:.2%} after {result.steps} steps; everything is in {result.workdir}")
+    print_copy(f"top-1 {top1:.2%} after {result.steps} steps; everything is in {result.workdir}")
 
 
 def _report_at_the_end(workdir: Path) -> None:
@@ -57,7 +59,7 @@ def _report_at_the_end(workdir: Path) -> None:
     except ModuleNotFoundError as error:
         print(f"no report.html: {error.name} is not installed", file=sys.stderr)
     except Exception as error:
-        print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"no report.html: {one_line(error)}", file=sys.stderr)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -67,7 +69,7 @@ def report(options: argparse.Namespace) -> None:
     page = write_report(
         options.workdirs, options.output, images=options.images, force=options.force
     )
-    print(f"{page} and its pictures in {page.with_suffix('')}")
+    print_copy(f"{page} and its pictures in {page.with_suffix('')}")
 
 
 def summary(options: argparse.Namespace) -> None:
@@ -78,7 +80,8 @@ def summary(options: argparse.Namespace) -> None:
     side = options.image_size or model_info(options.model).image_size
     overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
     model = create_model(options.model, **overrides)
-    print(summary(model, (1, side, side, options.channels)))
+    with printing():
+        print(summary(model, (1, side, side, options.channels)))
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -98,7 +101,8 @@ def plan(options: argparse.Namespace) -> None:
         num_classes=options.num_classes,
         images_per_core=options.images_per_core,
     )
-    print(json.dumps(plan) if options.json else plan_table(plan))
+    with printing():
+        print(json.dumps(plan) if options.json else plan_table(plan))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -115,7 +119,7 @@ def export(options: argparse.Namespace) -> None:
         push=options.push,
         force=options.force,
     )
-    print(agreement)
+    print_copy(str(agreement))
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -123,7 +127,7 @@ def prepare(options: argparse.Namespace) -> None:
     from resnet_jax.data.prepare import prepare
 
     prepare(options.name, options.data_dir, options.manual_dir)
-    print(f"{options.name} is ready")
+    print_copy(f"{options.name} is ready")
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -191,7 +195,10 @@ def evaluate(options: argparse.Namespace) -> None:
         )
         if path is not None:
             path.write_text(dump_json(report.to_json()) + "\n")
-    print(dump_json(report.to_json()) if options.json == "-" else report.table(options.per_class))
+    with printing():
+        print(
+            dump_json(report.to_json()) if options.json == "-" else report.table(options.per_class)
+        )
 
 
 def _open_network(options: argparse.Namespace) -> Any:

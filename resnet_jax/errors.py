@@ -69,3 +69,19 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     if close:
         return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, close))}?"
     return f"unknown {kind} {name!r}; known: {', '.join(known)}"
+
+
+def one_line(text: object) -> str:
+    """Joins the lines of a message from elsewhere.
+
+    Args:
+      text: The message, or the error that has it.
+
+    Returns:
+      One line; the error's class if it says nothing.
+
+    Example:
+      >>> one_line(ValueError("no such file:\\n  a.txt")), one_line(EOFError())
+      ('no such file: a.txt', 'EOFError')
+    """
+    return " ".join(str(text).split()) or type(text).__name__

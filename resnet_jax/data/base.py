@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.errors import DataError
+from resnet_jax.errors import DataError, one_line
 
 Batch = dict[str, Any]  # of arrays, by name
 Label = int | np.ndarray
@@ -95,22 +95,6 @@ def fault(field: str, value: object, reason: object) -> DataError:
       "data.name = 'cifar': must be digits"
     """
     return DataError(f"{field} = {value!r}: {one_line(reason)}")
-
-
-def one_line(text: object) -> str:
-    """Joins the lines of a message from elsewhere.
-
-    Args:
-      text: The message, or the error that has it.
-
-    Returns:
-      One line; the error's class if it says nothing.
-
-    Example:
-      >>> one_line(ValueError("no such file:\\n  a.txt")), one_line(EOFError())
-      ('no such file: a.txt', 'EOFError')
-    """
-    return " ".join(str(text).split()) or type(text).__name__
 
 
 def digest(parts: Sequence[object]) -> str:

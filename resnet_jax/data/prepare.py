@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from resnet_jax.data.base import fault, one_line
+from resnet_jax.data.base import fault
 from resnet_jax.data.tfds_files import (
     find_prepared,
     import_tfds,
@@ -19,7 +19,7 @@ from resnet_jax.data.tfds_files import (
     prepare_digits,
     tfds_root,
 )
-from resnet_jax.errors import DataError
+from resnet_jax.errors import DataError, one_line
 
 # ImageNet's licence forbids TFDS to fetch these; TFDS itself asks for them after minutes only.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}

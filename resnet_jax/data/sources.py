@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.data.base import Label, Source, digest, fault, one_line
+from resnet_jax.data.base import Label, Source, digest, fault
 from resnet_jax.data.folders import FolderSource
 from resnet_jax.data.tfds_files import find_prepared, import_tfds, missing_shards, prepare_digits
-from resnet_jax.errors import DataError
+from resnet_jax.errors import DataError, one_line
 
 __all__ = ["Source", "open_source"]
 

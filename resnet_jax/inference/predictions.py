@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from resnet_jax.inference.classifier import Classifier, Prediction, check_top
 from resnet_jax.inference.files import Progress, new_file
 from resnet_jax.inference.images import ImageFile
+from resnet_jax.output import printing
 
 # (name of the image, its predictions) -> lines.
 Form = Callable[[str, list[Prediction]], str]
@@ -69,11 +69,8 @@ def _opened(output: str, force: bool) -> Iterator[TextIO]:
     if not output:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")
-        try:
+        with printing():
             yield sys.stdout
-            sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     with (
         new_file(output, force) as partial,

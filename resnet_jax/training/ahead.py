@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.data.base import one_line
 from resnet_jax.data.sources import Source
-from resnet_jax.errors import ConfigError
+from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.training import parallel
 from resnet_jax.training.chips import Slice
 from resnet_jax.training.config import Config

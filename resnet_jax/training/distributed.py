@@ -23,6 +23,7 @@ from resnet_jax.errors import (
     PeerError,
     ResNetJaxError,
     StoppedError,
+    one_line,
 )
 from resnet_jax.training.watch import Table, Watch, end_process
 
@@ -49,7 +50,7 @@ def abandon(error: BaseException) -> None:
     """
     if service().num_processes == 1:
         return
-    line, code = " ".join(str(error).split()), MISTAKE
+    line, code = one_line(error), MISTAKE
     if isinstance(error, PeerError):
         code = LOST
     elif not isinstance(error, ResNetJaxError):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.errors import ConfigError
+from resnet_jax.errors import ConfigError, one_line
 
 _ROOT = Path(__file__).parents[2]
 
@@ -100,7 +100,7 @@ def _flag_fault(error: Exception, arguments: Sequence[str]) -> str:
             return f"unknown field {field!r}; {hint}"
     last = str(error).strip().splitlines()[-1].strip()
     if isinstance(error, flags.Error) and "Error whilst parsing" not in str(error):
-        return " ".join(str(error).split())
+        return one_line(error)
     file = next((each for each in arguments if each.startswith("--config=")), "--config")
     return f"{file}: {type(error).__name__ if last == str(error) else ''} {last}".replace("  ", " ")
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import jax
 
-from resnet_jax.errors import LOST, ConfigError
+from resnet_jax.errors import LOST, ConfigError, one_line
 from resnet_jax.training.distributed import service
 from resnet_jax.training.watch import end_process, end_when_aborted
 
@@ -67,7 +67,7 @@ def start(arguments: Sequence[str]) -> list[str]:
         )
     except Exception as error:
         what = f"--coordinator_address={address}" if explicit else "--distributed"
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise ConfigError(f"{what}: the processes cannot be joined ({reason})") from error
     finally:
         timer.cancel()

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.data.base import one_line
-from resnet_jax.errors import ConfigError, DivergedError
+from resnet_jax.errors import ConfigError, DivergedError, one_line
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, profile_steps
 from resnet_jax.training.telemetry import PEAK_FLOPS, Telemetry

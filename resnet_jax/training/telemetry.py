@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from resnet_jax.data.base import one_line
+from resnet_jax.errors import one_line
 from resnet_jax.training.chips import CHIPS
 from resnet_jax.training.config import Config
 from resnet_jax.training.workdir import Appender, write_whole, writing

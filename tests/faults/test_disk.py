@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import types
 
@@ -41,6 +42,34 @@ def failing(code):
         raise OSError(code, os.strerror(code))
 
     return fails
+
+
+# Standard output.
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize(("what", "code"), [("print_copy('top-1')", 0), ("result()", 2)])
+def test_a_log_on_a_full_disk(what, code):
+    """Lost is what a workdir holds too; a result that was only printed ends with one line."""
+    program = f"""
+import sys
+from resnet_jax import cli, commands
+from resnet_jax.output import print_copy, printing
+
+def result():
+    with printing():
+        print("a result")
+
+commands.summary = lambda options: {what}
+sys.exit(cli.main(["summary", "resnet20"]))
+"""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == code
+    line = "error: standard output cannot be written ([Errno 28] No space left on device)\n"
+    assert done.stderr == (line if code else "")
 
 
 # Copies of the records.
