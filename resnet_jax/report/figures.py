@@ -34,7 +34,7 @@ def learning_curves(runs: Sequence[Run]) -> bytes:
     tops = []
     for run, colour in zip(runs, _colours(len(runs))):
         line = {"color": colour}
-        axes.plot(*_errors(run.training), linewidth=0.9, alpha=0.8, **line)
+        axes.plot(*training_errors(run.training), linewidth=0.9, alpha=0.8, **line)
         marker = "o" if len(run.evaluations) == 1 else None
         axes.plot(*_errors(run.evaluations), linewidth=2.2, marker=marker, label=run.title, **line)
         if run.ema_evaluations:
@@ -82,8 +82,9 @@ def response_curves(by_run: Mapping[str, Mapping[str, float]]) -> bytes:
         below.plot(layers, sorted(values, reverse=True), **line)
     above.set(xlabel="layer, in the network's order", ylabel="std")
     below.set(xlabel="layer, from the strongest response", ylabel="std")
+    strongest = max(max(found.values()) for found in by_run.values())
     for axes in (above, below):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * strongest)
         axes.grid(alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(above)
@@ -218,6 +219,38 @@ def explanation_grid(
             second.set_title("Grad-CAM", fontsize=7)
             third.set_title("integrated gradients", fontsize=7)
     return _png(figure)
+
+
+def training_errors(records: Sequence[Record]) -> tuple[list[int], list[float]]:
+    """Errors of training over steps.
+
+    An evaluation cuts a record short. What says little for itself counts with the next one, and
+    at the end with the one before.
+
+    Args:
+      records: Of training, by step.
+
+    Returns:
+      (steps, errors in %), a point for each record or few.
+
+    Example:
+      >>> means = [{"step": 4, "top1": 0.5}, {"step": 5, "top1": 1.0}, {"step": 8, "top1": 0.5}]
+      >>> training_errors(means)
+      ([4, 8], [50.0, 37.5])
+    """
+    points: list[tuple[int, int, float]] = []  # step, how many it stands for, the sum of errors
+    ends = [record["step"] for record in records]
+    spans = [end - start for start, end in zip([0, *ends], ends)]
+    count, total = 0, 0.0
+    for record, span in zip(records, spans):
+        count, total = count + span, total + span * (1 - record["top1"])
+        if 2 * count >= max(spans):
+            points.append((record["step"], count, total))
+            count, total = 0, 0.0
+    if count:
+        _, last_count, last_total = points.pop()
+        points.append((ends[-1], last_count + count, last_total + total))
+    return [step for step, _, _ in points], [100 * total / count for _, count, total in points]
 
 
 def _errors(records: Sequence[Record]) -> tuple[list[int], list[float]]:
