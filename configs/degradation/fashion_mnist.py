@@ -4,7 +4,7 @@ Command: python -m resnet_jax prepare fashion_mnist
          python train.py --config=configs/degradation/fashion_mnist.py:plain56
          python train.py --config=configs/degradation/fashion_mnist.py:resnet56
          python -m resnet_jax report runs/fashion_mnist-plain56 runs/fashion_mnist-resnet56
-Hardware: 2 CPU cores, one to four minutes a run. Measured: docs/degradation.md.
+Hardware: 2 CPU cores, two to seven minutes a run. Measured: docs/degradation.md.
 MODEL: plain20, plain32, plain44, plain56, plain110 and resnet20 ... resnet110. The paper's own
 experiment, on CIFAR-10 with a GPU or TPU, is configs/cifar10.py with the same names.
 """
