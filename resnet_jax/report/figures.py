@@ -82,9 +82,9 @@ def response_curves(by_run: Mapping[str, Mapping[str, float]]) -> bytes:
         below.plot(layers, sorted(values, reverse=True), **line)
     above.set(xlabel="layer, in the network's order", ylabel="std")
     below.set(xlabel="layer, from the strongest response", ylabel="std")
-    strongest = max(max(found.values()) for found in by_run.values())
+    finite = [x for found in by_run.values() for x in found.values() if np.isfinite(x)]
     for axes in (above, below):
-        axes.set_ylim(0, 1.05 * strongest)
+        axes.set_ylim(0, 1.05 * max(finite, default=1.0))
         axes.grid(alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(above)
