@@ -277,8 +277,11 @@ def _by_processes(batches: Batches, config: Data) -> Generator[Batch, None, None
     options = grain.ReadOptions(threads, prefetch_buffer_size=config.prefetch)
     dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
     made = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers), _start_worker))
+    batch: Batch = {}
+    kind: type = np.ndarray
     try:
         for batch in made:  # copied, for memory that is shared outlives a process that forgets it
+            kind = type(batch["images"])
             yield {name: np.array(x) for name, x in batch.items()}
     except RuntimeError as error:
         if "Worker process" not in str(error):  # Grain has no class of its own for it
@@ -291,6 +294,18 @@ def _by_processes(batches: Batches, config: Data) -> Generator[Batch, None, None
         ) from error
     finally:
         made.close()
+        del made, batch  # the last that holds shared memory
+        _await_deletions(kind)
+
+
+def _await_deletions(kind: type) -> None:
+    """Waits for the thread in which Grain gives shared memory back.
+
+    Python stops that thread at its end, and warns of leaks where it has not come to all.
+    """
+    thread = getattr(kind, "_del_thread_pool", None)
+    if thread is not None:
+        thread.apply(int)  # it does one thing after the other, so all before this is done then
 
 
 def _start_worker(index: int, count: int) -> None:

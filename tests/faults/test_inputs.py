@@ -27,6 +27,7 @@ from tests.training.runs import state_of
 from tests.training.test_loop import configuration
 
 ROOT = pathlib.Path(__file__).parents[2]
+SHARED = pathlib.Path("/dev/shm")  # noqa: S108 - where Linux shows its shared memory
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
@@ -75,6 +76,34 @@ def test_a_killed_worker_ends_the_stream():
             for _ in batches:
                 pass
         assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="looks shared memory up in a folder")
+def test_a_closed_stream_has_given_its_shared_memory_back(monkeypatch):
+    """Else Python warns of leaks at its end, after the run's own last line."""
+    from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
+
+    batches = stream(Photos(), reports()[1], workers=1)
+    with limit(120):
+        next(batches)
+        opened = []
+        open_one, close_one = SharedMemoryArray.from_metadata, SharedMemoryArray.close_shm_async
+
+        def opening(metadata):
+            opened.append(metadata.name)
+            return open_one(metadata)
+
+        def closing(shm, unlink):
+            time.sleep(0.05)
+            close_one(shm, unlink)
+
+        monkeypatch.setattr(SharedMemoryArray, "from_metadata", opening)
+        monkeypatch.setattr(SharedMemoryArray, "close_shm_async", closing)
+        for _ in range(3):
+            next(batches)
+        batches.close()
+    assert len(opened) >= 9
+    assert not [name for name in opened if (SHARED / name).exists()]
 
 
 @pytest.mark.slow
