@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, NamedTuple, TypeGuard, get_args
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.models.convolution import Geometry, convolve
+from resnet_jax.models.convolution import Geometry, convolve, once_per_shape
 from resnet_jax.models.layers import Conv, Dtype, Initializer, max_pool
 
 NormKind = Literal["batch", "group"]
@@ -34,8 +34,50 @@ NORM_KINDS: tuple[str, ...] = get_args(NormKind)
 
 # Mean and variance [C], float32.
 Moments = tuple[jax.Array, jax.Array]
-# From the moments of one device to those of all devices that share them.
-Share = Callable[[jax.Array, jax.Array], Moments]
+
+
+class Sharing(NamedTuple):
+    """Which devices have their moments in common.
+
+    Args:
+      axis_name: Their mapped axis; None: each device has its own.
+      group_size: Number of neighbours on it that share; None: all of them.
+    """
+
+    axis_name: str | None = None
+    group_size: int | None = None
+
+    def __call__(self, mean: jax.Array, variance: jax.Array) -> Moments:
+        """From the moments of one device to those of all that share them."""
+        if self.axis_name is None:
+            return mean, variance
+        average = functools.partial(
+            lax.pmean, axis_name=self.axis_name, axis_index_groups=self._groups(self.axis_name)
+        )
+        shared = average(mean)
+        # The variance within devices, and that of their means.
+        return shared, average(variance + jnp.square(mean - shared))
+
+    def devices(self) -> int:
+        """How many share."""
+        if self.axis_name is None:
+            return 1
+        return self.group_size or lax.psum(1, self.axis_name)
+
+    def _groups(self, axis_name: str) -> list[list[int]] | None:
+        if self.group_size is None:
+            return None
+        devices = lax.psum(1, axis_name)
+        if self.group_size < 1 or devices % self.group_size:
+            raise ModelError(
+                f"bn_group_size = {self.group_size} does not divide the {devices} devices of "
+                f"axis {axis_name!r}; choose one of their divisors"
+            )
+        firsts = range(0, devices, self.group_size)
+        return [list(range(first, first + self.group_size)) for first in firsts]
+
+
+ALONE = Sharing()
 
 
 class BatchNorm(nn.Module):
@@ -106,56 +148,25 @@ class BatchNorm(nn.Module):
             y = normalize(pool(x) if pool else x, mean, variance, scale, bias, self.epsilon)
             return y.astype(self.dtype)
 
-        share = self._share if self.axis_name and not self.is_initializing() else _keep
+        alone = self.axis_name is None or self.is_initializing()
+        sharing = ALONE if alone else Sharing(self.axis_name, self.group_size)
         if kernel is None:
-            mean, variance = share(*batch_moments(x, mean))
+            mean, variance = sharing(*batch_moments(x, mean))
             y = normalize(pool(x) if pool else x, mean, variance, scale, bias, self.epsilon)
         else:
-            y, mean, variance = lax.platform_dependent(
-                *(x, kernel, mean, scale, bias),
-                tpu=functools.partial(product_norm_by_input, epsilon=self.epsilon, share=share),
-                default=functools.partial(product_norm, epsilon=self.epsilon, share=share),
-            )
+            y, mean, variance = widening_norm(x, kernel, mean, scale, bias, self.epsilon, sharing)
         if not self.is_initializing():
-            count = math.prod(x.shape[:3]) * self._sharing_devices()
+            count = math.prod(x.shape[:3]) * sharing.devices()
             running_mean.value = self._blend(running_mean.value, mean * sign)
             unbiased = variance * (count / max(count - 1, 1))
             running_var.value = self._blend(running_var.value, unbiased)
         return y.astype(self.dtype)
 
-    def _share(self, mean: jax.Array, variance: jax.Array) -> Moments:
-        average = functools.partial(
-            lax.pmean, axis_name=self.axis_name, axis_index_groups=self._device_groups()
-        )
-        shared = average(mean)
-        # The variance within devices, and that of their means.
-        return shared, average(variance + jnp.square(mean - shared))
-
-    def _sharing_devices(self) -> int:
-        if self.axis_name is None:
-            return 1
-        return self.group_size or lax.psum(1, self.axis_name)
-
-    def _device_groups(self) -> list[list[int]] | None:
-        if self.group_size is None:
-            return None
-        devices = lax.psum(1, self.axis_name)
-        if self.group_size < 1 or devices % self.group_size:
-            raise ModelError(
-                f"bn_group_size = {self.group_size} does not divide the {devices} devices of "
-                f"axis {self.axis_name!r}; choose one of their divisors"
-            )
-        firsts = range(0, devices, self.group_size)
-        return [list(range(first, first + self.group_size)) for first in firsts]
-
     def _blend(self, running: jax.Array, batch: jax.Array) -> jax.Array:
         return self.momentum * running + (1 - self.momentum) * batch
 
 
-def _keep(mean: jax.Array, variance: jax.Array) -> Moments:
-    return mean, variance
-
-
+@functools.partial(once_per_shape, static_argnames="epsilon")
 def normalize(
     x: jax.Array,
     mean: jax.Array,
@@ -168,6 +179,7 @@ def normalize(
     return (x.astype(jnp.float32) - mean) * (scale * lax.rsqrt(variance + epsilon)) + bias
 
 
+@once_per_shape
 def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
     """Mean and biased variance [C] of x [N, H, W, C] in one pass.
 
@@ -188,13 +200,32 @@ def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
     # Constants from the start: to differentiate the choice would take a tenth of the tracing.
     shift = lax.platform_dependent(
         *lax.stop_gradient((x, running_mean)),
-        tpu=lambda x, mean: mean,
+        # Chooses nothing of x, but differs between devices as the other shift does.
+        tpu=lambda x, mean: jnp.where(False, x[0, 0, 0], mean),
         default=lambda x, mean: x[0].mean((0, 1)),
     )
     deviation = x - shift
     offset, mean_of_squares = deviation.mean((0, 1, 2)), jnp.square(deviation).mean((0, 1, 2))
     # Rounding can leave a constant channel with a variance just below zero.
     return offset + shift, jnp.maximum(mean_of_squares - jnp.square(offset), 0.0)
+
+
+@functools.partial(once_per_shape, static_argnames=("epsilon", "sharing"))
+def widening_norm(
+    x: jax.Array,
+    kernel: jax.Array,
+    running_mean: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    epsilon: float,
+    sharing: Sharing,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`product_norm`, on a TPU from the moments of its input; the arguments are the same."""
+    return lax.platform_dependent(
+        *(x, kernel, running_mean, scale, bias),
+        tpu=functools.partial(product_norm_by_input, epsilon=epsilon, sharing=sharing),
+        default=functools.partial(product_norm, epsilon=epsilon, sharing=sharing),
+    )
 
 
 def product_norm(
@@ -204,7 +235,7 @@ def product_norm(
     scale: jax.Array,
     bias: jax.Array,
     epsilon: float,
-    share: Share = _keep,
+    sharing: Sharing = ALONE,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch norm of x @ kernel, in the order of the words.
 
@@ -215,13 +246,13 @@ def product_norm(
       scale: [K].
       bias: [K].
       epsilon: Added to the variance.
-      share: Combines the moments of several devices.
+      sharing: Which devices have their moments in common.
 
     Returns:
       The normalised product [N, H, W, K] in float32, and its mean and variance [K].
     """
     y = pointwise_product(x, kernel)
-    mean, variance = share(*batch_moments(y, running_mean))
+    mean, variance = sharing(*batch_moments(y, running_mean))
     return normalize(y, mean, variance, scale, bias, epsilon), mean, variance
 
 
@@ -232,7 +263,7 @@ def product_norm_by_input(
     scale: jax.Array,
     bias: jax.Array,
     epsilon: float,
-    share: Share = _keep,
+    sharing: Sharing = ALONE,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`product_norm` whose moments come from those of x, so that they are known before it.
 
@@ -248,7 +279,7 @@ def product_norm_by_input(
       scale: [K].
       bias: [K].
       epsilon: Added to the variance.
-      share: Combines the moments of several devices.
+      sharing: Which devices have their moments in common.
 
     Returns:
       As `product_norm`.
@@ -267,7 +298,7 @@ def product_norm_by_input(
     input_mean = x.mean((0, 1, 2), dtype=jnp.float32)
     covariance = mean_outer_product(x) - jnp.outer(input_mean, input_mean)
     variance = (product(covariance, kernel) * kernel).sum(0)
-    mean, variance = share(product(input_mean, kernel), jnp.maximum(variance, 0.0))
+    mean, variance = sharing(product(input_mean, kernel), jnp.maximum(variance, 0.0))
     factor = scale * lax.rsqrt(variance + epsilon)
     y = pointwise_product(x, kernel * factor)
     return y.astype(jnp.float32) + (bias - mean * factor), mean, variance

@@ -214,9 +214,29 @@ def test_batch_norm_under_shard_map():
         return norm.apply(variables, x, train=True, mutable=["batch_stats"])[0]
 
     spec = PartitionSpec("batch")
-    y = jax.shard_map(apply, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+    sharded = jax.shard_map(apply, mesh=mesh, in_specs=spec, out_specs=spec)
     expected, _ = rj.BatchNorm().apply(variables, x, train=True, mutable=["batch_stats"])
-    chex.assert_trees_all_close(y, expected, atol=1e-5)
+    chex.assert_trees_all_close(sharded(x), expected, atol=1e-5)
+    chex.assert_trees_all_close(jax.jit(sharded)(x), expected, atol=1e-5)
+
+
+def test_gradients_under_shard_map():
+    """Both formulas of a platform's choice differ between the same devices."""
+    model = tiny(block_cls=rj.BottleneckBlock, axis_name="batch")
+    x = images(8)
+    variables = init(model, x)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("batch",))
+
+    def loss(variables, x):
+        y, _ = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return jax.lax.pmean(jnp.square(y).mean(), "batch")
+
+    everywhere, split = PartitionSpec(), PartitionSpec("batch")
+    gradient = jax.shard_map(
+        jax.grad(loss), mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere
+    )
+    found = jax.eval_shape(gradient, variables, x)
+    chex.assert_trees_all_equal_shapes(found, variables)
 
 
 def test_batch_norm_with_a_large_mean():
