@@ -29,7 +29,7 @@ import jax
 from tests import tiny
 
 jax.config.update("jax_compilation_cache_dir", str(TEMPORARY / "jax-cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="module", autouse=True)

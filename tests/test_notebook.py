@@ -20,7 +20,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "colab_tpu.ipynb"
 # As papermill does: a cell after the one that is tagged "parameters".
 SMALL = """
-data_set, image_size, epochs, resume_steps = "digits", 8, 2.0, 45
+from tests import tiny
+
+tiny.get_config()  # registers it in the notebook's process
+data_set, network, image_size, epochs, resume_steps = "digits", tiny.NAME, 8, 2.0, 150
 """
 # What the notebook does not show, in the kernel that it left behind.
 HUB = "pretrained = 'hub'"
@@ -68,10 +71,8 @@ def pictures(cell):
     return len(shown)
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """(notebook, client): run in an empty folder, without a network."""
-    folder = tmp_path_factory.mktemp("notebook")
+def execute(folder):
+    """(notebook, client) after a run in an empty folder, without a network."""
     _save_as_on_the_hub(folder / "hub")
     notebook = nbformat.read(NOTEBOOK, 4)
     notebook.cells.insert(tagged(notebook)[0] + 1, new_code_cell(SMALL))
@@ -88,7 +89,7 @@ def executed(tmp_path_factory):
         "HF_HUB_CACHE": str(folder / "empty"),
     }
     client.execute(env=environment)
-    return notebook, client, folder
+    return notebook, client
 
 
 def _save_as_on_the_hub(folder):
@@ -113,8 +114,19 @@ def test_has_one_cell_of_parameters(notebook):
     assert defaults.keys() >= {"data_set", "image_size", "epochs", "resume_steps", "pretrained"}
 
 
-def test_trains_under_ones_eyes(executed):
-    notebook, client, folder = executed
+def test_runs_from_top_to_bottom(tmp_path):
+    """One test, for it takes a minute and no two processes need do it."""
+    notebook, client = execute(tmp_path)
+    trains_under_ones_eyes(notebook, client, tmp_path)
+    sees_what_the_run_saw(notebook)
+    shows_pictures(notebook)
+    features_without_and_with_pretrained_weights(notebook)
+    goes_on_with_a_stopped_run(notebook)
+    saves_the_run(notebook, tmp_path)
+    reads_images_in_other_processes(notebook)
+
+
+def trains_under_ones_eyes(notebook, client, folder):
     cell = find(notebook, "result = watch(")
     assert "of the test images right after 45 steps" in printed(cell)
     assert pictures(cell) == 1
@@ -123,44 +135,39 @@ def test_trains_under_ones_eyes(executed):
     assert json.loads(records[-1])["step"] == 45
 
 
-def test_sees_what_the_run_saw(executed):
-    notebook, _, _ = executed
+def sees_what_the_run_saw(notebook):
     here, there = [x for x in printed(find(notebook, "surest mistakes")).split() if "%" in x]
     assert here == there
 
 
-def test_shows_pictures(executed):
-    notebook, _, _ = executed
+def shows_pictures(notebook):
     for text in ("def show_images", "surest mistakes", 'title="mistakes"', "load_pretrained"):
         for cell in notebook.cells:
             if cell.cell_type == "code" and text in cell.source:
                 assert pictures(cell) == 1
 
 
-def test_features_without_and_with_pretrained_weights(executed):
-    notebook, _, _ = executed
+def features_without_and_with_pretrained_weights(notebook):
     trained, pretrained = [
         printed(x) for x in notebook.cells if "load_pretrained" in x.source and "outputs" in x
     ]
-    assert "so this is resnet20 as trained above" in trained
+    assert "so this is tiny as trained above" in trained
     assert pretrained == ""
 
 
-def test_goes_on_with_a_stopped_run(executed):
-    notebook, _, _ = executed
+def goes_on_with_a_stopped_run(notebook):
     text = printed(find(notebook, "def press_stop"))
     assert "stopped by a signal" in text
     assert "going on after step" in text
     assert "between any two weights: 0.0" in text
 
 
-def test_saves_the_run(executed):
-    notebook, _, folder = executed
+def saves_the_run(notebook, folder):
     assert "the weights read back as they were" in printed(find(notebook, "save_weights"))
     (saved,) = (folder / "saved").iterdir()
-    assert {"config.json", "metrics.jsonl", "resnet20.safetensors"} <= set(os.listdir(saved))
+    assert {"config.json", "metrics.jsonl", "tiny.safetensors"} <= set(os.listdir(saved))
 
 
-def test_reads_images_in_other_processes(executed):
-    notebook, _, _ = executed  # where nobody has parsed absl's flags
+def reads_images_in_other_processes(notebook):
+    """Where nobody has parsed absl's flags."""
     assert "45 steps" in printed(notebook.cells[-1])

@@ -66,11 +66,11 @@ PARAMETERS = {
 
 
 def test_every_model_is_in_the_table():
-    assert PARAMETERS.keys() == set(rj.list_models())
+    assert {name: rj.model_info(name).parameters for name in rj.list_models()} == PARAMETERS
 
 
 def is_deep(name):
-    return sum(rj.create_model(name).stage_sizes) > 40
+    return sum(rj.create_model(name).stage_sizes) > 30
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_counts(name):
     info = rj.model_info(name)
     side = info.image_size
     counts = rj.summary(rj.create_model(name), (1, side, side, 3))
-    assert counts.parameters == PARAMETERS[name] == info.parameters
+    assert counts.parameters == info.parameters
     assert counts.multiply_adds == info.multiply_adds
 
 

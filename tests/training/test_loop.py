@@ -161,8 +161,8 @@ def test_one_process_a_workdir(straight, tmp_path):
 def test_a_run_that_never_started_binds_nobody(tmp_path):
     with pytest.raises(DivergedError, match="no state was saved"):
         train(configuration(optimizer__learning_rate=1e20), tmp_path)
-    assert train(configuration(train__steps=1), tmp_path).steps == 1
-    assert [record["step"] for record in records(tmp_path)] == [1, 1, 1]
+    assert train(configuration(), tmp_path).steps == 6
+    assert [record["step"] for record in records(tmp_path)] == [2, 3, 3, 3, 4, 6, 6, 6]
 
 
 def test_a_finished_run_is_only_evaluated(straight):
@@ -312,10 +312,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize("steps_per_call", [1, 2])
 def test_utilisation_where_the_peak_is_known(steps_per_call, tmp_path, monkeypatch):
     monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
-    config = configuration(
-        train__steps=4, train__batch_size=48, train__steps_per_call=steps_per_call
-    )
-    train(config, tmp_path)
+    train(configuration(train__steps_per_call=steps_per_call), tmp_path)
     record = [r for r in records(tmp_path) if r["split"] == "train"][-1]
     # Forward, and twice that backward; two operations a multiply-add; eight devices.
     operations = 6 * rj.summary(rj.create_model("tiny"), (1, 8, 8, 1)).multiply_adds
@@ -338,7 +335,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     stand_in = types.ModuleType("wandb")
     stand_in.init = lambda **options: calls.append(options) or Run()
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    train(configuration(log__wandb="digits", train__steps=2), tmp_path)
+    train(configuration(log__wandb="digits"), tmp_path)
     options, (step, values), *_, last = calls
     assert options["project"] == "digits"
     assert options["id"] == tmp_path.name
@@ -348,11 +345,11 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 def test_training_in_a_thread(tmp_path):
     """A notebook or a server may train where signals cannot be caught."""
     results = []
-    work = lambda: results.append(train(configuration(train__steps=1), tmp_path))  # noqa: E731
+    work = lambda: results.append(train(configuration(), tmp_path))  # noqa: E731
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert results[0].steps == 1
+    assert results[0].steps == 6
 
 
 FLAGS = (

@@ -26,12 +26,12 @@ def test_shapes_are_those_of_the_state(config):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
 
 
-def test_random_parameters_follow_from_the_seed():
-    model = rj.ResNet8Cifar()
+def test_random_parameters_follow_from_the_seed(tiny_model):
+    model = rj.create_model(tiny_model)
     state = create_state(model, optax.sgd(0.1), Config(train=Train(seed=3)), channels=3)
     init = jax.jit(
         lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False),
-        compiler_options={"xla_backend_optimization_level": 3},  # XLA's default, not the tests'
+        compiler_options={"xla_backend_optimization_level": 2},  # above those of state and tests
     )
     expected = init(jax.random.key(3))
     jax.tree.map(np.testing.assert_array_equal, state.variables, dict(expected))

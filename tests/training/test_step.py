@@ -23,8 +23,8 @@ LENGTH = Length(steps=100, steps_per_epoch=10.0)
 
 def tiny(**fields):
     defaults = {
-        "stage_sizes": (1, 1),
-        "stage_widths": (8, 16),
+        "stage_sizes": (1,),
+        "stage_widths": (8,),
         "block_cls": rj.BasicBlock,
         "stem_cls": functools.partial(rj.CifarStem, features=8),
         "num_classes": 10,
@@ -198,7 +198,7 @@ class Poisonable(nn.Module):
 
 def poisonable(what):
     stem = functools.partial(Poisonable, what=what)
-    return tiny(stem_cls=stem, stage_sizes=(1,), stage_widths=(8,))
+    return tiny(stem_cls=stem)
 
 
 def poisoned_batch(at, size=16):
