@@ -175,10 +175,16 @@ def variable_shapes(model: ResNet, channels: int = 3) -> dict[Path, tuple[int, .
       >>> variable_shapes(rj.ResNet20())["params", "head", "kernel"]
       (64, 10)
     """
+    return dict(_variable_shapes(model.clone(parent=None), channels))
+
+
+@functools.lru_cache(maxsize=32)  # to trace a deep network takes a second, and it is asked often
+def _variable_shapes(model: ResNet, channels: int) -> dict[Path, tuple[int, ...]]:
     side = max(8, model.strides()[-1])  # images of 4 rows and more channels look transposed
     images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    init = functools.partial(model.clone(parent=None).init, train=False)
-    variables = jax.eval_shape(init, jax.random.key(0), images)
+    variables = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), images
+    )
     return {path: x.shape for path, x in traverse_util.flatten_dict(variables).items()}
 
 
