@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,9 @@ class Checkpoints:
       workdir: Folder of the run; "checkpoints" in it is made when the first state is saved.
       keep: Newest states kept.
       read_only: Only look: another process may be writing here.
+
+    Attributes:
+      after_save: Called in the background when a state is on disk and older ones are gone.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Checkpoints:
         self._unfinished = self._folder / ".unfinished"
         self._keep = keep
         self._whole: set[int] = set()  # steps whose checksums were right in this process
+        self.after_save: Callable[[], None] = lambda: None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         if not read_only:
@@ -314,6 +318,7 @@ class Checkpoints:
             ) from error
         self._whole.add(step)
         self._remove_old()
+        self.after_save()
 
     def _remove_old(self) -> None:
         best = self._best()

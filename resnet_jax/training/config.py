@@ -285,6 +285,9 @@ class Checkpoint:
         parameters; "": random ones.
       reset_head: Start with a new head, for other classes than those of init_from.
       allow_change: Resume although the configuration differs from the workdir's.
+      copy_to: A bucket ("gs://BUCKET/RUN"; needs gcsfs) or any other place that fsspec opens, where
+        states and records are copied after each save; where it has a newer state than the workdir,
+        the run goes on from that; "": none.
     """
 
     every_steps: int = 0
@@ -292,6 +295,7 @@ class Checkpoint:
     init_from: str = ""
     reset_head: bool = False
     allow_change: bool = False
+    copy_to: str = ""
 
 
 @dataclasses.dataclass
@@ -480,6 +484,7 @@ _FREE = {
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.allow_change",
+    "checkpoint.copy_to",
 }
 
 

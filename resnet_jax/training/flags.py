@@ -72,7 +72,10 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
         raise ConfigError(f"--config={file}: {_file_fault(Path(file))}")
     name = "-".join(part for part in (Path(file).stem, argument) if part)
     if "://" in (values.workdir or ""):
-        raise ConfigError(f"--workdir={values.workdir}: must be a folder; mount the bucket")
+        raise ConfigError(
+            f"--workdir={values.workdir}: must be a folder; for a copy in a "
+            "bucket there is --config.checkpoint.copy_to=gs://BUCKET/RUN"
+        )
     return config, Path(values.workdir or Path("runs") / name)
 
 

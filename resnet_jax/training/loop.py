@@ -35,6 +35,7 @@ from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedErro
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
+from resnet_jax.training.bucket import Bucket
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
 from resnet_jax.training.distributed import Peers, together
@@ -55,7 +56,13 @@ from resnet_jax.training.signals import Signals
 from resnet_jax.training.state import TrainState, create_state, state_shapes
 from resnet_jax.training.step import make_steps, make_train_step
 from resnet_jax.training.telemetry import Telemetry
-from resnet_jax.training.workdir import has_states, locked, open_workdir, write_config
+from resnet_jax.training.workdir import (
+    has_states,
+    locked,
+    open_workdir,
+    write_config,
+    writing,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +113,32 @@ def train(config: Config, workdir: str | Path) -> Result:
         check_calls(config, sources["train"])
         peers.agree(facts(config, sources))
         _use_compile_cache(config)
-        folder, initial = Path(workdir).expanduser(), None
+        folder, initial, bucket = Path(workdir).expanduser(), None, None
         with Signals() as signals, contextlib.ExitStack() as stack:
             if peers.is_first:  # the only one that touches the workdir
+                bucket = _open_bucket(config, folder)
                 if not has_states(folder):  # a run that goes on needs no first weights
                     channels = channels_of(config, sources["train"])
                     initial = initial_variables(config, model, channels)
                 folder = open_workdir(folder, config, fingerprints(sources))
                 stack.enter_context(locked(folder))
-            return _Run(config, folder, model, sources, initial, signals, peers).finish()
+            run = _Run(config, folder, model, sources, initial, signals, peers)
+            if bucket and run.checkpoints:
+                run.checkpoints.after_save = bucket.pusher(run.telemetry.say)
+            return run.finish()
+
+
+def _open_bucket(config: Config, workdir: Path) -> Bucket | None:
+    """The copy of the run, after what is newer there has been brought here."""
+    if not config.checkpoint.copy_to:
+        return None
+    bucket = Bucket(config, workdir)
+    if bucket.steps():
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+        with locked(workdir):
+            bucket.fetch()
+    return bucket
 
 
 class _Run:

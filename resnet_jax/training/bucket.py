@@ -1,0 +1,204 @@
+"""A second place for a run, which outlives the machine: a bucket, or whatever fsspec opens.
+
+A bucket has no renames and its files do not grow, so a run does not live there; its states and
+records are copied there instead. As on disk, the checksums of a state come last and go first: a
+state that has them is complete, however a copy ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from resnet_jax.errors import ConfigError, one_line
+from resnet_jax.training import manifest
+from resnet_jax.training.config import Config, differences
+from resnet_jax.training.workdir import saved_steps, write_whole, writing
+
+# What a run needs beside its states to go on as if nothing had happened.
+_FILES = ("config.json", "classes.json", "data.json", "environment.json", "metrics.jsonl")
+_STATES = "checkpoints"
+
+
+class Bucket:
+    """The copy of a workdir that checkpoint.copy_to names.
+
+    Args:
+      config: The configuration of the run.
+      workdir: Its folder.
+
+    Raises:
+      ConfigError: The address cannot be used, or another run lies there.
+
+    Example:
+      >>> import tempfile
+      >>> from resnet_jax.training.config import Checkpoint
+      >>> config = Config(checkpoint=Checkpoint(copy_to="memory://runs/a"))
+      >>> Bucket(config, Path(tempfile.gettempdir(), "a")).steps()
+      []
+    """
+
+    def __init__(self, config: Config, workdir: Path) -> None:
+        self.workdir = workdir
+        self._name = f"checkpoint.copy_to = {config.checkpoint.copy_to!r}"
+        try:
+            from fsspec.core import url_to_fs
+            from fsspec.implementations.local import LocalFileSystem
+
+            self._files, root = url_to_fs(config.checkpoint.copy_to)
+        except (ImportError, ValueError) as error:  # gs:// needs gcsfs, s3:// s3fs, ...
+            raise ConfigError(f"{self._name}: {one_line(error)}") from error
+        if isinstance(self._files, LocalFileSystem):
+            self._files.auto_mkdir = True
+        self._root = root.rstrip("/")
+        with self._reading():
+            names = self._names()
+            self._check_same(config, names)
+
+    def steps(self) -> list[int]:
+        """The states that are complete there, ascending."""
+        with self._reading():
+            return _complete(self._names())
+
+    def fetch(self) -> None:
+        """Brings what is there into the workdir, where that is the newer of both.
+
+        Raises:
+          ConfigError: It cannot be read, or the workdir cannot be written.
+        """
+        newest = max(saved_steps(self.workdir), default=-1)
+        with self._reading():
+            names = self._names()
+            wanted = [step for step in _complete(names) if step > newest]
+            if not wanted:
+                return
+            files = {name: self._files.cat_file(self._at(name)) for name in _FILES if name in names}
+        with writing(self.workdir):
+            made = self.workdir / _STATES / ".unfinished"
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir(parents=True)
+        for name, data in files.items():
+            write_whole(self.workdir / name, data.decode("utf-8", errors="replace"))
+        for step in wanted:
+            self._fetch_state(step, names, made / str(step))
+        with writing(self.workdir):
+            for step in reversed(wanted):  # after a crash in between the newest is there
+                os.rename(made / str(step), self.workdir / _STATES / str(step))
+
+    def push(self) -> None:
+        """Copies what is not there yet, and then removes states that the workdir has no more.
+
+        Raises:
+          ConfigError: It could not be done; what was there before is still there.
+        """
+        try:
+            names = self._names()
+            there = _complete(names)
+            local = saved_steps(self.workdir)
+            new = [step for step in local if step not in there]
+            for step in new:
+                for path in self._files_of(step):
+                    if path.name != manifest.NAME:
+                        self._files.put_file(str(path), self._at(self._relative(path)))
+            # Before the checksums: records past a state are dropped when it is restored, but a
+            # state past its records would leave a gap.
+            for name in _FILES:
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.pipe_file(self._at(name), (self.workdir / name).read_bytes())
+            for step in new:
+                seal = self.workdir / _STATES / str(step) / manifest.NAME
+                self._files.pipe_file(self._at(self._relative(seal)), seal.read_bytes())
+            self._remove(names, keep=local)
+        except Exception as error:  # the libraries of the vendors have no common class
+            raise ConfigError(f"{self._name}: cannot be written ({_reason(error)})") from error
+
+    def pusher(self, say: Callable[[str], None]) -> Callable[[], None]:
+        """`push` for the background of a run, which goes on where that fails.
+
+        Args:
+          say: Takes a line for people.
+
+        Returns:
+          To be called after each save.
+        """
+
+        def push() -> None:
+            try:
+                self.push()
+            except ConfigError as error:
+                say(f"{error}; it is tried again after the next save")
+
+        return push
+
+    def _check_same(self, config: Config, names: set[str]) -> None:
+        """States are removed there when newer ones come: not those of another run."""
+        if not _complete(names) or "config.json" not in names:
+            return
+        try:
+            stored = json.loads(self._files.cat_file(self._at("config.json")))
+        except ValueError:
+            stored = {}
+        changed = differences(config, stored if isinstance(stored, dict) else {})
+        if changed and not config.checkpoint.allow_change:
+            raise ConfigError(
+                f"{self._name}: holds a run with another configuration ({'; '.join(changed)}); "
+                "take another place, or go on with it by --config.checkpoint.allow_change=true"
+            )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Any:
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:  # the libraries of the vendors have no common class
+            raise ConfigError(f"{self._name}: cannot be read ({_reason(error)})") from error
+
+    def _names(self) -> set[str]:
+        """Of the files there, relative to the run."""
+        self._files.invalidate_cache()
+        names = {path[len(self._root) :].lstrip("/") for path in self._files.find(self._root)}
+        return {name for name in names if ".." not in PurePosixPath(name).parts}
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.workdir).as_posix()
+
+    def _files_of(self, step: int) -> list[Path]:
+        folder = self.workdir / _STATES / str(step)
+        return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+    def _fetch_state(self, step: int, names: set[str], folder: Path) -> None:
+        start = f"{_STATES}/{step}/"
+        for name in sorted(name for name in names if name.startswith(start)):
+            target = folder / name.removeprefix(start)
+            with self._reading():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._files.get_file(self._at(name), str(target))
+
+    def _remove(self, names: set[str], keep: list[int]) -> None:
+        """What is no state of the workdir: the checksums first, so that no half looks whole."""
+        parts = [name.split("/") for name in names]
+        steps = {x[1] for x in parts if len(x) > 2 and x[0] == _STATES and x[1].isdecimal()}
+        for step in steps - {str(each) for each in keep}:
+            seal = f"{_STATES}/{step}/{manifest.NAME}"
+            if seal in names:
+                self._files.rm_file(self._at(seal))
+            self._files.rm(self._at(f"{_STATES}/{step}"), recursive=True)
+
+
+def _complete(names: set[str]) -> list[int]:
+    """The steps that have their checksums, ascending."""
+    parts = [name.split("/") for name in names if name.endswith(f"/{manifest.NAME}")]
+    return sorted(int(x[1]) for x in parts if len(x) == 3 and x[0] == _STATES and x[1].isdecimal())
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
