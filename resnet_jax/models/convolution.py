@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 # Networks repeat a layer many times. What is called through this is traced and differentiated once
-# for each set of shapes, which halves the time to trace a ResNet's training step; the program
+# for each set of shapes, which halves the time to trace the gradient of a ResNet; the program
 # stays the same.
 once_per_shape = functools.partial(jax.jit, inline=True)
 
