@@ -131,7 +131,7 @@ class Bucket:
             try:
                 self.push()
             except ConfigError as error:
-                say(f"{error}; it is tried again after the next save")
+                say(f"{error}; it is tried again with the next save or start")
 
         return push
 

@@ -61,7 +61,6 @@ from resnet_jax.training.workdir import (
     locked,
     open_workdir,
     write_config,
-    writing,
 )
 
 
@@ -116,7 +115,7 @@ def train(config: Config, workdir: str | Path) -> Result:
         folder, initial, bucket = Path(workdir).expanduser(), None, None
         with Signals() as signals, contextlib.ExitStack() as stack:
             if peers.is_first:  # the only one that touches the workdir
-                bucket = _open_bucket(config, folder)
+                bucket = _open_bucket(config, folder, fingerprints(sources))
                 if not has_states(folder):  # a run that goes on needs no first weights
                     channels = channels_of(config, sources["train"])
                     initial = initial_variables(config, model, channels)
@@ -125,18 +124,18 @@ def train(config: Config, workdir: str | Path) -> Result:
             run = _Run(config, folder, model, sources, initial, signals, peers)
             if bucket and run.checkpoints:
                 run.checkpoints.after_save = bucket.pusher(run.telemetry.say)
+                if run.checkpoints.latest is not None:  # what the last start could not copy
+                    run.checkpoints.after_save()
             return run.finish()
 
 
-def _open_bucket(config: Config, workdir: Path) -> Bucket | None:
+def _open_bucket(config: Config, workdir: Path, data: dict[str, str]) -> Bucket | None:
     """The copy of the run, after what is newer there has been brought here."""
     if not config.checkpoint.copy_to:
         return None
     bucket = Bucket(config, workdir)
     if bucket.steps():
-        with writing(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-        with locked(workdir):
+        with locked(open_workdir(workdir, config, data)):  # which may hold another run
             bucket.fetch()
     return bucket
 

@@ -112,6 +112,26 @@ def test_a_failing_copy_is_one_line_and_is_made_up_for(
     chex.assert_trees_all_equal(state_of(copy), state_of(straight[0]))
 
 
+def test_another_run_in_the_workdir_is_not_mixed_with_it(copy, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight[0], run)
+    (run / "checkpoints" / "6").rename(run / "checkpoints" / "2")
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"seed": 0', '"seed": 5'))
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"workdir=.*another configuration .*seed: 5 -> 0"):
+        train(configuration(checkpoint__copy_to=str(copy)), run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert saved_steps(run) == [2]
+
+
+def test_a_run_that_is_there_is_copied_at_its_next_start(straight, tmp_path):
+    config = configuration(checkpoint__copy_to=f"{tmp_path}/copy")
+    shutil.copytree(straight[0], tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "copy") == [6]
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
