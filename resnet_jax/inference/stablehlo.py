@@ -5,6 +5,7 @@ JAX alone runs it again; its code is not needed, nor this package.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def write_stablehlo(
       path: Where the program goes.
       weights_path: Where the weights go, as safetensors; None: into the program.
     """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ExportError("--format=stablehlo needs flatbuffers: pip install flatbuffers")
     batch = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((*batch, *image_shape), jnp.uint8)
     to_program = _exporter(platforms)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -45,20 +46,26 @@ class Bucket:
 
     def __init__(self, config: Config, workdir: Path) -> None:
         self.workdir = workdir
-        self._name = f"checkpoint.copy_to = {config.checkpoint.copy_to!r}"
+        address = config.checkpoint.copy_to
+        self._name = f"checkpoint.copy_to = {address!r}"
+        if re.match(r"\w+:(?!//)", address):
+            raise ConfigError(f"{self._name}: write it with two slashes, as gs://BUCKET/RUN")
         try:
             from fsspec.core import url_to_fs
             from fsspec.implementations.local import LocalFileSystem
 
-            self._files, root = url_to_fs(config.checkpoint.copy_to)
+            self._files, root = url_to_fs(address)
         except (ImportError, ValueError) as error:  # gs:// needs gcsfs, s3:// s3fs, ...
             raise ConfigError(f"{self._name}: {one_line(error)}") from error
         if isinstance(self._files, LocalFileSystem):
             self._files.auto_mkdir = True
+            if Path(root).resolve() == workdir.resolve():
+                raise ConfigError(f"{self._name}: is the workdir itself; take another place")
         self._root = root.rstrip("/")
         with self._reading():
             names = self._names()
             self._check_same(config, names)
+        self._check_writable()
 
     def steps(self) -> list[int]:
         """The states that are complete there, ascending."""
@@ -100,8 +107,10 @@ class Bucket:
             names = self._names()
             there = _complete(names)
             local = saved_steps(self.workdir)
-            new = [step for step in local if step not in there]
+            new = [step for step in local if step not in there or not self._is_same(step)]
             for step in new:
+                if step in there:  # what was damaged there, and was computed again
+                    self._files.rm_file(self._at(self._seal(step)))
                 for path in self._files_of(step):
                     if path.name != manifest.NAME:
                         self._files.put_file(str(path), self._at(self._relative(path)))
@@ -111,8 +120,8 @@ class Bucket:
                 with contextlib.suppress(FileNotFoundError):
                     self._files.pipe_file(self._at(name), (self.workdir / name).read_bytes())
             for step in new:
-                seal = self.workdir / _STATES / str(step) / manifest.NAME
-                self._files.pipe_file(self._at(self._relative(seal)), seal.read_bytes())
+                seal = (self.workdir / self._seal(step)).read_bytes()
+                self._files.pipe_file(self._at(self._seal(step)), seal)
             self._remove(names, keep=local)
         except Exception as error:  # the libraries of the vendors have no common class
             raise ConfigError(f"{self._name}: cannot be written ({_reason(error)})") from error
@@ -149,6 +158,23 @@ class Bucket:
                 f"{self._name}: holds a run with another configuration ({'; '.join(changed)}); "
                 "take another place, or go on with it by --config.checkpoint.allow_change=true"
             )
+
+    def _check_writable(self) -> None:
+        """Better now than after the first save."""
+        try:
+            self._files.pipe_file(self._at(".writable"), b"")
+            self._files.rm_file(self._at(".writable"))
+        except Exception as error:  # the libraries of the vendors have no common class
+            raise ConfigError(
+                f"{self._name}: cannot be written ({_reason(error)}); take another place"
+            ) from error
+
+    def _seal(self, step: int) -> str:
+        return f"{_STATES}/{step}/{manifest.NAME}"
+
+    def _is_same(self, step: int) -> bool:
+        here = (self.workdir / self._seal(step)).read_bytes()
+        return bool(self._files.cat_file(self._at(self._seal(step))) == here)
 
     @contextlib.contextmanager
     def _reading(self) -> Any:
@@ -188,8 +214,7 @@ class Bucket:
         parts = [name.split("/") for name in names]
         steps = {x[1] for x in parts if len(x) > 2 and x[0] == _STATES and x[1].isdecimal()}
         for step in steps - {str(each) for each in keep}:
-            seal = f"{_STATES}/{step}/{manifest.NAME}"
-            if seal in names:
+            if (seal := f"{_STATES}/{step}/{manifest.NAME}") in names:
                 self._files.rm_file(self._at(seal))
             self._files.rm(self._at(f"{_STATES}/{step}"), recursive=True)
 

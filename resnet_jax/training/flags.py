@@ -51,7 +51,8 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
     from resnet_jax.training.config import Config
 
     default = _ROOT / "configs" / "digits.py"
-    argv = ["train.py", *arguments]
+    # The library wants the file before its fields, wherever a person wrote it.
+    argv = ["train.py", *sorted(arguments, key=lambda each: not each.startswith("--config="))]
     values = flags.FlagValues()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # it prints before it raises
@@ -71,6 +72,7 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
     if not isinstance(config, Config):
         raise ConfigError(f"--config={file}: {_file_fault(Path(file))}")
     name = "-".join(part for part in (Path(file).stem, argument) if part)
+    name = re.sub(r"[/:]+", "-", name)  # of an argument such as folder:PATH
     if "://" in (values.workdir or ""):
         raise ConfigError(
             f"--workdir={values.workdir}: must be a folder; for a copy in a "
@@ -102,10 +104,20 @@ def _flag_fault(error: Exception, arguments: Sequence[str]) -> str:
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see --help"
             return f"unknown field {field!r}; {hint}"
     last = str(error).strip().splitlines()[-1].strip()
+    if fault := _value_fault(str(error), fields):
+        return fault
     if isinstance(error, flags.Error) and "Error whilst parsing" not in str(error):
         return one_line(error)
     file = next((each for each in arguments if each.startswith("--config=")), "--config")
     return f"{file}: {type(error).__name__ if last == str(error) else ''} {last}".replace("  ", " ")
+
+
+def _value_fault(text: str, fields: dict[str, Any]) -> str:
+    """ "flag --config.FIELD=VALUE: ..." with what the field takes; "" where it is no field's."""
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", text, re.DOTALL)
+    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    kind = kinds.get(type(fields.get(found[1]))) if found else None
+    return one_line(f"{found[1]} = {found[2]!r}: must be {kind}") if found and kind else ""
 
 
 def train_help(arguments: Sequence[str]) -> str:

@@ -157,7 +157,11 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config, data: Mapping[
         (workdir / ".writable").touch()
         (workdir / ".writable").unlink()
     except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+        taken = next((x for x in (workdir, *workdir.parents) if x.is_file()), None)
+        reason = f"{taken} is a file" if taken else error.strerror
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written ({reason}); take another folder"
+        ) from error
     return workdir
 
 

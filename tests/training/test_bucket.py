@@ -132,10 +132,24 @@ def test_a_run_that_is_there_is_copied_at_its_next_start(straight, tmp_path):
     assert saved_steps(tmp_path / "copy") == [6]
 
 
+def test_a_state_that_is_damaged_there_is_replaced(copy, straight, tmp_path):
+    (copy / "checkpoints" / "6" / "SHA256SUMS").write_text("another state's")
+    shutil.copytree(straight[0], tmp_path / "run")
+    bucket(copy, tmp_path / "run").push()
+    chex.assert_trees_all_equal(state_of(copy), state_of(straight[0]))
+
+
+def test_the_workdir_itself_is_no_place(tmp_path):
+    with pytest.raises(ConfigError, match="is the workdir itself"):
+        bucket(tmp_path, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
         ("bucket://a/b", "Protocol not known: bucket"),
+        ("gs:/a/b", "two slashes"),
+        ("/dev/null/a", "cannot be (read|written)"),
         pytest.param(
             *("gs://a/b", "[Ii]nstall gcsfs"),
             marks=pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed"),

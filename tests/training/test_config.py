@@ -118,9 +118,9 @@ def test_differences_survive_json():
     [
         ("--config.trian.epochs=3", r"unknown field 'trian\.epochs'.*'train\.epochs'"),
         ("--config=nope.py", r"--config=nope\.py: no such file; there are configs/"),
-        ("--config.train.epochs=abc", "train.epochs=abc"),
-        ("--config.train.batch_size=1.5", "train.batch_size=1.5"),
-        ("--config.augment.flip=maybe", "augment.flip=maybe"),
+        ("--config.train.epochs=abc", "train.epochs = 'abc': must be a number"),
+        ("--config.train.batch_size=1.5", r"train.batch_size = '1\.5': must be a whole number"),
+        ("--config.augment.flip=maybe", "augment.flip = 'maybe': must be true or false"),
         ("--wrkdir=x", "workdir"),
         ("epochs=3", "--config.FIELD=VALUE"),
     ],
@@ -131,6 +131,13 @@ def test_bad_flags_end_with_one_line(flag, message, capsys):
     assert re.search(rf"^error: .*{message}", captured.err)
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_flags_come_in_any_order():
+    arguments = ["--config.train.epochs=3", "--config=configs/finetune.py:folder:/a/b"]
+    config, workdir = cli.parse_train_flags(arguments)
+    assert (config.train.epochs, config.data.name) == (3.0, "folder:/a/b")
+    assert str(workdir) == "runs/finetune-folder-a-b"
 
 
 @pytest.mark.parametrize(
