@@ -152,6 +152,9 @@ def _fields_help(config: Any) -> str:
         for field in dataclasses.fields(section):
             lines.append(f"\n  --config.{part.name}.{field.name}={getattr(section, field.name)}")
             lines += textwrap.wrap(
-                meanings[field.name], 88, initial_indent=" " * 6, subsequent_indent=" " * 6
+                " ".join(meanings[field.name].split()),
+                88,
+                initial_indent=" " * 6,
+                subsequent_indent=" " * 6,
             )
     return "\n".join(lines)
