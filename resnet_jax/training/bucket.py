@@ -214,7 +214,7 @@ class Bucket:
         parts = [name.split("/") for name in names]
         steps = {x[1] for x in parts if len(x) > 2 and x[0] == _STATES and x[1].isdecimal()}
         for step in steps - {str(each) for each in keep}:
-            if (seal := f"{_STATES}/{step}/{manifest.NAME}") in names:
+            if (seal := self._seal(int(step))) in names:
                 self._files.rm_file(self._at(seal))
             self._files.rm(self._at(f"{_STATES}/{step}"), recursive=True)
 
