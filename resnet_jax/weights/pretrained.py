@@ -186,7 +186,7 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
         import huggingface_hub as hub
     except ImportError as error:
         raise WeightsError(
-            f"{repository} is not a folder here, and the Hub needs huggingface_hub: "
+            f"{repository} is no folder here; if it is a name on the Hugging Face Hub: "
             "pip install huggingface_hub"
         ) from error
     try:
