@@ -101,7 +101,7 @@ class Bucket:
         """Copies what is not there yet, and then removes states that the workdir has no more.
 
         Raises:
-          ConfigError: It could not be done; what was there before is still there.
+          ConfigError: It could not be done; what was whole there still is.
         """
         try:
             names = self._names()
@@ -211,18 +211,21 @@ class Bucket:
 
     def _remove(self, names: set[str], keep: list[int]) -> None:
         """What is no state of the workdir: the checksums first, so that no half looks whole."""
-        parts = [name.split("/") for name in names]
-        steps = {x[1] for x in parts if len(x) > 2 and x[0] == _STATES and x[1].isdecimal()}
-        for step in steps - {str(each) for each in keep}:
-            if (seal := self._seal(int(step))) in names:
+        for step in _steps(names) - {*keep}:
+            if (seal := self._seal(step)) in names:
                 self._files.rm_file(self._at(seal))
             self._files.rm(self._at(f"{_STATES}/{step}"), recursive=True)
 
 
 def _complete(names: set[str]) -> list[int]:
     """The steps that have their checksums, ascending."""
-    parts = [name.split("/") for name in names if name.endswith(f"/{manifest.NAME}")]
-    return sorted(int(x[1]) for x in parts if len(x) == 3 and x[0] == _STATES and x[1].isdecimal())
+    return sorted(step for step in _steps(names) if f"{_STATES}/{step}/{manifest.NAME}" in names)
+
+
+def _steps(names: set[str]) -> set[int]:
+    """The steps of which any file is there, by the names that `saved_steps` takes."""
+    found = (re.match(rf"{_STATES}/(0|[1-9][0-9]*)/", name) for name in names)
+    return {int(each[1]) for each in found if each}
 
 
 def _reason(error: Exception) -> str:

@@ -56,12 +56,7 @@ from resnet_jax.training.signals import Signals
 from resnet_jax.training.state import TrainState, create_state, state_shapes
 from resnet_jax.training.step import make_steps, make_train_step
 from resnet_jax.training.telemetry import Telemetry
-from resnet_jax.training.workdir import (
-    has_states,
-    locked,
-    open_workdir,
-    write_config,
-)
+from resnet_jax.training.workdir import has_states, locked, open_workdir, write_config
 
 
 @dataclasses.dataclass(frozen=True)
