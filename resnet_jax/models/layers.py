@@ -6,6 +6,7 @@ convolution on one side only and make weights from other frameworks inexact.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -105,10 +106,68 @@ def max_pool(x: jax.Array, zero_padding: bool = False) -> jax.Array:
       >>> max_pool(jnp.zeros((1, 112, 112, 64))).shape
       (1, 56, 56, 64)
     """
-    if zero_padding:
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return nn.max_pool(x, (3, 3), (2, 2), "VALID")
-    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    border = 0.0 if zero_padding else -jnp.inf
+    return _pool_windows(jnp.pad(x, _BORDER, constant_values=border))
+
+
+_BORDER = ((0, 0), (1, 1), (1, 1), (0, 0))
+
+
+@jax.custom_jvp
+def _pool_windows(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (3, 3), (2, 2), "VALID")
+
+
+# XLA's gradient makes four arrays of indices on a CPU, each as large as x.
+@_pool_windows.defjvp
+def _pool_windows_tangent(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    def by_pairs(x: jax.Array, dx: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(max_pool_by_pairs, (x,), (dx,))
+
+    def by_window(x: jax.Array, dx: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(lambda x: nn.max_pool(x, (3, 3), (2, 2), "VALID"), (x,), (dx,))
+
+    return lax.platform_dependent(*primals, *tangents, cpu=by_pairs, default=by_window)
+
+
+def max_pool_by_pairs(x: jax.Array) -> jax.Array:
+    """The maximum of 3x3 windows with stride 2, taken of two neighbours at a time.
+
+    Values, and gradients down to the choice between equal pixels (the first of a window, row by
+    row), are those of `flax.linen.max_pool`.
+
+    Args:
+      x: [N, H + 2, W + 2, C].
+
+    Returns:
+      [N, ceil(H / 2), ceil(W / 2), C].
+
+    Example:
+      >>> max_pool_by_pairs(jnp.arange(25.0).reshape(1, 5, 5, 1))[0, :, :, 0].tolist()
+      [[12.0, 14.0], [22.0, 24.0]]
+    """
+    for axis in (2, 1):
+        length = x.shape[axis] - 2
+        neighbours = [
+            lax.slice_in_dim(x, start, start + length, stride=2, axis=axis) for start in range(3)
+        ]
+        x = functools.reduce(_larger, neighbours)
+    return x
+
+
+# JAX's own rule would divide the gradient between equal numbers.
+@jax.custom_jvp
+def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.maximum(first, second)
+
+
+@_larger.defjvp
+def _larger_tangent(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return _larger(*primals), jnp.where(primals[0] >= primals[1], *tangents)
 
 
 def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:

@@ -70,6 +70,73 @@ def test_every_kind_of_derivative_exists():
     check_grads(mean_outer_product, (x,), order=2, modes=["fwd", "rev"], rtol=2e-2, atol=2e-2)
 
 
+def example_far_from_zero():
+    """Channels whose means are up to thirty times their spread."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(4, 5, 3, 6)) * [1, 0.5, 2, 1, 1, 3] + [0, 15, -20, 1, 30, 5]
+    scale, bias = rng.normal(size=(2, 6))
+    return x, scale, bias, rng.normal(size=x.shape)
+
+
+def test_batch_norm_and_its_gradients_are_those_of_the_textbook():
+    x, scale, bias, cotangent = example_far_from_zero()
+
+    # Ioffe & Szegedy 2015, section 3, in float64.
+    deviation = x - x.mean((0, 1, 2))
+    deviations = np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    normalized = deviation / deviations
+    by_scale, by_bias = (cotangent * normalized).sum((0, 1, 2)), cotangent.sum((0, 1, 2))
+    count = x.size // x.shape[-1]
+    by_x = scale / deviations * (cotangent - (by_bias + normalized * by_scale) / count)
+
+    norm = rj.BatchNorm()
+    arguments = jax.tree.map(jnp.float32, ({"scale": scale, "bias": bias}, x))
+    statistics = {"mean": jnp.zeros(6), "var": jnp.ones(6)}
+
+    @jax.jit
+    def value_and_gradients(params, x):
+        def apply(params, x):
+            variables = {"params": params, "batch_stats": statistics}
+            return norm.apply(variables, x, train=True, mutable=["batch_stats"])
+
+        y, pull_back, updates = jax.vjp(apply, params, x, has_aux=True)
+        return y, updates["batch_stats"], pull_back(jnp.float32(cotangent))
+
+    y, updates, (by_params, found_by_x) = value_and_gradients(*arguments)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    close(y, normalized * scale + bias)
+    close(updates["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-6)
+    close(updates["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-6)
+    close(found_by_x, by_x)
+    close(by_params["scale"], by_scale)
+    close(by_params["bias"], by_bias)
+
+
+def test_batch_norm_has_every_kind_of_derivative():
+    x, scale, bias, _ = example_far_from_zero()
+
+    def apply(x, scale, bias):
+        moments = norms.batch_moments(x, jnp.zeros(6))
+        return jnp.sin(norms.normalize(x, *moments, scale, bias, 1e-5))
+
+    arguments = jax.tree.map(jnp.float32, (x / 10, scale, bias))
+    check_grads(apply, arguments, order=2, modes=["fwd", "rev"], rtol=2e-2, atol=2e-2)
+
+
+def test_on_a_cpu_the_backward_pass_keeps_nothing_but_the_input():
+    """Deviations from a mean, forwards and backwards, would be two arrays as large as x more."""
+    x, kernel = jnp.zeros((64, 32, 32, 16)), jnp.zeros((16, 16))
+    norm = rj.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=False)
+
+    def loss_of(x, weights):
+        y, _ = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+        return (nn.relu(y) @ kernel * weights).sum()
+
+    program = jax.jit(jax.value_and_grad(loss_of)).lower(x, x).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2.5 * x.nbytes
+
+
 def test_the_formula_follows_the_platform():
     conv, norm = rj.Conv(12, 1), rj.BatchNorm()
 

@@ -1,0 +1,63 @@
+"""The stem's pool equals XLA's maximum over windows."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from resnet_jax.models.layers import max_pool
+
+
+@pytest.mark.parametrize("zero_padding", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (7, 6), (5, 5), (2, 3), (1, 1)], ids=str)
+def test_pool_and_gradient_are_those_of_xla(size, zero_padding):
+    """Whole numbers: most windows have several maxima, and only one of them has the gradient."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 3, (2, *size, 3)), jnp.float32)
+
+    def plain(x):
+        border = 0.0 if zero_padding else -jnp.inf
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=border)
+        return nn.max_pool(x, (3, 3), (2, 2), "VALID")
+
+    cotangent = rng.normal(size=plain(x).shape).astype(np.float32)
+
+    def run(pool):
+        @jax.jit
+        def value_and_gradient(x):
+            y, pull_back = jax.vjp(pool, x)
+            return y, pull_back(cotangent)
+
+        return value_and_gradient(x)
+
+    def ours(x):
+        return max_pool(x, zero_padding)
+
+    chex.assert_trees_all_close(run(ours), run(plain), rtol=0, atol=1e-6)
+
+
+def test_every_kind_of_derivative_exists():
+    x = np.random.default_rng(0).normal(size=(1, 5, 4, 2)).astype(np.float32)
+    check_grads(
+        lambda x: jnp.sin(max_pool(x)), (x,), order=2, modes=["fwd", "rev"], rtol=2e-2, atol=2e-2
+    )
+
+
+def test_gradient_of_the_pool_follows_the_platform():
+    traced = jax.jit(jax.grad(lambda x: max_pool(x).sum())).trace(jnp.zeros((1, 8, 8, 2)))
+    texts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    by_window = {platform: "select_and_scatter" in text for platform, text in texts.items()}
+    assert by_window == {"cpu": False, "cuda": True, "tpu": True}
+    assert " conditional(" not in traced.lower().compile().as_text()
+
+
+def test_a_number_that_is_not_finite_reaches_the_output():
+    x = jnp.zeros((1, 4, 4, 1)).at[0, 3, 3].set(jnp.nan)
+    y, _ = jax.jit(lambda x: jax.vjp(max_pool, x)[0:2])(x)
+    assert np.isnan(y).ravel().tolist() == [False, False, False, True]
