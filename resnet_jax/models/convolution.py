@@ -21,10 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Networks repeat a layer many times. What is called through this is traced and differentiated once
-# for each set of shapes, which halves the time to trace the gradient of a ResNet; the program
-# stays the same.
-once_per_shape = functools.partial(jax.jit, inline=True)
+from resnet_jax.models.lowering import once_per_shape
 
 
 class Geometry(NamedTuple):

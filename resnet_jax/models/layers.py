@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.models.convolution import Geometry, convolve
+from resnet_jax.models.lowering import derivative_on_cpu
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -107,29 +108,10 @@ def max_pool(x: jax.Array, zero_padding: bool = False) -> jax.Array:
       (1, 56, 56, 64)
     """
     border = 0.0 if zero_padding else -jnp.inf
-    return _pool_windows(jnp.pad(x, _BORDER, constant_values=border))
+    return _max_of_windows(jnp.pad(x, _BORDER, constant_values=border))
 
 
 _BORDER = ((0, 0), (1, 1), (1, 1), (0, 0))
-
-
-@jax.custom_jvp
-def _pool_windows(x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, (3, 3), (2, 2), "VALID")
-
-
-# XLA's gradient makes four arrays of indices on a CPU, each as large as x.
-@_pool_windows.defjvp
-def _pool_windows_tangent(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    def by_pairs(x: jax.Array, dx: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.jvp(max_pool_by_pairs, (x,), (dx,))
-
-    def by_window(x: jax.Array, dx: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.jvp(lambda x: nn.max_pool(x, (3, 3), (2, 2), "VALID"), (x,), (dx,))
-
-    return lax.platform_dependent(*primals, *tangents, cpu=by_pairs, default=by_window)
 
 
 def max_pool_by_pairs(x: jax.Array) -> jax.Array:
@@ -168,6 +150,12 @@ def _larger_tangent(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     return _larger(*primals), jnp.where(primals[0] >= primals[1], *tangents)
+
+
+# XLA's gradient makes four arrays of indices on a CPU, each as large as x.
+@derivative_on_cpu(max_pool_by_pairs)
+def _max_of_windows(x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (3, 3), (2, 2), "VALID")
 
 
 def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.models.convolution import Geometry, convolve, once_per_shape
+from resnet_jax.models.convolution import Geometry, convolve
 from resnet_jax.models.layers import Conv, Dtype, Initializer, max_pool
+from resnet_jax.models.lowering import derivative_on_cpu, once_per_shape
 
 NormKind = Literal["batch", "group"]
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
@@ -179,23 +180,27 @@ def normalize(
     return _affine(x.astype(jnp.float32), mean, scale * lax.rsqrt(variance + epsilon), bias)
 
 
-# The rules of `_affine` and `_moments` are what JAX would derive, written so that x itself is all
-# the backward pass needs. Deviations from a mean would be used twice, and what is used twice XLA
-# keeps in memory, where a CPU waits for it; x is there anyway. Inside a sum they cost nothing.
+# What JAX derives for a norm keeps two arrays of deviations as large as x for the backward pass. On
+# a TPU, XLA computes them where they are read, but on a CPU it writes them to memory. The rules
+# below are the same derivatives, made so that x, which is there anyway, is all that is kept.
 @jax.custom_jvp
-def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - mean) * factor + bias."""
+def _affine_on_cpu(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
     return x * factor + (bias - mean * factor)
 
 
-@_affine.defjvp
+@_affine_on_cpu.defjvp
 def _affine_tangent(
     primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     x, mean, factor, _ = primals
     dx, dmean, dfactor, dbias = tangents
     tangent = dx * factor + (x - mean) * dfactor + (dbias - dmean * factor)
-    return _affine(*primals), tangent
+    return _affine_on_cpu(*primals), tangent
+
+
+@derivative_on_cpu(_affine_on_cpu)
+def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
+    return (x - mean) * factor + bias
 
 
 @once_per_shape
@@ -215,6 +220,7 @@ def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
       >>> mean.item(), variance.item()
       (2.0, 1.0)
     """
+
     x = x.astype(jnp.float32)
     # Constants from the start: to differentiate the choice would take a tenth of the tracing.
     shift = lax.platform_dependent(
@@ -227,22 +233,32 @@ def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
 
 
 @jax.custom_jvp
-def _moments(x: jax.Array, shift: jax.Array) -> Moments:
-    """Mean and variance, the latter from the squares of x - shift; any shift gives the same."""
+def _moments_on_cpu(x: jax.Array, shift: jax.Array) -> Moments:
     mean, mean_of_squares = x.mean((0, 1, 2)), jnp.square(x - shift).mean((0, 1, 2))
-    # Rounding can leave a constant channel with a variance just below zero.
     return mean, jnp.maximum(mean_of_squares - jnp.square(mean - shift), 0.0)
 
 
-@_moments.defjvp
+@_moments_on_cpu.defjvp
 def _moments_tangent(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Moments, Moments]:
     x, _ = primals
     dx, _ = tangents
-    mean, variance = _moments(*primals)
-    dmean = dx.mean((0, 1, 2))
-    return (mean, variance), (dmean, 2 * ((x * dx).mean((0, 1, 2)) - mean * dmean))
+    mean, variance = _moments_on_cpu(*primals)
+    # A number that is known only when the program runs: XLA keeps the result of a division by it,
+    # where products of channels, as with a constant's inverse, are computed anew for every pixel.
+    count = math.prod(x.shape[:3]) + 0 * variance
+    dmean = dx.sum((0, 1, 2)) / count
+    return (mean, variance), (dmean, 2 * (x * dx).sum((0, 1, 2)) / count - 2 * mean * dmean)
+
+
+@derivative_on_cpu(_moments_on_cpu)
+def _moments(x: jax.Array, shift: jax.Array) -> Moments:
+    """Mean and variance from the deviations x - shift; any shift gives the same."""
+    deviation = x - shift
+    offset, mean_of_squares = deviation.mean((0, 1, 2)), jnp.square(deviation).mean((0, 1, 2))
+    # Rounding can leave a constant channel with a variance just below zero.
+    return offset + shift, jnp.maximum(mean_of_squares - jnp.square(offset), 0.0)
 
 
 @functools.partial(once_per_shape, static_argnames=("epsilon", "sharing"))
