@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.models.convolution import Geometry, convolve
-from resnet_jax.models.lowering import derivative_on_cpu
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -107,11 +106,34 @@ def max_pool(x: jax.Array, zero_padding: bool = False) -> jax.Array:
       >>> max_pool(jnp.zeros((1, 112, 112, 64))).shape
       (1, 56, 56, 64)
     """
-    border = 0.0 if zero_padding else -jnp.inf
-    return _max_of_windows(jnp.pad(x, _BORDER, constant_values=border))
+    if zero_padding:
+        return _max_of_windows(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 0)
+    return _max_of_windows(x, 1)
 
 
-_BORDER = ((0, 0), (1, 1), (1, 1), (0, 0))
+def _xla_max_pool(x: jax.Array, border: int) -> jax.Array:
+    return nn.max_pool(x, (3, 3), (2, 2), ((border, border), (border, border)))
+
+
+_max_of_windows = jax.custom_jvp(_xla_max_pool, nondiff_argnums=(1,))
+
+
+@_max_of_windows.defjvp
+def _max_of_windows_tangent(
+    border: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    edges = ((0, 0), (border, border), (border, border), (0, 0))
+
+    def by_pairs(x: jax.Array) -> jax.Array:
+        return max_pool_by_pairs(jnp.pad(x, edges, constant_values=-jnp.inf))
+
+    # On a CPU, XLA's gradient of a window makes four arrays of indices, each as large as x.
+    return lax.platform_dependent(
+        primals,
+        tangents,
+        cpu=functools.partial(jax.jvp, by_pairs),
+        default=functools.partial(jax.jvp, functools.partial(_xla_max_pool, border=border)),
+    )
 
 
 def max_pool_by_pairs(x: jax.Array) -> jax.Array:
@@ -121,7 +143,7 @@ def max_pool_by_pairs(x: jax.Array) -> jax.Array:
     row), are those of `flax.linen.max_pool`.
 
     Args:
-      x: [N, H + 2, W + 2, C].
+      x: [N, H + 2, W + 2, C], with a border of one pixel.
 
     Returns:
       [N, ceil(H / 2), ceil(W / 2), C].
@@ -150,12 +172,6 @@ def _larger_tangent(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     return _larger(*primals), jnp.where(primals[0] >= primals[1], *tangents)
-
-
-# XLA's gradient makes four arrays of indices on a CPU, each as large as x.
-@derivative_on_cpu(max_pool_by_pairs)
-def _max_of_windows(x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, (3, 3), (2, 2), "VALID")
 
 
 def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:

@@ -26,9 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.models.convolution import Geometry, convolve
+from resnet_jax.models.convolution import Geometry, convolve, once_per_shape
 from resnet_jax.models.layers import Conv, Dtype, Initializer, max_pool
-from resnet_jax.models.lowering import derivative_on_cpu, once_per_shape
 
 NormKind = Literal["batch", "group"]
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
@@ -181,26 +180,23 @@ def normalize(
 
 
 # What JAX derives for a norm keeps two arrays of deviations as large as x for the backward pass. On
-# a TPU, XLA computes them where they are read, but on a CPU it writes them to memory. The rules
-# below are the same derivatives, made so that x, which is there anyway, is all that is kept.
+# a TPU, XLA computes them where they are read, but on a CPU it writes them to memory. The rules of
+# `_affine` and `_moments` are the same derivatives, made so that x, which is there anyway, is all
+# that is kept.
 @jax.custom_jvp
-def _affine_on_cpu(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
+def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
+    """(x - mean) * factor + bias."""
     return x * factor + (bias - mean * factor)
 
 
-@_affine_on_cpu.defjvp
+@_affine.defjvp
 def _affine_tangent(
     primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     x, mean, factor, _ = primals
     dx, dmean, dfactor, dbias = tangents
     tangent = dx * factor + (x - mean) * dfactor + (dbias - dmean * factor)
-    return _affine_on_cpu(*primals), tangent
-
-
-@derivative_on_cpu(_affine_on_cpu)
-def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
-    return (x - mean) * factor + bias
+    return _affine(*primals), tangent
 
 
 @once_per_shape
@@ -233,32 +229,25 @@ def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
 
 
 @jax.custom_jvp
-def _moments_on_cpu(x: jax.Array, shift: jax.Array) -> Moments:
+def _moments(x: jax.Array, shift: jax.Array) -> Moments:
+    """Mean and variance, the latter from deviations x - shift; any shift gives the same."""
     mean, mean_of_squares = x.mean((0, 1, 2)), jnp.square(x - shift).mean((0, 1, 2))
+    # Rounding can leave a constant channel with a variance just below zero.
     return mean, jnp.maximum(mean_of_squares - jnp.square(mean - shift), 0.0)
 
 
-@_moments_on_cpu.defjvp
+@_moments.defjvp
 def _moments_tangent(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Moments, Moments]:
     x, _ = primals
     dx, _ = tangents
-    mean, variance = _moments_on_cpu(*primals)
+    mean, variance = _moments(*primals)
     # A number that is known only when the program runs: XLA keeps the result of a division by it,
     # where products of channels, as with a constant's inverse, are computed anew for every pixel.
     count = math.prod(x.shape[:3]) + 0 * variance
     dmean = dx.sum((0, 1, 2)) / count
     return (mean, variance), (dmean, 2 * (x * dx).sum((0, 1, 2)) / count - 2 * mean * dmean)
-
-
-@derivative_on_cpu(_moments_on_cpu)
-def _moments(x: jax.Array, shift: jax.Array) -> Moments:
-    """Mean and variance from the deviations x - shift; any shift gives the same."""
-    deviation = x - shift
-    offset, mean_of_squares = deviation.mean((0, 1, 2)), jnp.square(deviation).mean((0, 1, 2))
-    # Rounding can leave a constant channel with a variance just below zero.
-    return offset + shift, jnp.maximum(mean_of_squares - jnp.square(offset), 0.0)
 
 
 @functools.partial(once_per_shape, static_argnames=("epsilon", "sharing"))
