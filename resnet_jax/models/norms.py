@@ -84,8 +84,8 @@ class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015), as PyTorch counts it.
 
     Differs from `flax.linen.BatchNorm` in two points: the running variance is the unbiased one
-    (n / (n - 1)), so that statistics equal those of a network trained in PyTorch, and the sums
-    are taken of the deviations from an estimate of the mean, which is exact for any estimate
+    (n / (n - 1)), so that statistics equal those of a network trained in PyTorch, and the
+    squares are summed of deviations from an estimate of the mean, which is exact for any estimate
     and keeps the one-pass variance accurate when the mean is large beside the spread. The
     estimate is the first image's mean; on a TPU the running mean, because there the sums are
     part of the pass that makes `x`, and the first image's mean would take another one.
