@@ -216,7 +216,6 @@ def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
       >>> mean.item(), variance.item()
       (2.0, 1.0)
     """
-
     x = x.astype(jnp.float32)
     # Constants from the start: to differentiate the choice would take a tenth of the tracing.
     shift = lax.platform_dependent(
