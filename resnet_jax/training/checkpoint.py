@@ -298,9 +298,7 @@ class Checkpoints:
             self._folder.mkdir(exist_ok=True)  # but not the workdir, if someone removed it
             self._unfinished.mkdir(exist_ok=True)
             unfinished.mkdir()
-            with _orbax() as checkpointer:
-                path = (unfinished / _STATE).absolute()
-                checkpointer.save(path, args=ocp.args.StandardSave(tree))
+            _write_arrays((unfinished / _STATE).absolute(), tree)
             write_whole(unfinished / "progress.json", json.dumps(progress))
             manifest.seal(unfinished)
             with contextlib.suppress(FileNotFoundError):
@@ -338,6 +336,29 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         yield checkpointer
+
+
+def _write_arrays(path: Path, tree: Any) -> None:
+    """Writes a state and reads it back, so that no state is sealed that lacks an array.
+
+    Orbax writes NumPy arrays only where `jax.process_index()` is 0, and elsewhere reports success.
+    """
+    with _orbax() as checkpointer:
+        checkpointer.save(path, args=ocp.args.StandardSave(tree))
+        found = checkpointer.restore(path, args=ocp.args.StandardRestore(tree))
+    written = jax.tree.leaves(jax.tree.map(_same_bits, tree, found))
+    for (name, _), same in zip(jax.tree.leaves_with_path(tree), written, strict=True):
+        if not same:
+            raise OSError(f"{jax.tree_util.keystr(name)} is not on disk as it was saved")
+
+
+def _same_bits(expected: np.ndarray, found: Any) -> bool:
+    found = np.asarray(found)
+    return (
+        expected.shape == found.shape
+        and expected.dtype == found.dtype
+        and expected.tobytes() == found.tobytes()
+    )
 
 
 @functools.cache  # once is enough

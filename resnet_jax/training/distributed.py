@@ -7,6 +7,7 @@ process 0 keeps. How processes are joined is in launch.py, how a lost one is not
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,21 +63,29 @@ def abandon(error: BaseException) -> None:
 class Peers:
     """The processes of a run, as one of them sees them.
 
+    A process has two numbers. `Watch.index` is the one that it joined the coordination service
+    with: it says who keeps the table, and messages name it, because it is what `--process_id`
+    gave. `index` is the runtime's, and on a TPU pod it can differ from the first: it says which
+    devices and images a process has, whose arrays a broadcast sends, and who writes.
+
     Args:
-      index: This process.
-      count: How many there are; a lone one has nobody to agree with.
-      watch: Of the others; None for a lone one.
+      count: Number of processes; a single one has nobody to agree with.
+      watch: The heartbeat of this process; None for a single one.
     """
 
-    def __init__(self, index: int = 0, count: int = 1, watch: Watch | None = None) -> None:
-        self.index = index
+    def __init__(self, count: int = 1, watch: Watch | None = None) -> None:
         self.count = count
         self._watch = watch
         self._told = 0
 
+    @functools.cached_property
+    def index(self) -> int:
+        """`jax.process_index()`; the first look starts the backend."""
+        return 0 if self._watch is None else jax.process_index()
+
     @property
     def is_first(self) -> bool:
-        """Whether this process writes to the disk and talks to people."""
+        """Whether this process writes to the disk and prints progress."""
         return self.index == 0
 
     def agree(self, facts: Mapping[str, object]) -> None:
@@ -92,8 +101,8 @@ class Peers:
         if self._watch is None:
             return
         own = {name: _text(value) for name, value in facts.items()}
-        self._watch.put(f"facts/{self.index}", json.dumps(own))
-        if self.is_first:
+        self._watch.put(f"facts/{self._watch.index}", json.dumps(own))
+        if self._watch.index == 0:
             found = self._watch.wait_for("facts/", self.count)
             each = [json.loads(found[index]) for index in range(self.count)]
             self._watch.put("agreed/0", first_difference(each))
@@ -228,7 +237,7 @@ def together() -> Iterator[Peers]:
     _entered += 1  # as often in all processes, so that a second run has keys of its own
     table = Table(joined.client, f"resnet_jax/{_entered}/")
     watch = Watch(table, joined.process_id, joined.num_processes)
-    _together.append(Peers(joined.process_id, joined.num_processes, watch))
+    _together.append(Peers(joined.num_processes, watch))
     try:
         yield _together[0]
         watch.leave()

@@ -512,3 +512,28 @@ def test_small_files_are_whole_or_not_there(tmp_path, disk):
             workdir.write_whole(path, "after")
         disk["last"] = None
         assert path.read_text() in ("before", "after")
+
+
+def test_a_state_without_its_arrays_is_not_sealed(tmp_path, monkeypatch):
+    """Orbax writes no NumPy array where the process is not the runtime's first, and says nothing."""
+    tmp_path.mkdir(exist_ok=True)
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    checkpoints.save(state(1), None, {})
+    with pytest.raises(ConfigError, match="state at step 1 could not be written"):
+        checkpoints.close()
+    assert steps(tmp_path) == []
+
+
+def test_a_state_that_is_not_what_was_saved_is_not_sealed(tmp_path, monkeypatch):
+    saved = ocp.Checkpointer.save
+
+    def changed(self, path, args):
+        saved(self, path, args=ocp.args.StandardSave(jax.tree.map(lambda x: x + 1, args.item)))
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", changed)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), None, {})
+    with pytest.raises(ConfigError, match=r"\.step is not on disk as it was saved"):
+        checkpoints.close()
+    assert steps(tmp_path) == []
