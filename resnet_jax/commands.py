@@ -37,6 +37,10 @@ def train(options: argparse.Namespace) -> None:
             from resnet_jax.training import loop
 
             result = loop.train(config, workdir)
+            # The others wait inside the group, however long it takes. JAX's own exit barrier
+            # gives up after 30 seconds and aborts every process.
+            if config.log.report and peers.is_first:
+                _report_at_the_end(result.workdir)
     except (StoppedError, DivergedError):  # so all processes end, at the same step
         raise
     except BaseException as error:
@@ -44,8 +48,6 @@ def train(options: argparse.Namespace) -> None:
         raise
     if not peers.is_first:
         return
-    if config.log.report:
-        _report_at_the_end(result.workdir)
     top1 = result.metrics["top1"]
     print_copy(f"top-1 {top1:.2%} after {result.steps} steps; everything is in {result.workdir}")
 
@@ -56,6 +58,8 @@ def _report_at_the_end(workdir: Path) -> None:
         from resnet_jax.report.page import write_report
 
         write_report([workdir], force=True)
+    except KeyboardInterrupt:
+        print("no report.html: interrupted", file=sys.stderr)
     except ModuleNotFoundError as error:
         print(f"no report.html: {error.name} is not installed", file=sys.stderr)
     except Exception as error:

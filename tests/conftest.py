@@ -1,4 +1,9 @@
-"""For all tests: a compilation cache, a folder of data sets, eight CPU devices, a small disk."""
+"""For all tests: the platform, a compilation cache, data sets, eight CPU devices, a small disk.
+
+The tests run on the CPU, whatever the machine has. `pytest --platform=NAME` runs them elsewhere:
+  fake-gpu, fake-tpu  on CPU devices that look like accelerators (fake_accelerator.py)
+  gpu, tpu            on the real ones: the tests that one device is enough for
+"""
 
 import gc
 import importlib.metadata
@@ -27,9 +32,51 @@ os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
 import jax
 
 from tests import tiny
+from tests.fake_accelerator import fake_accelerator
 
 jax.config.update("jax_compilation_cache_dir", str(TEMPORARY / "jax-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--platform",
+        default=os.environ.get("RESNET_JAX_TEST_PLATFORM", "cpu"),
+        choices=("cpu", "gpu", "tpu", "fake-gpu", "fake-tpu"),
+        help="what the tests run on (default: $RESNET_JAX_TEST_PLATFORM, or cpu)",
+    )
+
+
+def pytest_configure(config):
+    """Chooses the backend before any test can start one; subprocesses inherit the choice."""
+    name = config.getoption("--platform").removeprefix("fake-")
+    real = name == config.getoption("--platform")
+    backends = {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}.get(name, "cpu") if real else "cpu"
+    os.environ["JAX_PLATFORMS"] = backends
+    jax.config.update("jax_platforms", backends)
+    if backends != "cpu":
+        # The workers share one device; and products are float32, as the expected values are.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_generate_tests(metafunc):
+    """A test marked `accelerators` runs three times in the default suite."""
+    marked = metafunc.definition.get_closest_marker("accelerators")
+    if marked and metafunc.config.getoption("--platform") == "cpu":
+        platforms = [pytest.param(None, id="cpu"), "fake-gpu", "fake-tpu"]
+        metafunc.parametrize("platform", platforms, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def platform(request):
+    """What the devices look like: "cpu", "gpu" or "tpu"; fixtures that compile depend on it."""
+    name = getattr(request, "param", None) or request.config.getoption("--platform")
+    if name.startswith("fake-"):
+        with fake_accelerator(name.removeprefix("fake-")):
+            yield name.removeprefix("fake-")
+    else:
+        yield name
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,6 +25,7 @@ from resnet_jax.data.loader import (
 )
 from resnet_jax.data.scales import plan_batches, scaled_batches
 from resnet_jax.data.sources import Source
+from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
 from resnet_jax.evaluation.label_sets import CORRUPTED, Classes, data_set_name, match_classes
 from resnet_jax.evaluation.network import Network
@@ -117,7 +118,11 @@ class Evaluator:
             )
         results = _Results()
         waiting = None
-        with self._progress(len(source)) as advance:
+        images = f"a batch of {self.batch_size} images"
+        with (
+            explain_out_of_memory(images, "take a smaller --batch_size"),
+            self._progress(len(source)) as advance,
+        ):
             # One batch is fetched while the next is computed.
             for batch in batches:
                 batch["labels"] = self._translate(classes, source, batch)

@@ -11,6 +11,7 @@ import numpy as np
 
 from resnet_jax.data.augment import normalize
 from resnet_jax.data.decode import crop_pixels
+from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.network import Network
 from resnet_jax.inference.images import in_threads, read_pixels
@@ -66,14 +67,16 @@ class Forward:
         self._variables = place(network.variables)
 
     def __call__(self, images: Iterable[Any]) -> Iterator[np.ndarray | DataError]:
-        # One batch is fetched while the next is computed.
-        waiting: collections.deque[tuple[_Entries, Any]] = collections.deque()
-        for entries, pixels in self._batches(images):
-            waiting.append((entries, self._compiled(self._variables, put(pixels))))
-            if len(waiting) > 1:
+        what = f"a batch of {self.batch_size} images of {self._side}x{self._side} pixels"
+        with explain_out_of_memory(what, "take a smaller --batch_size"):
+            # One batch is fetched while the next is computed.
+            waiting: collections.deque[tuple[_Entries, Any]] = collections.deque()
+            for entries, pixels in self._batches(images):
+                waiting.append((entries, self._compiled(self._variables, put(pixels))))
+                if len(waiting) > 1:
+                    yield from _rows(*waiting.popleft())
+            while waiting:
                 yield from _rows(*waiting.popleft())
-        while waiting:
-            yield from _rows(*waiting.popleft())
 
     def _crop(self, image: Any) -> np.ndarray:
         return crop_pixels(read_pixels(image, self._network.channels), self._network.crop)

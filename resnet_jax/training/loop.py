@@ -31,9 +31,12 @@ from resnet_jax.data.loader import (
     streamed_evaluation_batches,
 )
 from resnet_jax.data.sources import Source
+from resnet_jax.distributed.accelerators import find_accelerator
+from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.summary import training_flops
 from resnet_jax.training import parallel
 from resnet_jax.training.bucket import Bucket
 from resnet_jax.training.checkpoint import Checkpoints
@@ -116,7 +119,9 @@ def train(config: Config, workdir: str | Path) -> Result:
                     initial = initial_variables(config, model, channels)
                 folder = open_workdir(folder, config, fingerprints(sources))
                 stack.enter_context(locked(folder))
-            run = _Run(config, folder, model, sources, initial, signals, peers)
+            remedy = "free the memory that other processes hold, or take a smaller network"
+            with explain_out_of_memory("the state of the run", remedy):
+                run = _Run(config, folder, model, sources, initial, signals, peers)
             if bucket and run.checkpoints:
                 run.checkpoints.after_save = bucket.pusher(run.telemetry.say)
                 if run.checkpoints.latest is not None:  # what the last start could not copy
@@ -156,7 +161,7 @@ class _Run:
         self.peers = peers
         self.hosts: dict[str, Any] = {"host": peers.index, "hosts": peers.count}
         optimizer = make_optimizer(config, self.length)
-        channels = channels_of(config, sources["train"])
+        self.channels = channels = channels_of(config, sources["train"])
         shapes = state_shapes(model, optimizer, config, channels)
         self.checkpoints: Checkpoints | None = None
         self.carried: dict[str, Any] | None = None
@@ -189,7 +194,8 @@ class _Run:
         self.on_devices: tuple[Batch, ...] = ()  # arguments of the step beside state and batch
         if config.train.steps_per_call > 1 and isinstance(self.train_data, MemoryImages):
             data = {"images": self.train_data.images, "labels": self.train_data.labels}
-            self.on_devices = (parallel.place(data),)
+            with explain_out_of_memory("the data set", "take train.steps_per_call = 1"):
+                self.on_devices = (parallel.place(data),)
             step = make_steps(step)
         if peers.count > 1:
             step = parallel.with_stop_flag(step)
@@ -198,13 +204,14 @@ class _Run:
         self.evaluation_step = parallel.data_parallel_sums(
             make_evaluation_step(model, config.augment, config.evaluate.flip)
         )
-        self._say_start(channels)
+        self._say_start()
 
     def finish(self) -> Result:
         """Takes the steps that are left and closes everything, whatever happens."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.telemetry.close)
             stack.enter_context(self._saved())
+            stack.enter_context(explain_out_of_memory(*self._memory_of_a_step()))
             metrics = self._train()
         return Result(int(self.state.step), metrics, self.workdir)
 
@@ -236,6 +243,7 @@ class _Run:
             done,
             self._divergence,
             self.carried,
+            self._peak_share(),
         )
         trace = Trace(config, self.workdir, self.telemetry.say)
         metrics: dict[str, float] = {}
@@ -252,7 +260,6 @@ class _Run:
                 if self.peers.count > 1:
                     batch = batch, self.stop_flags[self.signals.received]
                 arguments = (self.state, *self.on_devices, batch)
-                recorder.look_at(self.step, *arguments, several=bool(self.on_devices))
                 self.state, step_metrics = self.step(*arguments)
                 done += steps
                 trace.after(done, step_metrics)
@@ -278,7 +285,30 @@ class _Run:
             batches.close()
             made.close()
             trace.close()
+            recorder.close()
         return metrics
+
+    def _memory_of_a_step(self) -> tuple[str, str]:
+        """What a device holds for a training step, and what makes it less."""
+        train, model = self.config.train, self.config.model
+        remedies = ["a smaller train.batch_size", f"train.accumulate = {2 * train.accumulate}"]
+        remedies += [] if model.remat else ["model.remat = true"]
+        what = f"a training step of train.batch_size = {train.batch_size}"
+        if self.on_devices:
+            what += f" with the data set on the devices (train.steps_per_call = {train.steps_per_call})"
+            remedies.append("train.steps_per_call = 1")
+        return what, f"take {' or '.join(remedies)}"
+
+    def _peak_share(self) -> float:
+        """Share of the devices' peak that one image a second takes; 0 where no peak is known."""
+        accelerator = find_accelerator(jax.devices()[0].device_kind)
+        if accelerator is None:
+            return 0.0
+        side = self.config.data.image_size
+        flops = training_flops(self.model, (1, side, side, self.channels))
+        if self.config.optimizer.backbone_rate == 0:
+            flops /= 3  # a frozen backbone has a forward pass only
+        return flops / (accelerator.flops * jax.device_count())
 
     def _call_lengths(self, done: int) -> Iterator[int]:
         """Steps of each call: train.steps_per_call, or 1 up to where the loop has to look."""
@@ -322,7 +352,10 @@ class _Run:
             if not variables:
                 continue
             start = time.monotonic()
-            metrics = evaluate(self.evaluation_step, variables, self._evaluation_batches())
+            size = self.config.evaluate.batch_size or self.config.train.batch_size
+            what = f"an evaluation batch of {size} images"
+            with explain_out_of_memory(what, "take a smaller evaluate.batch_size"):
+                metrics = evaluate(self.evaluation_step, variables, self._evaluation_batches())
             seconds = time.monotonic() - start
             images = metrics.pop("images")
             if not math.isfinite(metrics["loss"]):  # and no record: JSON has no NaN
@@ -377,12 +410,12 @@ class _Run:
             "optimizer.learning_rate, a longer schedule.warmup_epochs or optimizer.clip_norm help"
         )
 
-    def _say_start(self, channels: int) -> None:
+    def _say_start(self) -> None:
         config, side = self.config, self.config.data.image_size
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
         self.telemetry.say(
             f"{config.model.name} ({parameters:,} parameters) on {config.data.name}, "
-            f"{len(self.train_data):,} images of {side}x{side}x{channels}, "
+            f"{len(self.train_data):,} images of {side}x{side}x{self.channels}, "
             f"{self.model.num_classes} classes; {self.length.steps} steps of "
             f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {self.workdir}"
         )

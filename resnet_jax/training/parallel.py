@@ -86,7 +86,7 @@ def _awaited(call: Callable[..., Any]) -> Callable[..., Any]:
 
     The collectives of two calls would share a few threads, and wait for each other for ever.
     """
-    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+    if jax.process_count() == 1 or jax.local_devices()[0].platform != "cpu":
         return call
     return lambda *arguments: jax.block_until_ready(call(*arguments))
 
@@ -201,19 +201,6 @@ def put(batch: Any) -> Any:
     """
     split = shard(batch)
     return jax.device_put(split, jax.NamedSharding(_mesh(), jax.P(AXIS)))
-
-
-def flops(step: Any, *arguments: Any) -> float:
-    """What one step computes on one device, as the compiler counts it.
-
-    Args:
-      step: From `data_parallel`.
-      arguments: What the step takes, or the shapes of it.
-
-    Returns:
-      Floating-point operations.
-    """
-    return float(step.lower(*arguments).cost_analysis()["flops"])
 
 
 def check_divisible(

@@ -7,15 +7,14 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.errors import ConfigError, DivergedError, one_line
-from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, profile_steps
 from resnet_jax.training.telemetry import Telemetry
 
@@ -71,8 +70,38 @@ def _are_numbers(values: dict[str, Any]) -> bool:
     return all(isinstance(value, int | float) for value in values.values())
 
 
+class _Clock:
+    """The rate of the steps since a moment, from the times at which calls were complete.
+
+    The first call of a process waits for the compiler, so it counts only where there is no other.
+    """
+
+    def __init__(self, since: float, waits_for_compiler: bool = True) -> None:
+        self.completed = since
+        self._since = since
+        self._waits = waits_for_compiler
+        self._steps = 0
+        self._compiled: tuple[int, float] | None = None  # steps and end of the first call
+
+    def add(self, steps: int, completed: float) -> None:
+        """Counts a call that was complete at a time."""
+        self._steps += steps
+        self.completed = completed
+        if self._waits and self._compiled is None:
+            self._compiled = self._steps, completed
+
+    def steps_per_second(self) -> float:
+        steps, since = self._compiled or (0, self._since)
+        if steps == self._steps:
+            steps, since = 0, self._since
+        return (self._steps - steps) / (self.completed - since)
+
+
 class Recorder:
     """Averages the metrics of steps into records; reads them late, so that no device waits.
+
+    A thread waits for each call and notes when it is complete. Rates come from these times: the
+    loop itself may learn of several calls at once, long after they ended.
 
     Args:
       config: The configuration of the run.
@@ -82,6 +111,8 @@ class Recorder:
       divergence: Makes the message of a DivergedError: of what was not a number, the step, and how
         many were skipped.
       carried: What `carried` gave at the step where this start begins.
+      peak_share: Share of the devices' peak FLOP/s that one image a second takes; 0: not known,
+        and records have no "mfu".
     """
 
     def __init__(
@@ -92,40 +123,29 @@ class Recorder:
         done: int,
         divergence: Callable[[str, int, int], str],
         carried: dict[str, Any] | None = None,
+        peak_share: float = 0.0,
     ) -> None:
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._telemetry = telemetry
         self._divergence = divergence
-        self._pending: deque[tuple[int, Any]] = deque()
+        self._peak_share = peak_share
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._pending: deque[tuple[int, Any, Future[float]]] = deque()
         self._sums = _Sums.of(carried or {})
-        self._timed = 0  # steps since the clock was started
         self._done = done
         self.stop = False  # whether a process of the run has asked to stop
-        self._time = time.monotonic()
-        self._flops: float | None = None
-        accelerator = find_accelerator(jax.devices()[0].device_kind)
-        self._peak = accelerator.flops if accelerator else None
-
-    def look_at(self, step: Any, *arguments: Any, several: bool = False) -> None:
-        """Counts the work of the step that the records are about, where its peak is known.
-
-        Args:
-          step: The compiled step.
-          arguments: What it takes.
-          several: The last one is of several steps, [D, N, steps]; one is counted.
-        """
-        if self._peak and self._flops is None:
-            if several:
-                one = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], 1), x.dtype)  # noqa: E731
-                arguments = (*arguments[:-1], jax.tree.map(one, arguments[-1]))
-            self._flops = parallel.flops(step, *arguments)
+        self._clock = _Clock(time.monotonic())
 
     def add(self, done: int, metrics: Any) -> None:
         """Takes the metrics of a call that may still be running: of a step, or [steps]."""
-        self._pending.append((done, metrics))
+        self._pending.append((done, metrics, self._waiter.submit(_completion_time, metrics)))
         while len(self._pending) > _IN_FLIGHT:
             self._read_one()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._waiter.shutdown(wait=False, cancel_futures=True)
 
     def flush(self) -> None:
         """Waits for all steps and writes what is left over as a record.
@@ -150,16 +170,18 @@ class Recorder:
 
     def restart(self) -> None:
         """Starts the clock again after an evaluation."""
-        self._time, self._timed = time.monotonic(), 0
+        self._clock = _Clock(time.monotonic(), waits_for_compiler=False)
 
     def _read_all(self) -> None:
         while self._pending:
             self._read_one()
 
     def _read_one(self) -> None:
-        done, metrics = self._pending.popleft()
+        done, metrics, completion = self._pending.popleft()
+        completed = completion.result()
         arrays = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
         steps = len(arrays["loss"])
+        self._clock.add(steps, completed)
         self.stop |= bool(arrays.pop("stop", np.zeros(1))[0])
         for index in range(steps):
             values = {name: float(x[index]) for name, x in arrays.items()}
@@ -174,7 +196,6 @@ class Recorder:
         else:
             self._sums.add(values)
             self._telemetry.watch(values)
-        self._timed += 1
         if done % self._config.log.every_steps == 0 and self._sums.steps:
             self._write()
 
@@ -183,16 +204,21 @@ class Recorder:
         return DivergedError(self._divergence(what, self._done, self._sums.skipped_in_all))
 
     def _write(self) -> None:
-        seconds = time.monotonic() - self._time
+        images_per_second = self._clock.steps_per_second() * self._config.train.batch_size
         record: dict[str, Any] = {"step": self._done, "split": "train", **self._sums.means()}
         record["epoch"] = self._done / self._steps_per_epoch
-        record["images_per_second"] = self._timed * self._config.train.batch_size / seconds
+        record["images_per_second"] = images_per_second
         record["skipped"] = self._sums.skipped
-        if self._peak and self._flops:
-            record["mfu"] = self._timed / seconds * self._flops / self._peak
+        if self._peak_share:
+            record["mfu"] = images_per_second * self._peak_share
         self._telemetry.record(record)
         self._sums = self._sums.next()
-        self.restart()
+        self._clock = _Clock(self._clock.completed, waits_for_compiler=False)
+
+
+def _completion_time(metrics: Any) -> float:
+    jax.block_until_ready(metrics)
+    return time.monotonic()
 
 
 class Trace:

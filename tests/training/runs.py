@@ -13,8 +13,9 @@ def records(workdir):
 
 
 def without_times(workdir):
-    """The records but for their rates, which no two runs share."""
-    return [{k: v for k, v in x.items() if k != "images_per_second"} for x in records(workdir)]
+    """The records without their rates, which no two runs share."""
+    rates = ("images_per_second", "mfu")
+    return [{k: v for k, v in x.items() if k not in rates} for x in records(workdir)]
 
 
 def state_of(workdir):
