@@ -3,12 +3,15 @@
 What only an accelerator reaches is code that no test on a CPU runs: the branch of another platform,
 a peak that is known, a compiler that reports no cost. In here that code runs.
 
-In a process of its own, as `train.py` on such devices:
-    python -m tests.fake_accelerator gpu [--swap] [--slow_report=SECONDS] [--memory=BYTES] FLAGS
+As a program it is `train.py` on such devices, with more of what happens on real ones:
+    python -m tests.fake_accelerator gpu [OPTIONS] FLAGS_OF_TRAIN
 """
 
+import argparse
 import contextlib
 import functools
+import sys
+import time
 from unittest import mock
 
 import jax
@@ -52,16 +55,99 @@ def fake_accelerator(platform):
     Args:
       platform: "gpu" or "tpu".
     """
-    device = type(jax.local_devices()[0])
-    kind = property(lambda self: KINDS[platform])
+    choose = functools.partial(_platform_dependent, platform)
     jax.clear_caches()  # of programs that were traced with the other branches
     with (
-        mock.patch.object(jax, "default_backend", lambda: platform),
+        mock.patch.object(jax, "default_backend", return_value=platform),
         mock.patch.object(jax, "device_get", _device_get),
-        mock.patch.object(lax, "platform_dependent", functools.partial(_platform_dependent, platform)),
-        mock.patch.object(jax.stages.Lowered, "cost_analysis", lambda self: None),
-        mock.patch.object(device, "device_kind", kind),
-        mock.patch.object(device, "memory_stats", lambda self: MEMORY),
+        mock.patch.object(lax, "platform_dependent", choose),
+        mock.patch.object(jax.stages.Lowered, "cost_analysis", return_value=None),
+        mock.patch.object(jax.Device, "device_kind", KINDS[platform]),
+        mock.patch.object(jax.Device, "memory_stats", return_value=MEMORY),
     ):
         yield
     jax.clear_caches()
+
+
+def swap_indices():
+    """Joins the processes such that the runtime numbers them the other way round, as a pod may."""
+    from jax._src import distributed
+
+    join = jax.distributed.initialize
+
+    def initialize(address, count, index, **options):
+        join(address, count, index, **options)
+        distributed.global_state.process_id = count - 1 - index
+        jax.devices()  # takes its number from there
+        distributed.global_state.process_id = index
+
+    jax.distributed.initialize = initialize
+
+
+def shorten_exit_barrier(seconds):
+    """JAX's own, which aborts processes that wait longer for another one to end."""
+    join = jax.distributed.initialize
+
+    def initialize(*arguments, **options):
+        join(*arguments, **{**options, "shutdown_timeout_seconds": seconds})
+
+    jax.distributed.initialize = initialize
+
+
+def slow_down_report(seconds):
+    """The page at the end takes so much longer."""
+    from resnet_jax.report import page
+
+    write = page.write_report
+
+    def write_report(*arguments, **options):
+        time.sleep(seconds)
+        return write(*arguments, **options)
+
+    page.write_report = write_report
+
+
+def fill_memory(index, message="RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes."):
+    """The devices of one process have no room for the second step."""
+    from resnet_jax.training import parallel
+
+    make, calls = parallel.data_parallel, []
+
+    def data_parallel(*arguments, **options):
+        step = make(*arguments, **options)
+
+        def full(*arguments):
+            calls.append(1)
+            if jax.process_index() == index and len(calls) == 2:
+                raise jax.errors.JaxRuntimeError(f"{message}\n\nBuffer 1:\n\tSize: 1.00GiB")
+            return step(*arguments)
+
+        return full
+
+    parallel.data_parallel = data_parallel
+
+
+def main():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("platform", choices=KINDS)
+    parser.add_argument("--swap", action="store_true")
+    parser.add_argument("--exit_barrier", type=int)
+    parser.add_argument("--slow_report", type=float)
+    parser.add_argument("--full", type=int, metavar="PROCESS")
+    options, flags = parser.parse_known_args()
+    if options.swap:
+        swap_indices()
+    if options.exit_barrier:
+        shorten_exit_barrier(options.exit_barrier)
+    if options.slow_report:
+        slow_down_report(options.slow_report)
+    if options.full is not None:
+        fill_memory(options.full)
+    from resnet_jax import cli
+
+    with fake_accelerator(options.platform):
+        return cli.main(["train", *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,11 +26,11 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
       ConfigError: The compiler or the runtime of a device ran out of its memory in the block.
 
     Example:
-      >>> with explain_out_of_memory("a batch of 64 images", "lower --batch_size"):
-      ...     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
+      >>> with explain_out_of_memory("a batch of 64 images", "take a smaller --batch_size"):
+      ...     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
       Traceback (most recent call last):
       resnet_jax.errors.ConfigError: a batch of 64 images does not fit in the memory of a device \
-(Out of memory allocating 1 byte.); lower --batch_size
+(Out of memory.); take a smaller --batch_size
     """
     try:
         yield

@@ -295,7 +295,9 @@ class _Run:
         remedies += [] if model.remat else ["model.remat = true"]
         what = f"a training step of train.batch_size = {train.batch_size}"
         if self.on_devices:
-            what += f" with the data set on the devices (train.steps_per_call = {train.steps_per_call})"
+            what += (
+                f" with the data set on the devices (train.steps_per_call = {train.steps_per_call})"
+            )
             remedies.append("train.steps_per_call = 1")
         return what, f"take {' or '.join(remedies)}"
 

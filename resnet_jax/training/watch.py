@@ -27,6 +27,8 @@ _SILENT_AFTER_FAILURE = 6
 # Seconds that the main thread has to end by itself after a verdict; it may be in a collective.
 _GRACE = 15
 _AGAIN = "the same command on all processes goes on from the last saved state"
+# The mistake that this process is about to end with, while it waits for the others.
+_own_mistake: list[str] = []
 
 
 def end_process(line: str, code: int) -> NoReturn:
@@ -56,6 +58,8 @@ def end_when_aborted(coordinator: str) -> None:
     host, _, port = coordinator.rpartition(":")
 
     def handle(number: int) -> None:
+        if _own_mistake:  # the others have ended because of it
+            end_process(_own_mistake[0], MISTAKE)
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except (OSError, ValueError):
@@ -179,6 +183,8 @@ class Watch:
           most: Seconds to wait.
         """
         self._leaving = True
+        if code == MISTAKE:
+            _own_mistake.append(line)
         if self._verdict is not None:  # the others have that line already
             line, code = "", 0
         self._say_end(line, code)
@@ -230,6 +236,7 @@ class Watch:
                     self._table.put("verdict/0", json.dumps(found))
             if not self._over.wait(_GRACE * self._beat) and not self._leaving:
                 self._say_end("", 0)
+                self.linger()
                 end_process(*found)
 
     def _say_end(self, line: str, code: int) -> None:

@@ -61,7 +61,7 @@ def environment(devices):
 
 
 @contextlib.contextmanager
-def started(folder, *commands, devices=1):
+def started(folder, *commands, devices=1, program=(sys.executable, "train.py")):
     """Processes whose output goes to folder/0, 1, ...; killed at the end, whatever happens."""
     with contextlib.ExitStack() as stack:
         processes = []
@@ -69,7 +69,7 @@ def started(folder, *commands, devices=1):
             output = stack.enter_context((folder / str(index)).open("w"))
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "train.py", *command],
+                    [*program, *command],
                     cwd=ROOT,
                     env=environment(devices),
                     stdout=output,
@@ -120,6 +120,7 @@ def last_records(workdir):
     found = {(r["step"], r["split"], r.get("weights")): r for r in records(workdir)}
     for record in found.values():
         record.pop("images_per_second")
+        record.pop("mfu", None)
     return found
 
 
