@@ -17,6 +17,7 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from resnet_jax.data import decode
@@ -309,8 +310,9 @@ def _await_deletions(kind: type) -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """In a worker process: it ends with its parent, whose matter signals are."""
+    """In a worker process: it leaves signals to its parent, ends with it, and uses no device."""
     del index, count
+    jax.config.update("jax_platforms", "cpu")  # or JAX would take memory of the parent's GPU
     for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole group
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

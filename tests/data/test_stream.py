@@ -4,6 +4,7 @@ import io
 import threading
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -41,6 +42,20 @@ def test_hosts_of_a_stream():
 def test_worker_processes_give_the_same_batches():
     source, order = Photos(), loader.Order(images=20, seed=1)
     assert_same(stream(source, order, 0, 4, workers=2), stream(source, order, 0, 4))
+
+
+class Platforms(Photos):
+    """Labels say whether the process that reads the images leaves accelerators alone."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], int(jax.config.jax_platforms == "cpu")
+
+
+def test_worker_processes_use_no_accelerator(monkeypatch):
+    """One that started a backend of its own would take most of the memory of the parent's GPU."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # what the processes inherit
+    (batch,) = stream(Platforms(), loader.Order(images=20, seed=1), 0, 1, workers=1)
+    assert batch["labels"].tolist() == [1] * 8
 
 
 def test_memory_stays_flat():

@@ -54,6 +54,7 @@ def run(request, tmp_path_factory, tiny_model):
     return folder
 
 
+@pytest.mark.accelerators
 @pytest.mark.parametrize("ema", [False, True])
 def test_the_trainers_numbers_to_the_digit(run, ema):
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -91,7 +91,7 @@ def images(network):
 
 
 @pytest.fixture(scope="module")
-def logits(network, images):
+def logits(network, images, platform):
     return source_logits(network.model, network.variables, network.preprocessing, images)
 
 
@@ -141,6 +141,7 @@ np.save("beside.npy", logits)
     close(np.load(beside.parent / "beside.npy"), logits)
 
 
+@pytest.mark.accelerators
 def test_one_platform_and_any_number_of_images(network, images, logits, tmp_path):
     path = tmp_path / "network"
     export_network(network, "stablehlo", path, platforms="cpu")

@@ -47,7 +47,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classifier(weights):
+def classifier(weights, platform):
     return rj.Classifier.load(weights, model="resnet8_cifar", batch_size=BATCH)
 
 
@@ -74,6 +74,7 @@ def command(name, source, *arguments):
 # Python.
 
 
+@pytest.mark.accelerators
 def test_agrees_with_apply(classifier, photos):
     """To the bit with the same program on the same batch."""
     network = classifier.network

@@ -92,6 +92,7 @@ def test_the_best_state_is_kept_beside_the_newest(tmp_path):
     assert steps(tmp_path) == [6, 7]  # the later of two that are as good
 
 
+@pytest.mark.accelerators
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     """The next step writes into its memory while it is still being saved."""
     donate = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 0 - 1, x), donate_argnums=0)

@@ -50,7 +50,7 @@ def configuration(**changes):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tiny_model, platform):
+def straight(tmp_path_factory, tiny_model):
     """A run without interruption."""
     workdir = tmp_path_factory.mktemp("straight")
     return workdir, train(configuration(), workdir)
