@@ -107,9 +107,9 @@ def _why_not_joined(error: Exception, explicit: tuple[str, int, int] | None) -> 
     if explicit:
         return f"--coordinator_address={explicit[0]}: the processes cannot be joined ({reason})"
     return (
-        f"the processes cannot be joined ({reason}); JAX finds them on a TPU pod with libtpu, on GKE, "
-        "in Slurm and in Open MPI 4. Elsewhere pass --coordinator_address, --num_processes and "
-        "--process_id, or --no-distributed to run this process alone"
+        f"the processes cannot be joined ({reason}); JAX finds them on a TPU pod with libtpu, on "
+        "GKE, in Slurm and in Open MPI 4. Elsewhere pass --coordinator_address, --num_processes "
+        "and --process_id, or --no-distributed to run this process alone"
     )
 
 
@@ -253,11 +253,13 @@ def _is_several(count: str) -> bool:
 
 
 def _idle_hosts() -> str:
-    """Names the hosts of a Slurm job that a run outside a step leaves idle; "" where there are none."""
+    """Names the hosts of a Slurm job that a run outside a step leaves idle; "" if it has one."""
     hosts = os.environ.get("SLURM_JOB_NUM_NODES", "")
     if "SLURM_STEP_NUM_TASKS" in os.environ or not _is_several(hosts):
         return ""
-    return f"this job has {hosts} hosts and the run uses one of them; to use all, start it with srun"
+    return (
+        f"this job has {hosts} hosts and the run uses one of them; to use all, start it with srun"
+    )
 
 
 def _several_tpu_hosts() -> bool:
@@ -293,7 +295,7 @@ def _attribute(name: str, until: float) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this host
     while time.monotonic() < until:
         try:
-            request = urllib.request.Request(  # noqa: S310
+            request = urllib.request.Request(
                 f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
                 headers={"Metadata-Flavor": "Google"},
             )

@@ -1,9 +1,9 @@
 """Which GPUs of its host each process of a run uses.
 
-JAX gives a process that Slurm or Open MPI started the GPU with the number of its local rank. That is
-one GPU of eight where one task drives a host, and none where the launcher shows each task its own
-GPU, which is number 0 in every task. So the processes of a run tell each other which GPUs they see,
-by UUID, and processes that see the same GPUs divide them evenly.
+JAX gives a process that Slurm or Open MPI started the GPU with the number of its local rank. That
+is one GPU of eight if one task drives a host, and none if the launcher shows each task its own GPU
+only, which is number 0 in every task. So the processes of a run tell each other which GPUs they
+see, by UUID, and processes that see the same GPUs divide them evenly.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def visible_gpus() -> list[str]:
     The driver has already applied CUDA_VISIBLE_DEVICES, containers and cgroups, which makes it the
     only reliable source; it counts a MIG slice as a GPU.
     """
-    platforms = jax.config.jax_platforms
+    platforms = getattr(jax.config, "jax_platforms", None)
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return []
     if not any("cuda" in plugin.name for plugin in metadata.entry_points(group="jax_plugins")):
@@ -85,8 +85,8 @@ def use(ids: Sequence[int]) -> None:
 def divide(views: Sequence[View]) -> list[list[int]]:
     """Assigns every process of a run its GPUs.
 
-    A process takes the GPUs that the user chose for it, or else an equal share of those it sees: all
-    of them where no other process sees them.
+    A process uses the GPUs that the user chose for it, or else an equal share of those it sees:
+    all of them if no other process sees them.
 
     Args:
       views: Of each process, by its id.
@@ -164,18 +164,19 @@ def _ids(views: Sequence[View], seers: dict[str, list[int]], process: int) -> li
     """Returns the local device ids of one process."""
     own = views[process]
     if own.wanted is not None:
-        return _check_wanted(own, process)
+        _check_wanted(own.wanted, own, process)
+        return own.wanted
     sharers = _sharers(own, seers)
     for each in sharers:
         if views[each].wanted is not None:
             raise ConfigError(
-                f"--local_device_ids is given to process {each} and not to process {process}, which "
-                f"sees the same GPUs of {own.host}; give it to all processes of a host or to none"
+                f"--local_device_ids is given to process {each} and not to process {process}, "
+                f"which sees the same GPUs of {own.host}; give it to both or to neither"
             )
         if set(views[each].gpus) != set(own.gpus):
             raise ConfigError(
-                f"processes {process} and {each} on {own.host} see some of the same GPUs but not all; "
-                "give each of them --local_device_ids, or a CUDA_VISIBLE_DEVICES of its own"
+                f"processes {process} and {each} on {own.host} see some of the same GPUs but not "
+                "all; give each of them --local_device_ids, or a CUDA_VISIBLE_DEVICES of its own"
             )
     if len(sharers) > len(own.gpus):
         raise ConfigError(
@@ -190,11 +191,9 @@ def _ids(views: Sequence[View], seers: dict[str, list[int]], process: int) -> li
     return [own.gpus.index(gpu) for gpu in views[sharers[0]].gpus[begin : begin + share]]
 
 
-def _check_wanted(own: View, process: int) -> list[int]:
-    assert own.wanted is not None
+def _check_wanted(wanted: Sequence[int], own: View, process: int) -> None:
     count = len(own.gpus)
-    if not own.wanted or max(own.wanted) >= count:
-        ids = ",".join(map(str, own.wanted)) or "all"
+    if not wanted or max(wanted) >= count:
+        ids = ",".join(map(str, wanted)) or "all"
         seen = f"{count} GPUs, 0 to {count - 1}" if count else "no NVIDIA GPU that JAX can use"
         raise ConfigError(f"--local_device_ids={ids}: process {process} on {own.host} sees {seen}")
-    return own.wanted

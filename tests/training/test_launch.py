@@ -1,7 +1,6 @@
-"""How processes find each other, and which GPUs each of them uses: by faked launchers and drivers."""
+"""How processes find each other and which GPUs each uses, with faked launchers and drivers."""
 
 import contextlib
-import ctypes
 import http.server
 import json
 import os
@@ -91,7 +90,7 @@ def test_environment_variables_spare_the_metadata_server(monkeypatch):
 def test_tpu_hosts_from_a_file(monkeypatch, tmp_path):
     path = tmp_path / "addresses"
     monkeypatch.setenv("TPU_PROCESS_ADDRESSES_PATH", str(path))
-    with pytest.raises(ConfigError, match="TPU_PROCESS_ADDRESSES_PATH=.*No such file"):
+    with pytest.raises(ConfigError, match=r"TPU_PROCESS_ADDRESSES_PATH=.*No such file"):
         launch._several_processes()
     path.write_text("host-0:8471,host-1:8471\n")
     assert launch._several_processes()
@@ -136,7 +135,9 @@ def several_tpu_hosts():
     return answer[0]
 
 
-TWO_SLICES = b"ACCELERATOR_TYPE: 'v5litepod-8'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '0'\n"
+TWO_SLICES = (
+    b"ACCELERATOR_TYPE: 'v5litepod-8'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '0'\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,10 @@ def test_what_jax_is_told(variables, flags, calls, joined, monkeypatch):
         ([*EXPLICIT, "--distributed"], "--distributed finds the processes by itself"),
         (["--num_processes=two"], "--num_processes: invalid int value: 'two'"),
         (["--start_timeout=0"], "--start_timeout=0: must be"),
-        (["--local_device_ids=0,x"], "--local_device_ids=0,x: must be all, or different GPU numbers"),
+        (
+            ["--local_device_ids=0,x"],
+            "--local_device_ids=0,x: must be all, or different GPU numbers",
+        ),
         (["--local_device_ids=-1"], "--local_device_ids=-1: must be all, or"),
         (["--local_device_ids="], "--local_device_ids=: must be all, or"),
         (["--local_device_ids=0,1,00"], "--local_device_ids=0,1,00: must be all, or different"),
@@ -424,57 +428,69 @@ def test_which_gpus_a_process_takes(variables, flags, gpus, joined, monkeypatch,
     assert capsys.readouterr().err.count("4 GPUs are visible on ") == bool(idle)
 
 
-class _Driver:
+def driver_of(uuids, error=0):
     """libcuda, as far as it is asked here."""
 
-    def __init__(self, uuids, error=0):
-        self.uuids, self.error = uuids, error
-
-    def cuInit(self, flags):
-        return self.error
-
-    def cuDeviceGetCount(self, count):
-        count._obj.value = len(self.uuids)
+    def count_devices(count):
+        count._obj.value = len(uuids)
         return 0
 
-    def cuDeviceGet(self, device, index):
+    def get_device(device, index):
         device._obj.value = index + 7  # a handle, not an index
         return 0
 
-    def cuDeviceGetUuid_v2(self, uuid, device):
-        uuid._obj[:] = self.uuids[device.value - 7]
+    def get_uuid(uuid, device):
+        uuid._obj[:] = uuids[device.value - 7]
         return 0
 
+    return SimpleNamespace(
+        cuInit=lambda flags: error,
+        cuDeviceGetCount=count_devices,
+        cuDeviceGet=get_device,
+        cuDeviceGetUuid_v2=get_uuid,
+    )
 
-def test_visible_gpus_are_those_of_the_driver(monkeypatch):
-    monkeypatch.undo()
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine with CUDA: the UUIDs, JAX's platforms and plugins, and the driver."""
     uuids = [bytes(range(16)), bytes(range(1, 17))]
-    plugins = [SimpleNamespace(name="xla_cuda12")]
-    driver = _Driver(uuids)
+    found = SimpleNamespace(
+        uuids=uuids,
+        config=SimpleNamespace(jax_platforms=None),
+        plugins=[SimpleNamespace(name="xla_cuda12")],
+        driver=driver_of(uuids),
+    )
 
     def load(name):
-        assert name == "libcuda.so.1"
-        if driver is None:
-            raise OSError("no such library")
-        return driver
+        if name != "libcuda.so.1" or found.driver is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return found.driver
 
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    monkeypatch.setattr(local_gpus.metadata, "entry_points", lambda group: plugins)
-    monkeypatch.setattr(local_gpus, "jax", SimpleNamespace(config=jax.config))
-    for platforms, found in [(None, 2), ("", 2), ("cuda,cpu", 2), ("gpu", 2), ("cpu", 0), ("tpu,cpu", 0)]:
-        monkeypatch.setattr(
-            local_gpus, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=platforms))
-        )
-        assert local_gpus.visible_gpus() == [uuid.hex() for uuid in uuids][:found]
-    monkeypatch.setattr(
-        local_gpus, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None))
-    )
-    driver = _Driver(uuids, error=100)  # CUDA_ERROR_NO_DEVICE: CUDA_VISIBLE_DEVICES is empty
+    monkeypatch.undo()  # of the host without GPUs
+    monkeypatch.setattr(local_gpus.ctypes, "CDLL", load)
+    monkeypatch.setattr(local_gpus.metadata, "entry_points", lambda group: found.plugins)
+    monkeypatch.setattr(local_gpus, "jax", SimpleNamespace(config=found.config))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("platforms", "count"),
+    [(None, 2), ("", 2), ("cuda,cpu", 2), ("gpu", 2), ("cpu", 0), ("tpu,cpu", 0)],
+)
+def test_visible_gpus_are_those_of_the_driver(platforms, count, cuda):
+    cuda.config.jax_platforms = platforms
+    assert local_gpus.visible_gpus() == [uuid.hex() for uuid in cuda.uuids][:count]
+
+
+def test_no_gpus_without_driver_device_or_plugin(cuda):
+    assert len(local_gpus.visible_gpus()) == 2
+    cuda.driver = driver_of(cuda.uuids, error=100)  # no device: CUDA_VISIBLE_DEVICES is empty
     assert local_gpus.visible_gpus() == []
-    driver = None
+    cuda.driver = None
     assert local_gpus.visible_gpus() == []
-    driver = _Driver(uuids)
-    plugins.clear()  # a JAX for CPUs on a machine with GPUs
+    cuda.driver = driver_of(cuda.uuids)
+    cuda.plugins.clear()  # a JAX for CPUs on a machine with GPUs
     assert local_gpus.visible_gpus() == []
 
 
@@ -501,7 +517,11 @@ else:
     ("seen", "flags", "expected"),
     [
         (["ab", "ab"], [], ["[0]", "[1]"]),  # would both be GPU 0 of the launcher
-        (["ab", "ab"], ["--local_device_ids=0"], ["error: --local_device_ids: processes 0 and 1"] * 2),
+        (
+            ["ab", "ab"],
+            ["--local_device_ids=0"],
+            ["error: --local_device_ids: processes 0 and 1"] * 2,
+        ),
     ],
 )
 def test_real_processes_divide_their_gpus(seen, flags, expected):
