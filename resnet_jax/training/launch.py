@@ -75,6 +75,7 @@ def start(arguments: Sequence[str]) -> list[str]:
 
 
 def _join(flags: argparse.Namespace, explicit: tuple[str, int, int] | None) -> None:
+    own = _look(flags)
     # JAX's handler of SIGTERM would swallow the signal; ours tells the others by the step.
     jax.config.update("jax_enable_preemption_service", False)
     timer = threading.Timer(flags.start_timeout, _give_up, [flags])
@@ -91,7 +92,7 @@ def _join(flags: argparse.Namespace, explicit: tuple[str, int, int] | None) -> N
             shutdown_timeout_seconds=30,
         )
         end_when_aborted(service().coordinator_address or "")
-        ids, line = _share_gpus(flags)
+        ids, line = _share_gpus(own, flags.start_timeout)
     except ConfigError:
         jax.distributed.shutdown()  # process 0 ends after the others have read why
         raise
@@ -113,26 +114,30 @@ def _why_not_joined(error: Exception, explicit: tuple[str, int, int] | None) -> 
     )
 
 
-def _share_gpus(flags: argparse.Namespace) -> tuple[list[int], str]:
+def _look(flags: argparse.Namespace) -> local_gpus.View:
+    if flags.local_device_ids:
+        return local_gpus.look(flags.local_device_ids)
+    # JAX reads this variable too, and only when processes are joined.
+    return local_gpus.look(os.environ.get("JAX_LOCAL_DEVICE_IDS", ""), optional=True)
+
+
+def _share_gpus(own: local_gpus.View, timeout: int) -> tuple[list[int], str]:
     """Divides the GPUs of each host among the processes that see them.
 
     Process ids here are those of the coordination service; `jax.process_index()` may differ from
     them on TPUs, and starts the backend that this comes before.
 
     Args:
-      flags: Of this process.
+      own: The GPUs that this process sees.
+      timeout: Seconds to wait for the other processes.
 
     Returns:
       (local device ids, what to print or "").
     """
-    if flags.local_device_ids:
-        own = local_gpus.look(flags.local_device_ids)
-    else:  # JAX reads this variable too, and only where processes are joined
-        own = local_gpus.look(os.environ.get("JAX_LOCAL_DEVICE_IDS", ""), optional=True)
     joined = service()
     if joined.client is None or joined.num_processes == 1:
         return _divide([own])[0]
-    client, limit = joined.client, flags.start_timeout * 1000
+    client, limit = joined.client, timeout * 1000
     client.key_value_set(f"{_GPUS}seen/{joined.process_id}", json.dumps(dataclasses.asdict(own)))
     # Process 0 reads all of them and the others one line each, so n processes cost 2n requests.
     if joined.process_id == 0:
