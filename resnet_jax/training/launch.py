@@ -14,6 +14,7 @@ from typing import NoReturn
 import jax
 
 from resnet_jax.errors import LOST, ConfigError, one_line
+from resnet_jax.training.determinism import use_deterministic_operations
 from resnet_jax.training.distributed import service
 from resnet_jax.training.watch import end_process, end_when_aborted
 
@@ -24,6 +25,7 @@ FLAGS = """
   --distributed          join the processes that JAX finds; by itself on a TPU pod, GKE, Slurm and
                          Open MPI. --no-distributed: this process alone
   --start_timeout        seconds to wait for the other processes to start (default: 300)
+  --deterministic        the same bits at every execution on a GPU, more slowly; docs/precision.md
 """
 
 
@@ -47,6 +49,8 @@ def start(arguments: Sequence[str]) -> list[str]:
       ['--workdir=runs/a']
     """
     flags, rest = _parse(arguments)
+    if flags.deterministic:
+        use_deterministic_operations()
     explicit = _check(flags)
     if flags.distributed is False or not (explicit or flags.distributed or _several_processes()):
         return rest
@@ -87,6 +91,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--process_id", type=int)
     parser.add_argument("--distributed", action=argparse.BooleanOptionalAction)
     parser.add_argument("--start_timeout", type=int, default=300)
+    parser.add_argument("--deterministic", action="store_true")
     return parser.parse_known_args(arguments)
 
 
