@@ -98,7 +98,7 @@ class BatchNorm(nn.Module):
       group_size: Number of neighbouring devices on that axis that share; None: all of them.
         Under `jax.shard_map` groups need `check_vma=False`.
       scale_init: Initialiser of the scale (gamma).
-      dtype: Precision of the output; scale, bias and all statistics are float32.
+      dtype: Type of the output; scale, bias and all statistics are float32.
 
     Returns:
       Called on [N, H, W, C] with `train`: the same shape in `dtype`.
@@ -397,7 +397,7 @@ class GroupNorm(nn.Module):
     Args:
       epsilon: Added to the variance.
       scale_init: Initialiser of the scale (gamma).
-      dtype: Precision of the output; scale, bias and statistics are float32.
+      dtype: Type of the output; scale, bias and statistics are float32.
 
     Returns:
       Called on [N, H, W, C] with `train` (which changes nothing): the same shape in `dtype`.
