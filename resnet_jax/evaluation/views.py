@@ -110,8 +110,8 @@ Devices = Sequence[jax.Device] | None
 def _look_once(compete: Compete, devices: Devices) -> Look:
     """The trainer's program, which gives its logits away as well.
 
-    Anything else that this program had to give away would change how the compiler adds up, and
-    with it the last digit of the loss.
+    Anything else that this program had to give away would change how a CPU's compiler adds up, and
+    with it the last digit of the loss. On a GPU or TPU the two may differ by rounding.
     """
 
     def step(variables: Any, batch: dict[str, jax.Array]) -> tuple[Sums, jax.Array]:

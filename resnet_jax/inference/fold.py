@@ -42,7 +42,7 @@ class FoldedNorm(nn.Module):
 
     Args:
       scale_init: Not used: the variables say whether there is a scale.
-      dtype: Precision of the output.
+      dtype: Type of the output.
 
     Returns:
       Called on [N, H, W, C] with `train` (which must be False): the same shape in `dtype`.

@@ -9,12 +9,14 @@ The order inside a block is what separates the versions of the paper:
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.models.convolution import Precision
 from resnet_jax.models.layers import Conv, Initializer, ModuleDef, average_pool_2x2
 from resnet_jax.models.norms import BatchNorm, conv_norm
 
@@ -92,7 +94,8 @@ class SqueezeExcite(nn.Module):
 
     Args:
       ratio: Share of the channels that the bottleneck keeps, rounded to a multiple of 8.
-      dtype: Precision of the computation.
+      dtype: Type of the computation.
+      precision: Of the products where `dtype` is float32; see `ResNet`.
 
     Returns:
       Called on [N, H, W, C]: the same shape.
@@ -105,14 +108,16 @@ class SqueezeExcite(nn.Module):
 
     ratio: float
     dtype: jnp.dtype = jnp.float32
+    precision: Precision = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         reduced = max(8, int(channels * self.ratio + 4) // 8 * 8)
         gate = x.mean((1, 2), dtype=jnp.float32)  # [N, C]
-        gate = nn.relu(nn.Dense(reduced, dtype=self.dtype, name="reduce")(gate))
-        gate = nn.sigmoid(nn.Dense(channels, dtype=self.dtype, name="expand")(gate))
+        dense = functools.partial(nn.Dense, dtype=self.dtype, precision=self.precision)
+        gate = nn.relu(dense(reduced, name="reduce")(gate))
+        gate = nn.sigmoid(dense(channels, name="expand")(gate))
         return x * gate[:, None, None, :].astype(x.dtype)
 
 
@@ -168,8 +173,9 @@ class ResidualBlock(nn.Module):
         (He et al. 2016, section 5).
       conv_cls: Makes a convolution.
       norm_cls: Makes a norm.
-      dtype: Precision of squeeze-and-excitation. Convolutions and norms have their own:
+      dtype: Type of squeeze-and-excitation. Convolutions and norms have their own:
         `conv_cls=functools.partial(Conv, dtype=...)`, `norm_cls=functools.partial(...)`.
+      precision: Of squeeze-and-excitation's products; convolutions have their own likewise.
 
     Example:
       >>> class OneConvBlock(ResidualBlock):
@@ -199,6 +205,7 @@ class ResidualBlock(nn.Module):
     conv_cls: ModuleDef = Conv
     norm_cls: ModuleDef = BatchNorm
     dtype: jnp.dtype = jnp.float32
+    precision: Precision = None
 
     expansion: ClassVar[int] = 1
     bottleneck: ClassVar[bool] = False
@@ -230,7 +237,9 @@ class ResidualBlock(nn.Module):
     def add_shortcut(self, residual: jax.Array, x: jax.Array, train: bool) -> jax.Array:
         """F(x) + x, the paper's equations (1) and (2); F(x) alone in a plain network."""
         if self.se_ratio:
-            gate = SqueezeExcite(self.se_ratio, dtype=self.dtype, name="squeeze_excite")
+            gate = SqueezeExcite(
+                self.se_ratio, dtype=self.dtype, precision=self.precision, name="squeeze_excite"
+            )
             residual = gate(residual)
         if self.shortcut == "none":
             return residual

@@ -27,86 +27,99 @@ from jax import lax
 once_per_shape = functools.partial(jax.jit, inline=True)
 
 
-class Geometry(NamedTuple):
-    """How a square kernel moves over the image; padding keeps the image's size at stride 1."""
+# How float32 numbers are multiplied, by JAX's names; None: as `jax.default_matmul_precision` says.
+Precision = lax.Precision | str | None
+PRECISIONS = ("default", "high", "highest")
+
+
+class ConvOptions(NamedTuple):
+    """How a square kernel moves over the image, and how precisely it is multiplied.
+
+    Padding keeps the image's size at stride 1. Every formula below and every derivative of it takes
+    these options whole, so that none multiplies with another precision than the others.
+    """
 
     stride: int = 1
     dilation: int = 1
     groups: int = 1
+    precision: Precision = None
 
 
-@functools.partial(once_per_shape, static_argnames="geometry")
-def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+@functools.partial(once_per_shape, static_argnames="options")
+def convolve(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
     """Convolves images with a square kernel of odd side, padded symmetrically.
 
     Args:
       x: [N, H, W, C].
       kernel: [side, side, C / groups, K], of the same type.
-      geometry: Stride, dilation and groups.
+      options: Stride, dilation, groups and precision.
 
     Returns:
       [N, ceil(H / stride), ceil(W / stride), K].
 
     Example:
       >>> x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
-      >>> convolve(x, kernel, Geometry(stride=2)).shape
+      >>> convolve(x, kernel, ConvOptions(stride=2)).shape
       (1, 4, 4, 16)
     """
-    default = functools.partial(xla_convolution, geometry=geometry)
+    default = functools.partial(xla_convolution, options=options)
     # A CPU's products of bfloat16 numbers are slower than XLA's convolution, which takes float32.
-    if geometry.groups > 1 or x.dtype != jnp.float32:
+    if options.groups > 1 or x.dtype != jnp.float32:
         return default(x, kernel)
     on_cpu = pointwise if kernel.shape[0] == 1 else convolution_with_product_gradient
     return lax.platform_dependent(
-        x, kernel, cpu=functools.partial(on_cpu, geometry=geometry), default=default
+        x, kernel, cpu=functools.partial(on_cpu, options=options), default=default
     )
 
 
-def xla_convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+def xla_convolution(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
     """`convolve` by XLA's own operation, on every platform."""
-    padding = geometry.dilation * (kernel.shape[0] - 1) // 2
+    padding = options.dilation * (kernel.shape[0] - 1) // 2
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(geometry.stride, geometry.stride),
+        window_strides=(options.stride, options.stride),
         padding=((padding, padding), (padding, padding)),
-        rhs_dilation=(geometry.dilation, geometry.dilation),
+        rhs_dilation=(options.dilation, options.dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=geometry.groups,
+        feature_group_count=options.groups,
+        precision=options.precision,
     )
 
 
-def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+def pointwise(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
     """`convolve` for a 1x1 kernel: one matrix product over all positions."""
-    if geometry.stride > 1:
+    if options.stride > 1:
         # lax.slice, because x[:, ::stride] has another formula for a symbolic size (jax.export).
-        strides = (1, geometry.stride, geometry.stride, 1)
+        strides = (1, options.stride, options.stride, 1)
         x = lax.slice(x, (0, 0, 0, 0), x.shape, strides)
-    return _product(x, kernel[0, 0])
+    return _product(x, kernel[0, 0], options.precision)
 
 
 # A rule for tangents, not for gradients: JAX transposes it, and so every kind of derivative
 # (forward, reverse, any mix of them) stays possible.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def convolution_with_product_gradient(
-    x: jax.Array, kernel: jax.Array, geometry: Geometry
+    x: jax.Array, kernel: jax.Array, options: ConvOptions
 ) -> jax.Array:
     """`convolve` by XLA's operation; only the gradient of the kernel is a matrix product."""
-    return xla_convolution(x, kernel, geometry)
+    return xla_convolution(x, kernel, options)
 
 
 @convolution_with_product_gradient.defjvp
 def _tangent(
-    geometry: Geometry, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+    options: ConvOptions,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = primals
     x_tangent, kernel_tangent = tangents
-    by_x = convolution_with_product_gradient(x_tangent, kernel, geometry)
-    by_kernel = convolution_by_product(x, kernel_tangent, geometry)
-    return convolution_with_product_gradient(x, kernel, geometry), by_x + by_kernel
+    by_x = convolution_with_product_gradient(x_tangent, kernel, options)
+    by_kernel = convolution_by_product(x, kernel_tangent, options)
+    return convolution_with_product_gradient(x, kernel, options), by_x + by_kernel
 
 
-def convolution_by_product(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+def convolution_by_product(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
     """`convolve` as one matrix product, made for what its transpose is: the kernel's gradient.
 
     A kernel of side k at stride s reads k rows and k columns of the image for every output. The
@@ -118,18 +131,18 @@ def convolution_by_product(x: jax.Array, kernel: jax.Array, geometry: Geometry) 
     Args:
       x: [N, H, W, C].
       kernel: [k, k, C, K].
-      geometry: Stride and dilation; groups must be 1.
+      options: As for `convolve`; groups must be 1.
 
     Returns:
       [N, ceil(H / s), ceil(W / s), K].
 
     Example:
       >>> x, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
-      >>> convolution_by_product(x, kernel, Geometry())[0, 0, :, 0].tolist()
+      >>> convolution_by_product(x, kernel, ConvOptions())[0, 0, :, 0].tolist()
       [4.0, 6.0, 6.0, 4.0]
     """
     side, _, channels, features = kernel.shape
-    stride, dilation, _ = geometry
+    stride, dilation = options.stride, options.dilation
     batch, height, width, _ = x.shape
     rows, columns = -(-height // stride), -(-width // stride)
 
@@ -153,7 +166,8 @@ def convolution_by_product(x: jax.Array, kernel: jax.Array, geometry: Geometry) 
         ).reshape(stride * side * channels, features)
         for shift in shifts
     ]
-    y = _product(x, jnp.concatenate(by_shift, axis=1))  # [N, H / s, W / s, shifts K]
+    matrix = jnp.concatenate(by_shift, axis=1)
+    y = _product(x, matrix, options.precision)  # [N, H / s, W / s, shifts K]
     # An output takes what lies `shift` positions to its right.
     parts = [y[..., start : start + features] for start in range(0, y.shape[-1], features)]
     return functools.reduce(
@@ -187,11 +201,11 @@ def _concatenate_channels(parts: list[jax.Array]) -> jax.Array:
     )
 
 
-def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def _product(x: jax.Array, matrix: jax.Array, precision: Precision) -> jax.Array:
     """[N, H, W, C] x [C, K] -> [N, H, W, K].
 
     Two-dimensional on purpose: XLA transposes the larger operand of the gradient of a product
     with more dimensions, in memory.
     """
-    y = x.reshape(-1, x.shape[-1]) @ matrix
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, precision=precision)
     return y.reshape(*x.shape[:-1], matrix.shape[-1])

@@ -13,9 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from resnet_jax.models.convolution import Geometry, convolve
+from resnet_jax.models.convolution import ConvOptions, Precision, convolve
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -57,7 +58,8 @@ class Conv(nn.Module):
       groups: Independent groups of channels (cardinality in ResNeXt).
       standardize: Weight standardisation, for networks with GroupNorm.
       kernel_init: Initialiser of the filters.
-      dtype: Precision of the computation; filters are stored in float32.
+      dtype: Type of the computation; filters are stored in float32.
+      precision: Of the products where `dtype` is float32; see `ResNet`.
 
     Returns:
       Called on [N, H, W, C]: [N, ceil(H / stride), ceil(W / stride), features] in `dtype`.
@@ -77,11 +79,12 @@ class Conv(nn.Module):
     standardize: bool = False
     kernel_init: Initializer = he_fan_out
     dtype: Dtype = jnp.float32
+    precision: Precision = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.filters(x.shape[-1]).astype(self.dtype)
-        geometry = Geometry(self.stride, self.dilation, self.groups)
-        return convolve(x.astype(self.dtype), kernel, geometry)
+        options = ConvOptions(self.stride, self.dilation, self.groups, self.precision)
+        return convolve(x.astype(self.dtype), kernel, options)
 
     @nn.compact
     def filters(self, channels: int) -> jax.Array:
@@ -198,7 +201,9 @@ def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:
         padding = [(0, 0), *((0, max(extra, 0)) for extra in beyond), (0, 0)]
         return lax.reduce_window(
             values,
-            jnp.zeros((), values.dtype),
+            # A NumPy zero: JAX recognizes a sum, which it can differentiate, by a start value that
+            # it knows while tracing, and under `jax.jit` a zero of `jnp` is not known.
+            np.zeros((), values.dtype),
             lax.add,
             window_dimensions=(1, 2, 2, 1),
             window_strides=(1, stride, stride, 1),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeGuard, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.models.convolution import Geometry, convolve, once_per_shape
+from resnet_jax.models.convolution import ConvOptions, Precision, convolve, once_per_shape
 from resnet_jax.models.layers import Conv, Dtype, Initializer, max_pool
 
 NormKind = Literal["batch", "group"]
@@ -98,7 +98,7 @@ class BatchNorm(nn.Module):
       group_size: Number of neighbouring devices on that axis that share; None: all of them.
         Under `jax.shard_map` groups need `check_vma=False`.
       scale_init: Initialiser of the scale (gamma).
-      dtype: Precision of the output; scale, bias and all statistics are float32.
+      dtype: Type of the output; scale, bias and all statistics are float32.
 
     Returns:
       Called on [N, H, W, C] with `train`: the same shape in `dtype`.
@@ -129,9 +129,11 @@ class BatchNorm(nn.Module):
         train: bool,
         kernel: jax.Array | None = None,
         pool: Callable[[jax.Array], jax.Array] | None = None,
+        precision: Precision = None,
     ) -> jax.Array:
-        """Normalises x; with `kernel` [C, K] the product x @ kernel in its place; with `pool`,
-        which must commute with increasing functions, pool(x) by the statistics of x."""
+        """Normalises x; with `kernel` [C, K] the product x @ kernel in its place, multiplied with
+        `precision`; with `pool`, which must commute with increasing functions, pool(x) by the
+        statistics of x."""
         features = x.shape[-1:] if kernel is None else kernel.shape[-1:]
         scale = self.param("scale", self.scale_init, features, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
@@ -144,7 +146,7 @@ class BatchNorm(nn.Module):
         if pool is not None:
             x, mean, scale = x * sign.astype(x.dtype), mean * sign, scale * sign
         if not train:
-            x = x if kernel is None else pointwise_product(x, kernel)
+            x = x if kernel is None else pointwise_product(x, kernel, precision)
             y = normalize(pool(x) if pool else x, mean, variance, scale, bias, self.epsilon)
             return y.astype(self.dtype)
 
@@ -154,7 +156,9 @@ class BatchNorm(nn.Module):
             mean, variance = sharing(*batch_moments(x, mean))
             y = normalize(pool(x) if pool else x, mean, variance, scale, bias, self.epsilon)
         else:
-            y, mean, variance = widening_norm(x, kernel, mean, scale, bias, self.epsilon, sharing)
+            y, mean, variance = widening_norm(
+                *(x, kernel, mean, scale, bias), self.epsilon, sharing, precision
+            )
         if not self.is_initializing():
             count = math.prod(x.shape[:3]) * sharing.devices()
             running_mean.value = self._blend(running_mean.value, mean * sign)
@@ -249,7 +253,7 @@ def _moments_tangent(
     return (mean, variance), (dmean, 2 * (x * dx).sum((0, 1, 2)) / count - 2 * mean * dmean)
 
 
-@functools.partial(once_per_shape, static_argnames=("epsilon", "sharing"))
+@functools.partial(once_per_shape, static_argnames=("epsilon", "sharing", "precision"))
 def widening_norm(
     x: jax.Array,
     kernel: jax.Array,
@@ -258,12 +262,17 @@ def widening_norm(
     bias: jax.Array,
     epsilon: float,
     sharing: Sharing,
+    precision: Precision,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`product_norm`, on a TPU from the moments of its input; the arguments are the same."""
+
+    def chosen(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, epsilon=epsilon, sharing=sharing, precision=precision)
+
     return lax.platform_dependent(
         *(x, kernel, running_mean, scale, bias),
-        tpu=functools.partial(product_norm_by_input, epsilon=epsilon, sharing=sharing),
-        default=functools.partial(product_norm, epsilon=epsilon, sharing=sharing),
+        tpu=chosen(product_norm_by_input),
+        default=chosen(product_norm),
     )
 
 
@@ -275,6 +284,7 @@ def product_norm(
     bias: jax.Array,
     epsilon: float,
     sharing: Sharing = ALONE,
+    precision: Precision = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch norm of x @ kernel, in the order of the words.
 
@@ -286,11 +296,12 @@ def product_norm(
       bias: [K].
       epsilon: Added to the variance.
       sharing: Which devices have their moments in common.
+      precision: Of the products of x.
 
     Returns:
       The normalised product [N, H, W, K] in float32, and its mean and variance [K].
     """
-    y = pointwise_product(x, kernel)
+    y = pointwise_product(x, kernel, precision)
     mean, variance = sharing(*batch_moments(y, running_mean))
     return normalize(y, mean, variance, scale, bias, epsilon), mean, variance
 
@@ -303,6 +314,7 @@ def product_norm_by_input(
     bias: jax.Array,
     epsilon: float,
     sharing: Sharing = ALONE,
+    precision: Precision = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`product_norm` whose moments come from those of x, so that they are known before it.
 
@@ -319,6 +331,7 @@ def product_norm_by_input(
       bias: [K].
       epsilon: Added to the variance.
       sharing: Which devices have their moments in common.
+      precision: Of the products of x.
 
     Returns:
       As `product_norm`.
@@ -335,41 +348,43 @@ def product_norm_by_input(
     # Small matrices, but every output depends on them.
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     input_mean = x.mean((0, 1, 2), dtype=jnp.float32)
-    covariance = mean_outer_product(x) - jnp.outer(input_mean, input_mean)
+    covariance = mean_outer_product(x, precision) - jnp.outer(input_mean, input_mean)
     variance = (product(covariance, kernel) * kernel).sum(0)
     mean, variance = sharing(product(input_mean, kernel), jnp.maximum(variance, 0.0))
     factor = scale * lax.rsqrt(variance + epsilon)
-    y = pointwise_product(x, kernel * factor)
+    y = pointwise_product(x, kernel * factor, precision)
     return y.astype(jnp.float32) + (bias - mean * factor), mean, variance
 
 
-def pointwise_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def pointwise_product(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
     """The product of x [N, H, W, C] and kernel [C, K], in the type of x: a 1x1 convolution."""
-    return convolve(x, kernel.astype(x.dtype)[None, None], Geometry())
+    return convolve(x, kernel.astype(x.dtype)[None, None], ConvOptions(precision=precision))
 
 
-@jax.custom_jvp
-def mean_outer_product(x: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def mean_outer_product(x: jax.Array, precision: Precision = None) -> jax.Array:
     """The mean of v v^T over all pixels v of x: [N, H, W, C] -> [C, C], float32.
 
     Example:
       >>> mean_outer_product(jnp.array([1.0, 2.0]).reshape(1, 1, 1, 2)).tolist()
       [[1.0, 2.0], [2.0, 4.0]]
     """
-    return _mean_outer_product(x, x)
+    return _mean_outer_product(x, x, precision)
 
 
 # The rule that JAX would derive makes two products of x; by symmetry one is enough.
 @mean_outer_product.defjvp
-def _tangent(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _tangent(
+    precision: Precision, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (x,), (x_tangent,) = primals, tangents
-    half = _mean_outer_product(x, x_tangent)
-    return mean_outer_product(x), half + half.T
+    half = _mean_outer_product(x, x_tangent, precision)
+    return mean_outer_product(x, precision), half + half.T
 
 
-def _mean_outer_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    pixels = ((0, 1, 2), (0, 1, 2))
-    total = lax.dot_general(x, y, (pixels, ((), ())), preferred_element_type=jnp.float32)
+def _mean_outer_product(x: jax.Array, y: jax.Array, precision: Precision) -> jax.Array:
+    pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
+    total = lax.dot_general(x, y, pixels, precision, preferred_element_type=jnp.float32)
     return total / math.prod(x.shape[:3])
 
 
@@ -382,7 +397,7 @@ class GroupNorm(nn.Module):
     Args:
       epsilon: Added to the variance.
       scale_init: Initialiser of the scale (gamma).
-      dtype: Precision of the output; scale, bias and statistics are float32.
+      dtype: Type of the output; scale, bias and statistics are float32.
 
     Returns:
       Called on [N, H, W, C] with `train` (which changes nothing): the same shape in `dtype`.
@@ -426,7 +441,7 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: jax.Array, train: bool) -> ja
     """
     if train and isinstance(norm, BatchNorm) and _widens(conv, x.shape[-1]):
         kernel = conv.filters(x.shape[-1])[0, 0]
-        return norm(x.astype(conv.dtype), train, kernel=kernel)
+        return norm(x.astype(conv.dtype), train, kernel=kernel, precision=conv.precision)
     return norm(conv(x), train)
 
 

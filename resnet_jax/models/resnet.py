@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from resnet_jax.errors import ModelError
 from resnet_jax.models.blocks import (
@@ -18,6 +19,7 @@ from resnet_jax.models.blocks import (
     ResidualBlock,
     ShortcutOption,
 )
+from resnet_jax.models.convolution import PRECISIONS, Precision
 from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, he_fan_out
 from resnet_jax.models.norms import NORM_KINDS, BatchNorm, GroupNorm, NormKind
 from resnet_jax.models.stem import ImageNetStem
@@ -91,7 +93,11 @@ class ResNet(nn.Module):
         `activate`, `conv_cls` and `norm_cls`, and has its stride as class attribute `stride`.
       stage_widths: Width of each stage's blocks, before the block's expansion.
       num_classes: Classes of the head; 0: no head, `__call__` returns the pooled features.
-      dtype: Precision of the computation. Parameters, statistics and logits stay float32.
+      dtype: Type of the computation. Parameters, statistics and logits stay float32.
+      precision: How float32 numbers are multiplied: "default", "high" or "highest" as in
+        `jax.lax.Precision`; None: as `jax.default_matmul_precision` says. By default a TPU rounds
+        them to bfloat16 and recent GPUs to TF32; "highest" is float32 everywhere. It reaches every
+        convolution and squeeze-and-excitation; the head is "highest" always.
       shortcut: Option A, B, C (He et al. 2015, Table 3), D (ResNet-D), or "none" (plain net).
       stride_in_1x1: Stride of a bottleneck on its first 1x1 (v1, as in the paper) instead of
         its 3x3 (v1.5, as everywhere since: 0.5 points better, 5% more work).
@@ -135,6 +141,7 @@ class ResNet(nn.Module):
     stage_widths: Sequence[int] = (64, 128, 256, 512)
     num_classes: int = 1000
     dtype: Dtype = jnp.float32
+    precision: Precision = None
     shortcut: ShortcutOption = "B"
     stride_in_1x1: bool = False
     cardinality: int = 1
@@ -169,6 +176,7 @@ class ResNet(nn.Module):
             standardize=self.weight_standardization,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
+            precision=self.precision,
         )
         self.stem_module = self.stem_cls(
             activate=not self.block_cls.preactivation,
@@ -181,8 +189,10 @@ class ResNet(nn.Module):
             self.final_norm = norm_cls()
         self.dropout = nn.Dropout(self.dropout_rate)
         if self.num_classes:
-            # float32 whatever `dtype` is: the loss is sensitive, the work small.
-            self.head = nn.Dense(self.num_classes, kernel_init=self.head_init)
+            # float32 whatever `dtype` and `precision` are: the loss is sensitive, the work small.
+            self.head = nn.Dense(
+                self.num_classes, kernel_init=self.head_init, precision=lax.Precision.HIGHEST
+            )
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         if train and self.norm == "batch" and not self.is_mutable_collection("batch_stats"):
@@ -281,6 +291,7 @@ class ResNet(nn.Module):
                 conv_cls=conv_cls,
                 norm_cls=norm_cls,
                 dtype=self.dtype,
+                precision=self.precision,
             )
             stage = Stage(
                 block,
@@ -367,6 +378,10 @@ def _is_floating(dtype: Any) -> bool:
         return False
 
 
+def _is_precision(precision: Any) -> bool:
+    return precision is None or precision in PRECISIONS or isinstance(precision, lax.Precision)
+
+
 def _check_fields(model: ResNet) -> None:
     """Raises ModelError for the first field whose value is not allowed."""
     block, stages = model.block_cls, len(model.stage_sizes)
@@ -381,6 +396,7 @@ def _check_fields(model: ResNet) -> None:
         "stage_widths": (len(model.stage_widths) == stages, f"{stages} widths, one a stage"),
         "num_classes": (_is_count(model.num_classes), "0 (no head) or more"),
         "dtype": (_is_floating(model.dtype), "a floating-point type such as jnp.bfloat16"),
+        "precision": (_is_precision(model.precision), f"None or one of {PRECISIONS}"),
         "shortcut": (model.shortcut in SHORTCUT_OPTIONS, f"one of {SHORTCUT_OPTIONS}"),
         "norm": (model.norm in NORM_KINDS, f"one of {NORM_KINDS}"),
         "weight_standardization": (

@@ -12,6 +12,7 @@ from typing import Any, Optional
 from resnet_jax.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("default", "high", "highest")
 BN_SYNC = ("none", "all", "group")
 CROPS = ("center", "random_resized", "scale_jitter")
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -28,7 +29,9 @@ class Model:
     Args:
       name: One of `resnet_jax.list_models()`.
       num_classes: Classes of the head; 0: as many as the data set has.
-      dtype: Precision of the computation: float32, bfloat16 or float16 (with a loss scale).
+      dtype: Type of the computation: float32, bfloat16 or float16 (with a loss scale).
+      precision: How float32 numbers are multiplied: "default" (rounded to bfloat16 on a TPU and to
+        TF32 on recent GPUs), "high", or "highest" (in float32 everywhere); docs/precision.md.
       shortcut: A, B, C, D or none; unset: as registered under the name.
       stride_in_1x1: Bottlenecks as in the paper (v1) instead of v1.5.
       zero_init_residual: Residual functions start at 0 (Goyal et al. 2017, section 5.1).
@@ -43,6 +46,7 @@ class Model:
     name: str = "resnet20"
     num_classes: int = 0
     dtype: str = "float32"
+    precision: str = "default"
     shortcut: Optional[str] = None  # noqa: UP045 (the flags library reads Optional only)
     stride_in_1x1: bool = False
     zero_init_residual: bool = False
@@ -368,6 +372,8 @@ def registered_overrides(model: Model) -> dict[str, Any]:
         del overrides[name]
     if overrides["shortcut"] is None:
         del overrides["shortcut"]
+    if overrides["precision"] == "default":  # JAX's own, which may be set for the whole process
+        del overrides["precision"]
     return overrides
 
 
@@ -451,7 +457,8 @@ def differences(config: Config, stored: dict[str, Any]) -> list[str]:
 
     Args:
       config: The configuration of a run.
-      stored: What `to_json` wrote for an earlier one, parsed.
+      stored: What `to_json` wrote for an earlier one, parsed; a field that a section lacks, of an
+        older version, has its default.
 
     Returns:
       One "field: stored -> now" each, in the order of the fields.
@@ -461,11 +468,11 @@ def differences(config: Config, stored: dict[str, Any]) -> list[str]:
       >>> differences(Config(train=Train(seed=1)), stored)
       ['train.seed: 0 -> 1']
     """
-    found = []
+    found, defaults = [], json_fields(Config())
     for name, value in json_fields(config).items():
         section, _, field = name.partition(".")
         part = stored.get(section)
-        before = part.get(field) if isinstance(part, dict) else None
+        before = part.get(field, defaults[name]) if isinstance(part, dict) else None
         if before != value and section != "log" and name not in _FREE:
             found.append(f"{name}: {before!r} -> {value!r}")
     return found

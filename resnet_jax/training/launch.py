@@ -21,6 +21,7 @@ import jax
 
 from resnet_jax.errors import LOST, ConfigError, one_line
 from resnet_jax.training import local_gpus
+from resnet_jax.training.determinism import use_deterministic_operations
 from resnet_jax.training.distributed import service
 from resnet_jax.training.watch import end_process, end_when_aborted
 
@@ -33,6 +34,7 @@ FLAGS = """
   --distributed          join the processes that JAX finds; the default on a TPU pod, GKE, Slurm and
                          Open MPI. --no-distributed: run this process alone
   --start_timeout        seconds to wait for the other processes to start (default: 300)
+  --deterministic        the same bits at every execution on a GPU, more slowly; docs/precision.md
 """
 
 # Seconds for all questions to the metadata server of a TPU VM, name resolution included.
@@ -62,6 +64,8 @@ def start(arguments: Sequence[str]) -> list[str]:
       ['--workdir=runs/a']
     """
     flags, rest = _parse(arguments)
+    if flags.deterministic:
+        use_deterministic_operations()
     explicit = _check(flags)
     alone = flags.distributed is False or (explicit is not None and explicit[1] == 1)
     if not alone and (explicit or flags.distributed or _several_processes()):
@@ -188,6 +192,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--local_device_ids")
     parser.add_argument("--distributed", action=argparse.BooleanOptionalAction)
     parser.add_argument("--start_timeout", type=int, default=300)
+    parser.add_argument("--deterministic", action="store_true")
     return parser.parse_known_args(arguments)
 
 

@@ -18,6 +18,7 @@ from resnet_jax.training.config import (
     INTERPOLATIONS,
     LOSSES,
     OPTIMIZERS,
+    PRECISIONS,
     SCHEDULES,
     Config,
     profile_steps,
@@ -45,6 +46,7 @@ def _one_of(allowed: tuple[str, ...]) -> Rule:
 _RULES: dict[str, Rule] = {
     "model.num_classes": _NOT_NEGATIVE,
     "model.dtype": _one_of(DTYPES),
+    "model.precision": _one_of(PRECISIONS),
     "model.shortcut": (
         lambda x: x is None or x in SHORTCUT_OPTIONS,
         f"must be one of {', '.join(SHORTCUT_OPTIONS)}",

@@ -43,7 +43,7 @@ def run(request, tmp_path_factory, tiny_model):
     streams = request.param != "memory"
     folder = tmp_path_factory.mktemp("run")
     config = c.Config(
-        model=c.Model(name="tiny"),
+        model=c.Model(name="tiny", precision="highest"),
         data=c.Data(eval_split="test[:100]", image_size=8, memory_gib=0.0 if streams else 2.0),
         augment=c.Augment(mean=(0.3,), std=(0.38,)),
         train=c.Train(steps=4, batch_size=32, ema_decay=0.7),
@@ -67,6 +67,10 @@ def test_the_trainers_numbers_to_the_digit(run, ema):
     assert (report.weights, report.split) == ("ema" if ema else "", "test[:100]")
     assert report.hits.mean() == recorded["top1"]
     assert report.views == ("flip" if open_network(run).config.evaluate.flip else "one_crop")
+
+
+def test_a_run_keeps_its_precision(run):
+    assert open_network(run).model.precision == "highest"
 
 
 # --- Views, against one image at a time -----------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from resnet_jax.models import convolution
-from resnet_jax.models.convolution import Geometry, convolve, xla_convolution
+from resnet_jax.models.convolution import ConvOptions, convolve, xla_convolution
 
 # (side of the kernel, height, width, stride, dilation)
 CASES = [
@@ -30,19 +30,19 @@ def draw(case, channels=3, features=4):
     rng = np.random.default_rng(sum(case))
     x = rng.normal(size=(2, height, width, channels)).astype(np.float32)
     kernel = rng.normal(size=(side, side, channels, features)).astype(np.float32)
-    geometry = Geometry(stride, dilation)
-    y = xla_convolution(jnp.asarray(x), jnp.asarray(kernel), geometry)
-    return x, kernel, geometry, rng.normal(size=y.shape).astype(np.float32)
+    options = ConvOptions(stride, dilation)
+    y = xla_convolution(jnp.asarray(x), jnp.asarray(kernel), options)
+    return x, kernel, options, rng.normal(size=y.shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_are_those_of_xla(case):
-    x, kernel, geometry, cotangent = draw(case)
+    x, kernel, options, cotangent = draw(case)
 
     def run(function):
         @jax.jit
         def value_and_gradients(x, kernel):
-            y, pull_back = jax.vjp(lambda x, k: function(x, k, geometry), x, kernel)
+            y, pull_back = jax.vjp(lambda x, k: function(x, k, options), x, kernel)
             return y, pull_back(cotangent)
 
         return value_and_gradients(x, kernel)
@@ -52,10 +52,10 @@ def test_values_and_gradients_are_those_of_xla(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_product_is_the_convolution(case):
-    x, kernel, geometry, _ = draw(case)
+    x, kernel, options, _ = draw(case)
     chex.assert_trees_all_close(
-        convolution.convolution_by_product(x, kernel, geometry),
-        xla_convolution(x, kernel, geometry),
+        convolution.convolution_by_product(x, kernel, options),
+        xla_convolution(x, kernel, options),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -63,9 +63,9 @@ def test_the_product_is_the_convolution(case):
 
 @pytest.mark.parametrize("case", [(1, 4, 4, 2, 1), (3, 4, 4, 1, 1), (3, 4, 4, 2, 1)], ids=str)
 def test_every_kind_of_derivative_exists(case):
-    x, kernel, geometry, _ = draw(case, channels=2, features=2)
+    x, kernel, options, _ = draw(case, channels=2, features=2)
     check_grads(
-        lambda x, k: jnp.sin(convolve(x, k, geometry)),
+        lambda x, k: jnp.sin(convolve(x, k, options)),
         (x, kernel),
         order=2,
         modes=["fwd", "rev"],
@@ -75,11 +75,11 @@ def test_every_kind_of_derivative_exists(case):
 
 
 def test_hessian_vector_product_by_forward_over_reverse():
-    x, kernel, geometry, direction = draw((3, 6, 6, 1, 1), channels=4, features=4)
+    x, kernel, options, direction = draw((3, 6, 6, 1, 1), channels=4, features=4)
 
     def curvature(function):
         def loss(x):
-            return jnp.sum(jnp.tanh(function(x, kernel, geometry)))
+            return jnp.sum(jnp.tanh(function(x, kernel, options)))
 
         return jax.jit(lambda v: jax.jvp(jax.grad(loss), (x,), (v,))[1])(direction)
 
@@ -89,16 +89,16 @@ def test_hessian_vector_product_by_forward_over_reverse():
 
 
 def test_vmap_over_kernels():
-    x, kernel, geometry, _ = draw((3, 6, 6, 2, 1))
+    x, kernel, options, _ = draw((3, 6, 6, 2, 1))
     kernels = np.stack([kernel, 2 * kernel])
-    y = jax.vmap(lambda k: convolve(x, k, geometry))(kernels)
+    y = jax.vmap(lambda k: convolve(x, k, options))(kernels)
     chex.assert_trees_all_close(y[1], 2 * y[0], rtol=1e-5)
 
 
 def test_groups_are_xlas():
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(1, 4, 4, 8)), rng.normal(size=(3, 3, 2, 12))
-    y = convolve(jnp.float32(x), jnp.float32(kernel), Geometry(groups=4))
+    y = convolve(jnp.float32(x), jnp.float32(kernel), ConvOptions(groups=4))
     chex.assert_shape(y, (1, 4, 4, 12))
 
 
@@ -112,7 +112,7 @@ def test_the_platform_is_chosen_when_lowering(platform, dtype, products):
 
     @jax.jit
     def gradients(x, kernel):
-        y, pull_back = jax.vjp(lambda x, k: convolve(x, k, Geometry()), x, kernel)
+        y, pull_back = jax.vjp(lambda x, k: convolve(x, k, ConvOptions()), x, kernel)
         return pull_back(jnp.sin(y))
 
     text = gradients.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()

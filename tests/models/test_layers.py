@@ -1,4 +1,4 @@
-"""The stem's pool equals XLA's maximum over windows."""
+"""The pools: the maximum equals XLA's, and both have every kind of derivative."""
 
 import chex
 import flax.linen as nn
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from resnet_jax.models.layers import max_pool
+from resnet_jax.models.layers import average_pool_2x2, max_pool
 
 
 @pytest.mark.parametrize("zero_padding", [False, True])
@@ -64,3 +64,15 @@ def test_a_number_that_is_not_finite_reaches_every_window_that_has_it():
     expected = np.zeros((3, 3), bool)
     expected[:2, :2] = True
     np.testing.assert_array_equal(np.isnan(y[0, :, :, 0]), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 2), (1, 5, 3, 2)], ids=str)
+@pytest.mark.parametrize(("stride", "dilation"), [(2, 1), (1, 1), (1, 2)])
+def test_the_average_pool_has_gradients_in_a_jitted_program(shape, stride, dilation):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+    @jax.jit
+    def pool(x):
+        return average_pool_2x2(x, stride, dilation)
+
+    check_grads(pool, (x,), order=2, modes=["fwd", "rev"], rtol=1e-2, atol=1e-2)

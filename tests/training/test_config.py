@@ -62,6 +62,7 @@ def test_models_of_a_recipe(recipe, model):
         ("data.crop_ratio", (1.0,), "two positive numbers"),
         ("data.eval_resize", 8, "not be less than the evaluated side"),
         ("data.memory_gib", -1.0, "0 or more"),
+        ("model.precision", "float32", "default, high, highest"),
         ("augment.hue", 0.7, r"\[0, 0.5\]"),
         ("augment.std", (0.2, 0.2, 0.2), "as many numbers as augment.mean"),
         ("augment.std", (0.0,), "positive"),
@@ -111,6 +112,17 @@ def test_differences_survive_json():
     assert c.differences(config, stored) == []
     config.augment.mean = (0.1,)
     assert c.differences(config, stored) == ["augment.mean: [0.5] -> [0.1]"]
+
+
+def test_a_config_of_a_version_without_a_field_means_its_default():
+    stored = json.loads(c.to_json(c.Config()))
+    del stored["model"]["precision"]
+    assert c.from_json(json.dumps(stored)) == c.Config()
+    assert c.differences(c.Config(), stored) == []
+    exact = c.Config(model=c.Model(precision="highest"))
+    assert c.differences(exact, stored) == ["model.precision: 'default' -> 'highest'"]
+    del stored["model"]  # no version wrote such a file
+    assert c.differences(c.Config(), stored)
 
 
 @pytest.mark.parametrize(

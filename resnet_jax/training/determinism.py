@@ -1,0 +1,42 @@
+"""Results that repeat to the bit on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+from resnet_jax.errors import ConfigError
+
+_FLAG = "--xla_gpu_deterministic_ops"
+
+
+def use_deterministic_operations() -> None:
+    """Has XLA compile programs that compute the same bits at every execution on a GPU.
+
+    Adds `--xla_gpu_deterministic_ops=true` to the environment variable XLA_FLAGS, which XLA reads
+    when JAX starts its backend. It changes nothing on other platforms. docs/precision.md says what
+    it covers and what it costs.
+
+    Raises:
+      ConfigError: JAX has started its backend already, or XLA_FLAGS asks for the contrary.
+
+    Example:
+      >>> import jax
+      >>> _ = jax.devices()
+      >>> use_deterministic_operations()
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: --deterministic: JAX already runs in this process; ...
+    """
+    from jax._src import xla_bridge  # whether there is a backend is not public
+
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    values = [each.partition("=")[2].lower() for each in flags if each.partition("=")[0] == _FLAG]
+    if values and values[-1] in ("false", "0"):  # the last one counts
+        raise ConfigError(f"--deterministic: XLA_FLAGS has {_FLAG}={values[-1]}; remove it there")
+    if values:
+        return
+    if xla_bridge.backends_are_initialized():
+        raise ConfigError(
+            "--deterministic: JAX already runs in this process; start another one, or set "
+            f"XLA_FLAGS={_FLAG}=true before the first computation"
+        )
+    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_FLAG}=true"])
