@@ -24,6 +24,7 @@ import numpy as np
 from decode import encode_photos
 
 from resnet_jax.data.loader import Corrupt, Order, stream_batches
+from resnet_jax.errors import import_failure
 from resnet_jax.training.config import Data
 
 SIZE = 224
@@ -145,8 +146,8 @@ def import_tensorflow() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import tensorflow as tf
-    except ImportError:
-        print("tensorflow is not installed (pip install tensorflow-cpu): not compared with it")
+    except ImportError as error:
+        print(f"{import_failure(error)}: not compared with it")
         return None
     return tf
 

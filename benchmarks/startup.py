@@ -2,8 +2,9 @@
 
     python benchmarks/startup.py [--config=configs/digits.py] [--config.FIELD=X ...]
 
-One run with an empty and one with a filled compilation cache. Prints tables and one JSON line. The
-data set must be prepared (the digits are, after one run).
+One run with an empty and one with a filled compilation cache; and the same for
+`python -m resnet_jax predict`, as a whole. Prints tables and one JSON line. The data set must be
+prepared (the digits are, after one run).
 """
 
 import argparse
@@ -31,7 +32,8 @@ COMPILATION = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/digits.py")
-    parser.add_argument("--rounds", type=int, default=5, help="of the imports")
+    parser.add_argument("--rounds", type=int, default=5, help="of imports and predict")
+    parser.add_argument("--model", default="resnet20", help="that predicts")
     options, fields = parser.parse_known_args()
 
     imports = {name: import_seconds(name, options.rounds) for name in IMPORTS}
@@ -43,13 +45,28 @@ def main() -> None:
             flags += [f"--config.log.compile_cache={folder}/cache"]
             runs[cache] = first_step(flags)
 
+        predict = predict_seconds(Path(folder), options.model, options.rounds)
+
     print("seconds                   " + "".join(f"{cache:>8}" for cache in runs))
     for part in runs["cold"]:
         print(f"{part:26}" + "".join(f"{run.get(part, 0):8.2f}" for run in runs.values()))
+    print(f"\npredict, {options.model}: CPU seconds, median")
+    for cache, seconds in predict.items():
+        print(f"{cache:26}{seconds:8.2f}")
     print("\nimport                    seconds, median")
     for name, seconds in imports.items():
         print(f"{name:26}{seconds:8.2f}")
-    print(json.dumps({"benchmark": "startup", "config": options.config, **runs, **imports}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "startup",
+                "config": options.config,
+                **runs,
+                **imports,
+                "predict": predict,
+            }
+        )
+    )
 
 
 def import_seconds(name: str, rounds: int) -> float:
@@ -61,6 +78,41 @@ def import_seconds(name: str, rounds: int) -> float:
         float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
         for _ in range(rounds)
     )
+
+
+def predict_seconds(folder: Path, name: str, rounds: int) -> dict[str, float]:
+    """CPU seconds of `predict` on two images, in turn with an empty and a filled cache; medians."""
+    import jax
+    import numpy as np
+    from PIL import Image
+
+    import resnet_jax as rj
+
+    side = rj.model_info(name).image_size
+    model = rj.create_model(name)
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), images[:1] / 255.0, train=False))()
+    rj.save_weights(folder / "weights.safetensors", model, variables)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    command = [sys.executable, "-m", "resnet_jax", "predict", folder / "weights.safetensors"]
+    command += [folder / "0.png", folder / "1.png", f"--model={name}"]
+    found: dict[str, list[float]] = {"cold": [], "warm": []}
+    for number in range(rounds):
+        # The cache is in the home directory, wherever that is.
+        home = {"HOME": str(folder / f"home{number}"), "PYTHONPATH": str(ROOT)}
+        for seconds in found.values():
+            start = children_seconds()
+            subprocess.run(
+                command, env={**os.environ, **home}, stdout=subprocess.DEVNULL, check=True
+            )
+            seconds.append(children_seconds() - start)
+    return {cache: statistics.median(seconds) for cache, seconds in found.items()}
+
+
+def children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def first_step(flags: list[str]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from resnet_jax.errors import (
     DivergedError,
     ResNetJaxError,
     StoppedError,
+    import_failure,
     one_line,
 )
 from resnet_jax.training.flags import parse_train_flags
@@ -60,12 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(Exception("interrupted before the first step"), STOPPED, "stopped")
     except ResNetJaxError as error:
         return _fail(error, MISTAKE)
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("resnet_jax"):
-            raise
-        name = str(error.name).partition(".")[0]
-        missing = f"{name} is not installed; pip install {name}, or this package's extra 'train'"
-        return _fail(Exception(missing), MISTAKE)
+    except ImportError as error:
+        return _fail(Exception(import_failure(error)), MISTAKE)
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:

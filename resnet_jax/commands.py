@@ -15,7 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.errors import SKIPPED, ConfigError, DivergedError, StoppedError, one_line
+from resnet_jax.errors import (
+    SKIPPED,
+    ConfigError,
+    DivergedError,
+    ResNetJaxError,
+    StoppedError,
+    import_failure,
+    one_line,
+)
 from resnet_jax.output import print_copy, printing
 from resnet_jax.training.flags import parse_train_flags, train_help
 
@@ -60,16 +68,20 @@ def _report_at_the_end(workdir: Path) -> None:
         write_report([workdir], force=True)
     except KeyboardInterrupt:
         print("no report.html: interrupted", file=sys.stderr)
-    except ModuleNotFoundError as error:
-        print(f"no report.html: {error.name} is not installed", file=sys.stderr)
-    except Exception as error:
+    except ImportError as error:
+        print(f"no report.html: {import_failure(error)}", file=sys.stderr)
+    except (ResNetJaxError, OSError) as error:
         print(f"no report.html: {one_line(error)}", file=sys.stderr)
+    except Exception as error:  # a bug of the report must not cost a run that has ended well
+        print(f"no report.html ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
 
 
 def report(options: argparse.Namespace) -> None:
     """Writes a page about runs."""
+    from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.report.page import write_report
 
+    use_compile_cache()
     page = write_report(
         options.workdirs, options.output, images=options.images, force=options.force
     )
@@ -206,8 +218,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _open_network(options: argparse.Namespace) -> Any:
+    from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.evaluation.network import open_network
 
+    use_compile_cache()
     return open_network(
         options.source,
         model=options.model,

@@ -5,12 +5,35 @@ All of them are ``ValueError``s, so code that knows nothing of this package can 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Iterator
 
 # What the command line ends with: images were skipped, the user's mistake, another process of the
 # run is lost, training diverged, stopped with everything saved.
 SKIPPED, MISTAKE, LOST, DIVERGED, STOPPED = 1, 2, 69, 70, 75
+
+_THIS = __name__.partition(".")[0]
+_DISTRIBUTION = "resnet-jax-linen"
+# Names on PyPI of modules that are called otherwise.
+_PACKAGES = {
+    "absl": "absl-py",
+    "attr": "attrs",
+    "cv2": "opencv-python-headless",
+    "dateutil": "python-dateutil",
+    "google.auth": "google-auth",
+    "google.cloud.storage": "google-cloud-storage",
+    "google.protobuf": "protobuf",
+    "orbax.checkpoint": "orbax-checkpoint",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "tensorflow": "tensorflow-cpu",
+    "tree": "dm-tree",
+    "yaml": "pyyaml",
+}
 
 
 class ResNetJaxError(ValueError):
@@ -85,3 +108,128 @@ def one_line(text: object) -> str:
       ('no such file: a.txt', 'EOFError')
     """
     return " ".join(str(text).split()) or type(text).__name__
+
+
+@contextlib.contextmanager
+def importing(purpose: str, kind: type[ResNetJaxError]) -> Iterator[None]:
+    """Turns a failed import in the block into one line that names the module at fault.
+
+    Args:
+      purpose: What needs the import, such as "--format=onnx".
+      kind: Class of the error.
+
+    Raises:
+      kind: The import failed.
+
+    Example:
+      >>> with importing("--format=onnx", ExportError):
+      ...     import no_such_module
+      Traceback (most recent call last):
+      resnet_jax.errors.ExportError: --format=onnx needs no_such_module, which is not installed: \
+pip install no-such-module
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise kind(import_failure(error, purpose)) from error
+
+
+def import_failure(error: ImportError, purpose: str = "") -> str:
+    """Says which module could not be imported and what to install.
+
+    The module may be a dependency of the one that was asked for. A package that is installed but
+    broken keeps its own message.
+
+    Args:
+      error: What the import raised.
+      purpose: What needs the import.
+
+    Returns:
+      One line.
+
+    Raises:
+      ImportError: `error` itself, if a module of resnet_jax is at fault: that is a bug.
+
+    Example:
+      >>> import_failure(ModuleNotFoundError("No module named 'PIL'", name="PIL"))
+      "PIL is not installed: pip install pillow, or this package's extra 'train'"
+      >>> import_failure(ImportError("libGL.so.1: cannot open shared object file", name="cv2"))
+      'cv2 cannot be imported (libGL.so.1: cannot open shared object file)'
+    """
+    error = _first_failure(error)
+    module = error.name or ""
+    if module.partition(".")[0] == _THIS:
+        raise error
+    known = [name for name in _PACKAGES if f"{module}.".startswith(f"{name}.")]
+    root = known[0] if known else module.partition(".")[0]
+    is_missing = isinstance(error, ModuleNotFoundError) and module
+    # A module inside a package that is there: the package is of another version, or damaged.
+    if is_missing and (module == root or not _is_installed(root)):
+        package = _PACKAGES.get(root, root.replace("_", "-"))
+        extra = _extra_with(package)
+        fault = f"is not installed: pip install {package}"
+        fault += f", or this package's extra {extra!r}" if extra else ""
+    else:
+        root = module or "a package"
+        fault = f"cannot be imported ({one_line(error)})"
+    return f"{purpose} needs {root}, which {fault}" if purpose else f"{root} {fault}"
+
+
+def _first_failure(error: ImportError) -> ImportError:
+    """The import that failed.
+
+    Libraries say "install X" also where X is installed and one of its dependencies is not.
+    """
+    cause = error.__cause__
+    if cause is None and not error.__suppress_context__:
+        cause = error.__context__
+    return cause if not error.name and isinstance(cause, ImportError) else error
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _extra_with(package: str) -> str:
+    """The smallest extra of this package that installs another; "" if none does."""
+    try:
+        required = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # a copy of the source that was not installed
+        return ""
+    extras: dict[str, set[str]] = {}  # one that contains another lists its packages too
+    for line in required:
+        if found := re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line):
+            extras.setdefault(found[2], set()).add(found[1].replace("_", "-").lower())
+    having = [name for name, packages in extras.items() if package.lower() in packages]
+    return min(having, key=lambda name: len(extras[name]), default="")
+
+
+@contextlib.contextmanager
+def library_errors(explain: Callable[[Exception], ResNetJaxError]) -> Iterator[None]:
+    """Turns what a library raises for bad input into an error of ours.
+
+    For libraries whose errors have no common class. Keep the block to calls of the library, because
+    a bug of ours in it would be explained as bad input. A failed import and a lack of memory
+    are never signs of bad input, and are raised as they are.
+
+    Args:
+      explain: Makes the error, which quotes the library's.
+
+    Raises:
+      ResNetJaxError: What `explain` returns, or an error of ours from inside the block.
+
+    Example:
+      >>> with library_errors(lambda error: DataError(f"not a number ({error})")):
+      ...     float("x")
+      Traceback (most recent call last):
+      resnet_jax.errors.DataError: not a number (could not convert string to float: 'x')
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, ResNetJaxError):
+        raise
+    except Exception as error:
+        raise explain(error) from error

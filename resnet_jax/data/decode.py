@@ -14,6 +14,7 @@ only decoders that are asked for look at the bytes; whatever is wrong is a DataE
 from __future__ import annotations
 
 import io
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -23,13 +24,17 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from resnet_jax.data.jpeg import Frame, jpeg_frame
-from resnet_jax.errors import DataError
+from resnet_jax.errors import DataError, import_failure, library_errors
 from resnet_jax.training.config import Data
 
 try:  # faster than Pillow; the same pixels in evaluation, in training within a few levels
     import simplejpeg
-except ImportError:  # pragma: no cover
+except ImportError as error:
     simplejpeg = None
+    if not isinstance(error, ModuleNotFoundError) or error.name != "simplejpeg":
+        logging.getLogger(__name__).warning(
+            "%s; Pillow decodes JPEGs instead, which takes longer", import_failure(error)
+        )
 
 # Rows and columns of a region of an image.
 Region = tuple[slice, slice]
@@ -79,10 +84,8 @@ def open_image(file: io.BytesIO | Path) -> Image.Image:
       >>> open_image(file).size
       (8, 4)
     """
-    try:
+    with library_errors(not_whole):
         image = Image.open(file, formats=FORMATS)
-    except Exception as error:  # what Pillow's readers raise for bad data has no common class
-        raise not_whole(error) from error
     check_size(image.height, image.width)
     return image
 
@@ -388,13 +391,11 @@ def _decode_jpeg(
 def _decode_pillow(data: bytes, channels: int, shrink: int = 1) -> np.ndarray:
     with open_image(io.BytesIO(data)) as image:
         width, height = image.size
-        try:
-            if image.format == "JPEG":  # of grey images, decode no colour
-                mode = "RGB" if channels == 3 else "L"
+        if image.format == "JPEG":  # of grey images, decode no colour
+            mode = "RGB" if channels == 3 else "L"
+            with library_errors(not_whole):
                 image.draft(mode, (width // shrink, height // shrink))
-            return image_pixels(image, channels)
-        except Exception as error:  # as in open_image
-            raise not_whole(error) from error
+        return image_pixels(image, channels)
 
 
 def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -407,15 +408,21 @@ def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
     Returns:
       uint8 pixels [H, W, channels].
 
+    Raises:
+      DataError: It is damaged.
+
     Example:
       >>> image_pixels(Image.new("I;16", (8, 4), 0x1234), channels=1)[0, 0].tolist()
       [18]
     """
+    with library_errors(not_whole):
+        image.load()
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    with library_errors(not_whole):
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

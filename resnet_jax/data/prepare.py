@@ -19,7 +19,7 @@ from resnet_jax.data.tfds_files import (
     prepare_digits,
     tfds_root,
 )
-from resnet_jax.errors import DataError, one_line
+from resnet_jax.errors import DataError, library_errors, one_line
 
 # ImageNet's licence forbids TFDS to fetch these; TFDS itself asks for them after minutes only.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -88,11 +88,9 @@ def _download(name: str, data_dir: str, manual_dir: str) -> None:
     settings = tfds.download.DownloadConfig(
         manual_dir=archives if os.path.isdir(archives) else None, try_download_gcs=False
     )
-    try:
+    with library_errors(lambda error: _explain(name, str(root), error)):
         builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
         builder.download_and_prepare(download_config=settings)
-    except Exception as error:  # each builder and the network raise their own
-        raise _explain(name, str(root), error) from error
 
 
 def _check_archives(name: str, folder: str) -> None:
@@ -124,11 +122,13 @@ def _explain(name: str, root: str, error: Exception) -> DataError:
 def _convert(name: str, folder: Any) -> None:
     """Adds ArrayRecord files beside the TFRecord files of a prepared data set, if it has none."""
     tfds = import_tfds()
-    try:
-        info = tfds.builder_from_directory(folder).info
-    except Exception as error:  # a damaged or very old description
+
+    def unreadable(error: Exception) -> DataError:
         reason = f"cannot read its description in {folder} ({one_line(error)}); delete the folder"
-        raise fault("data.name", f"tfds:{name}", reason) from error
+        return fault("data.name", f"tfds:{name}", reason)
+
+    with library_errors(unreadable):  # a damaged or very old description
+        info = tfds.builder_from_directory(folder).info
     formats = {each.value for each in info.available_file_formats()}
     if "array_record" in formats:
         return

@@ -100,7 +100,7 @@ def _ratio(source: Source, index: int) -> Ratio:
     try:
         with decode.open_image(io.BytesIO(source[index][0])) as image:
             return Ratio.of(image.height, image.width)
-    except Exception:  # whatever is wrong with it, decoding will say
+    except (DataError, OSError):  # whatever is wrong with it, decoding will say
         return Ratio(_PARTS, upright=False)
 
 

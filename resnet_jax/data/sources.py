@@ -15,7 +15,7 @@ import numpy as np
 from resnet_jax.data.base import Label, Source, digest, fault
 from resnet_jax.data.folders import FolderSource
 from resnet_jax.data.tfds_files import find_prepared, import_tfds, missing_shards, prepare_digits
-from resnet_jax.errors import DataError, one_line
+from resnet_jax.errors import DataError, library_errors, one_line
 
 __all__ = ["Source", "open_source"]
 
@@ -106,11 +106,11 @@ class _TfdsSource(Source):
         return f"{self.split}[{position}]"
 
     def _read(self, position: int) -> tuple[bytes, Label]:
-        try:
+        with library_errors(  # of riegeli and protobuf
+            lambda error: self._damage(position, f"cannot be read ({one_line(error)})")
+        ):
             record = self._open()[position]
             image, label = record[self._image_key], record[self._label_key]
-        except Exception as error:  # what riegeli and protobuf raise has no common class
-            raise self._damage(position, f"cannot be read ({one_line(error)})") from error
         # A file that was cut off at a block's end gives records without content.
         if not image or label is None:
             raise self._damage(position, "is empty")
@@ -142,12 +142,14 @@ class _TfdsSource(Source):
 
 def _open_builder(name: str, folder: Path) -> Any:
     tfds = import_tfds()
-    try:
+
+    def unreadable(error: Exception) -> DataError:
+        reason = f"cannot read its description in {folder} ({one_line(error)})"
+        return fault("data.name", name, reason)
+
+    with library_errors(unreadable):  # a damaged or very old description
         builder = tfds.builder_from_directory(folder)
         formats = {each.value for each in builder.info.available_file_formats()}
-    except Exception as error:  # a damaged or very old description
-        reason = f"cannot read its description in {folder} ({one_line(error)})"
-        raise fault("data.name", name, reason) from error
     if "array_record" not in formats:
         base, _, version = name.removeprefix("tfds:").partition(":")
         root = folder.parents[base.count("/") + 1]
@@ -198,12 +200,9 @@ def _keys(name: str, info: Any, several_labels: bool) -> tuple[str, str, Any]:
 def _check_split(name: str, info: Any, split: str, field: str) -> int:
     """The number of images in a split that exists and is whole."""
     known = ", ".join(info.splits)
-    try:
+    no_split = f"{name} has no such split; its splits: {known}, or parts as train[:90%]"
+    with library_errors(lambda error: fault(field, split, no_split)):  # of TFDS's parser
         part = info.splits[split]
-    except Exception as error:  # TFDS's parser raises several kinds
-        raise fault(
-            field, split, f"{name} has no such split; its splits: {known}, or parts as train[:90%]"
-        ) from error
     if not part.num_examples:
         raise fault(field, split, f"selects no image of {name}; its splits: {known}")
     if missing := missing_shards([part]):

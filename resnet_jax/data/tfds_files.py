@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.data.base import fault
-from resnet_jax.errors import DataError
+from resnet_jax.errors import DataError, importing
 
 
 def import_tfds() -> Any:
@@ -18,20 +20,28 @@ def import_tfds() -> Any:
       The module.
 
     Raises:
-      DataError: It is not installed.
+      DataError: It, or a package that it needs, is not installed.
 
     Example:
       >>> import_tfds().__name__
       'tensorflow_datasets'
     """
-    try:
+    with importing("reading TFDS data sets", DataError), _without_tracebacks():
         import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise DataError(
-            f"reading TFDS data sets needs tensorflow-datasets ({error}): pip install "
-            "tensorflow-datasets array_record importlib_resources"
-        ) from error
+
+        # TFDS logs a failed import of its own and leaves an empty module; this raises it.
+        import tensorflow_datasets.public_api
     return tfds
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def tfds_root(data_dir: str) -> Path:
@@ -48,9 +58,11 @@ def tfds_root(data_dir: str) -> Path:
       '/data'
     """
     tfds = import_tfds()
-    from etils import epath
+    with importing("reading TFDS data sets", DataError):
+        from etils import epath
 
-    path = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        default = tfds.core.constants.DATA_DIR  # TFDS imports its parts when they are first used
+    path = epath.Path(data_dir or default).expanduser()
     return path if path.is_absolute() else epath.Path(Path.cwd()) / path  # for workers elsewhere
 
 
@@ -208,11 +220,8 @@ def prepare_digits(data_dir: str) -> Path:
     try:
         if existed:
             folder.rmtree()
-        digits.prepare(root)
-    except ImportError as error:
-        raise fault(
-            "data.name", "digits", "needs scikit-learn: pip install scikit-learn"
-        ) from error
+        with importing("data.name = 'digits'", DataError):
+            digits.prepare(root)
     except OSError as error:
         # Another process may have been faster; renaming onto its folder fails.
         if not _is_whole(tfds, folder):

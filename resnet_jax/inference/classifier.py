@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax.data.decode import not_whole
-from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.errors import ConfigError, DataError, library_errors
 from resnet_jax.evaluation.network import Network, open_network
 from resnet_jax.inference.forward import Forward
 
@@ -189,11 +189,9 @@ def _each(images: Any) -> Iterator[Any]:
     if isinstance(images, str | os.PathLike):
         yield images
     elif isinstance(images, Image.Image):
-        try:
+        name = getattr(images, "filename", "") or "an image in memory"
+        with library_errors(lambda error: DataError(f"{name}: {not_whole(error)}")):
             images.load()  # here, because two threads cannot load one image
-        except Exception as error:  # what Pillow's readers raise has no common class
-            name = getattr(images, "filename", "") or "an image in memory"
-            raise DataError(f"{name}: {not_whole(error)}") from error
         yield images
     elif hasattr(images, "__array__"):
         yield from _each_pixels(np.asarray(images))

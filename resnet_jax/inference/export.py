@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.errors import ExportError, ModelError, WeightsError, unknown_name
+from resnet_jax.errors import ExportError, ModelError, WeightsError, importing, unknown_name
 from resnet_jax.evaluation.network import Network
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.pretrained import Preprocessing
@@ -132,14 +132,9 @@ def sample_images(network: Network, count: int = IMAGES) -> np.ndarray:
       >>> sample_images(types.SimpleNamespace(channels=1, preprocessing=preprocessing), 4).shape
       (4, 32, 32, 1)
     """
-    try:
+    with importing("an export, which is checked on images of scikit-learn,", ExportError):
         from PIL import Image
         from sklearn import datasets
-    except ImportError as error:
-        raise ExportError(
-            f"an export is checked on images of scikit-learn, and {error.name} is not installed: "
-            "pip install scikit-learn pillow, or this package's extra 'train'"
-        ) from error
     side = network.preprocessing.image_size
     if network.channels == 1:
         digits = datasets.load_digits().images[:count] * (255 / 16)
@@ -256,21 +251,19 @@ def _write_stablehlo(
 def _write_onnx(
     network: Network, files: Sequence[Path], images: np.ndarray, platforms: str
 ) -> np.ndarray:
-    try:
+    with importing("--format=onnx", ExportError):
+        import onnxruntime  # noqa: F401 (which run_onnx needs)
+
         from resnet_jax.inference.onnx import run_onnx, write_onnx
 
-        function = functools.partial(predict, network.model, network.preprocessing)
-        facts = {
-            "architecture": network.name,
-            "class_names": network.class_names,
-            "preprocessing": dataclasses.asdict(network.preprocessing),
-        }
-        write_onnx(function, network.variables, images.shape[1:], facts, files[0])
-        return run_onnx(files[0], images)
-    except ImportError as error:
-        raise ExportError(
-            f"--format=onnx needs {error.name}: pip install onnx onnxruntime"
-        ) from error
+    function = functools.partial(predict, network.model, network.preprocessing)
+    facts = {
+        "architecture": network.name,
+        "class_names": network.class_names,
+        "preprocessing": dataclasses.asdict(network.preprocessing),
+    }
+    write_onnx(function, network.variables, images.shape[1:], facts, files[0])
+    return run_onnx(files[0], images)
 
 
 def _write_hub(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.errors import ConfigError, ModelError, unknown_name
+from resnet_jax.errors import ConfigError, ModelError, importing, unknown_name
 from resnet_jax.evaluation.network import Network
 from resnet_jax.inference.files import Progress, new_file
 from resnet_jax.inference.forward import Forward
@@ -230,10 +230,6 @@ def _writer_class(output: str | os.PathLike[str]) -> Callable[[Path], _Writer]:
         return _Npz
     if suffix != ".parquet":
         raise ConfigError(f"--output={output}: must end in .npz or .parquet")
-    try:
+    with importing(f"--output={output} (.npz does not)", ConfigError):
         import pyarrow.parquet  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--output={output}: Parquet needs pyarrow; pip install pyarrow, or take .npz"
-        ) from error
     return _Parquet

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.errors import ExportError
+from resnet_jax.errors import ExportError, importing, library_errors
 from resnet_jax.evaluation.network import Network
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.summary import summary
@@ -232,20 +232,17 @@ def push_folder(folder: Path, repository: str) -> None:
     Raises:
       ExportError: huggingface_hub is missing, or the Hub refuses.
     """
-    try:
+    with importing(f"{folder} is written, but --push={repository}", ExportError):
         import huggingface_hub as hub
-    except ImportError as error:
-        raise ExportError(
-            f"--push={repository} needs huggingface_hub: pip install huggingface_hub; "
-            f"{folder} is written"
-        ) from error
-    try:
-        hub.create_repo(repository, exist_ok=True)
-        files = ["README.md", "config.json", "model.safetensors"]
-        hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
-    except Exception as error:  # no connection, token or right: they have no common class
+
+    def refused(error: Exception) -> ExportError:
         reason = str(error).strip().split("\n")[0]
-        raise ExportError(
+        return ExportError(
             f"--push={repository}: the Hub refused ({type(error).__name__}: {reason}); "
             f"{folder} is written"
-        ) from error
+        )
+
+    files = ["README.md", "config.json", "model.safetensors"]
+    with library_errors(refused):  # no connection, token or right
+        hub.create_repo(repository, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)

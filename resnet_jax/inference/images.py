@@ -21,7 +21,7 @@ from PIL import ExifTags, Image
 
 from resnet_jax.data.decode import decode, image_pixels, not_whole, open_image
 from resnet_jax.data.folders import IMAGE_SUFFIXES as DATA_SET_SUFFIXES
-from resnet_jax.errors import DataError
+from resnet_jax.errors import DataError, library_errors
 
 # What is an image in a folder; a file that is named itself may be called anything.
 IMAGE_SUFFIXES = (*DATA_SET_SUFFIXES, ".avif", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff")
@@ -181,18 +181,16 @@ def _decode_upright(data: bytes, channels: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image, channels: int) -> np.ndarray:
-    try:
-        pixels = image_pixels(image, channels)
-    except Exception as error:  # what Pillow's readers raise for bad data has no common class
-        raise not_whole(error) from error
+    pixels = image_pixels(image, channels)
     # The tag comes second: loading a TIFF, Pillow turns it by itself and takes its tag away.
     return _turned(pixels, _orientation(lambda: image))
 
 
 def _orientation(opened: Callable[[], Image.Image]) -> int:
     try:
-        return int(opened().getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged tags are no reason to refuse whole pixels
+        with library_errors(not_whole):
+            return int(opened().getexif().get(ExifTags.Base.Orientation, 1))
+    except DataError:  # damaged tags are no reason to refuse whole pixels
         return 1
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from resnet_jax.errors import ConfigError, one_line
+from resnet_jax.errors import ConfigError, ResNetJaxError, importing, library_errors, one_line
 from resnet_jax.training import manifest
 from resnet_jax.training.config import Config, differences
 from resnet_jax.training.workdir import saved_steps, write_whole, writing
@@ -50,15 +50,15 @@ class Bucket:
         self._name = f"checkpoint.copy_to = {address!r}"
         if re.match(r"\w+:(?!//)", address):
             raise ConfigError(f"{self._name}: write it with two slashes, as gs://BUCKET/RUN")
-        try:
+        with importing(self._name, ConfigError):
             from fsspec.core import url_to_fs
             from fsspec.implementations.local import LocalFileSystem
 
-            self._files, root = url_to_fs(address)
-        except (ImportError, ValueError) as error:  # gs:// needs gcsfs, s3:// s3fs, ...
-            raise ConfigError(f"{self._name}: {one_line(error)}") from error
-        if isinstance(self._files, LocalFileSystem):
-            self._files.auto_mkdir = True
+            with library_errors(lambda error: ConfigError(f"{self._name}: {one_line(error)}")):
+                system, root = url_to_fs(address)  # gs:// imports gcsfs, s3:// s3fs, ...
+        self._files = _Files(system)
+        if isinstance(system, LocalFileSystem):
+            system.auto_mkdir = True
             if Path(root).resolve() == workdir.resolve():
                 raise ConfigError(f"{self._name}: is the workdir itself; take another place")
         self._root = root.rstrip("/")
@@ -123,7 +123,7 @@ class Bucket:
                 seal = (self.workdir / self._seal(step)).read_bytes()
                 self._files.pipe_file(self._at(self._seal(step)), seal)
             self._remove(names, keep=local)
-        except Exception as error:  # the libraries of the vendors have no common class
+        except (_FilesError, OSError) as error:  # of the copy; of the workdir
             raise ConfigError(f"{self._name}: cannot be written ({_reason(error)})") from error
 
     def pusher(self, say: Callable[[str], None]) -> Callable[[], None]:
@@ -164,9 +164,9 @@ class Bucket:
         try:
             self._files.pipe_file(self._at(".writable"), b"")
             self._files.rm_file(self._at(".writable"))
-        except Exception as error:  # the libraries of the vendors have no common class
+        except _FilesError as error:
             raise ConfigError(
-                f"{self._name}: cannot be written ({_reason(error)}); take another place"
+                f"{self._name}: cannot be written ({error}); take another place"
             ) from error
 
     def _seal(self, step: int) -> str:
@@ -180,9 +180,7 @@ class Bucket:
     def _reading(self) -> Any:
         try:
             yield
-        except ConfigError:
-            raise
-        except Exception as error:  # the libraries of the vendors have no common class
+        except (_FilesError, OSError) as error:  # of the copy; of the workdir
             raise ConfigError(f"{self._name}: cannot be read ({_reason(error)})") from error
 
     def _names(self) -> set[str]:
@@ -228,5 +226,27 @@ def _steps(names: set[str]) -> set[int]:
     return {int(each[1]) for each in found if each}
 
 
+class _FilesError(ResNetJaxError):
+    """An error of a file system; the libraries of the vendors have no common class."""
+
+
+class _Files:
+    """A file system of fsspec's; whatever its methods raise becomes `_FilesError`."""
+
+    def __init__(self, system: Any) -> None:
+        self._system = system
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._system, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with library_errors(lambda error: _FilesError(_reason(error))):
+                return method(*arguments, **options)
+
+        return call
+
+
 def _reason(error: Exception) -> str:
+    if isinstance(error, _FilesError):
+        return str(error)
     return f"{type(error).__name__}: {one_line(error)[:200]}"

@@ -311,7 +311,8 @@ class Log:
       tensorboard: Write event files too.
       wandb: Project on Weights & Biases; "": none.
       profile: "FIRST:LAST" steps to trace with jax.profiler; "": none.
-      compile_cache: Folder of compiled programs; "": none.
+      compile_cache: Folder that keeps compiled programs for the next start, at most 2 GB; "": none.
+        JAX_COMPILATION_CACHE_DIR, where it is set, is used instead.
       report: Write report.html at the end of `train.py`, where matplotlib and Jinja2 are installed.
     """
 

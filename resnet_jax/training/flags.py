@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.errors import ConfigError, one_line
+from resnet_jax.errors import ConfigError, import_failure, one_line
 
 _ROOT = Path(__file__).parents[2]
 
@@ -103,13 +103,17 @@ def _flag_fault(error: Exception, arguments: Sequence[str]) -> str:
             close = close or difflib.get_close_matches(field, fields)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see --help"
             return f"unknown field {field!r}; {hint}"
-    last = str(error).strip().splitlines()[-1].strip()
+    text = str(error).strip()
+    last = text.splitlines()[-1].strip() if text else ""  # `assert` raises without a word
     if fault := _value_fault(str(error), fields):
         return fault
     if isinstance(error, flags.Error) and "Error whilst parsing" not in str(error):
         return one_line(error)
     file = next((each for each in arguments if each.startswith("--config=")), "--config")
-    return f"{file}: {type(error).__name__ if last == str(error) else ''} {last}".replace("  ", " ")
+    if isinstance(error, ImportError) and not str(error.name).startswith("resnet_jax"):
+        return import_failure(error, file)
+    kind = [type(error).__name__] if last == text else []  # else the last line names it
+    return ": ".join([file, *kind, last]).rstrip(": ")
 
 
 def _value_fault(text: str, fields: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from resnet_jax.compile_cache import use_compile_cache
 from resnet_jax.data.loader import (
     Batch,
     Corrupt,
@@ -109,7 +110,7 @@ def train(config: Config, workdir: str | Path) -> Result:
         check_batches(config)
         check_calls(config, sources["train"])
         peers.agree(facts(config, sources))
-        _use_compile_cache(config)
+        use_compile_cache(config.log.compile_cache)
         folder, initial, bucket = Path(workdir).expanduser(), None, None
         with Signals() as signals, contextlib.ExitStack() as stack:
             if peers.is_first:  # the only one that touches the workdir
@@ -423,11 +424,3 @@ class _Run:
         )
         if int(self.state.step):
             self.telemetry.say(f"going on after step {int(self.state.step)}")
-
-
-def _use_compile_cache(config: Config) -> None:
-    """Keeps compiled programs on disk, unless the caller already chose where."""
-    if config.log.compile_cache and not jax.config.values["jax_compilation_cache_dir"]:
-        folder = Path(config.log.compile_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

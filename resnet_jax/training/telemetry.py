@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from resnet_jax.errors import one_line
+from resnet_jax.errors import ConfigError, importing, library_errors, one_line
 from resnet_jax.training.config import Config
 from resnet_jax.training.workdir import Appender, write_whole, writing
 
@@ -138,10 +139,10 @@ class Telemetry:
         for copy in [*self._copies]:
             try:
                 copy.write(record)
-            except Exception as error:  # of a library that may reach over a network
+            except ConfigError as error:
                 self._copies.remove(copy)
-                self.say(f"{copy.name} is left out from here on: {one_line(error)}")
-                with contextlib.suppress(Exception):
+                self.say(f"{copy.name} is left out from here on: {error}")
+                with contextlib.suppress(ConfigError):
                     copy.close()
         if record["split"] != "train":
             self.say(_evaluation_line(record))
@@ -171,8 +172,8 @@ class Telemetry:
         for copy in self._copies:
             try:
                 copy.close()
-            except Exception as error:
-                self.say(f"{copy.name} was not closed: {one_line(error)}")
+            except ConfigError as error:
+                self.say(f"{copy.name} was not closed: {error}")
         if self._file is not None:
             self._file.close()
 
@@ -227,8 +228,12 @@ class _TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, folder: Path, completed_steps: int) -> None:
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        with importing("log.tensorboard = True", ConfigError):
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.record_writer import masked_crc32c
+            from tensorboardX.summary import scalar
 
+        self._scalar, self._checksum = scalar, masked_crc32c
         with writing(folder):
             folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
@@ -240,49 +245,53 @@ class _TensorBoard:
         self._write(step=completed_steps + 1, session_log=start)
 
     def write(self, record: Record) -> None:
-        from tensorboardX.summary import scalar
-
         name = record["split"] + ("_ema" if record.get("weights") == "ema" else "")
         for key, value in record.items():
             if isinstance(value, float):
-                self._write(step=record["step"], summary=scalar(f"{name}/{key}", value))
+                self._write(step=record["step"], summary=self._scalar(f"{name}/{key}", value))
 
     def close(self) -> None:
         self._file.close()
 
     def _write(self, **content: Any) -> None:
         """A record of TFRecord's: length and content, each with its checksum."""
-        from tensorboardX.record_writer import masked_crc32c
-
         event = self._event(wall_time=time.time(), **content).SerializeToString()
         length = struct.pack("<Q", len(event))
-        check = struct.pack("<I", masked_crc32c(length))
-        self._file.write(length + check + event + struct.pack("<I", masked_crc32c(event)))
+        check = struct.pack("<I", self._checksum(length))
+        self._file.write(length + check + event + struct.pack("<I", self._checksum(event)))
 
 
 class _WeightsAndBiases:
     name = "Weights & Biases"
 
     def __init__(self, config: Config, workdir: Path) -> None:
-        import dataclasses
-
-        import wandb
-
+        project = f"log.wandb = {config.log.wandb!r}"
+        with importing(project, ConfigError):
+            import wandb
         # The id of a workdir is its name, so that a resumed run goes on where it was.
         name = workdir.absolute().name
-        self._run = wandb.init(
-            project=config.log.wandb,
-            id=name,
-            name=name,
-            dir=str(workdir),
-            config=dataclasses.asdict(config),
-            resume="allow",
-        )
+        settings = dataclasses.asdict(config)
+        with library_errors(lambda error: ConfigError(f"{project}: {_wandb_error(error)}")):
+            self._run = wandb.init(
+                project=config.log.wandb,
+                id=name,
+                name=name,
+                dir=str(workdir),
+                config=settings,
+                resume="allow",
+            )
 
     def write(self, record: Record) -> None:
         name = record["split"] + ("_ema" if record.get("weights") == "ema" else "")
         values = {f"{name}/{k}": v for k, v in record.items() if isinstance(v, float)}
-        self._run.log(values, step=record["step"])
+        with library_errors(_wandb_error):
+            self._run.log(values, step=record["step"])
 
     def close(self) -> None:
-        self._run.finish()
+        with library_errors(_wandb_error):
+            self._run.finish()
+
+
+def _wandb_error(error: Exception) -> ConfigError:
+    """What Weights & Biases raises, often from a network, has no common class."""
+    return ConfigError(f"{type(error).__name__}: {one_line(error)}")

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from resnet_jax.errors import ResNetJaxError, WeightsError
+from resnet_jax.errors import ResNetJaxError, WeightsError, importing, library_errors
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables, check_model, fit_variables, from_torch, to_torch
 
@@ -125,13 +125,8 @@ def read_state_dict(
 
 def _from_workdir(model: ResNet, workdir: Path, reset_head: bool) -> Variables:
     # A loader for what the trainer wrote; imported here, so that weights do not need the trainer.
-    try:
+    with importing(f"{workdir} is a folder, and reading a workdir", WeightsError):
         from resnet_jax.training.checkpoint import load_variables
-    except ImportError as error:
-        raise WeightsError(
-            f"{workdir} is a folder, and reading a workdir needs {error.name}: "
-            "install this package's extra 'train'"
-        ) from error
     try:
         name, variables, _ = load_variables(workdir)
     except ResNetJaxError as error:
@@ -208,16 +203,14 @@ def _read_safetensors(path: Path, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _read_npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
-    try:
-        with _open_zip(data) as archive:
-            return {
-                member.filename.removesuffix(".npy"): _read_array(archive.read(member))
-                for member in archive.infolist()
-            }
-    except WeightsError:
-        raise
-    except Exception as error:  # what zipfile and NumPy raise for a bad file has no common class
-        raise WeightsError(f"not a whole .npz file of arrays ({_reason(error)})") from error
+    def broken(error: Exception) -> WeightsError:
+        return WeightsError(f"not a whole .npz file of arrays ({_reason(error)})")
+
+    with library_errors(broken), _open_zip(data) as archive:
+        return {
+            member.filename.removesuffix(".npy"): _read_array(archive.read(member))
+            for member in archive.infolist()
+        }
 
 
 def _open_zip(data: bytes) -> zipfile.ZipFile:
@@ -254,21 +247,21 @@ def _read_array(data: bytes) -> np.ndarray:
 
 def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
     torch = _import_torch(path)
-    try:
+
+    def explain(error: Exception) -> WeightsError:
+        if not isinstance(error, pickle.UnpicklingError):
+            return WeightsError(f"not a whole PyTorch file of tensors ({_reason(error)})")
+        if not data.startswith(_TORCH_MAGIC):
+            return WeightsError("not a PyTorch file")
+        return WeightsError(
+            "holds Python objects beside tensors, which are never unpickled here; where you "
+            "trust it, load it with torch and pass its state dict to rj.from_torch"
+        )
+
+    with library_errors(explain):
         if data.startswith(b"PK"):
             _open_zip(data).close()
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        if not data.startswith(_TORCH_MAGIC):
-            raise WeightsError("not a PyTorch file") from error
-        raise WeightsError(
-            "holds Python objects beside tensors, which are never unpickled here; where you "
-            "trust it, load it with torch and pass its state dict to rj.from_torch"
-        ) from error
-    except WeightsError:
-        raise
-    except Exception as error:  # what torch raises for a bad file has no common class
-        raise WeightsError(f"not a whole PyTorch file of tensors ({_reason(error)})") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"holds a {type(content).__name__}, not a state dict")
     return content
@@ -299,12 +292,8 @@ def _write_torch(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def _import_torch(path: Path) -> Any:
-    try:
+    with importing(f"{path} (.safetensors does not)", WeightsError):
         import torch
-    except ImportError as error:
-        raise WeightsError(
-            f"{path} needs PyTorch: pip install torch, or use .safetensors"
-        ) from error
     return torch
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.errors import ModelError, WeightsError
+from resnet_jax.errors import ModelError, WeightsError, importing
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables
@@ -182,13 +182,8 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
     """The folder on this machine that holds the repository's two files."""
     if Path(repository).is_dir():
         return Path(repository)
-    try:
+    with importing(f"{repository}, if that is a name on the Hub and no folder,", WeightsError):
         import huggingface_hub as hub
-    except ImportError as error:
-        raise WeightsError(
-            f"{repository} is no folder here; if it is a name on the Hugging Face Hub: "
-            "pip install huggingface_hub"
-        ) from error
     try:
         # One call for both files, so that they are of one commit.
         files = ["config.json", "model.safetensors"]

@@ -135,9 +135,14 @@ def test_digits_without_a_place_or_scikit_learn(tmp_path, monkeypatch):
     text = message("digits", "train", str(tmp_path / "file"))
     assert f"data.data_dir = '{tmp_path / 'file'}': cannot write the digits" in text
 
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    text = message("digits", "train", str(tmp_path / "other"))
-    assert text == "data.name = 'digits': needs scikit-learn: pip install scikit-learn"
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "sklearn":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert message("digits", "train", str(tmp_path / "other")) == (
+        "data.name = 'digits' needs sklearn, which is not installed: pip install scikit-learn, "
+        "or this package's extra 'train'"
+    )
 
 
 def test_nothing_imports_tensorflow(digits_dir):

@@ -151,12 +151,12 @@ def test_the_workdir_itself_is_no_place(tmp_path):
         ("gs:/a/b", "two slashes"),
         ("/dev/null/a", "cannot be (read|written)"),
         pytest.param(
-            *("gs://a/b", "[Ii]nstall gcsfs"),
+            *("gs://a/b", "needs gcsfs, which is not installed: pip install gcsfs"),
             marks=pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed"),
         ),
     ],
 )
 def test_addresses_that_cannot_be_used(address, message, tmp_path):
-    with pytest.raises(ConfigError, match=rf"checkpoint\.copy_to = '{address}': .*{message}"):
+    with pytest.raises(ConfigError, match=rf"checkpoint\.copy_to = '{address}'.*{message}"):
         train(configuration(checkpoint__copy_to=address), tmp_path / "run")
     assert not (tmp_path / "run").exists()

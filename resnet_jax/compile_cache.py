@@ -1,0 +1,165 @@
+"""Compiled programs on disk, so that a command compiles only what no earlier one has compiled.
+
+JAX's own store trusts what it finds: a file that a full disk or a killed process cut short is never
+replaced, its size limit stops all writing once one of its files is missing, and XLA may crash on
+damaged content. The store below renames whole files into place, checks their checksums, and
+replaces what is damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import compilation_cache  # JAX has no public way to bring a store of one's own
+
+FOLDER = "~/.cache/resnet_jax/xla"
+MOST_BYTES = 2 * 10**9
+_SECONDS = 0.5  # programs that compile faster are not worth a file
+_SUFFIX = ".xla"
+_DIGEST = hashlib.sha256().digest_size
+
+_log = logging.getLogger(__name__)
+
+
+def use_compile_cache(folder: str = FOLDER) -> None:
+    """Keeps the programs that this process compiles, and takes those that are there.
+
+    Where JAX has been given a folder already (JAX_COMPILATION_CACHE_DIR) nothing is changed.
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
+
+    Args:
+      folder: Made when the first program is written; "": none. Whoever can write to it can run
+        code in this process.
+
+    Example:
+      >>> use_compile_cache("")
+    """
+    if not folder or jax.config.values["jax_compilation_cache_dir"]:
+        return
+    try:
+        store = ProgramStore(Path(folder).expanduser())
+    except RuntimeError as error:  # no home directory
+        _log.warning("compile cache: %s: %s; programs are not kept", folder, error)
+        return
+    if hasattr(compilation_cache, "get_file_cache"):  # else JAX keeps them in a store of its own
+        _bring(store)
+    jax.config.update("jax_compilation_cache_dir", str(store.folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
+    # XLA keeps files of its own in the folder, and fails where those cannot be written.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def _bring(store: ProgramStore) -> None:
+    """Makes JAX take the store for its folder."""
+    private: Any = compilation_cache
+    jaxs_own = private.get_file_cache
+
+    def get_file_cache(path: str) -> Any:
+        return (store, path) if path == str(store.folder) else jaxs_own(path)
+
+    private.get_file_cache = get_file_cache
+
+
+class ProgramStore:
+    """A folder of programs, each with its checksum; the least recently used are removed.
+
+    Errors cost a compilation, and the first of a process one line.
+
+    Args:
+      folder: Made when the first program is written.
+      most_bytes: That all programs together may take.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     store = ProgramStore(Path(folder))
+      ...     store.put("jit_f-0123", b"program")
+      ...     store.get("jit_f-0123"), store.get("jit_f-4567")
+      (b'program', None)
+    """
+
+    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
+        self.folder = self._path = folder  # JAX reads `_path`, for its log
+        self._most_bytes = most_bytes
+        self._warned = False
+
+    def get(self, key: str) -> bytes | None:
+        """The program of a key; None if it is not there, or damaged."""
+        path = self._file(key)
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self._warn(
+                f"{path} cannot be read ({error.strerror or error}); its program is compiled again"
+            )
+            return None
+        digest, program = data[:_DIGEST], data[_DIGEST:]
+        if digest != hashlib.sha256(program).digest():
+            self._warn(f"{path} is damaged; its program is compiled again, and replaces it")
+            return None
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            os.utime(path)  # used last
+        return program
+
+    def put(self, key: str, value: bytes) -> None:
+        """Writes a program, and makes room for it."""
+        path = self._file(key)
+        partial = path.with_suffix(f".{os.getpid()}.partial{_SUFFIX}")  # counts as a program
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                partial.write_bytes(hashlib.sha256(value).digest() + value)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            self._make_room()
+        except OSError as error:
+            self._warn(
+                f"{self.folder} cannot be written ({error.strerror or error}); what is compiled "
+                "now is compiled again at the next start"
+            )
+
+    def _file(self, key: str) -> Path:
+        # Programs for a CPU use its instructions, and several machines may share a home directory.
+        digest = hashlib.sha256(f"{key}\n{_instructions()}".encode()).hexdigest()
+        return self.folder / f"{key.partition('-')[0][:64]}-{digest[:32]}{_SUFFIX}"
+
+    def _make_room(self) -> None:
+        found = []
+        for path in self.folder.glob(f"*{_SUFFIX}"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process has removed it
+                continue
+            found.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._most_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            _log.warning("compile cache: %s", text)
+        self._warned = True
+
+
+@functools.cache
+def _instructions() -> str:
+    """The instruction sets of this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
