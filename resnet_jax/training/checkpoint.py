@@ -184,6 +184,8 @@ class Checkpoints:
             raise ConfigError(
                 f"{what} is of another model or optimizer; take another workdir"
             ) from error
+        except (ImportError, MemoryError):  # no signs of damage
+            raise
         except Exception as error:  # what else Orbax raises has no common class
             raise self._none_is_whole({step: _reason(error)}) from error
 
@@ -223,6 +225,8 @@ class Checkpoints:
             if not problem:
                 try:
                     return self._read(steps[0])
+                except (ImportError, MemoryError):  # no signs of damage
+                    raise
                 except Exception as error:  # what Orbax raises has no common class
                     problem = _reason(error)
             # A run that trains here removes a state once there is a newer one: look again then.
