@@ -20,16 +20,8 @@ import sys
 
 import steps
 
-# Dense bfloat16 FLOP/s by the name of the card, from NVIDIA's data sheets.
-PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "T4": 65e12,  # float16: it has no bfloat16
-}
+from resnet_jax.distributed.accelerators import find_accelerator
+
 # Multiply-adds of an image (`resnet_jax.summary`); training takes three times a forward pass.
 MULTIPLY_ADDS = {50: 4.09e9, 20: 40.8e6}
 
@@ -57,7 +49,8 @@ def main() -> None:
         stdout=subprocess.PIPE,
         text=True,
     ).stdout.strip()
-    peak = next((peak for name, peak in PEAKS.items() if name in card), None)
+    accelerator = find_accelerator(card)
+    peak = accelerator.flops if accelerator else None
     print(f"{card}; images/s (and MFU)")
     print(f"{'mode':>10}{'batch':>6}" + "".join(f"{name:>18}" for name in networks))
     for mode in options.modes.split(","):

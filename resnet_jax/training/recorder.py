@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.errors import ConfigError, DivergedError, one_line
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, profile_steps
-from resnet_jax.training.telemetry import PEAK_FLOPS, Telemetry
+from resnet_jax.training.telemetry import Telemetry
 
 # Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
 _IN_FLIGHT = 2
@@ -103,7 +104,8 @@ class Recorder:
         self.stop = False  # whether a process of the run has asked to stop
         self._time = time.monotonic()
         self._flops: float | None = None
-        self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        accelerator = find_accelerator(jax.devices()[0].device_kind)
+        self._peak = accelerator.flops if accelerator else None
 
     def look_at(self, step: Any, *arguments: Any, several: bool = False) -> None:
         """Counts the work of the step that the records are about, where its peak is known.

@@ -15,24 +15,10 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from resnet_jax.errors import one_line
-from resnet_jax.training.chips import CHIPS
 from resnet_jax.training.config import Config
 from resnet_jax.training.workdir import Appender, write_whole, writing
 
 Record = dict[str, Any]
-
-# Peak of dense bf16 matrix products, FLOP/s of what JAX calls a device (vendors' data sheets).
-PEAK_FLOPS = {
-    **{chip.kind: chip.flops / chip.devices for chip in CHIPS.values()},
-    "TPU v5p": CHIPS["v5p"].flops,
-    "Tesla T4": 65e12,
-    "Tesla V100-SXM2-16GB": 125e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 class MetricsFile:

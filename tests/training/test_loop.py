@@ -1,5 +1,6 @@
 """Whole runs on the digits: what they write, how they go on, how they fail."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax import cli
+from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.training import config as c
 from resnet_jax.training import loop
@@ -25,7 +27,6 @@ from resnet_jax.training import step as step_module
 from resnet_jax.training.checkpoint import load_variables
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
-from resnet_jax.training.telemetry import PEAK_FLOPS
 from tests.training.runs import records, state_of, stop_after, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -311,7 +312,8 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("steps_per_call", [1, 2])
 def test_utilisation_where_the_peak_is_known(steps_per_call, tmp_path, monkeypatch):
-    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    known = dataclasses.replace(ACCELERATORS["h100"], flops=1e9)
+    monkeypatch.setattr("resnet_jax.training.recorder.find_accelerator", lambda kind: known)
     train(configuration(train__steps_per_call=steps_per_call), tmp_path)
     record = [r for r in records(tmp_path) if r["split"] == "train"][-1]
     # Forward, and twice that backward; two operations a multiply-add; eight devices.

@@ -1,0 +1,1 @@
+"""Devices, processes and hosts: what a run is spread over."""
