@@ -117,9 +117,12 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
     if problem is not None:
         problem = dataclasses.replace(problem, **printer.current)
         result.findings.append(problem)
-        printer.index = printer.index or 0
-        printer.finding(problem)
         result.code = MISTAKE
+        if printer.index is None:  # it has died before it knew
+            printer.joined(0)
+        printer.finding(problem)
+        if printer.index:
+            print(f"error: process {printer.index}: {problem.text}", file=sys.stderr)
     return result
 
 
@@ -164,7 +167,7 @@ def _follow(
             printer.finding(found)
         if "index" in event:
             result.index, result.count = event["index"], event["count"]
-            printer.joined(event["index"], event["count"])
+            printer.joined(event["index"])
         result.environment = event.get("environment", result.environment)
         if "end" in event:
             result.code = event["end"]
@@ -214,7 +217,7 @@ class Printer:
         self._transient = progress.isatty()
         self._colored = output.isatty() and "NO_COLOR" not in os.environ
 
-    def joined(self, index: int, count: int) -> None:
+    def joined(self, index: int) -> None:
         """This process is known to be the first of its run, or another one."""
         self.index = index
         for each in self._waiting:
@@ -292,5 +295,5 @@ def to_json(result: Result) -> dict[str, Any]:
         "processes": result.count,
         "checks": [dataclasses.asdict(each) for each in result.findings],
         "environment": result.environment,
-        "log": result.log if level == PROBLEM else [],
+        "log": result.log,
     }

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
+from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, size
 from resnet_jax.doctor.machine import Machine
-from resnet_jax.doctor.reasons import explain, known_reason
+from resnet_jax.doctor.reasons import explain, known_reason, shortened
 from resnet_jax.training.environment import installed_versions, runtime, variables
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -27,13 +28,31 @@ def backend(machine: Machine, log: Sequence[str] = ()) -> Finding:
     """
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason = explain("\n".join([str(error), *log]))
-        return Finding(PROBLEM, f"JAX does not start: {reason}", {"error": str(error)})
+    except Exception as error:  # of any class: an unknown platform is an AssertionError
+        return judge_failure(error, machine, log)
     found = runtime()
     errors = {k: str(v) for k, v in _backend_errors().items()}
     reasons = [*log, *errors.values()]
     return judge_backend(jax.default_backend(), machine, reasons, found)
+
+
+def judge_failure(error: Exception, machine: Machine, log: Sequence[str] = ()) -> Finding:
+    """Why JAX has not started at all.
+
+    Args:
+      error: What it has raised.
+      machine: Where this runs.
+      log: What it has logged.
+
+    Returns:
+      A problem.
+    """
+    said = shortened(error) if str(error) else type(error).__name__
+    platforms = machine.environ.get("JAX_PLATFORMS", "")
+    reason = known_reason("\n".join([str(error), *log]))
+    if not reason and platforms and not str(error):
+        reason = f"JAX_PLATFORMS={platforms} asks for what this machine does not have: unset it"
+    return Finding(PROBLEM, f"does not start: {reason or said}", {"error": said})
 
 
 def _backend_errors() -> dict[str, Any]:
@@ -160,7 +179,7 @@ def unused_devices(machine: Machine, processes_here: int = 1) -> Finding | None:
 def precision(machine: Machine) -> Finding:
     """What float32 means here."""
     device = jax.local_devices()[0]
-    asked = jax.config.jax_default_matmul_precision
+    asked = getattr(jax.config, "jax_default_matmul_precision", None)
     capability = str(getattr(device, "compute_capability", None) or "0")
     tf32_off = machine.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
     facts = {"platform": device.platform, "default_matmul_precision": asked}
@@ -181,26 +200,26 @@ def float32_means(platform: str, capability: str, asked: str | None, tf32_off: b
 
     Example:
       >>> float32_means("cpu", "", None, False)
-      'float32 products are exact float32'
+      'products and convolutions are exact float32'
     """
-    exact = "float32 products are exact float32"
+    exact = "products and convolutions are exact float32"
     if asked in ("highest", "float32"):
         return f"{exact} (JAX_DEFAULT_MATMUL_PRECISION={asked})"
     said = f" (JAX_DEFAULT_MATMUL_PRECISION={asked})" if asked else ""
     if platform == "gpu":
         if float(capability) < 8 or tf32_off:
             return exact
-        return f"float32 products round their inputs to TF32, 10 bits of mantissa{said}"
+        return f"products and convolutions round their inputs to TF32, 10 bits of mantissa{said}"
     if platform == "tpu" and asked in ("high", "bfloat16_3x", "tensorfloat32"):
-        return f"float32 products are made of three in bfloat16, about 16 bits of mantissa{said}"
+        return f"products and convolutions are three in bfloat16, about 16 bits of mantissa{said}"
     if platform == "tpu":
-        return f"float32 products round their inputs to bfloat16, 7 bits of mantissa{said}"
+        return f"products and convolutions round their inputs to bfloat16, 7 bits of mantissa{said}"
     return exact
 
 
 def x64(machine: Machine) -> Finding | None:
     """Whether JAX computes in float64 where no type is asked for; None where it does not."""
-    if not jax.config.jax_enable_x64:
+    if not jax.config.read("jax_enable_x64"):
         return None
     text = "jax_enable_x64 is on: arrays take twice the memory; unset JAX_ENABLE_X64"
     return Finding(WARNING, text)
@@ -218,7 +237,9 @@ def preallocation(machine: Machine) -> Finding | None:
     }
     said = ", ".join(f"{name}={value}" for name, value in chosen.items())
     if chosen.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":
-        text = "asked of the driver for each array, which is slow: unset XLA_PYTHON_CLIENT_ALLOCATOR"
+        text = (
+            "asked of the driver for each array, which is slow: unset XLA_PYTHON_CLIENT_ALLOCATOR"
+        )
         return Finding(WARNING, text, chosen)
     return Finding(OK, said or "75% of each card is taken at the start (JAX's default)", chosen)
 
@@ -227,10 +248,3 @@ def settings(machine: Machine) -> Finding:
     """Environment variables that JAX and its libraries read."""
     found = variables(machine.environ)
     return Finding(OK, ", ".join(f"{k}={v}" for k, v in found.items()) or "none set", dict(found))
-
-
-def find_accelerator(kind: str) -> Any:
-    """What is known of a kind of device; None where it is not."""
-    from resnet_jax.distributed.accelerators import find_accelerator
-
-    return find_accelerator(kind)

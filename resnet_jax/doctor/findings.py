@@ -53,6 +53,19 @@ def size(count: float) -> str:
     return f"{count / 1e3:.0f} kB"
 
 
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+      >>> duration(1.191), duration(0.0462), duration(0.0000853)
+      ('1.19 s', '46.2 ms', '85.3 us')
+    """
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}" if seconds < 999 else f"{seconds:.0f} s"
+    return f"{seconds * 1e6:.3g} us"
+
+
 def plural(count: int, noun: str) -> str:
     """A number and its noun.
 

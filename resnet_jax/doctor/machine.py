@@ -179,6 +179,18 @@ def accelerators(machine: Machine) -> Finding:
     return Finding(OK, "none is plugged in here (no NVIDIA card, no TPU)", facts)
 
 
+def huge_pages(machine: Machine) -> Finding | None:
+    """Whether the host's memory comes in large pages, without which a TPU starts slowly."""
+    found = machine.read("sys/kernel/mm/transparent_hugepage/enabled")
+    if not machine.tpu_chips() or not found or "[always]" in found:
+        return None
+    text = (
+        "off, which slows the start of a TPU: "
+        "echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
+    )
+    return Finding(WARNING, text)
+
+
 def card_memory(machine: Machine, cards: list[nvml.Card] | None = None) -> Finding | None:
     """What other processes use of the cards, before JAX takes its share; None without cards."""
     cards = nvml.cards() if cards is None else cards
@@ -272,11 +284,11 @@ def memory(machine: Machine) -> Finding:
 
 
 def shared_memory(machine: Machine) -> Finding:
-    """/dev/shm, through which the processes of `data.workers` hand over their images."""
+    """The shared memory through which processes of `data.workers` hand over their images."""
     try:
-        usage = shutil.disk_usage(machine.root / "dev/shm")  # noqa: S108
+        usage = shutil.disk_usage(machine.root / "dev/shm")
     except OSError:
-        return Finding(WARNING, "there is none: leave data.workers at 0")
+        return Finding(WARNING, "there is no /dev/shm: leave data.workers at 0")
     facts = {"total": usage.total, "free": usage.free}
     return _judged_shared(usage.total, facts)
 
@@ -284,11 +296,11 @@ def shared_memory(machine: Machine) -> Finding:
 def _judged_shared(total: int, facts: dict[str, int]) -> Finding:
     if total < _LEAST_SHARED:
         text = (
-            f"{size(total)}, too little for data.workers: leave that at 0, or start the container "
+            f"{size(total)} in /dev/shm, too little for data.workers: leave that at 0, or start the container "
             "with --shm-size=8g"
         )
         return Finding(WARNING, text, facts)
-    return Finding(OK, size(total), facts)
+    return Finding(OK, f"{size(total)} in /dev/shm", facts)
 
 
 def disks(machine: Machine, folders: Mapping[str, Path] | None = None) -> Finding:

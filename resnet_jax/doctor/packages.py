@@ -1,4 +1,4 @@
-"""What this package requires, and what of it is installed; read from metadata, nothing is imported."""
+"""What this package requires, and what of it is installed, by metadata: nothing is imported."""
 
 from __future__ import annotations
 

@@ -185,6 +185,8 @@ def hosts(group: Group, reports: Mapping[int, dict[str, Any]]) -> list[Finding]:
             text = f"{report['host']}: " + "; ".join(each[1] for each in report["wrong"])
         found.append(Finding(level, text, report, name))
     alike = [reports[i]["compared"] for i in sorted(reports)]
-    if len(alike) == group.count and all(alike) and (difference := first_difference(alike)):
-        found.append(Finding(PROBLEM, difference, name="agreement"))
+    if len(alike) == group.count and all(alike):
+        difference = first_difference(alike)
+        text = difference or "all processes have the same versions and settings"
+        found.append(Finding(PROBLEM if difference else OK, text, name="agreement"))
     return found

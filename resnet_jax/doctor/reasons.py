@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from resnet_jax.errors import one_line
+from resnet_jax.training.environment import installed_versions
 
 _LONGEST = 300
 
@@ -48,8 +49,8 @@ _REASONS = (
     ),
     (
         r"(?i)dnn library initialization failed|could not create cudnn handle",
-        "cuDNN does not start: pip install -U 'jax[cuda12]', unset LD_LIBRARY_PATH, and see whether "
-        "another process has taken the card's memory",
+        "cuDNN does not start: pip install -U 'jax[cuda12]', unset LD_LIBRARY_PATH, and see "
+        "whether another process has taken the card's memory",
     ),
     (
         r"(?i)driver version is insufficient|UNSUPPORTED_PTX|SYSTEM_DRIVER_MISMATCH",
@@ -105,8 +106,13 @@ def known_reason(text: object) -> str:
     line = one_line(text)
     for pattern, words in _REASONS:
         if found := re.search(pattern, line):
-            return found.expand(words).strip()
+            return found.expand(words).strip().replace("jax[cuda12]", f"jax[{cuda_extra()}]")
     return ""
+
+
+def cuda_extra() -> str:
+    """The extra of JAX for the CUDA plugin that is installed; "cuda12" where none is."""
+    return "cuda13" if installed_versions(["jax-cuda13-plugin"]) else "cuda12"
 
 
 def shortened(text: object) -> str:

@@ -1,4 +1,4 @@
-"""Checks that compute: is the device right, is it as fast as it should be, does training run on it."""
+"""Checks that compute: is the device right, is it fast enough, does training run on it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.doctor.devices import find_accelerator
-from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, size
+from resnet_jax.distributed.accelerators import find_accelerator
+from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, duration, plural, size
 from resnet_jax.doctor.machine import Machine
 from resnet_jax.doctor.reasons import explain
 
@@ -162,7 +162,7 @@ def all_reduce(machine: Machine, count: int = 25_600_000) -> Finding | None:
         return Finding(PROBLEM, f"{text}: do not train here")
     moved = 2 * 4 * count * (1 - 1 / jax.device_count())
     facts = {"seconds": seconds, "bytes": 4 * count, "bytes_per_second": moved / seconds}
-    text = f"{size(4 * count)} over {plural(jax.device_count(), 'device')} in {seconds * 1e3:.3g} ms"
+    text = f"{size(4 * count)} over {plural(jax.device_count(), 'device')} in {duration(seconds)}"
     return Finding(OK, f"{text}, {moved / seconds / 1e9:.3g} GB/s a device", facts)
 
 
@@ -200,14 +200,14 @@ def training_step(
         "compile_seconds": compiled,
         "step_seconds": per_step,
         "images_per_second": batch / per_step,
-        "loss": losses[-1],
+        "loss": losses[-1] if math.isfinite(losses[-1]) else None,  # JSON has no NaN
     }
     if not all(map(math.isfinite, losses)):
         text = f"the loss of {network} is {losses[-1]} after {steps} steps: do not train here"
         return Finding(PROBLEM, text, facts)
     text = (
         f"{batch / per_step:,.0f} images/s: {network}, {per_device} images a device, "
-        f"{per_step * 1e3:.3g} ms a step, compiled in {compiled:.1f} s"
+        f"{duration(per_step)} a step, compiled in {duration(compiled)}"
     )
     accelerator = find_accelerator(jax.local_devices()[0].device_kind)
     if accelerator is not None and dtype != "float32":
@@ -220,9 +220,7 @@ def training_step(
     return Finding(OK, text, facts)
 
 
-def _train(
-    dtype: str, network: str, seconds: float
-) -> tuple[float, float, int, list[float], int]:
+def _train(dtype: str, network: str, seconds: float) -> tuple[float, float, int, list[float], int]:
     """(seconds to compile, seconds of a step, steps, losses, images a device) of a short run."""
     from resnet_jax.models.registry import model_info
     from resnet_jax.training import parallel

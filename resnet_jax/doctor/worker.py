@@ -1,7 +1,7 @@
 """The process that does the checks: each for itself, with a limit in time.
 
-It writes one JSON object a line to its standard output, which command.py reads. A check that crashes
-the process, as libraries of an accelerator can, ends this process only.
+It writes one JSON object a line to its standard output, which command.py reads. A check that
+crashes the process, as libraries of an accelerator can, ends this process only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -53,6 +54,7 @@ class Runner:
         limit: float = LIMIT,
         failure: str = WARNING,
         alone: bool = False,
+        hint: str = "",
     ) -> None:
         """Does a check.
 
@@ -62,21 +64,22 @@ class Runner:
           check: Returns what it finds; None where there is nothing to say.
           limit: Seconds that it may take.
           failure: The level where it fails itself or does not end.
-          alone: It needs nothing that an earlier check may still hold.
+          alone: It does not touch JAX, so that neither it nor what follows waits for the other.
+          hint: Why it may not end.
         """
         if self._stuck and not alone:
             text = f"not tried, because the check '{self._stuck}' has not ended"
             self.add(Finding(SKIPPED, text), group, name)
             return
-        self._say({"start": name, "group": group, "limit": limit})
+        self.announce(group, name, limit)
         begin = time.monotonic()
         done: list[Any] = []
         thread = threading.Thread(target=self._do, args=(check, failure, done), daemon=True)
         thread.start()
         thread.join(limit)
         if not done:
-            self._stuck = name
-            done = [Finding(failure, f"has not ended after {limit:g} seconds")]
+            self._stuck = self._stuck if alone else name
+            done = [Finding(failure, f"has not ended after {limit:g} seconds{hint}")]
         found = done[0] if isinstance(done[0], list) else [done[0]]
         for each in found:
             if each is not None:
@@ -89,6 +92,10 @@ class Runner:
             done.append(Finding(failure, f"not tried: {error.name} is not installed"))
         except BaseException as error:  # whatever it is, the next check is tried
             done.append(Finding(failure, f"failed: {type(error).__name__}: {explain(error)}"))
+
+    def announce(self, group: str, name: str, limit: float) -> None:
+        """Says what is tried from now on, and how long it may take."""
+        self._say({"start": name, "group": group, "limit": limit})
 
     def add(self, finding: Finding, group: str, name: str, seconds: float = 0.0) -> None:
         """Says what was found."""
@@ -117,17 +124,18 @@ def main(arguments: Sequence[str]) -> int:
     runner, machine = Runner(say), Machine()
     with _captured_log() as log:
         _check_machine(runner, machine, flags)
-        say({"start": "other processes", "group": "Processes", "limit": _JOIN_LIMIT})
+        runner.announce("Processes", "other processes", _JOIN_LIMIT)
         try:
             group = _join(flags)
         except ResNetJaxError as error:
             say({"mistake": str(error)})
             return MISTAKE
         say({"index": group.index, "count": group.count})
-        _check_devices(runner, machine, group, log)
+        group.put("host", socket.gethostname())
+        started = _check_devices(runner, machine, group, log)
         if not options.quick:
-            _check_speed(runner, machine, group, options.network)
-        compared = _compared(runner, say)
+            _check_speed(runner, machine, group, options.network, started)
+        compared = _compared(say) if started else {}
         level = _conclude(runner, group, compared)
     code = MISTAKE if level == PROBLEM else 0
     say({"end": code})
@@ -182,14 +190,15 @@ def _check_machine(runner: Runner, machine: Machine, flags: Sequence[str]) -> No
         "packages": here.core_packages,
         "training": here.train_extra,
         "extras": here.other_extras,
-        "accelerator": here.accelerator_packages,
+        "plugin": here.accelerator_packages,
     }
     hardware: dict[str, Any] = {
         "accelerator": here.accelerators,
+        "huge pages": here.huge_pages,
         "card memory": here.card_memory,
         "CPU cores": here.cores,
         "memory": here.memory,
-        "/dev/shm": here.shared_memory,
+        "shared memory": here.shared_memory,
         "disk": here.disks,
         "compile cache": here.compile_cache,
     }
@@ -232,13 +241,15 @@ def _join(flags: Sequence[str]) -> Group:
     return Group(joined.client, joined.process_id, joined.num_processes)
 
 
-def _check_devices(runner: Runner, machine: Machine, group: Group, log: list[str]) -> None:
+def _check_devices(runner: Runner, machine: Machine, group: Group, log: list[str]) -> bool:
+    """Starts JAX; returns whether it has started."""
     from resnet_jax.doctor import devices
 
     start = functools.partial(devices.backend, machine, log)
-    runner.run("Devices", "JAX", start, LONG_LIMIT, PROBLEM)
-    if runner.findings[-1].level == PROBLEM and "JAX does not start" in runner.findings[-1].text:
-        return
+    hint = "; of several hosts one may be missing or broken" if group.count > 1 else ""
+    runner.run("Devices", "JAX", start, LONG_LIMIT, PROBLEM, hint=hint)
+    if "platform" not in runner.findings[-1].facts:
+        return False
     checks: dict[str, Any] = {
         "devices": devices.devices,
         "unused": functools.partial(_unused, group),
@@ -249,53 +260,69 @@ def _check_devices(runner: Runner, machine: Machine, group: Group, log: list[str
     }
     for name, check in checks.items():
         runner.run("Devices", name, functools.partial(check, machine))
+    return True
 
 
 def _unused(group: Group, machine: Machine) -> Finding | None:
     """Counts the processes of this machine before it asks which devices nobody uses."""
-    import socket
-
     from resnet_jax.doctor.devices import unused_devices
 
-    group.put("host", socket.gethostname())
-    names = group.gather("host")
-    return unused_devices(machine, max(1, [*names.values()].count(socket.gethostname())))
+    names = [*group.gather("host").values()]
+    return unused_devices(machine, max(1, names.count(socket.gethostname())))
 
 
-def _check_speed(runner: Runner, machine: Machine, group: Group, network: str) -> None:
-    runner.run("Speed", "JPEG decoding", functools.partial(_speed("decode_rate"), machine))
-    started = [each for each in runner.findings if each.name == "devices"]
-    if not started or started[0].level == SKIPPED:
+def _check_speed(
+    runner: Runner, machine: Machine, group: Group, network: str, started: bool
+) -> None:
+    decoding = functools.partial(_speed, "decode_rate", machine)
+    runner.run("Speed", "JPEG decoding", decoding, alone=True)
+    if started:
+        _check_devices_alone(runner, machine)
+    if not _all_are_ready(runner, group, started):
         return
-    if started[0].facts.get("platform") != "cpu":
-        for name, check in {"matrix product": "matrix_product", "host copy": "host_copy"}.items():
-            runner.run("Speed", name, functools.partial(_speed(check), machine), LONG_LIMIT)
-    if group.count > 1:
-        group.put("ready", worst(runner.findings))
-        if finding := readiness(group, group.gather("ready", patience=2 * LONG_LIMIT)):
-            runner.add(finding, "Speed", "training step")
-            return
-    count = 25_600_000 if started[0].facts.get("platform") != "cpu" else 1_000_000
-    together = functools.partial(_speed("all_reduce"), machine, count)
-    runner.run("Speed", "all-reduce", together, LONG_LIMIT, PROBLEM)
+    import jax
+
     from resnet_jax.doctor.speed import NETWORK, step_types, training_step
 
+    if jax.device_count() > 1:
+        count = 1_000_000 if jax.default_backend() == "cpu" else 25_600_000
+        reduce = functools.partial(_speed, "all_reduce", machine, count)
+        runner.run("Speed", "all-reduce", reduce, LONG_LIMIT, PROBLEM)
     for dtype in step_types():
         step = functools.partial(training_step, machine, dtype, network or NETWORK)
         runner.run("Speed", f"step, {dtype}", step, LONG_LIMIT, PROBLEM)
 
 
-def _speed(name: str) -> Callable[..., Finding | None]:
-    """A check of speed.py, which imports what may be missing when it is called."""
+def _check_devices_alone(runner: Runner, machine: Machine) -> None:
+    """What no other process is needed for."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        for name, check in {"matrix product": "matrix_product", "host copy": "host_copy"}.items():
+            runner.run("Speed", name, functools.partial(_speed, check, machine), LONG_LIMIT)
+
+
+def _all_are_ready(runner: Runner, group: Group, started: bool) -> bool:
+    """Whether this process, and of several all of them, can take a step: they wait in it."""
+    if group.count == 1:
+        return started
+    group.put("ready", worst(runner.findings) if started else PROBLEM)
+    runner.announce("Speed", "other processes", LONG_LIMIT)
+    finding = readiness(group, group.gather("ready", patience=LONG_LIMIT))
+    if finding is not None:
+        runner.add(finding, "Speed", "training step")
+    return finding is None
+
+
+def _speed(name: str, *arguments: Any) -> Finding | None:
+    """Does a check of speed.py, whose imports may be missing."""
     from resnet_jax.doctor import speed
 
-    return getattr(speed, name)
+    return getattr(speed, name)(*arguments)
 
 
-def _compared(runner: Runner, say: Callable[[dict[str, Any]], None]) -> dict[str, str]:
-    """Facts of this process that others must share; {} where JAX has not started."""
-    if not any(each.name == "devices" and each.level != SKIPPED for each in runner.findings):
-        return {}
+def _compared(say: Callable[[dict[str, Any]], None]) -> dict[str, str]:
+    """The facts of this process that others must share."""
     from resnet_jax.training.environment import compared, environment
 
     say({"environment": environment()})
@@ -307,6 +334,7 @@ def _conclude(runner: Runner, group: Group, compared: dict[str, str]) -> str:
     if group.count == 1:
         return worst(runner.findings)
     group.put("report", own_report(runner.findings, compared))
+    runner.announce("Processes", "other processes", 3 * LONG_LIMIT)
     if group.index:
         found = group.gather("verdict", count=1, patience=3 * LONG_LIMIT)
         group.put("left", True)
