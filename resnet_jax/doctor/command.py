@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, worst
 from resnet_jax.doctor.reasons import known_reason, shortened
 from resnet_jax.errors import MISTAKE, ConfigError
+from resnet_jax.training.launch import FLAGS
 
 # Seconds beyond a check's own limit after which the worker is ended.
 _GRACE = 30
@@ -64,6 +65,10 @@ def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
     Raises:
       ConfigError: A flag cannot be used.
     """
+    known = {"--quick", "--network", *re.findall(r"--[\w-]+", FLAGS)}
+    for each in arguments:
+        if each.startswith("-") and each.partition("=")[0] not in known:
+            raise ConfigError(f"{each}: doctor has no such flag; see doctor --help")
     printer = Printer(sys.stdout, sys.stderr, quiet=as_json)
     result = examine([sys.executable, "-m", "resnet_jax.doctor.worker", *arguments], printer)
     if result.index in (0, None):
@@ -104,15 +109,17 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
     ]
     for reader in readers:
         reader.start()
-    try:
-        result, problem = _follow(events, printer)
-        if problem is None and result.code is None:
-            worker.wait(timeout=_GRACE)
-            readers[1].join(timeout=5)
-            problem = _death(worker.returncode, [*log])
-    finally:
-        worker.kill()
-        worker.wait()
+    with worker:
+        try:
+            result, problem = _follow(events, printer)
+            if problem is None and result.code is None:
+                worker.wait(timeout=_GRACE)
+                readers[1].join(timeout=5)
+                problem = _death(worker.returncode, [*log])
+        finally:
+            worker.kill()
+            for reader in readers:
+                reader.join(timeout=5)
     result.log = [*log]
     if problem is not None:
         problem = dataclasses.replace(problem, **printer.current)
@@ -134,14 +141,16 @@ def _environment() -> dict[str, str]:
 
 
 def _read_events(stream: Any, events: queue.Queue[dict[str, Any] | None]) -> None:
-    for line in stream:
-        events.put(json.loads(line))
+    with contextlib.suppress(ValueError):  # closed, because the worker was too late
+        for line in stream:
+            events.put(json.loads(line))
     events.put(None)
 
 
 def _read_log(stream: Any, log: collections.deque[str]) -> None:
-    for line in stream:
-        log.append(line.rstrip())
+    with contextlib.suppress(ValueError):
+        for line in stream:
+            log.append(line.rstrip())
 
 
 def _follow(

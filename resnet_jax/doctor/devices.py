@@ -219,7 +219,7 @@ def float32_means(platform: str, capability: str, asked: str | None, tf32_off: b
 
 def x64(machine: Machine) -> Finding | None:
     """Whether JAX computes in float64 where no type is asked for; None where it does not."""
-    if not jax.config.read("jax_enable_x64"):
+    if not getattr(jax.config, "jax_enable_x64", False):
         return None
     text = "jax_enable_x64 is on: arrays take twice the memory; unset JAX_ENABLE_X64"
     return Finding(WARNING, text)

@@ -296,8 +296,8 @@ def shared_memory(machine: Machine) -> Finding:
 def _judged_shared(total: int, facts: dict[str, int]) -> Finding:
     if total < _LEAST_SHARED:
         text = (
-            f"{size(total)} in /dev/shm, too little for data.workers: leave that at 0, or start the container "
-            "with --shm-size=8g"
+            f"{size(total)} in /dev/shm, too little for data.workers: leave that at 0, or start "
+            "the container with --shm-size=8g"
         )
         return Finding(WARNING, text, facts)
     return Finding(OK, f"{size(total)} in /dev/shm", facts)

@@ -78,6 +78,10 @@ _REASONS = (
         "'jax[cuda12]' or 'jax[tpu]'",
     ),
     (
+        r"JAX distributed service detected fatal errors|GetKeyValue\(\) timed out",
+        "another process of the run is lost, or does not answer: see its output",
+    ),
+    (
         r"(?i)RESOURCE_EXHAUSTED|out of memory|CUDA_ERROR_OUT_OF_MEMORY",
         "the device's memory is full: end the other processes on it, or set "
         "XLA_PYTHON_CLIENT_MEM_FRACTION lower",

@@ -24,7 +24,14 @@ from typing import Any
 from resnet_jax.doctor import machine as here
 from resnet_jax.doctor.findings import PROBLEM, SKIPPED, WARNING, Finding, worst
 from resnet_jax.doctor.machine import Machine
-from resnet_jax.doctor.processes import Group, hosts, launcher, own_report, readiness
+from resnet_jax.doctor.processes import (
+    PATIENCE,
+    Group,
+    hosts,
+    launcher,
+    own_report,
+    readiness,
+)
 from resnet_jax.doctor.reasons import explain
 from resnet_jax.errors import MISTAKE, ResNetJaxError, one_line
 
@@ -288,6 +295,8 @@ def _check_speed(
         count = 1_000_000 if jax.default_backend() == "cpu" else 25_600_000
         reduce = functools.partial(_speed, "all_reduce", machine, count)
         runner.run("Speed", "all-reduce", reduce, LONG_LIMIT, PROBLEM)
+        if runner.findings[-1].level == PROBLEM:
+            return  # a step is full of them
     for dtype in step_types():
         step = functools.partial(training_step, machine, dtype, network or NETWORK)
         runner.run("Speed", f"step, {dtype}", step, LONG_LIMIT, PROBLEM)
@@ -339,7 +348,11 @@ def _conclude(runner: Runner, group: Group, compared: dict[str, str]) -> str:
         found = group.gather("verdict", count=1, patience=3 * LONG_LIMIT)
         group.put("left", True)
         return found.get(0, PROBLEM)
-    for finding in hosts(group, group.gather("report", patience=LONG_LIMIT)):
+    # Where they have computed together they are done at the same time. JAX ends this process 100
+    # seconds after another one has died, and the others' findings with it.
+    together = any(each.name == "all-reduce" for each in runner.findings)
+    patience = PATIENCE if together else LONG_LIMIT
+    for finding in hosts(group, group.gather("report", patience=patience)):
         runner.add(finding, "Processes", finding.name)
     level = worst(runner.findings)
     group.put("verdict", level)
