@@ -236,10 +236,10 @@ class Printer:
     def start(self, name: str, group: str, limit: float) -> None:
         """Something is tried from now on."""
         self.current = {"name": name, "group": group}
-        text = f"{'...':<{_LEVEL}}{name}" + (f" (up to {limit:g} s)" if limit > 60 else "")
+        text = f"{'...':<{_LEVEL}}{name}" + (f" (up to {limit:g} s)" if 60 < limit < 3600 else "")
         if self._transient:
             self._write(self._progress, f"\r\x1b[K{text}")
-        elif limit > 60 and self.index == 0:
+        elif 60 < limit < 3600 and self.index == 0:
             self._write(self._progress, f"{text}\n")
 
     def finding(self, finding: Finding) -> None:

@@ -235,12 +235,16 @@ def cores(machine: Machine) -> Finding:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     usable = usable or os.cpu_count() or 1
     quota = cpu_quota(machine)
-    facts = {"cores": os.cpu_count(), "usable": usable, "quota": quota}
+    load = float((machine.read("proc/loadavg").split() or ["0"])[0])
+    facts = {"cores": os.cpu_count(), "usable": usable, "quota": quota, "load": load}
     text = f"{usable} of {os.cpu_count()} usable"
     if quota and quota < usable:
         text += f", and a container limits them to the time of {quota:g}"
     if usable == 1 and (os.cpu_count() or 1) > 1:
         text += ": ask for more (Slurm: --cpus-per-task), or decoding will be slow"
+        return Finding(WARNING, text, facts)
+    if load > 2 * (os.cpu_count() or 1):
+        text += f", but other processes keep them busy (load {load:g}): no speed below is right"
         return Finding(WARNING, text, facts)
     return Finding(OK, text, facts)
 

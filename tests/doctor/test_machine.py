@@ -225,6 +225,13 @@ def test_one_core_of_many(machine, monkeypatch):
     assert "--cpus-per-task" in found.text
 
 
+def test_cores_that_others_keep_busy(machine, monkeypatch):
+    monkeypatch.setattr(checks.os, "cpu_count", lambda: 2)
+    assert checks.cores(machine({"proc/loadavg": "1.50 1.0 1.0 2/300 4000"})).level == OK
+    found = checks.cores(machine({"proc/loadavg": "18.08 16.54 13.37 9/300 4000"}))
+    assert (found.level, "(load 18.08)" in found.text) == (WARNING, True)
+
+
 def test_memory_that_a_control_group_leaves(machine):
     files = {"proc/meminfo": "MemTotal: 67108864 kB\nMemAvailable: 50331648 kB\n"}
     assert checks.memory(machine(files)).text == "51.5 GB of 68.7 GB free"
