@@ -168,12 +168,10 @@ def unused_devices(machine: Machine, processes_here: int = 1) -> Finding | None:
         return None
     facts = {"cards": cards, "used": used}
     visible = machine.environ.get("CUDA_VISIBLE_DEVICES")
-    text = f"{used} of the {cards} cards of this machine are used"
-    if "SLURM_JOB_ID" in machine.environ:
-        text += ": start one task a card (--ntasks-per-node=N --gpus-per-node=N)"
-    elif visible is not None:
+    text = f"the run uses {used} of the {cards} cards of this machine"
+    if visible is not None and "SLURM_JOB_ID" not in machine.environ:
         return Finding(OK, f"{text} (CUDA_VISIBLE_DEVICES={visible})", facts)
-    return Finding(WARNING, text, facts)
+    return Finding(WARNING, f"{text}: start a process for each (docs/pods.md)", facts)
 
 
 def precision(machine: Machine) -> Finding:

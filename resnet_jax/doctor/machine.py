@@ -53,7 +53,7 @@ class Machine:
         """Names of NVIDIA's cards that the kernel knows, also where nothing can use them."""
         found = []
         for file in sorted(self.root.glob("proc/driver/nvidia/gpus/*/information")):
-            model = re.search(r"Model:\s*(.+)", file.read_text(errors="replace"))
+            model = re.search(r"Model:\s*(.+)", self.read(str(file.relative_to(self.root))))
             found.append(model[1].strip() if model else "NVIDIA card")
         visible = [*self.root.glob("dev/nvidia[0-9]*")]  # a container gets some of them
         if visible and (not found or len(visible) < len(found)):

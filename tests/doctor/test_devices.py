@@ -277,7 +277,7 @@ def test_cards_that_nobody_uses(use, machine):
     use(Device(H100))
     found = devices.unused_devices(machine(gpu_files(8), SLURM_JOB_ID="7"))
     assert found.level == WARNING
-    assert found.text.startswith("1 of the 8 cards of this machine are used: start one task a card")
+    assert found.text.startswith("the run uses 1 of the 8 cards of this machine: start a process")
     assert devices.unused_devices(machine(gpu_files(8)), processes_here=8) is None
     hidden = devices.unused_devices(machine(gpu_files(8), CUDA_VISIBLE_DEVICES="0"))
     assert (hidden.level, "CUDA_VISIBLE_DEVICES=0" in hidden.text) == (OK, True)
