@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural
+from resnet_jax.doctor.findings import LEVELS, OK, PROBLEM, WARNING, Finding, plural
 
 _PREFIX = "resnet_jax/doctor/"
 # Seconds that process 0 waits for what the others have found, and the others for its verdict.
@@ -147,9 +147,9 @@ def own_report(findings: Sequence[Finding], compared: Mapping[str, str]) -> dict
     """
     named = {each.name: each for each in findings}
     devices, rate = named.get("devices"), named.get("matrix product")
-    text = devices.text if devices else "JAX has not started"
+    text = devices.text if devices else ""
     if rate is not None and rate.level != "skipped":
-        text += f"; {rate.text}"
+        text += f", {rate.text}"
     wrong = [each for each in findings if each.level in (WARNING, PROBLEM)]
     return {
         "host": socket.gethostname(),
@@ -179,11 +179,10 @@ def hosts(group: Group, reports: Mapping[int, dict[str, Any]]) -> list[Finding]:
             text = "it has not reported: see its own output, or whether it was started"
             found.append(Finding(PROBLEM, text, name=name))
             continue
-        level, text = OK, f"{report['host']}: {report['text']}"
-        if index and report["wrong"]:  # those of process 0 are shown already
-            level = PROBLEM if any(each[0] == PROBLEM for each in report["wrong"]) else WARNING
-            text = f"{report['host']}: " + "; ".join(each[1] for each in report["wrong"])
-        found.append(Finding(level, text, report, name))
+        wrong = report["wrong"] if index else []  # that of process 0 is shown already
+        level = max((each[0] for each in wrong), key=LEVELS.index, default=OK)
+        words = "; ".join(filter(None, [report["text"], *(each[1] for each in wrong)]))
+        found.append(Finding(level, f"{report['host']}: {words}", report, name))
     alike = [reports[i]["compared"] for i in sorted(reports)]
     if len(alike) == group.count and all(alike):
         difference = first_difference(alike)

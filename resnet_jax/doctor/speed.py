@@ -257,6 +257,9 @@ def _train(dtype: str, network: str, seconds: float) -> tuple[float, float, int,
         for _ in range(steps):
             state, metrics = step(state, batch)
             losses.append(metrics["loss"])
+            # As the trainer: one step runs while the next is queued. The collectives of many would
+            # take all threads of a CPU and wait for each other.
+            jax.block_until_ready(losses[-3:-2])
         jax.block_until_ready((state, losses[-1]))
         return time.perf_counter() - begin
 

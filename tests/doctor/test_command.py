@@ -51,7 +51,12 @@ FIRST, END = {"index": 0, "count": 1}, {"end": 0}
 def test_a_real_run_on_this_machine(monkeypatch, tmp_path):
     """Also under a JAX that several devices were asked of, as the tests do."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count=2 {FAST_COMPILE}")
+    flags = [
+        "--xla_force_host_platform_device_count=2",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",  # for a busy machine
+        FAST_COMPILE,
+    ]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     result, text = printed(TINY)
     assert result.code == 0, text
@@ -217,7 +222,7 @@ def test_problems_of_other_hosts():
     groups[1].put("report", processes.own_report(bad, {}))
     reports = groups[0].gather("report", patience=0)
     first, second, third = processes.hosts(groups[0], reports)
-    assert (first.level, first.text.partition(": ")[2]) == (OK, "8 x H100; 700 TFLOP/s")
+    assert (first.level, first.text.partition(": ")[2]) == (OK, "8 x H100, 700 TFLOP/s")
     assert (second.level, second.text.partition(": ")[2]) == (
         PROBLEM,
         "JAX: does not start: no driver",
@@ -338,6 +343,8 @@ def test_two_processes(tmp_path):
     assert "2 x cpu of 4 in all processes" in text
     assert "4 MB over 4 devices" in text
     assert "images/s: tiny" in text
-    assert text.count("ok       process ") == 2
+    for index in range(2):  # the other one with its warnings, if it has any
+        (line,) = [each for each in text.splitlines() if f" process {index} " in each]
+        assert ": 2 x cpu of 4 in all processes" in line
     assert "all processes have the same versions and settings" in text
     assert (tmp_path / "1").read_text() == ""
