@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # `train` takes any --config.field=value, which only its own flags know.
-    if arguments[:1] == ["plan"]:  # and so does `plan`, beside flags of its own
+    # So does `plan`, beside flags of its own; `doctor` takes those by which processes are joined.
+    if arguments[:1] in (["plan"], ["doctor"]):
         options, rest = parser.parse_known_args(arguments)
     else:
         known = arguments[:1] if arguments[:1] == ["train"] else arguments
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(parsers)
     _add_features(parsers)
     _add_evaluate(parsers)
+    _add_doctor(parsers)
     return parser
 
 
@@ -204,6 +206,22 @@ def _add_evaluate(parsers: Any) -> None:
     add("--per_class", action="store_true", help="print each class's accuracy")
     add("--force", action="store_true", help="replace a file that is there")
     parser.set_defaults(command=commands.evaluate)
+
+
+def _add_doctor(parsers: Any) -> None:
+    parser = parsers.add_parser(
+        "doctor",
+        help="check whether training runs on this machine, and how fast",
+        description="Checks packages, devices, speed and processes, and says what is wrong. On "
+        "several processes, run it on each of them, as train; it takes the same flags to join them "
+        "(train --help). Exit code 0: training can run here; 2: it cannot.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    add("--quick", action="store_true", help="compute nothing: no training step, no speed")
+    add("--network", default="", help="what to train for a moment (default: resnet8_cifar)")
+    parser.set_defaults(command=commands.doctor)
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:

@@ -217,6 +217,17 @@ def evaluate(options: argparse.Namespace) -> None:
         )
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """Checks this machine; returns the exit code."""
+    from resnet_jax.doctor.command import doctor
+
+    arguments = ["--quick"] if options.quick else []
+    if options.network:
+        arguments.append(f"--network={options.network}")
+    with printing():
+        return doctor([*arguments, *options.rest], as_json=options.json)
+
+
 def _open_network(options: argparse.Namespace) -> Any:
     from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.evaluation.network import open_network

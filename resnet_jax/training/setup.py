@@ -14,7 +14,7 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, registered_overrides, to_flat
-from resnet_jax.training.environment import computes_on, versions
+from resnet_jax.training.environment import compared, computes_on
 
 
 def open_sources(config: Config) -> dict[str, Source]:
@@ -207,7 +207,8 @@ def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:
       sources: From `open_sources`.
 
     Returns:
-      Versions, fields of the configuration, the data and the devices, by what a person calls them.
+      Versions and settings, fields of the configuration, the data and the devices, by what a person
+      calls them.
 
     Example:
       >>> facts(Config(), {})["train.batch_size"]
@@ -216,7 +217,7 @@ def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:
     fields = {name: x for name, x in to_flat(config).items() if name not in _OF_A_HOST}
     data = {f"the data set in data.{k}_split": x for k, x in fingerprints(sources).items()}
     return {
-        **versions(),
+        **compared(),
         **fields,
         **data,
         "the devices of a process": computes_on(jax.local_devices()),

@@ -1,0 +1,308 @@
+"""Starts the worker that does the checks, prints what it finds, and ends whatever happens to it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, worst
+from resnet_jax.doctor.reasons import known_reason, shortened
+from resnet_jax.errors import MISTAKE, ConfigError
+from resnet_jax.training.launch import FLAGS
+
+# Seconds beyond a check's own limit after which the worker is ended.
+_GRACE = 30
+# Columns of level and name before the words of a line.
+_LEVEL, _NAME = 9, 16
+_COLORS = {OK: 32, WARNING: 33, PROBLEM: 31}  # ANSI: green, yellow, red
+
+
+@dataclasses.dataclass
+class Result:
+    """What the worker has found.
+
+    Args:
+      findings: Of all checks, in order.
+      environment: From `environment.environment`; {} where JAX has not started.
+      index: This process.
+      count: How many there are.
+      code: The exit code of the command.
+      log: The last lines that libraries have printed.
+    """
+
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    index: int | None = None
+    count: int = 1
+    code: int | None = None
+    log: list[str] = dataclasses.field(default_factory=list)
+
+
+def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
+    """Checks whether training runs on this machine, and prints what is found.
+
+    Args:
+      arguments: --quick, --network=NAME, and the flags by which processes are joined.
+      as_json: Print one JSON object at the end; progress goes to standard error.
+
+    Returns:
+      0 where training can run here, 2 where it cannot.
+
+    Raises:
+      ConfigError: A flag cannot be used.
+    """
+    known = {"--quick", "--network", *re.findall(r"--[\w-]+", FLAGS)}
+    for each in arguments:
+        if each.startswith("-") and each.partition("=")[0] not in known:
+            raise ConfigError(f"{each}: doctor has no such flag; see doctor --help")
+    printer = Printer(sys.stdout, sys.stderr, quiet=as_json)
+    result = examine([sys.executable, "-m", "resnet_jax.doctor.worker", *arguments], printer)
+    if result.index in (0, None):
+        if as_json:
+            print(json.dumps(to_json(result)))
+        else:
+            printer.conclusion(result.findings)
+    return result.code or 0
+
+
+def examine(command: Sequence[str], printer: Printer) -> Result:
+    """Runs a worker to its end.
+
+    Args:
+      command: Starts it.
+      printer: Shows what it says.
+
+    Returns:
+      What it found; the check in which it died or hung is a problem.
+
+    Raises:
+      ConfigError: It says that a flag cannot be used.
+    """
+    worker = subprocess.Popen(  # noqa: S603
+        command,
+        stdin=subprocess.PIPE,  # its end tells the worker to end
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=_environment(),
+    )
+    log: collections.deque[str] = collections.deque(maxlen=200)
+    events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    readers = [
+        threading.Thread(target=_read_events, args=(worker.stdout, events), daemon=True),
+        threading.Thread(target=_read_log, args=(worker.stderr, log), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    with worker:
+        try:
+            result, problem = _follow(events, printer)
+            if problem is None and result.code is None:
+                worker.wait(timeout=_GRACE)
+                readers[1].join(timeout=5)
+                problem = _death(worker.returncode, [*log])
+        finally:
+            worker.kill()
+            for reader in readers:
+                reader.join(timeout=5)
+    result.log = [*log]
+    if problem is not None:
+        problem = dataclasses.replace(problem, **printer.current)
+        result.findings.append(problem)
+        result.code = MISTAKE
+        if printer.index is None:  # it has died before it knew
+            printer.joined(0)
+        printer.finding(problem)
+        if printer.index:
+            print(f"error: process {printer.index}: {problem.text}", file=sys.stderr)
+    return result
+
+
+def _environment() -> dict[str, str]:
+    """The worker finds the package where this process has found it."""
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _read_events(stream: Any, events: queue.Queue[dict[str, Any] | None]) -> None:
+    with contextlib.suppress(ValueError):  # closed, because the worker was too late
+        for line in stream:
+            events.put(json.loads(line))
+    events.put(None)
+
+
+def _read_log(stream: Any, log: collections.deque[str]) -> None:
+    with contextlib.suppress(ValueError):
+        for line in stream:
+            log.append(line.rstrip())
+
+
+def _follow(
+    events: queue.Queue[dict[str, Any] | None], printer: Printer
+) -> tuple[Result, Finding | None]:
+    """Shows events as they come; the second is a problem where they end too late."""
+    result, limit = Result(), 60.0
+    while True:
+        try:
+            event = events.get(timeout=limit + _GRACE)
+        except queue.Empty:
+            return result, Finding(PROBLEM, f"has not ended after {limit + _GRACE:g} seconds")
+        if event is None:
+            return result, None
+        if "mistake" in event:
+            raise ConfigError(event["mistake"])
+        if "start" in event:
+            limit = event["limit"]
+            printer.start(event["start"], event["group"], limit)
+        if "finding" in event:
+            found = Finding(**event["finding"])
+            result.findings.append(found)
+            printer.finding(found)
+        if "index" in event:
+            result.index, result.count = event["index"], event["count"]
+            printer.joined(event["index"])
+        result.environment = event.get("environment", result.environment)
+        if "end" in event:
+            result.code = event["end"]
+            return result, None
+
+
+def _death(code: int, log: Sequence[str]) -> Finding:
+    """What ended the worker, as its last words tell."""
+    text = "\n".join(log)
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        reason = known_reason(text) or _last_words(log)
+        if name == "SIGKILL":
+            reason = reason or "the system ends processes when memory is full"
+        return Finding(PROBLEM, f"the process was ended by {name}: {reason}".removesuffix(": "))
+    return Finding(PROBLEM, known_reason(text) or _last_words(log) or f"exit code {code}")
+
+
+def _last_words(log: Sequence[str]) -> str:
+    """The line that says most: of ours, of a C++ library that gives up, or the last one."""
+    for pattern in (r"error: ", r"F\d{4} ", r"(?:E\d{4} |\w*Error\b)"):
+        said = [line for line in log if re.match(pattern, line)]
+        if said:
+            return shortened(said[-1].removeprefix("error: "))
+    return shortened(log[-1]) if log else ""
+
+
+class Printer:
+    """Shows findings as they come: one line each, under headings.
+
+    Until it is known that this process is the first of its run, nothing is shown.
+
+    Args:
+      output: Where findings go.
+      progress: Where it is said what is tried at the moment.
+      quiet: Show no findings.
+    """
+
+    def __init__(self, output: TextIO, progress: TextIO, quiet: bool = False) -> None:
+        self.index: int | None = None
+        self.current: dict[str, Any] = {"name": "start", "group": "Software"}
+        self._output = output
+        self._progress = progress
+        self._quiet = quiet
+        self._waiting: list[Finding] = []
+        self._group = ""
+        self._transient = progress.isatty()
+        self._colored = output.isatty() and "NO_COLOR" not in os.environ
+
+    def joined(self, index: int) -> None:
+        """This process is known to be the first of its run, or another one."""
+        self.index = index
+        for each in self._waiting:
+            self.finding(each)
+        self._waiting.clear()
+
+    def start(self, name: str, group: str, limit: float) -> None:
+        """Something is tried from now on."""
+        self.current = {"name": name, "group": group}
+        text = f"{'...':<{_LEVEL}}{name}" + (f" (up to {limit:g} s)" if 60 < limit < 3600 else "")
+        if self._transient:
+            self._write(self._progress, f"\r\x1b[K{text}")
+        elif 60 < limit < 3600 and self.index == 0:
+            self._write(self._progress, f"{text}\n")
+
+    def finding(self, finding: Finding) -> None:
+        """Something was found."""
+        if self._transient:
+            self._write(self._progress, "\r\x1b[K")
+        if self.index is None:
+            self._waiting.append(finding)
+        elif self.index == 0 and not self._quiet:
+            if finding.group != self._group:
+                self._group = finding.group
+                self._write(self._output, f"\n{finding.group}\n")
+            self._write(self._output, self._line(finding))
+
+    def conclusion(self, findings: list[Finding]) -> None:
+        """The last lines."""
+        self._write(self._output, "\n" + conclusion(findings) + "\n")
+
+    def _line(self, finding: Finding) -> str:
+        level = f"{finding.level:<{_LEVEL}}"
+        if self._colored and finding.level in _COLORS:
+            level = f"\x1b[{_COLORS[finding.level]}m{level}\x1b[0m"
+        words = finding.text
+        if self._output.isatty():  # a file keeps one line a finding, for grep
+            room = max(40, shutil.get_terminal_size().columns - _LEVEL - _NAME)
+            lines = textwrap.wrap(words, room, break_on_hyphens=False, break_long_words=False)
+            words = ("\n" + " " * (_LEVEL + _NAME)).join(lines)
+        return f"{level}{finding.name:<{_NAME - 1}} {words}\n"
+
+    @staticmethod
+    def _write(stream: TextIO, text: str) -> None:
+        with contextlib.suppress(OSError):
+            stream.write(text)
+            stream.flush()
+
+
+def conclusion(findings: list[Finding]) -> str:
+    """Whether training can run, in words.
+
+    Example:
+      >>> conclusion([Finding(OK, "fine")])
+      'Training can run here.'
+    """
+    count: Callable[[str], int] = [each.level for each in findings].count
+    if worst(findings) == PROBLEM:
+        text = f"Training cannot run here as it should: {plural(count(PROBLEM), 'problem')}"
+        if count(WARNING):
+            text += f", {plural(count(WARNING), 'warning')}"
+        return f"{text}. For an issue: python -m resnet_jax doctor --json > doctor.json"
+    if worst(findings) == WARNING:
+        return f"Training can run here; {plural(count(WARNING), 'warning')}."
+    return "Training can run here."
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """All facts as one object."""
+    level = worst(result.findings)
+    return {
+        "level": level,
+        "can_train": level != PROBLEM,
+        "process": result.index or 0,
+        "processes": result.count,
+        "checks": [dataclasses.asdict(each) for each in result.findings],
+        "environment": result.environment,
+        "log": result.log,
+    }

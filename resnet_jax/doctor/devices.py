@@ -1,0 +1,248 @@
+"""What JAX has found, whether that is what the machine has, and what its numbers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from resnet_jax.distributed.accelerators import find_accelerator
+from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, size
+from resnet_jax.doctor.machine import Machine
+from resnet_jax.doctor.reasons import explain, known_reason, shortened
+from resnet_jax.training.environment import installed_versions, runtime, variables
+
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+def backend(machine: Machine, log: Sequence[str] = ()) -> Finding:
+    """Starts JAX, and says why if it computes elsewhere than it could.
+
+    Args:
+      machine: Where this runs.
+      log: What JAX has logged so far; filled while this runs.
+
+    Returns:
+      The platform, or what is wrong.
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # of any class: an unknown platform is an AssertionError
+        return judge_failure(error, machine, log)
+    found = runtime()
+    errors = {k: str(v) for k, v in _backend_errors().items()}
+    reasons = [*log, *errors.values()]
+    return judge_backend(jax.default_backend(), machine, reasons, found)
+
+
+def judge_failure(error: Exception, machine: Machine, log: Sequence[str] = ()) -> Finding:
+    """Why JAX has not started at all.
+
+    Args:
+      error: What it has raised.
+      machine: Where this runs.
+      log: What it has logged.
+
+    Returns:
+      A problem.
+    """
+    said = shortened(error) if str(error) else type(error).__name__
+    platforms = machine.environ.get("JAX_PLATFORMS", "")
+    reason = known_reason("\n".join([str(error), *log]))
+    if not reason and platforms and not str(error):
+        reason = f"JAX_PLATFORMS={platforms} asks for what this machine does not have: unset it"
+    return Finding(PROBLEM, f"does not start: {reason or said}", {"error": said})
+
+
+def _backend_errors() -> dict[str, Any]:
+    """Why platforms that JAX tried did not start; JAX has no public name for it."""
+    from jax._src import xla_bridge
+
+    return dict(getattr(xla_bridge, "_backend_errors", {}))
+
+
+def judge_backend(
+    platform: str, machine: Machine, reasons: Sequence[str], facts: dict[str, Any]
+) -> Finding:
+    """Compares what JAX uses with what is plugged in.
+
+    Args:
+      platform: JAX's default backend.
+      machine: Where this runs.
+      reasons: What JAX has logged, and the errors of platforms that did not start.
+      facts: From `environment.runtime`.
+
+    Returns:
+      A problem where an accelerator stays unused, a warning where a setting asks for that.
+    """
+    facts = {"platform": platform, **facts}
+    said = ", ".join(
+        f"{name.removesuffix(' in use')} {facts[name]}"
+        for name in ("CUDA in use", "cuDNN in use")
+        if name in facts
+    )
+    text = platform + (f", {said}" if said else "")
+    if platform != "cpu":
+        return Finding(OK, text, facts)
+    cards, chips = machine.nvidia_cards(), machine.tpu_chips()
+    if not cards and not chips:
+        return Finding(OK, "cpu", facts)
+    what = f"{len(cards)} x {cards[0]}" if cards else f"a TPU of {plural(chips, 'chip')}"
+    if hidden := _hidden_by(machine, bool(cards)):
+        text = f"the CPU, because {hidden} hides {what}: unset it to use the accelerator"
+        return Finding(WARNING, text, facts)
+    why = _why_unused(bool(cards), "\n".join(reasons))
+    return Finding(PROBLEM, f"JAX uses the CPU, and not {what}: {why}", facts)
+
+
+def _hidden_by(machine: Machine, is_card: bool) -> str:
+    """The setting that keeps JAX from an accelerator, as NAME=VALUE; "" where there is none."""
+    names = {"cuda", "gpu"} if is_card else {"tpu"}
+    for variable in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
+        value = machine.environ.get(variable, "")
+        if value and not names & set(value.lower().split(",")):
+            return f"{variable}={value}"
+    visible = machine.environ.get("CUDA_VISIBLE_DEVICES")
+    if is_card and visible is not None and visible.strip() in ("", "-1", "none", "NoDevFiles"):
+        return f"CUDA_VISIBLE_DEVICES={visible}"
+    return ""
+
+
+def _why_unused(is_card: bool, log: str) -> str:
+    if is_card and not installed_versions(_PLUGINS):
+        return "JAX's CUDA plugin is missing: pip install 'jax[cuda12]'"
+    if not is_card and not installed_versions(["libtpu"]):
+        return "libtpu is missing: pip install 'jax[tpu]'"
+    if reason := known_reason(_of_interest(is_card, log)):
+        return reason
+    name = "the CUDA plugin" if is_card else "libtpu"
+    said = _of_interest(is_card, log)
+    return f"{name} does not start ({explain(said)})" if said else f"{name} does not start"
+
+
+def _of_interest(is_card: bool, log: str) -> str:
+    """The lines that are not about the other kind of accelerator, which JAX also tries."""
+    other = ("libtpu", "TPU", "tpu") if is_card else ("cuda", "CUDA", "cuDNN")
+    lines = [line for line in log.splitlines() if not any(each in line for each in other)]
+    return "\n".join(lines)
+
+
+def devices(machine: Machine) -> Finding:
+    """The devices of this process: kind, memory, peak."""
+    own = jax.local_devices()
+    kind = own[0].device_kind
+    stats = own[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "platform": own[0].platform,
+        "local": len(own),
+        "all": jax.device_count(),
+        "bytes_limit": limit,
+        "compute_capability": getattr(own[0], "compute_capability", None),
+    }
+    text = f"{len(own)} x {kind}"
+    if jax.device_count() > len(own):
+        text += f" of {jax.device_count()} in all processes"
+    if own[0].platform == "cpu":
+        return Finding(OK, text, facts)
+    text += f", {size(limit)} each for JAX" if limit else ""
+    accelerator = find_accelerator(kind)
+    if accelerator is None:
+        text += f'; unknown kind "{kind}": MFU will not be shown, please report this line'
+        return Finding(WARNING, text, facts)
+    facts.update(peak_flops=accelerator.flops, memory=accelerator.memory)
+    facts["memory_bandwidth"] = accelerator.memory_bandwidth
+    text += f", peak {accelerator.flops / 1e12:,.0f} TFLOP/s"
+    if accelerator.memory_bandwidth:
+        text += f" and {accelerator.memory_bandwidth / 1e12:.3g} TB/s"
+    return Finding(OK, text, facts)
+
+
+def unused_devices(machine: Machine, processes_here: int = 1) -> Finding | None:
+    """Cards of this machine that no process of the run uses; None where that is not the case."""
+    cards = len(machine.nvidia_cards())
+    used = jax.local_device_count() * processes_here
+    if jax.default_backend() != "gpu" or cards <= used:
+        return None
+    facts = {"cards": cards, "used": used}
+    visible = machine.environ.get("CUDA_VISIBLE_DEVICES")
+    text = f"the run uses {used} of the {cards} cards of this machine"
+    if visible is not None and "SLURM_JOB_ID" not in machine.environ:
+        return Finding(OK, f"{text} (CUDA_VISIBLE_DEVICES={visible})", facts)
+    return Finding(WARNING, f"{text}: start a process for each (docs/pods.md)", facts)
+
+
+def precision(machine: Machine) -> Finding:
+    """What float32 means here."""
+    device = jax.local_devices()[0]
+    asked = getattr(jax.config, "jax_default_matmul_precision", None)
+    capability = str(getattr(device, "compute_capability", None) or "0")
+    tf32_off = machine.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
+    facts = {"platform": device.platform, "default_matmul_precision": asked}
+    return Finding(OK, float32_means(device.platform, capability, asked, tf32_off), facts)
+
+
+def float32_means(platform: str, capability: str, asked: str | None, tf32_off: bool) -> str:
+    """What a product of float32 matrices computes, in words.
+
+    Args:
+      platform: Of the device.
+      capability: Of a card, such as "9.0".
+      asked: JAX's default_matmul_precision.
+      tf32_off: Whether NVIDIA_TF32_OVERRIDE=0 is set.
+
+    Returns:
+      One line.
+
+    Example:
+      >>> float32_means("cpu", "", None, False)
+      'products and convolutions are exact float32'
+    """
+    exact = "products and convolutions are exact float32"
+    if asked in ("highest", "float32"):
+        return f"{exact} (JAX_DEFAULT_MATMUL_PRECISION={asked})"
+    said = f" (JAX_DEFAULT_MATMUL_PRECISION={asked})" if asked else ""
+    if platform == "gpu":
+        if float(capability) < 8 or tf32_off:
+            return exact
+        return f"products and convolutions round their inputs to TF32, 10 bits of mantissa{said}"
+    if platform == "tpu" and asked in ("high", "bfloat16_3x", "tensorfloat32"):
+        return f"products and convolutions are three in bfloat16, about 16 bits of mantissa{said}"
+    if platform == "tpu":
+        return f"products and convolutions round their inputs to bfloat16, 7 bits of mantissa{said}"
+    return exact
+
+
+def x64(machine: Machine) -> Finding | None:
+    """Whether JAX computes in float64 where no type is asked for; None where it does not."""
+    if not getattr(jax.config, "jax_enable_x64", False):
+        return None
+    text = "jax_enable_x64 is on: arrays take twice the memory; unset JAX_ENABLE_X64"
+    return Finding(WARNING, text)
+
+
+def preallocation(machine: Machine) -> Finding | None:
+    """How JAX takes a card's memory; None elsewhere."""
+    if jax.default_backend() != "gpu":
+        return None
+    names = ("PREALLOCATE", "MEM_FRACTION", "ALLOCATOR")
+    chosen = {
+        name: machine.environ[name]
+        for name in (f"XLA_PYTHON_CLIENT_{each}" for each in names)
+        if name in machine.environ
+    }
+    said = ", ".join(f"{name}={value}" for name, value in chosen.items())
+    if chosen.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":
+        text = (
+            "asked of the driver for each array, which is slow: unset XLA_PYTHON_CLIENT_ALLOCATOR"
+        )
+        return Finding(WARNING, text, chosen)
+    return Finding(OK, said or "75% of each card is taken at the start (JAX's default)", chosen)
+
+
+def settings(machine: Machine) -> Finding:
+    """Environment variables that JAX and its libraries read."""
+    found = variables(machine.environ)
+    return Finding(OK, ", ".join(f"{k}={v}" for k, v in found.items()) or "none set", dict(found))

@@ -1,0 +1,310 @@
+"""Checks that compute: is the device right, is it fast enough, does training run on it."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from resnet_jax.distributed.accelerators import find_accelerator
+from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, duration, plural, size
+from resnet_jax.doctor.machine import Machine
+from resnet_jax.doctor.reasons import explain
+
+# A network that compiles in seconds and is wide enough to keep a device busy.
+NETWORK = "resnet8_cifar"
+# Below this share of its peak a device is throttled, shared, or not what it says. Large products
+# reach 60 to 95% of it; a card of 70 W that is called T4 reaches 40%.
+_LEAST_SHARE = 0.3
+# And below this share of the best of its neighbors it is slower than they are.
+_LEAST_OF_BEST = 0.8
+_LEAST_COPY = 1e9
+
+
+def matrix_product(machine: Machine, side: int = 8192, rounds: int = 20) -> Finding:
+    """The rate of large matrix products on each device of this process, and whether they are right.
+
+    Args:
+      machine: Where this runs.
+      side: Of the matrices.
+      rounds: Products in one program.
+
+    Returns:
+      TFLOP/s beside the peak.
+    """
+    own = jax.local_devices()
+    dtype = half_type(own[0])
+    if wrong := [each for each in own if not _computes_right(each, dtype)]:
+        text = f"{wrong[0]} computes a product of small integers wrong: do not use this device"
+        return Finding(PROBLEM, text)
+    rates = [_product_flops(each, dtype, side, rounds) for each in own]
+    accelerator = find_accelerator(own[0].device_kind)
+    return judge_product(rates, dtype.name, accelerator.flops if accelerator else None)
+
+
+def judge_product(rates: list[float], dtype: str, peak: float | None) -> Finding:
+    """Compares the rates of devices with their peak and with each other.
+
+    Args:
+      rates: FLOP/s of each device.
+      dtype: That they were measured in.
+      peak: FLOP/s; None where it is not known.
+
+    Returns:
+      A warning where a device is much slower than it should be.
+    """
+    facts = {"flops": rates, "dtype": dtype, "peak": peak}
+    slow = min(rates)
+    text = f"{slow / 1e12:,.3g} TFLOP/s in {dtype}"
+    if len(rates) > 1:
+        text += f" on the slowest of {len(rates)}"
+    if peak:
+        text += f", {slow / peak:.0%} of the peak"
+    if slow < _LEAST_OF_BEST * max(rates):
+        text += (
+            f"; device {rates.index(slow)} is slower than the best with {max(rates) / 1e12:,.3g}: "
+            "it is hot, throttled or shared (nvidia-smi -q -d PERFORMANCE)"
+        )
+        return Finding(WARNING, text, facts)
+    if peak and slow < _LEAST_SHARE * peak:
+        text += ": the device is throttled or shared (nvidia-smi -q -d PERFORMANCE)"
+        return Finding(WARNING, text, facts)
+    return Finding(OK, text, facts)
+
+
+def half_type(device: Any) -> np.dtype:
+    """The 16-bit type that a device is fast in: bfloat16, or float16 on cards before Ampere."""
+    capability = getattr(device, "compute_capability", None)
+    before_ampere = device.platform == "gpu" and capability and float(capability) < 8
+    return jnp.dtype(jnp.float16 if before_ampere else jnp.bfloat16)
+
+
+def _computes_right(device: Any, dtype: np.dtype, side: int = 512) -> bool:
+    """A product whose inputs, terms and sums are small integers is exact in any precision."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-2, 3, (side, side)).astype(np.float32) for _ in range(2))
+    put = [jax.device_put(each.astype(dtype), device) for each in (a, b)]
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+    return bool((np.asarray(product(*put)) == a @ b).all())
+
+
+def _product_flops(device: Any, dtype: np.dtype, side: int, rounds: int) -> float:
+    @jax.jit
+    def chain(x: jax.Array, y: jax.Array) -> jax.Array:
+        # Scaled, so that no product grows.
+        return lax.fori_loop(0, rounds, lambda _, x: jnp.dot(x, y), x)
+
+    def start(key: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, (side, side)) / math.sqrt(side)).astype(dtype)
+
+    with jax.default_device(device):
+        x, y = (jax.jit(start)(jax.random.key(seed)) for seed in (0, 1))
+        seconds = _fastest(lambda: chain(x, y))
+    return 2 * side**3 * rounds / seconds
+
+
+def _fastest(call: Callable[[], Any], times: int = 3) -> float:
+    """Seconds of the fastest of some calls, after one that compiles."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def host_copy(machine: Machine, count: int = 256 * 2**20) -> Finding:
+    """The rate at which images reach a device.
+
+    Args:
+      machine: Where this runs.
+      count: Bytes.
+
+    Returns:
+      GB/s; a warning where it is so slow that images would wait for it.
+    """
+    data = np.zeros(count, np.uint8)
+    device = jax.local_devices()[0]
+    rate = count / _fastest(lambda: jax.device_put(data, device))
+    facts = {"bytes_per_second": rate}
+    text = f"{rate / 1e9:.3g} GB/s from the host to a device"
+    if rate < _LEAST_COPY:
+        return Finding(WARNING, f"{text}, which is slow: is the host busy?", facts)
+    return Finding(OK, text, facts)
+
+
+def all_reduce(machine: Machine, count: int = 25_600_000) -> Finding | None:
+    """The time of a sum over all devices; None where there is one.
+
+    Args:
+      machine: Where this runs.
+      count: Numbers that are summed, in float32: as many as a ResNet-50 has parameters.
+
+    Returns:
+      Milliseconds, and GB/s of each device.
+    """
+    if jax.device_count() == 1:
+        return None
+    own = jax.local_device_count()
+    total = jax.pmap(lambda x: lax.psum(x, "devices"), axis_name="devices")
+    ones = jax.pmap(lambda _: jnp.ones(count, jnp.float32))(np.zeros(own))
+    seconds = _fastest(lambda: total(ones))
+    if (found := float(total(ones)[0, 0])) != jax.device_count():
+        text = f"a sum of ones over {jax.device_count()} devices is {found:g}"
+        return Finding(PROBLEM, f"{text}: do not train here")
+    moved = 2 * 4 * count * (1 - 1 / jax.device_count())
+    facts = {"seconds": seconds, "bytes": 4 * count, "bytes_per_second": moved / seconds}
+    text = f"{size(4 * count)} over {plural(jax.device_count(), 'device')} in {duration(seconds)}"
+    return Finding(OK, f"{text}, {moved / seconds / 1e9:.3g} GB/s a device", facts)
+
+
+def step_types() -> list[str]:
+    """The number types in which training is tried here."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return ["float32"]  # a CPU computes in 16 bits by converting
+    return [half_type(device).name, "float32"]
+
+
+def training_step(
+    machine: Machine, dtype: str, network: str = NETWORK, seconds: float = 1.0
+) -> Finding:
+    """A few steps of the trainer on random images, on all devices.
+
+    Args:
+      machine: Where this runs.
+      dtype: The network computes in it.
+      network: A registered one.
+      seconds: To measure for, at least.
+
+    Returns:
+      Time to compile, time of a step, images/s and, where the peak is known, MFU.
+    """
+    try:
+        compiled, per_step, steps, losses, per_device = _train(dtype, network, seconds)
+    except Exception as error:  # whatever stops this would stop a run
+        return Finding(PROBLEM, f"{network} does not train: {explain(error)}", {"dtype": dtype})
+    batch = per_device * jax.device_count()
+    facts = {
+        "network": network,
+        "dtype": dtype,
+        "batch_per_device": per_device,
+        "compile_seconds": compiled,
+        "step_seconds": per_step,
+        "images_per_second": batch / per_step,
+        "loss": losses[-1] if math.isfinite(losses[-1]) else None,  # JSON has no NaN
+    }
+    if not all(map(math.isfinite, losses)):
+        text = f"the loss of {network} is {losses[-1]} after {steps} steps: do not train here"
+        return Finding(PROBLEM, text, facts)
+    text = (
+        f"{batch / per_step:,.0f} images/s: {network}, {per_device} images a device, "
+        f"{duration(per_step)} a step, compiled in {duration(compiled)}"
+    )
+    accelerator = find_accelerator(jax.local_devices()[0].device_kind)
+    if accelerator is not None and dtype != "float32":
+        from resnet_jax.models.registry import model_info
+
+        # Forward, and twice as much for both gradients; two operations a multiply-add.
+        flops = 6 * model_info(network).multiply_adds * batch / per_step
+        facts["mfu"] = flops / (accelerator.flops * jax.device_count())
+        text += f", MFU {facts['mfu']:.1%}"
+    return Finding(OK, text, facts)
+
+
+def _train(dtype: str, network: str, seconds: float) -> tuple[float, float, int, list[float], int]:
+    """(seconds to compile, seconds of a step, steps, losses, images a device) of a short run."""
+    from resnet_jax.models.registry import model_info
+    from resnet_jax.training import parallel
+    from resnet_jax.training.config import Config, Data, Model, Train
+    from resnet_jax.training.optimizer import Length, make_optimizer
+    from resnet_jax.training.setup import make_model
+    from resnet_jax.training.state import create_state
+    from resnet_jax.training.step import make_train_step
+
+    side = model_info(network).image_size
+    on_cpu = jax.default_backend() == "cpu"
+    per_device = (8 if on_cpu else 512) if side <= 64 else (2 if on_cpu else 64)
+    config = Config(
+        model=Model(name=network, dtype=dtype),
+        data=Data(image_size=side),
+        train=Train(batch_size=per_device * jax.device_count()),
+    )
+    model, length = make_model(config, classes=10), Length(1_000, 100.0)
+    optimizer = make_optimizer(config, length)
+    step = parallel.data_parallel(make_train_step(model, optimizer, config, length))
+    state = parallel.place(create_state(model, optimizer, config, channels=3))
+    rng = np.random.default_rng(jax.process_index())
+    share = per_device * jax.local_device_count()
+    batch = parallel.put(
+        {
+            "images": rng.integers(0, 256, (share, side, side, 3), np.uint8),
+            "labels": rng.integers(0, 10, share, np.int32),
+        }
+    )
+
+    def run(steps: int) -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            losses.append(metrics["loss"])
+            # As the trainer: one step runs while the next is queued. The collectives of many would
+            # take all threads of a CPU and wait for each other.
+            jax.block_until_ready(losses[-3:-2])
+        jax.block_until_ready((state, losses[-1]))
+        return time.perf_counter() - begin
+
+    losses: list[Any] = []
+    first = run(1)
+    once = run(2) / 2
+    steps = _same_everywhere(max(1, min(200, math.ceil(seconds / max(once, 1e-4)))))
+    per_step = run(steps) / steps
+    return first - per_step, per_step, steps + 3, [float(each) for each in losses], per_device
+
+
+def _same_everywhere(steps: int) -> int:
+    """The number of steps that process 0 wants: others would wait in a collective for ever."""
+    if jax.process_count() == 1:
+        return steps
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(steps)))
+
+
+def decode_rate(machine: Machine, seconds: float = 0.5) -> Finding:
+    """JPEGs that one core decodes and crops in a second.
+
+    Args:
+      machine: Where this runs.
+      seconds: To measure for.
+
+    Returns:
+      Images/s.
+    """
+    from PIL import Image
+
+    from resnet_jax.data.decode import train_crop
+    from resnet_jax.training.config import Data
+
+    rng = np.random.default_rng(0)
+    # Blurred noise, which compresses about as photos do.
+    small = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
+    file = io.BytesIO()
+    small.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    data, config = file.getvalue(), Data(image_size=224, crop="random_resized")
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        train_crop(data, config, 3, rng)
+        count += 1
+    rate = count / (time.perf_counter() - begin)
+    text = f"{rate:,.0f} JPEGs/s a core (500x375 pixels, random crops of 224)"
+    return Finding(OK, text, {"images_per_second_per_core": rate, "bytes": len(data)})
