@@ -122,6 +122,32 @@ def summary(model: ResNet, shape: Sequence[int]) -> Summary:
     return Summary(tuple(layers), tuple(shape))
 
 
+def training_flops(model: ResNet, shape: Sequence[int]) -> float:
+    """Floating-point operations of a training step: forward pass, input and kernel gradients.
+
+    They are counted from the model and not by a compiler, so the number is the same for every
+    platform, precision and way to split a batch. A gradient with respect to a product's input and
+    one with respect to its kernel each cost what the product costs. What is left out (norms,
+    activations, augmentation, the optimizer, recomputed blocks) is no matrix product.
+
+    Args:
+      model: A ResNet.
+      shape: Shape of the images, (N, H, W, C).
+
+    Returns:
+      3 passes of 2 operations for each multiply-add that `summary` counts.
+
+    Raises:
+      ModelError: The image is too small for the model.
+
+    Example:
+      >>> from resnet_jax.models.registry import ResNet20
+      >>> training_flops(ResNet20(), (128, 32, 32, 3)) / 1e9
+      31.14319872
+    """
+    return 3.0 * 2.0 * summary(model, shape).multiply_adds
+
+
 def vgg16_counts(image_size: int = 224, num_classes: int = 1000) -> tuple[int, int]:
     """Parameters and multiply-adds of VGG-16, the network that ResNet is compared with.
 
