@@ -13,7 +13,10 @@ from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.planning.topology import Topology
 
 # Autotuning runs candidates on a card. Without one, the compiler takes its default.
-COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
+# Keeps the plugin from looking for a card when it starts, and the compiler from logging: that it
+# is slow, and that a program too large for the card stays too large.
+_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 # The share of a card's memory that JAX takes where the environment does not set another.
 _POOL = 0.75
 
@@ -111,6 +114,8 @@ def gpu_devices(topology: Topology) -> Sequence[jax.Device]:
         )
     from jax.experimental import topologies
 
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     gpus = topology.chips // topology.hosts
     try:
         return topologies.get_topology_desc(
@@ -119,7 +124,12 @@ def gpu_devices(topology: Topology) -> Sequence[jax.Device]:
             topology=f"1x{topology.hosts}x{gpus}",  # NVLink domains, hosts, GPUs
             target_config=target_config(topology),
         ).devices
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+    except NotImplementedError as error:
+        raise ConfigError(
+            "JAX's CUDA plugin is installed but did not start; JAX_PLATFORMS=cpu in the environment "
+            f"keeps it from looking for a GPU ({one_line(error)})"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
             f"--topology={topology.name}: JAX's CUDA plugin cannot compile for this card "
             f"({one_line(error)})"
@@ -160,7 +170,7 @@ def target_config(topology: Topology) -> str:
         }}
         platform_name: "CUDA"
         dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-        device_description_str: "{accelerator.kinds[0]}"
+        device_description_str: "NVIDIA {accelerator.kinds[0]}"
     """
 
 

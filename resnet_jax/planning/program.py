@@ -163,7 +163,7 @@ def _moved(
     fused = computations[called[1]] if called else _alone(each)
     read = sum(min(_slow(kind), _read(fused, index)) for index, kind in enumerate(operands))
     written = min(_slow(types[each.name]), _written(fused))
-    return Traffic(read + written, reduced, int(is_reduction), operations=1)
+    return Traffic(int(read + written), reduced, int(is_reduction), operations=1)
 
 
 def _alone(each: _Instruction) -> list[_Instruction]:
