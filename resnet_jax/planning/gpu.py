@@ -126,8 +126,8 @@ def gpu_devices(topology: Topology) -> Sequence[jax.Device]:
         ).devices
     except NotImplementedError as error:
         raise ConfigError(
-            "JAX's CUDA plugin is installed but did not start; JAX_PLATFORMS=cpu in the environment "
-            f"keeps it from looking for a GPU ({one_line(error)})"
+            "JAX's CUDA plugin is installed but did not start; JAX_PLATFORMS=cpu in the "
+            f"environment keeps it from looking for a GPU ({one_line(error)})"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
