@@ -14,9 +14,6 @@ from resnet_jax.planning.topology import Topology
 
 # Autotuning runs candidates on a card. Without one, the compiler takes its default.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
-# Keeps the plugin from looking for a card when it starts, and the compiler from logging: that it
-# is slow, and that a program too large for the card stays too large.
-_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 # The share of a card's memory that JAX takes where the environment does not set another.
 _POOL = 0.75
 
@@ -114,8 +111,8 @@ def gpu_devices(topology: Topology) -> Sequence[jax.Device]:
         )
     from jax.experimental import topologies
 
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    # The plugin is not to look for a card when it starts.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     gpus = topology.chips // topology.hosts
     try:
         return topologies.get_topology_desc(
