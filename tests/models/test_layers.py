@@ -1,4 +1,4 @@
-"""The stem's pool equals XLA's maximum over windows."""
+"""The pools equal XLA's maximum and mean over windows."""
 
 import chex
 import flax.linen as nn
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from resnet_jax.models.layers import max_pool
+from resnet_jax.models.layers import average_pool_2x2, max_pool
 
 
 @pytest.mark.parametrize("zero_padding", [False, True])
@@ -64,3 +64,28 @@ def test_a_number_that_is_not_finite_reaches_every_window_that_has_it():
     expected = np.zeros((3, 3), bool)
     expected[:2, :2] = True
     np.testing.assert_array_equal(np.isnan(y[0, :, :, 0]), expected)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 6), (5, 5), (1, 1)], ids=str)
+def test_average_pool_and_gradient_are_those_of_flax(size):
+    """Under jit, as in training, where a sum over windows has a gradient only if JAX sees one."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
+
+    def plain(x):
+        beyond = [(0, side % 2) for side in size]
+        return nn.avg_pool(x, (2, 2), (2, 2), padding=beyond, count_include_pad=False)
+
+    def run(pool):
+        cotangent = np.random.default_rng(1).normal(size=plain(x).shape)
+
+        @jax.jit
+        def value_and_gradient(x):
+            y, pull_back = jax.vjp(pool, x)
+            return y, pull_back(cotangent.astype(np.float32))
+
+        return value_and_gradient(x)
+
+    chex.assert_trees_all_close(
+        run(lambda x: average_pool_2x2(x, 2, 1)), run(plain), rtol=0, atol=1e-6
+    )
