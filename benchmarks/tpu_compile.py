@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 from steps import jax_model, make_training
 
-from resnet_jax.training.ahead import Program, slice_devices
-from resnet_jax.training.chips import parse_slice
-from resnet_jax.training.plan import floors
-from resnet_jax.training.program import traffic
+from resnet_jax.planning.ahead import Program
+from resnet_jax.planning.plan import floors
+from resnet_jax.planning.program import traffic
+from resnet_jax.planning.topology import parse_topology
+from resnet_jax.planning.tpu import tpu_devices
 
 COLUMNS = ("GFLOP", "counted", "HBM", "temporary", "reduced", "collectives")
 
@@ -64,8 +65,8 @@ def main() -> None:
 
 
 def compile_step(network: str, topology: str, batch: int, options: argparse.Namespace) -> dict:
-    part = parse_slice(topology)
-    devices = slice_devices(part)
+    tpus = parse_topology(topology)
+    devices = tpu_devices(tpus)
     side = options.side or (224 if options.depth == 50 else 32)
     model = jax_model(network, options.depth, jnp.bfloat16)
     init, step = make_training(model, axis_name="batch")
@@ -93,13 +94,13 @@ def compile_step(network: str, topology: str, batch: int, options: argparse.Name
 
     cost, memory = program.cost_analysis(), program.memory_analysis()
     moved = traffic(text)
-    work = Program(True, flops=cost["flops"], hbm_traffic=moved.hbm, reduced=moved.reduced)
-    floor = {name: 1e3 * each for name, each in floors(work, part).items()}
+    work = Program(True, flops=cost["flops"], traffic=moved.memory, reduced=moved.reduced)
+    floor = {name: 1e3 * each for name, each in floors(work, tpus).items()}
     return {
         "chips": chips,
         "GFLOP": cost["flops"] / batch / 1e9,
         "counted": cost["bytes accessed"] / batch / 1e6,
-        "HBM": moved.hbm / batch / 1e6,
+        "HBM": moved.memory / batch / 1e6,
         "temporary": memory.temp_size_in_bytes / batch / 1e6,
         "reduced": moved.reduced / 1e6,
         "collectives": moved.reductions,

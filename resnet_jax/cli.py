@@ -105,23 +105,41 @@ def _add_summary(parsers: Any) -> None:
 def _add_plan(parsers: Any) -> None:
     parser = parsers.add_parser(
         "plan",
-        help="what a run will need on a TPU slice; needs no TPU",
-        description="Compiles a run's training step for a TPU slice, without a TPU, and prints "
-        "memory, work and the bounds of its speed. Takes --config and all --config.FIELD=X of "
-        "train too (a --config is run as Python code); minutes for a large network.",
+        help="what a run will need on TPUs or GPUs that are not here",
+        description="Compiles a run's training step for TPUs or GPUs on a machine without them, "
+        "and prints the memory and work of a step and the bounds of its speed. Takes minutes for "
+        "a large network. All flags of train work too: --config (which is run as Python code) and "
+        "--config.FIELD=X. Compiling for TPUs needs the package's extra 'plan', for GPUs "
+        "'plan-gpu'.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--topology", default="v5e:2x2", help="the slice, CHIP:AxB[xC] (default: v5e:2x2)")
-    add("--batch_per_chip", type=int, default=0, help="images (default: the recipe's batch)")
+    add(
+        "--topology",
+        default="v5e:2x2",
+        help="a TPU slice, CHIP:AxB[xC] such as v5e:4x4, or GPUs, NAME:GPUS on one host or "
+        "NAME:HOSTSxGPUS, such as h100:8 or a100-40:2x8 (default: v5e:2x2)",
+    )
+    add(
+        "--batch_per_chip",
+        type=int,
+        default=0,
+        help="images per step on each TPU chip or GPU (default: the recipe's batch over all)",
+    )
     add("--find_batch", action="store_true", help="plan for the largest batch that fits")
-    add("--images", type=int, default=0, help="training images, of a data set not known here")
-    add("--num_classes", type=int, default=0, help="classes, of a data set not known here")
+    add("--images", type=int, default=0, help="training images of a data set that is not known")
+    add("--num_classes", type=int, default=0, help="classes of a data set that is not known")
     add(
         "--images_per_core",
         type=float,
         default=0.0,
-        help="images/s that a host's core delivers (default: as in docs/decoding.md)",
+        help="images/s that one core of a host decodes (default: as in docs/decoding.md)",
+    )
+    add(
+        "--network_gbits",
+        type=float,
+        default=0.0,
+        help="Gbit/s from a host of GPUs to other hosts (default: see docs/plan.md)",
     )
     add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=commands.plan)

@@ -101,12 +101,12 @@ def summary(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Prints what a run will need on a TPU slice."""
+    """Prints what a run will need on TPUs or GPUs that are not here."""
     import jax
 
-    # A plan touches no device: not even the TPU of the machine that it is made on.
+    # A plan touches no device, not even the TPU or GPU of the machine that it is made on.
     jax.config.update("jax_platforms", "cpu")
-    from resnet_jax.training.plan import make_plan, plan_table
+    from resnet_jax.planning.plan import make_plan, plan_table
 
     plan = make_plan(
         parse_train_flags(options.rest)[0],
@@ -116,6 +116,7 @@ def plan(options: argparse.Namespace) -> None:
         images=options.images,
         num_classes=options.num_classes,
         images_per_core=options.images_per_core,
+        network_gbits=options.network_gbits,
     )
     with printing():
         print(json.dumps(plan) if options.json else plan_table(plan))

@@ -199,10 +199,10 @@ def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:
         # ceil(H / stride) windows, the last of which starts at a multiple of the stride.
         beyond = [(-(-side // stride) - 1) * stride + dilation + 1 - side for side in x.shape[1:3]]
         padding = [(0, 0), *((0, max(extra, 0)) for extra in beyond), (0, 0)]
+        # A NumPy zero: where it is traced, under jit, JAX does not see that this is a sum, and has
+        # no gradient for it.
         return lax.reduce_window(
             values,
-            # A NumPy zero: JAX recognizes a sum, which it can differentiate, by a start value that
-            # it knows while tracing, and under `jax.jit` a zero of `jnp` is not known.
             np.zeros((), values.dtype),
             lax.add,
             window_dimensions=(1, 2, 2, 1),

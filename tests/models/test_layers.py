@@ -1,4 +1,4 @@
-"""The pools: the maximum equals XLA's, and both have every kind of derivative."""
+"""The pools equal XLA's maximum and mean over windows, with every kind of derivative."""
 
 import chex
 import flax.linen as nn
@@ -76,3 +76,28 @@ def test_the_average_pool_has_gradients_in_a_jitted_program(shape, stride, dilat
         return average_pool_2x2(x, stride, dilation)
 
     check_grads(pool, (x,), order=2, modes=["fwd", "rev"], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 6), (5, 5), (1, 1)], ids=str)
+def test_average_pool_and_gradient_are_those_of_flax(size):
+    """Under jit, as in training, where a sum over windows has a gradient only if JAX sees one."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
+
+    def plain(x):
+        beyond = [(0, side % 2) for side in size]
+        return nn.avg_pool(x, (2, 2), (2, 2), padding=beyond, count_include_pad=False)
+
+    def run(pool):
+        cotangent = np.random.default_rng(1).normal(size=plain(x).shape)
+
+        @jax.jit
+        def value_and_gradient(x):
+            y, pull_back = jax.vjp(pool, x)
+            return y, pull_back(cotangent.astype(np.float32))
+
+        return value_and_gradient(x)
+
+    chex.assert_trees_all_close(
+        run(lambda x: average_pool_2x2(x, 2, 1)), run(plain), rtol=0, atol=1e-6
+    )

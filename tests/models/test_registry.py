@@ -152,6 +152,39 @@ def test_multiply_adds_of_table_1(name, printed):
     assert printed in (round(giga, 1), int(giga * 10) / 10)
 
 
+def with_two_blocks(name):
+    """A model of its family: the second block halves the resolution."""
+    return rj.create_model(name, stage_sizes=(1, 1), stage_widths=(64, 128), num_classes=5)
+
+
+# Of models that differ in depth and width alone, one.
+KINDS = {with_two_blocks(name): name for name in rj.list_models()}
+
+
+@pytest.mark.parametrize("model", KINDS, ids=KINDS.values())
+def test_every_kind_of_model_has_a_gradient_under_jit(model):
+    """As the training step takes it; nothing is computed."""
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+
+    @jax.jit
+    def gradient(variables, images):
+        def loss(params):
+            logits, _ = model.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(1)},
+            )
+            return logits.sum()
+
+        return jax.grad(loss)(variables["params"])
+
+    found = jax.eval_shape(gradient, variables, images)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, variables["params"])
+
+
 def test_constructors_are_public():
     for name in rj.list_models():
         constructor = rj.model_info(name).constructor

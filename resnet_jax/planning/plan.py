@@ -1,9 +1,9 @@
-"""What a run will need on a TPU slice, from its compiled training step; no TPU is needed.
+"""What a run will need on TPUs or GPUs, from its compiled training step; none of them is needed.
 
-    configuration + slice -> the trainer's own step, compiled -> memory, work, traffic -> floors
+    configuration + topology -> the trainer's own step, compiled -> memory, work, traffic -> floors
 
 Floors are bounds, not predictions: no step is faster than its arithmetic, its memory traffic or
-its all-reduce at the chip's peak, and real ones are slower.
+its all-reduce at the peak of the hardware, and real ones are slower.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from resnet_jax.data.known import training_size
 from resnet_jax.data.memory import fits_memory
 from resnet_jax.data.sources import Source
 from resnet_jax.errors import ConfigError
-from resnet_jax.training.ahead import Program, tpu_compiler
-from resnet_jax.training.chips import Slice, parse_slice
+from resnet_jax.planning.ahead import Program, step_compiler
+from resnet_jax.planning.topology import Topology, parse_topology
 from resnet_jax.training.config import Config, check
 from resnet_jax.training.environment import installed_versions
 from resnet_jax.training.optimizer import Length
@@ -29,6 +29,11 @@ from resnet_jax.training.setup import batch_parts, check_batches, check_calls, c
 DECODED_PER_CORE, GATHERED_PER_CORE = 1_200, 3_000_000
 
 Compile = Callable[[Config], Program]
+# The packages that compile for a platform.
+_COMPILERS = {
+    "tpu": ("libtpu",),
+    "gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+}
 
 
 def make_plan(
@@ -40,29 +45,33 @@ def make_plan(
     images: int = 0,
     num_classes: int = 0,
     images_per_core: float = 0.0,
-    compiler: Callable[[Slice, Source], Compile] = tpu_compiler,
+    network_gbits: float = 0.0,
+    compiler: Callable[[Topology, Source], Compile] = step_compiler,
 ) -> dict[str, Any]:
-    """Compiles a run's training step for a slice and works out what it needs.
+    """Compiles a run's training step for TPUs or GPUs and works out what it needs there.
 
     Args:
       config: The configuration of the run.
-      topology: The slice, such as "v5e:4x4".
-      batch_per_chip: Images a step; 0: train.batch_size over all chips.
+      topology: What to plan for, such as "v5e:4x4", "h100:8" or "a100-40:2x8".
+      batch_per_chip: Images of a step on each TPU chip or GPU; 0: train.batch_size over all.
       find_batch: Plan for the largest batch that fits, looking upwards and downwards from there.
       images: Training images; 0: as many as the data set has.
-      num_classes: Its classes; 0: as many as it has.
+      num_classes: Classes of the data set; 0: as many as it has.
       images_per_core: Images/s that a core of a host delivers; 0: as measured.
+      network_gbits: Gbit/s from a host of GPUs to others; 0: that of the usual server.
       compiler: Makes what compiles a step.
 
     Returns:
-      What `docs/plan.md` lists; with "fits" false, None for all that a program would tell.
+      What `docs/plan.md` lists. If nothing fits, "fits" is False and what only a program could tell
+      is None.
 
     Raises:
-      ConfigError: The configuration, the slice or the batch cannot be, or libtpu cannot compile.
+      ConfigError: The configuration, the topology or the batch is not possible, or what compiles
+        for it is not installed or fails.
       DataError: Nothing is known of the data set.
     """
     check(config)
-    part = parse_slice(topology)
+    place = parse_topology(topology, network_gbits)
     for name, value in (("images", images), ("num_classes", num_classes)):
         if value < 0:
             raise ConfigError(f"--{name}={value}: must be 1 or more")
@@ -72,37 +81,37 @@ def make_plan(
     source = training_size(config.data, images, classes)
     check_source(config, source)
     check_calls(config, source)
-    devices = part.chips * part.chip.devices
+    per_chip = place.accelerator.devices_per_chip
     if batch_per_chip:
-        unit = part.chip.devices * batch_parts(config)
+        unit = per_chip * batch_parts(config)
         if batch_per_chip < 1 or batch_per_chip % unit:
             raise ConfigError(
                 f"--batch_per_chip={batch_per_chip}: must be a multiple of {unit} (devices a chip, "
                 "train.accumulate, and pairs to mix)"
             )
-        config = with_batch(config, batch_per_chip * part.chips)
-    check_batches(config, devices)
-    compile_step = compiler(part, source)
+        config = with_batch(config, batch_per_chip * place.chips)
+    check_batches(config, place.devices)
+    compile_step = compiler(place, source)
     tried: dict[int, Program] = {}
 
     def attempt(batch: int) -> Program:
-        tried[batch] = compile_step(with_batch(config, batch * part.chips))
+        tried[batch] = compile_step(with_batch(config, batch * place.chips))
         return tried[batch]
 
-    batch = config.train.batch_size // part.chips
+    batch = config.train.batch_size // place.chips
     if find_batch:
-        unit = math.lcm(8, part.chip.devices * batch_parts(config))
-        batch = largest_batch(attempt, batch, unit, most=max(batch, len(source) // part.chips))
+        unit = math.lcm(8, per_chip * batch_parts(config))
+        batch = largest_batch(attempt, batch, unit, most=max(batch, len(source) // place.chips))
     else:
         attempt(batch)
-    config = with_batch(config, batch * part.chips)
+    config = with_batch(config, batch * place.chips)
     rate = images_per_core or _images_per_core(config, source)
     return {
-        **_run(config, part, source, batch),
-        **_memory(tried[batch], part),
-        **_bounds(tried[batch], part, config, len(source), rate),
-        "tried": [_attempt(size, tried[size], part) for size in sorted(tried)],
-        "versions": installed_versions(("jax", "libtpu")),
+        **_run(config, place, source, batch),
+        **_memory(tried[batch], place),
+        **_bounds(tried[batch], place, config, len(source), rate),
+        "tried": [_attempt(size, tried[size], place) for size in sorted(tried)],
+        "versions": installed_versions(("jax", *_COMPILERS[place.accelerator.platform])),
     }
 
 
@@ -152,23 +161,21 @@ def largest_batch(attempt: Callable[[int], Program], start: int, unit: int, most
                 return low
 
 
-def floors(program: Program, part: Slice) -> dict[str, float]:
+def floors(program: Program, topology: Topology) -> dict[str, float]:
     """The least seconds that a step can take, by what could hold it up.
 
     Args:
       program: The compiled step of one device.
-      part: The slice.
+      topology: Where it runs.
 
     Returns:
       {"compute", "memory", "interconnect"}.
     """
-    chip, chips = part.chip, part.chips
-    # In an all-reduce each chip sends everything twice, less what it keeps to itself.
-    sent = 2 * program.reduced * (chips - 1) / chips
+    device = topology.accelerator
     return {
-        "compute": program.flops * chip.devices / chip.flops,
-        "memory": program.hbm_traffic * chip.devices / chip.hbm_bandwidth,
-        "interconnect": sent / part.links if chips > 1 else 0.0,
+        "compute": program.flops / device.flops,
+        "memory": program.traffic / device.memory_bandwidth,
+        "interconnect": topology.all_reduce_seconds(program.reduced),
     }
 
 
@@ -177,11 +184,12 @@ def _images_per_core(config: Config, source: Source) -> float:
     return GATHERED_PER_CORE if in_memory else DECODED_PER_CORE
 
 
-def _run(config: Config, part: Slice, source: Source, batch: int) -> dict[str, Any]:
+def _run(config: Config, topology: Topology, source: Source, batch: int) -> dict[str, Any]:
     return {
-        "topology": part.name,
-        "chips": part.chips,
-        "hosts": part.hosts,
+        "topology": topology.name,
+        "platform": topology.accelerator.platform,
+        "chips": topology.chips,
+        "hosts": topology.hosts,
         "model": config.model.name,
         "dtype": config.model.dtype,
         "image_size": config.data.image_size,
@@ -189,68 +197,71 @@ def _run(config: Config, part: Slice, source: Source, batch: int) -> dict[str, A
         "images": len(source),
         "classes": config.model.num_classes or source.num_classes,
         "batch_per_chip": batch,
-        "batch_size": batch * part.chips,
+        "batch_size": batch * topology.chips,
     }
 
 
-def _memory(program: Program, part: Slice) -> dict[str, Any]:
+def _memory(program: Program, topology: Topology) -> dict[str, Any]:
     return {
         "fits": program.fits,
-        "hbm_needed": _whole_chip(program.needed, part),
-        "hbm": _whole_chip(program.limit, part) or part.chip.hbm,
+        "hbm_needed": _whole_chip(program.needed, topology),
+        "hbm": _whole_chip(program.limit or topology.accelerator.memory, topology),
     }
 
 
-def _whole_chip(size: int, part: Slice) -> int | None:
-    return size * part.chip.devices or None
+def _whole_chip(size: int, topology: Topology) -> int | None:
+    return size * topology.accelerator.devices_per_chip or None
 
 
-def _attempt(batch: int, program: Program, part: Slice) -> dict[str, Any]:
+def _attempt(batch: int, program: Program, topology: Topology) -> dict[str, Any]:
     return {
         "batch_per_chip": batch,
         "fits": program.fits,
-        "hbm_needed": _whole_chip(program.needed, part),
+        "hbm_needed": _whole_chip(program.needed, topology),
         "compile_seconds": round(program.seconds, 1),
     }
 
 
 def _bounds(
-    program: Program, part: Slice, config: Config, images: int, per_core: float
+    program: Program, topology: Topology, config: Config, images: int, per_core: float
 ) -> dict[str, Any]:
     """All that follows from the work of a step; None where there is no program."""
     steps = Length.of(config, images).steps
     recipe = {"steps": steps, "epochs": steps * config.train.batch_size / images}
     if not program.fits:
         return {**dict.fromkeys(_BOUNDS), **recipe, "images_per_second_per_core": per_core}
-    seconds = floors(program, part)
+    seconds = floors(program, topology)
     bound = max(seconds, key=lambda name: seconds[name])
     rate = config.train.batch_size / seconds[bound]
+    per_chip = topology.accelerator.devices_per_chip
     return {
         **recipe,
-        "flops": program.flops * part.chip.devices,
-        "hbm_bytes": program.hbm_traffic * part.chip.devices,
+        "flops": program.flops * per_chip,
+        "hbm_bytes": program.traffic * per_chip,
+        "kernels": program.kernels,
         "all_reduce_bytes": program.reduced,
         "all_reduces": program.reductions,
         "floor_seconds": seconds,
         "bound_by": bound,
         "images_per_second": rate,
-        "images_per_second_per_chip": rate / part.chips,
-        "images_per_second_per_host": rate / part.hosts,
+        "images_per_second_per_chip": rate / topology.chips,
+        "images_per_second_per_host": rate / topology.hosts,
         "images_per_second_per_core": per_core,
-        "cores_per_host": rate / part.hosts / per_core,
+        "cores_per_host": rate / topology.hosts / per_core,
         "hours": steps * seconds[bound] / 3600,
     }
 
 
 _BOUNDS = (
-    *("flops", "hbm_bytes", "all_reduce_bytes", "all_reduces", "floor_seconds", "bound_by"),
+    *("flops", "hbm_bytes", "kernels", "all_reduce_bytes", "all_reduces"),
+    *("floor_seconds", "bound_by"),
     *("images_per_second", "images_per_second_per_chip", "images_per_second_per_host"),
     *("cores_per_host", "hours"),
 )
 
 
 def plan_table(plan: dict[str, Any]) -> str:
-    """A plan for reading.
+    """A plan as a table to read.
 
     Args:
       plan: From `make_plan`.
@@ -259,16 +270,17 @@ def plan_table(plan: dict[str, Any]) -> str:
       Lines of text.
     """
     p, gib = plan, 2**30
+    chip, chips, memory = _words(p)
     needed = f"{p['hbm_needed'] / gib:.2f}" if p["hbm_needed"] else "more than there is"
     rows = [
-        ("chips, hosts", f"{p['chips']:,}, {p['hosts']:,}"),
-        ("batch a chip, in all", f"{p['batch_per_chip']:,}, {p['batch_size']:,}"),
-        ("HBM a chip, GiB", f"{needed} of {p['hbm'] / gib:.2f}"),
+        (f"{chips}, hosts", f"{p['chips']:,}, {p['hosts']:,}"),
+        (f"batch per {chip}, in all", f"{p['batch_per_chip']:,}, {p['batch_size']:,}"),
+        (f"{memory} per {chip}, GiB", f"{needed} of {p['hbm'] / gib:.2f}"),
         ("", "fits" if p["fits"] else "does not fit: take a smaller batch, or --find_batch"),
     ]
     if len(p["tried"]) > 1:
         each = (f"{x['batch_per_chip']:,} {'fits' if x['fits'] else 'not'}" for x in p["tried"])
-        rows.append(("batches a chip tried", ", ".join(each)))
+        rows.append((f"batches per {chip} tried", ", ".join(each)))
     if p["fits"]:
         rows += _bound_rows(p)
     width = max(len(name) for name, _ in rows)
@@ -281,17 +293,25 @@ def plan_table(plan: dict[str, Any]) -> str:
     return "\n".join([title, *lines, *notes])
 
 
+def _words(plan: dict[str, Any]) -> tuple[str, str, str]:
+    """What a chip, several of them and their memory are called."""
+    return ("GPU", "GPUs", "memory") if plan["platform"] == "gpu" else ("chip", "chips", "HBM")
+
+
 def _bound_rows(p: dict[str, Any]) -> list[tuple[str, str]]:
     floor = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in p["floor_seconds"].items()}
+    chip, _, memory = _words(p)
+    kernels = [("kernels per step", f"{p['kernels']:,}")] if p["platform"] == "gpu" else []
     return [
-        ("arithmetic a step and chip", f"{p['flops'] / 1e12:.3f} TFLOP"),
-        ("HBM traffic a step and chip", f"{p['hbm_bytes'] / 1e9:.3f} GB"),
-        ("all-reduced a step", f"{p['all_reduce_bytes'] / 1e6:.1f} MB in {p['all_reduces']}"),
+        (f"arithmetic per step and {chip}", f"{p['flops'] / 1e12:.3f} TFLOP"),
+        (f"{memory} traffic per step and {chip}", f"{p['hbm_bytes'] / 1e9:.3f} GB"),
+        *kernels,
+        ("all-reduced per step", f"{p['all_reduce_bytes'] / 1e6:.1f} MB in {p['all_reduces']}"),
         ("floor of a step: compute", floor["compute"]),
         ("memory", floor["memory"]),
         ("interconnect", floor["interconnect"]),
         ("images/s, at most", f"{p['images_per_second']:,.0f} (bound by {p['bound_by']})"),
-        ("a chip", f"{p['images_per_second_per_chip']:,.0f}"),
+        (f"per {chip}", f"{p['images_per_second_per_chip']:,.0f}"),
         ("a host must deliver", f"{p['images_per_second_per_host']:,.0f}"),
         (
             "host cores for that",
@@ -302,6 +322,6 @@ def _bound_rows(p: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 _NOTE = (
-    "Floors are bounds, not predictions: each takes one part of the chip at its peak and all else "
-    "as free.\nReal steps are slower; evaluation, checkpoints and start-up come on top."
+    "Floors are bounds, not predictions: each takes one part of the hardware at its peak and all "
+    "else as free.\nReal steps are slower; evaluation, checkpoints and start-up come on top."
 )

@@ -1,4 +1,4 @@
-"""Plans for TPU slices: the arithmetic without libtpu, and one program compiled where it is."""
+"""Plans for TPUs and GPUs: the arithmetic without a compiler, and programs compiled where it is."""
 
 import importlib.util
 import json
@@ -12,13 +12,15 @@ from jax.experimental import topologies
 
 from resnet_jax import cli
 from resnet_jax.data.known import KNOWN_SETS, training_size
+from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError
-from resnet_jax.training import ahead
+from resnet_jax.planning import ahead, gpu
+from resnet_jax.planning.ahead import Program
+from resnet_jax.planning.plan import floors, largest_batch, make_plan, plan_table
+from resnet_jax.planning.program import Traffic, traffic
+from resnet_jax.planning.topology import parse_topology
+from resnet_jax.planning.tpu import memory_shortage
 from resnet_jax.training import config as c
-from resnet_jax.training.ahead import Program, memory_shortage
-from resnet_jax.training.chips import CHIPS, parse_slice
-from resnet_jax.training.plan import floors, largest_batch, make_plan, plan_table
-from resnet_jax.training.program import Traffic, traffic
 
 GIB = 2**30
 IMAGENET = c.Data(name="tfds:imagenet2012", image_size=224, crop="random_resized")
@@ -33,12 +35,12 @@ def recipe(**fields):
 def compiler(limit=16 * GIB, image=24 * 2**20):
     """Of programs whose memory is that of their images, and whose work is easy to reckon with."""
 
-    def make(part, source):
+    def make(topology, source):
         def compile_step(config):
-            batch = config.train.batch_size // (part.chips * part.chip.devices)
-            work = {"flops": 24e9 * batch, "hbm_traffic": 160_000_000 * batch}
+            batch = config.train.batch_size // topology.devices
+            work = {"flops": 24e9 * batch, "traffic": 160_000_000 * batch, "kernels": 1161}
             fits = image * batch <= limit
-            work |= {"reduced": 100_000_000, "reductions": 2} if part.chips > 1 else {}
+            work |= {"reduced": 100_000_000, "reductions": 2} if topology.chips > 1 else {}
             return Program(fits, image * batch, limit, **(work if fits else {}), seconds=1.0)
 
         return compile_step
@@ -46,17 +48,19 @@ def compiler(limit=16 * GIB, image=24 * 2**20):
     return make
 
 
-class TestSlices:
+class TestTopologies:
     @pytest.mark.parametrize(
-        ("name", "chips", "hosts"),
+        ("name", "chips", "hosts", "devices"),
         [
-            *[("v5e:1x1", 1, 1), ("v5e:2x4", 8, 1), ("v5e:4x4", 16, 4), ("v5e:16x16", 256, 64)],
-            *[("v3:2x2", 4, 1), ("v3:4x4", 16, 4), ("v4:2x2x1", 4, 1), ("v4:2x2x2", 8, 2)],
+            *[("v5e:1x1", 1, 1, 1), ("v5e:2x4", 8, 1, 8), ("v5e:4x4", 16, 4, 16)],
+            *[("v5e:16x16", 256, 64, 256), ("v3:2x2", 4, 1, 8), ("v3:4x4", 16, 4, 32)],
+            *[("v4:2x2x1", 4, 1, 4), ("v4:2x2x2", 8, 2, 8)],
+            *[("h100:8", 8, 1, 8), ("h100:2x8", 16, 2, 16), ("t4:1", 1, 1, 1)],
         ],
     )
-    def test_chips_and_hosts(self, name, chips, hosts):
-        part = parse_slice(name)
-        assert (part.chips, part.hosts) == (chips, hosts)
+    def test_chips_and_hosts(self, name, chips, hosts, devices):
+        found = parse_topology(name)
+        assert (found.chips, found.hosts, found.devices) == (chips, hosts, devices)
 
     @pytest.mark.parametrize(
         ("name", "said"),
@@ -64,25 +68,63 @@ class TestSlices:
             *[("v9:2x2", "v2, v3, v4, v5e, v5p, v6e"), ("", "v5e:4x4"), ("v5e", "v5e:AxB")],
             *[("v5e:2x2x1", "v5e:AxB"), ("v4:2x2", "v4:AxBxC"), ("v5e:0x2", "v5e:AxB")],
             *[("v5e:2x2 ", "v5e:AxB"), ("v5e:32x32", "256")],
+            *[("h1000:8", "h100, h100-pcie"), ("h100", "h100:8 or h100:2x8")],
+            *[("h100:0", "h100:GPUS"), ("h100:2x2x2", "h100:HOSTSxGPUS"), ("t4:64", "at most 16")],
         ],
     )
     def test_names_that_are_none(self, name, said):
         with pytest.raises(ConfigError, match="--topology=") as error:
-            parse_slice(name)
+            parse_topology(name)
         assert said in str(error.value)
 
     def test_links_of_small_slices(self):
-        # Two neighbours at a corner of 2x2, four inside of larger ones, none alone.
-        links = [parse_slice(f"v5e:{shape}").links for shape in ("1x1", "2x2", "2x4", "4x4")]
+        # Two neighbors at a corner of 2x2, four inside of larger ones, none alone.
+        links = [parse_topology(f"v5e:{shape}").links for shape in ("1x1", "2x2", "2x4", "4x4")]
         assert links == [0, 100e9, 150e9, 200e9]
 
-    def test_the_table_of_chips_is_whole(self):
-        assert len({chip.kind for chip in CHIPS.values()}) == len(CHIPS) == 6
-        for chip in CHIPS.values():
-            # A FLOP/s for each byte/s of memory, and of the links: a slip of a thousand shows.
-            assert 50 < chip.flops / chip.hbm_bandwidth < 600
-            assert 2 < chip.hbm_bandwidth / chip.links < 6
-            assert 16 * GIB <= chip.hbm <= 95 * GIB
+    @pytest.mark.parametrize(
+        ("name", "gbits", "seconds"),
+        [
+            # 1 GB: twice 7/8 of it over NVLink, or over PCIe; or twice a half over the network,
+            # at 8 x 400 Gbit/s, at 8 x 200, at 100 for the whole host, or as it is said.
+            *[("h100:1", 0, 0), ("h100:8", 0, 1.75 / 450), ("h100-pcie:8", 0, 1.75 / 64)],
+            *[("h100:2x8", 0, 1.75 / 450), ("a100-40:2x8", 0, 1.75 / 300)],
+            *[("l4:2x4", 0, 1 / 12.5), ("h100:2x8", 100, 1 / 12.5), ("t4:4x1", 10, 1.5 / 1.25)],
+        ],
+    )
+    def test_all_reduce_of_gpus(self, name, gbits, seconds):
+        assert parse_topology(name, gbits).all_reduce_seconds(1e9) == pytest.approx(seconds)
+
+    def test_every_gpu_can_be_described_to_the_compiler(self):
+        names = [each.name for each in ACCELERATORS.values() if each.platform == "gpu"]
+        assert len(names) > 20
+        for name in names:
+            text = gpu.target_config(parse_topology(f"{name}:1"))
+            assert f"device_memory_size: {ACCELERATORS[name].memory}\n" in text
+
+
+class TestMemoryOfGpus:
+    """JAX takes a share of a card, and a program has to fit into that."""
+
+    @pytest.fixture(autouse=True)
+    def shell(self, monkeypatch):
+        monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+        monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+        self.monkeypatch = monkeypatch
+
+    def test_three_quarters(self):
+        assert gpu.memory_pool(parse_topology("h100:8")) == int(0.75 * 84_942_979_072)
+
+    @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+    def test_as_the_shell_says(self, name):
+        self.monkeypatch.setenv(name, "0.5")
+        assert gpu.memory_pool(parse_topology("h100:8")) == 84_942_979_072 // 2
+
+    @pytest.mark.parametrize("value", ["most", "0", "1.5"])
+    def test_no_share(self, value):
+        self.monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", value)
+        with pytest.raises(ConfigError, match=f"XLA_CLIENT_MEM_FRACTION={value}: must be"):
+            gpu.memory_pool(parse_topology("h100:8"))
 
 
 class TestTraffic:
@@ -121,17 +163,78 @@ ENTRY %main (x: f32[256], y: bf16[128]) -> f32[256] {
     def test_counts_what_crosses_the_bus(self):
         # y once (256), x once (1024); the loops 2048 and 32 a time; the all-reduce is in VMEM.
         once = traffic(self.PROGRAM)
-        assert once == Traffic(256 + 1024 + 2048 + 32, reduced=1040, reductions=1)
+        assert once == Traffic(256 + 1024 + 2048 + 32, reduced=1040, reductions=1, operations=5)
 
     def test_every_fast_memory_is_one(self):
         # On a v4 chip it is number 3; number 0 is HBM.
         v4 = self.PROGRAM.replace("S(1)", "S(3)")
         assert traffic(v4) == traffic(self.PROGRAM)
         slow = traffic(self.PROGRAM.replace("S(1)", "S(0)"))
-        assert slow.hbm > traffic(self.PROGRAM).hbm
+        assert slow.memory > traffic(self.PROGRAM).memory
 
     def test_only_the_largest_loop_runs_often(self):
-        assert traffic(self.PROGRAM, trips=4).hbm == traffic(self.PROGRAM).hbm + 3 * 2048
+        assert traffic(self.PROGRAM, trips=4).memory == traffic(self.PROGRAM).memory + 3 * 2048
+
+    def test_a_trip_count_in_the_text_wins(self):
+        line = "body=%body\n"
+        counted = line.replace("\n", ', backend_config={"known_trip_count":{"n":"3"}}\n')
+        program = self.PROGRAM.replace(line, counted)
+        assert traffic(program, trips=4).memory == traffic(self.PROGRAM).memory + 2 * 2048 + 3 * 32
+
+
+class TestTrafficOfGpus:
+    """What a GPU's program has and a TPU's has not."""
+
+    PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_gather (p0: u8[1000,64], p1: s32[4]) -> f32[4,64] {
+  %p0 = u8[1000,64]{1,0} parameter(0)
+  %p1 = s32[4]{0} parameter(1)
+  %rows = u8[4,64]{1,0} gather(%p0, %p1), offset_dims={1}
+  ROOT %c = f32[4,64]{1,0} convert(%rows)
+}
+
+%fused_update (q0: f32[100,64], q1: f32[1,64], q2: s32[]) -> f32[100,64] {
+  %q0 = f32[100,64]{1,0} parameter(0)
+  %q1 = f32[1,64]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  ROOT %u = f32[100,64]{1,0} dynamic-update-slice(%q0, %q1, %q2, %q2)
+}
+
+%part (arg: f32[64]) -> f32[64] {
+  %arg = f32[64]{0} parameter(0)
+  ROOT %b = f32[64]{0} negate(%arg)
+}
+
+%rest (arg: f32[64]) -> f32[64] {
+  %arg = f32[64]{0} parameter(0)
+  ROOT %b = f32[64]{0} bitcast(%arg)
+}
+
+ENTRY %main (data: u8[1000,64], index: s32[4]) -> f32[4,64] {
+  %data = u8[1000,64]{1,0} parameter(0)
+  %index = s32[4]{0} parameter(1)
+  %images = f32[4,64]{1,0} fusion(%data, %index), kind=kLoop, calls=%fused_gather
+  %conv = (f32[4,64]{1,0}, u8[1048576]{0}) custom-call(%images, %images), custom_call_target="c"
+  %out = f32[4,64]{1,0} get-tuple-element(%conv), index=0
+  %history = f32[100,64]{1,0} fusion(%old, %row, %place), kind=kLoop, calls=%fused_update
+  %graph = f32[64]{0} call(%mean), to_apply=%part
+  %either = f32[64]{0} conditional(%p, %a, %b), branch_computations={%part, %rest}
+  %reduced = f32[64]{0} all-reduce-start(%graph), to_apply=%add
+  %done = f32[64]{0} all-reduce-done(%reduced)
+  ROOT %c = f32[4,64]{1,0} copy(%out)
+}
+"""
+
+    def test_counts(self):
+        found = traffic(self.PROGRAM)
+        gather = 4 * 64 + 4 * 4 + 4 * 64 * 4  # rows that are read, indices, result
+        conv = 3 * 4 * 64 * 4  # without its scratch memory
+        update = 64 * 4  # the other rows stay where they are
+        branch, summed, copy = 2 * 64 * 4, 2 * 64 * 4, 2 * 4 * 64 * 4
+        assert found.memory == gather + conv + update + branch + branch + summed + copy
+        assert (found.reduced, found.reductions) == (256, 1)
+        assert found.operations == 7
 
 
 class TestShortage:
@@ -142,20 +245,16 @@ class TestShortage:
         assert memory_shortage(old) == (round(512.5 * 2**20), round(15.75 * GIB))
         assert memory_shortage("RESOURCE_EXHAUSTED: no figures") == (0, 0)
 
-    def test_another_failure_is_not_one_of_memory(self):
-        with pytest.raises(ConfigError, match="cannot compile the step: INTERNAL: a b"):
-            memory_shortage("INTERNAL: a\nb")
-
 
 def test_floors():
-    work = Program(True, flops=197e12, hbm_traffic=819_000_000, reduced=100_000_000)
-    seconds = floors(work, parse_slice("v5e:4x4"))
+    work = Program(True, flops=197e12, traffic=819_000_000, reduced=100_000_000)
+    seconds = floors(work, parse_topology("v5e:4x4"))
     assert seconds["compute"] == pytest.approx(1)
     assert seconds["memory"] == pytest.approx(1e-3)
     assert seconds["interconnect"] == pytest.approx(2 * 1e8 * 15 / 16 / 200e9)
-    assert floors(work, parse_slice("v5e:1x1"))["interconnect"] == 0
+    assert floors(work, parse_topology("v5e:1x1"))["interconnect"] == 0
     # Two devices share a v3 chip, so its step has the work of both.
-    assert floors(work, parse_slice("v3:2x2"))["compute"] == pytest.approx(2 * 197 / 123)
+    assert floors(work, parse_topology("v3:2x2"))["compute"] == pytest.approx(2 * 197 / 123)
 
 
 class TestLargestBatch:
@@ -216,6 +315,21 @@ class TestPlan:
         assert plan["hbm_needed"] == 64 * 24 * 2**20
         assert plan["flops"] == 64 * 24e9
 
+    def test_gpus(self):
+        plan = make_plan(recipe(epochs=90.0), "h100:2x8", compiler=compiler())
+        assert (plan["platform"], plan["chips"], plan["hosts"]) == ("gpu", 16, 2)
+        assert plan["batch_per_chip"] == 64
+        assert plan["kernels"] == 1161
+        assert plan["floor_seconds"]["memory"] == pytest.approx(160e6 * 64 / 3352e9)
+        assert plan["floor_seconds"]["interconnect"] == pytest.approx(0.1 * 1.75 / 450)
+        table = plan_table(plan)
+        assert "GPUs, hosts" in table
+        assert "kernels per step" in table
+        assert "chip" not in table
+        tpus = make_plan(recipe(epochs=90.0), "v5e:2x2", compiler=compiler())
+        assert plan.keys() == tpus.keys()
+        assert "kernels" not in plan_table(tpus)
+
     def test_finds_a_batch(self):
         plan = make_plan(recipe(), "v5e:2x2", find_batch=True, compiler=compiler())
         assert plan["fits"]
@@ -236,6 +350,8 @@ class TestPlan:
             ),
             (recipe(), {"images": -1}, "--images=-1"),
             (recipe(), {"images_per_core": -1.0}, "--images_per_core=-1"),
+            (recipe(), {"topology": "h100:8", "network_gbits": -1.0}, "--network_gbits=-1"),
+            (recipe(), {"topology": "h100:3"}, "train.batch_size = 1024: must be a multiple of 3"),
             (recipe(steps_per_call=2), {}, "train.steps_per_call = 2: needs a data set"),
             (c.Config(model=c.Model(num_classes=5)), {}, "model.num_classes = 5"),
         ],
@@ -296,7 +412,7 @@ class TestCommand:
     @pytest.fixture
     def stub(self, monkeypatch):
         monkeypatch.setattr(
-            "resnet_jax.training.plan.make_plan.__kwdefaults__",
+            "resnet_jax.planning.plan.make_plan.__kwdefaults__",
             {
                 **make_plan.__kwdefaults__,
                 "compiler": compiler(),
@@ -333,6 +449,37 @@ class TestCommand:
         code, _, err = self.run(capsys)
         assert code == 2
         assert "pip install 'jax[tpu]'" in err
+
+    def test_without_the_cuda_plugin(self, monkeypatch, capsys):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        code, _, err = self.run(capsys, "--topology=h100:8")
+        assert code == 2
+        assert "pip install 'jax[cuda12]'" in err
+        assert err.count("\n") == 1
+
+    def test_the_cuda_plugin_refuses(self, monkeypatch, capsys):
+        def refuse(*arguments, **options):
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: sm_70 is\nunknown")
+
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+        code, _, err = self.run(capsys, "--topology=v100:8")
+        assert code == 2
+        assert "--topology=v100:8: JAX's CUDA plugin cannot compile for this card" in err
+        assert err.count("\n") == 1
+
+    def test_the_compiler_fails(self, monkeypatch, capsys):
+        """Whatever else it says than that memory is short."""
+
+        class Lowered:
+            def compile(self, options):
+                raise jax.errors.JaxRuntimeError("INTERNAL: no\nkernel")
+
+        monkeypatch.setattr(ahead.gpu, "gpu_devices", lambda topology: [None] * 8)
+        monkeypatch.setattr(ahead, "lower_step", lambda *arguments: Lowered())
+        code, _, err = self.run(capsys, "--topology=h100:8")
+        assert code == 2
+        assert "the compiler fails on this training step: INTERNAL: no kernel" in err
 
     @pytest.mark.parametrize(
         ("message", "said"),

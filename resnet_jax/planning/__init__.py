@@ -1,0 +1,1 @@
+"""What a run will need on TPUs or GPUs that are not here, from its compiled training step."""
