@@ -30,7 +30,6 @@ from resnet_jax.training.flags import parse_train_flags, train_help
 
 def train(options: argparse.Namespace) -> None:
     """Trains a network, or goes on with a run that was stopped."""
-    from resnet_jax.training.distributed import abandon, together
     from resnet_jax.training.launch import start
 
     wanted = [each for each in options.rest if each not in ("-h", "--help")]
@@ -38,7 +37,13 @@ def train(options: argparse.Namespace) -> None:
         with printing():
             print(train_help(wanted))
         return
-    wanted = start(wanted)
+    with _sigterm_interrupts():
+        _train(start(wanted))
+
+
+def _train(wanted: list[str]) -> None:
+    from resnet_jax.training.distributed import abandon, together
+
     try:
         with together() as peers:
             config, workdir = parse_train_flags(wanted)
@@ -61,19 +66,24 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _report_at_the_end(workdir: Path) -> None:
-    """report.html of a run that has ended well, which it still has when this fails."""
+    """Writes report.html of a run that has ended well, and still has when this fails."""
     try:
         from resnet_jax.report.page import write_report
 
         write_report([workdir], force=True)
     except KeyboardInterrupt:
         print("no report.html: interrupted", file=sys.stderr)
-    except ImportError as error:
-        print(f"no report.html: {import_failure(error)}", file=sys.stderr)
-    except (ResNetJaxError, OSError) as error:
-        print(f"no report.html: {one_line(error)}", file=sys.stderr)
-    except Exception as error:  # a bug of the report must not cost a run that has ended well
-        print(f"no report.html ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
+    except Exception as error:
+        print(f"no report.html: {_why_no_report(error)}", file=sys.stderr)
+
+
+def _why_no_report(error: Exception) -> str:
+    if isinstance(error, ResNetJaxError | OSError):
+        return one_line(error)
+    with contextlib.suppress(ImportError):  # of ours, which is a bug
+        if isinstance(error, ImportError):
+            return import_failure(error)
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def report(options: argparse.Namespace) -> None:
@@ -253,10 +263,18 @@ def _say_skipped(skipped: int, images: int) -> int:
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM and Ctrl-C end a command in one line, after it has cleaned up."""
+    with _sigterm_interrupts():
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise StoppedError("interrupted; run the command again") from error
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except KeyboardInterrupt as error:
-        raise StoppedError("interrupted; run the command again") from error
     finally:
         signal.signal(signal.SIGTERM, before)

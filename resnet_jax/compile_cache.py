@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def _bring(store: ProgramStore) -> None:
     private: Any = compilation_cache
     jaxs_own = private.get_file_cache
 
-    def get_file_cache(path: str) -> Any:
-        return (store, path) if path == str(store.folder) else jaxs_own(path)
+    def get_file_cache(path: str, *arguments: Any, **options: Any) -> Any:
+        return (store, path) if path == str(store.folder) else jaxs_own(path, *arguments, **options)
 
     private.get_file_cache = get_file_cache
 
@@ -114,14 +115,16 @@ class ProgramStore:
     def put(self, key: str, value: bytes) -> None:
         """Writes a program, and makes room for it."""
         path = self._file(key)
-        partial = path.with_suffix(f".{os.getpid()}.partial{_SUFFIX}")  # counts as a program
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # What a killed process leaves of it counts as a program, and is removed like one.
+            descriptor, partial = tempfile.mkstemp(_SUFFIX, "partial-", self.folder)
             try:
-                partial.write_bytes(hashlib.sha256(value).digest() + value)
+                with open(descriptor, "wb") as file:
+                    file.write(hashlib.sha256(value).digest() + value)
                 os.replace(partial, path)
             finally:
-                partial.unlink(missing_ok=True)
+                Path(partial).unlink(missing_ok=True)
             self._make_room()
         except OSError as error:
             self._warn(
@@ -131,7 +134,8 @@ class ProgramStore:
 
     def _file(self, key: str) -> Path:
         # Programs for a CPU use its instructions, and several machines may share a home directory.
-        digest = hashlib.sha256(f"{key}\n{_instructions()}".encode()).hexdigest()
+        instructions = _instructions() if jax.default_backend() == "cpu" else ""
+        digest = hashlib.sha256(f"{key}\n{instructions}".encode()).hexdigest()
         return self.folder / f"{key.partition('-')[0][:64]}-{digest[:32]}{_SUFFIX}"
 
     def _make_room(self) -> None:

@@ -20,13 +20,12 @@ TEMPORARY = pathlib.Path(__file__).parents[1] / "tmp"
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # others do not know it, and end
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
-# Before jax starts its backend, and before TFDS is imported. XLA_FLAGS from outside counts.
-os.environ.setdefault(
-    "XLA_FLAGS",
+CPU_FLAGS = (
     "--xla_force_host_platform_device_count=8 "
     # Eight devices on a busy machine may wait for each other longer than XLA's 40 seconds.
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600 " + FAST_COMPILE,
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600 " + FAST_COMPILE
 )
+# Before TFDS is imported.
 os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
 
 import chex
@@ -55,11 +54,12 @@ def pytest_configure(config):
     backends = {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}.get(name, "cpu") if real else "cpu"
     os.environ["JAX_PLATFORMS"] = backends
     jax.config.update("jax_platforms", backends)
+    # XLA_FLAGS from outside counts. A run that is repeated gives the same bits on a GPU too.
+    flags = {"cpu": CPU_FLAGS, "cuda,cpu": "--xla_gpu_deterministic_ops=true"}
+    os.environ.setdefault("XLA_FLAGS", flags.get(backends, ""))
     if backends != "cpu":
-        # The test processes share the device; products are float32, as the expected values are;
-        # and a run that is repeated gives the same bits.
+        # The test processes share the device; products are float32, as the expected values are.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        os.environ["XLA_FLAGS"] += " --xla_gpu_deterministic_ops=true" * (name == "gpu")
         jax.config.update("jax_default_matmul_precision", "highest")
         _loosen(factor=10)
 

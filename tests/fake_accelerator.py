@@ -1,7 +1,9 @@
 """Devices that behave towards this package as those of a GPU or a TPU do; the CPU computes.
 
 What only an accelerator reaches is code that no test on a CPU runs: the branch of another platform,
-a peak that is known, a compiler that reports no cost. In here that code runs.
+a peak that is known, a compiler that reports no cost. In here that code runs. Two things are those
+of a CPU all the same: `device.platform`, which JAX itself needs, and that several processes await
+each step.
 
 As a program it is `train.py` on such devices, with more of what happens on real ones:
     python -m tests.fake_accelerator gpu [OPTIONS] FLAGS_OF_TRAIN
@@ -108,23 +110,18 @@ def slow_down_report(seconds):
 
 
 def fill_memory(index, message="RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes."):
-    """The devices of one process have no room for the second step."""
-    from resnet_jax.training import parallel
+    """The devices of one process have no room for the second step, which it learns of later."""
+    from resnet_jax.training import recorder
 
-    make, calls = parallel.data_parallel, []
+    wait, calls = recorder._completion_time, []
 
-    def data_parallel(*arguments, **options):
-        step = make(*arguments, **options)
+    def completion_time(metrics):
+        calls.append(1)
+        if jax.process_index() == index and len(calls) == 2:
+            raise jax.errors.JaxRuntimeError(f"{message}\n\nBuffer 1:\n\tSize: 1.00GiB")
+        return wait(metrics)
 
-        def full(*arguments):
-            calls.append(1)
-            if jax.process_index() == index and len(calls) == 2:
-                raise jax.errors.JaxRuntimeError(f"{message}\n\nBuffer 1:\n\tSize: 1.00GiB")
-            return step(*arguments)
-
-        return full
-
-    parallel.data_parallel = data_parallel
+    recorder._completion_time = completion_time
 
 
 def main():

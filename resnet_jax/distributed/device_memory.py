@@ -10,8 +10,20 @@ import jax
 
 from resnet_jax.errors import ConfigError, one_line
 
-# XLA reports other shortages by the same status, such as a message that is too long for gRPC.
-_SHORTAGE = re.compile(r"RESOURCE_EXHAUSTED: (.*?(?:memory|allocat|hbm).*)", re.I | re.S)
+# XLA's words for a full device, whatever the status is that they come under.
+_FULL = re.compile(
+    r"out of memory|OUT_OF_MEMORY|ALLOC_FAILED|exceeds available HBM|allocat\w+ (?:device )?buffer"
+    r"|Attempting to (?:allocate|reserve)|Failed to allocate request",
+    re.IGNORECASE,
+)
+# Of fast memory inside the chip, a kernel needs too much; a smaller batch does not help.
+_ON_CHIP = re.compile(r"shared memory|vmem|smem", re.IGNORECASE)
+# What CUDA's libraries allocate themselves has to fit beside the pool that JAX takes at its start.
+_BESIDE_POOL = re.compile(r"cubin|cuda graph|nccl|cudnn|cublas|CUDA_ERROR_OUT_OF_MEMORY", re.I)
+_SMALLER_POOL = (
+    "it is needed outside the pool that JAX takes: set XLA_CLIENT_MEM_FRACTION below 0.75, or free "
+    "the memory that other processes hold"
+)
 
 
 @contextlib.contextmanager
@@ -23,7 +35,7 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
       remedy: What makes it smaller, with the names of fields or flags.
 
     Raises:
-      ConfigError: The compiler or the runtime of a device ran out of its memory in the block.
+      ConfigError: A device ran out of memory in the block, by its compiler's or runtime's words.
 
     Example:
       >>> with explain_out_of_memory("a batch of 64 images", "take a smaller --batch_size"):
@@ -35,10 +47,12 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        found = _SHORTAGE.search(str(error))
-        if found is None:
+        text = str(error)
+        if not _FULL.search(text) or _ON_CHIP.search(text):
             raise
-        reason = one_line(found[1].partition("\n")[0])[:200]
+        if _BESIDE_POOL.search(text):
+            remedy = _SMALLER_POOL
+        reason = one_line(text.partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: "))[:200]
         raise ConfigError(
             f"{what} does not fit in the memory of a device ({reason}); {remedy}"
         ) from error

@@ -19,6 +19,7 @@ import numpy as np
 from resnet_jax.errors import (
     LOST,
     MISTAKE,
+    STOPPED,
     ConfigError,
     DivergedError,
     PeerError,
@@ -54,6 +55,8 @@ def abandon(error: BaseException) -> None:
     line, code = one_line(error), MISTAKE
     if isinstance(error, PeerError):
         code = LOST
+    elif isinstance(error, KeyboardInterrupt):
+        line, code = "interrupted before the first step", STOPPED
     elif not isinstance(error, ResNetJaxError):
         traceback.print_exception(error)
         line, code = f"{type(error).__name__}: {line}", 1

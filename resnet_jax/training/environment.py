@@ -40,9 +40,9 @@ _OPTIONS = (
 # Environment variables that change them: flags of the compiler, and the switch for TF32.
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _SWITCHES = ("NVIDIA_TF32_OVERRIDE",)
-# Flags that say where to write, how long to wait or how many devices to make of a CPU. The number
-# of devices is compared in its own words.
-_HARMLESS = re.compile(r"--\w*(?:dump|timeout|device_count|cache_dir)")
+# Flags that say where files lie, who the neighbors are, how long to wait or how many devices to
+# make of a CPU. The number of devices is compared in its own words.
+_HARMLESS = re.compile(r"--\w*(?:dump|timeout|device_count|cache_dir|megascale|profile_file|_path)")
 _RECORDED_PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "CUDA_VISIBLE", "TPU_VISIBLE")
 
 

@@ -110,7 +110,10 @@ def train(config: Config, workdir: str | Path) -> Result:
         check_batches(config)
         check_calls(config, sources["train"])
         peers.agree(facts(config, sources))
-        use_compile_cache(config.log.compile_cache)
+        # On GPUs the processes share the timing of kernels while they compile, so one that found
+        # its program in the cache would leave the others waiting for its part.
+        together_on_gpus = peers.count > 1 and jax.default_backend() == "gpu"
+        use_compile_cache("" if together_on_gpus else config.log.compile_cache)
         folder, initial, bucket = Path(workdir).expanduser(), None, None
         with Signals() as signals, contextlib.ExitStack() as stack:
             if peers.is_first:  # the only one that touches the workdir

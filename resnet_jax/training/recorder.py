@@ -71,30 +71,28 @@ def _are_numbers(values: dict[str, Any]) -> bool:
 
 
 class _Clock:
-    """The rate of the steps since a moment, from the times at which calls were complete.
+    """The rate of the steps since a moment, from the times at which calls are complete.
 
-    The first call of a process waits for the compiler, so it counts only where there is no other.
+    Calls that wait for the compiler count only where there are no others.
     """
 
-    def __init__(self, since: float, waits_for_compiler: bool = True) -> None:
+    def __init__(self, since: float) -> None:
         self.completed = since
-        self._since = since
-        self._waits = waits_for_compiler
-        self._steps = 0
-        self._compiled: tuple[int, float] | None = None  # steps and end of the first call
+        self._all = self._compiled = (0, 0.0)  # steps and seconds
 
-    def add(self, steps: int, completed: float) -> None:
-        """Counts a call that was complete at a time."""
-        self._steps += steps
+    def add(self, steps: int, completed: float, compiles: bool) -> None:
+        """Counts a call that is complete at a time."""
+        call = steps, completed - self.completed
+        self._all = self._all[0] + call[0], self._all[1] + call[1]
+        if compiles:
+            self._compiled = self._compiled[0] + call[0], self._compiled[1] + call[1]
         self.completed = completed
-        if self._waits and self._compiled is None:
-            self._compiled = self._steps, completed
 
     def steps_per_second(self) -> float:
-        steps, since = self._compiled or (0, self._since)
-        if steps == self._steps:
-            steps, since = 0, self._since
-        return (self._steps - steps) / (self.completed - since)
+        steps, seconds = self._all
+        if steps > self._compiled[0]:
+            steps, seconds = steps - self._compiled[0], seconds - self._compiled[1]
+        return steps / seconds
 
 
 class Recorder:
@@ -136,6 +134,7 @@ class Recorder:
         self._done = done
         self.stop = False  # whether a process of the run has asked to stop
         self._clock = _Clock(time.monotonic())
+        self._compiled: set[int] = set()  # numbers of steps for which there is a program
 
     def add(self, done: int, metrics: Any) -> None:
         """Takes the metrics of a call that may still be running: of a step, or [steps]."""
@@ -170,7 +169,7 @@ class Recorder:
 
     def restart(self) -> None:
         """Starts the clock again after an evaluation."""
-        self._clock = _Clock(time.monotonic(), waits_for_compiler=False)
+        self._clock = _Clock(time.monotonic())
 
     def _read_all(self) -> None:
         while self._pending:
@@ -181,7 +180,8 @@ class Recorder:
         completed = completion.result()
         arrays = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
         steps = len(arrays["loss"])
-        self._clock.add(steps, completed)
+        self._clock.add(steps, completed, compiles=steps not in self._compiled)
+        self._compiled.add(steps)
         self.stop |= bool(arrays.pop("stop", np.zeros(1))[0])
         for index in range(steps):
             values = {name: float(x[index]) for name, x in arrays.items()}
@@ -213,7 +213,7 @@ class Recorder:
             record["mfu"] = images_per_second * self._peak_share
         self._telemetry.record(record)
         self._sums = self._sums.next()
-        self._clock = _Clock(self._clock.completed, waits_for_compiler=False)
+        self._clock = _Clock(self._clock.completed)
 
 
 def _completion_time(metrics: Any) -> float:

@@ -195,8 +195,8 @@ def fingerprints(sources: Mapping[str, Source]) -> dict[str, str]:
     return {use: source.fingerprint for use, source in sources.items()}
 
 
-# Where a host has its data and how it reads it changes no batch.
-_OF_A_HOST = ("data.data_dir", "data.threads", "data.workers", "data.prefetch")
+# Where a host has its data and its programs, and how it reads them, changes no result.
+_OF_A_HOST = ("data.data_dir", "data.threads", "data.workers", "data.prefetch", "log.compile_cache")
 
 
 def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:

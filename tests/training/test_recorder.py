@@ -16,13 +16,13 @@ STEPS_PER_CALL = 10
 class Device:
     """Runs calls one after the other, each for a while; what it returns may still be running."""
 
-    def __init__(self, seconds, compile_seconds=0.0):
+    def __init__(self, seconds):
         self._seconds = seconds
-        self._free = time.monotonic() + compile_seconds
+        self._free = 0.0
 
-    def call(self):
-        self._free = max(self._free, time.monotonic()) + self._seconds
-        zeros = np.zeros(STEPS_PER_CALL)
+    def call(self, steps=STEPS_PER_CALL, compile_seconds=0.0):
+        self._free = max(self._free, time.monotonic()) + compile_seconds + self._seconds
+        zeros = np.zeros(steps)
         names = ("loss", "top1", "top5", "learning_rate", "skipped")
         return {name: Running(zeros, self._free) for name in names}
 
@@ -89,12 +89,25 @@ def test_each_record_has_the_rate_of_its_own_steps(recorder, told):
 def test_waiting_for_the_compiler_is_left_out_where_other_steps_tell(told):
     config = c.Config(train=c.Train(batch_size=BATCH), log=c.Log(every_steps=3 * STEPS_PER_CALL))
     recorder = Recorder(config, 100.0, told, 0, lambda *_: "")
-    device = Device(0.1, compile_seconds=0.5)
+    device = Device(0.1)
     for call in range(1, 4):
-        recorder.add(call * STEPS_PER_CALL, device.call())
+        recorder.add(call * STEPS_PER_CALL, device.call(compile_seconds=0.5 * (call == 1)))
     recorder.flush()
     recorder.close()
     assert told.rates == pytest.approx([BATCH * STEPS_PER_CALL / 0.1], rel=0.25)
+
+
+def test_the_program_of_another_number_of_steps_is_compiled_too(told):
+    config = c.Config(train=c.Train(batch_size=BATCH), log=c.Log(every_steps=3 * STEPS_PER_CALL))
+    recorder = Recorder(config, 100.0, told, 0, lambda *_: "")
+    device = Device(0.1)
+    for call in range(1, 4):
+        recorder.add(call * STEPS_PER_CALL, device.call())
+    recorder.add(31, device.call(steps=1, compile_seconds=0.5))
+    recorder.add(32, device.call(steps=1))
+    recorder.flush()
+    recorder.close()
+    assert told.rates == pytest.approx([BATCH * STEPS_PER_CALL / 0.1, BATCH / 0.1], rel=0.25)
 
 
 def test_an_evaluation_is_not_counted(recorder, told):
