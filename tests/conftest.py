@@ -104,11 +104,11 @@ def pytest_generate_tests(metafunc):
     marked = metafunc.definition.get_closest_marker("accelerators")
     if marked and metafunc.config.getoption("--platform") == "cpu":
         platforms = [pytest.param(None, id="cpu"), "fake-gpu", "fake-tpu"]
-        metafunc.parametrize("platform", platforms, indirect=True, scope="module")
+        metafunc.parametrize("accelerator", platforms, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def platform(request):
+def accelerator(request):
     """What the devices look like: "cpu", "gpu" or "tpu"; fixtures that compile depend on it."""
     name = getattr(request, "param", None) or request.config.getoption("--platform")
     if name.startswith("fake-"):
@@ -132,7 +132,7 @@ def _room_for_programs():
 
 
 @pytest.fixture(scope="module")
-def tiny_model(platform):
+def tiny_model(accelerator):
     """The name of a registered network that compiles and trains in a third of the others' time."""
     with tiny.registered():
         yield tiny.NAME

@@ -91,7 +91,7 @@ def images(network):
 
 
 @pytest.fixture(scope="module")
-def logits(network, images, platform):
+def logits(network, images, accelerator):
     return source_logits(network.model, network.variables, network.preprocessing, images)
 
 

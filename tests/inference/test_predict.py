@@ -47,7 +47,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classifier(weights, platform):
+def classifier(weights, accelerator):
     return rj.Classifier.load(weights, model="resnet8_cifar", batch_size=BATCH)
 
 

@@ -57,14 +57,14 @@ def straight(tmp_path_factory, tiny_model):
 
 
 @pytest.mark.accelerators
-def test_what_a_run_writes(straight, platform):
+def test_what_a_run_writes(straight, accelerator):
     workdir, result = straight
     assert result.steps == 6
     found = records(workdir)
     training = [record for record in found if record["split"] == "train"]
     assert [record["step"] for record in training] == [2, 3, 4, 6]
     for record in training:
-        assert ("mfu" in record) == (platform != "cpu")
+        assert ("mfu" in record) == (accelerator != "cpu")
         assert record.keys() >= {
             "loss",
             "top1",

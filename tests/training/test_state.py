@@ -26,9 +26,9 @@ def test_shapes_are_those_of_the_state(config):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
 
 
-def test_random_parameters_follow_from_the_seed(tiny_model, platform):
+def test_random_parameters_follow_from_the_seed(tiny_model, accelerator):
     """On a CPU, whose compiler is told to hurry, and gives the same bits."""
-    if platform != "cpu":
+    if accelerator != "cpu":
         pytest.skip("compiler options of the CPU")
     model = rj.create_model(tiny_model)
     state = create_state(model, optax.sgd(0.1), Config(train=Train(seed=3)), channels=3)
