@@ -16,6 +16,7 @@ import numpy as np
 from resnet_jax.data.augment_ops import (
     adjust_contrast,
     adjust_hue,
+    apply_to_chosen,
     blend,
     box,
     luma,
@@ -104,7 +105,7 @@ def augment(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
     if mirrored is not None:
         images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    images = jax.vmap(functools.partial(_before_normalization, config=config))(images, keys)
+    images = _before_normalization(images.astype(jnp.float32), keys, config)
     images = normalize(images, config)
     images = jax.vmap(functools.partial(_after_normalization, config=config))(images, keys)
     targets = jax.nn.one_hot(labels, num_classes)
@@ -159,20 +160,26 @@ def _stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, _STREAMS.index(name))
 
 
-def _before_normalization(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:
-    image = _move(image.astype(jnp.float32), key, config)
+def _before_normalization(images: jax.Array, keys: jax.Array, config: Augment) -> jax.Array:
+    images = jax.vmap(functools.partial(_move, config=config))(images, keys)
+    if config.rotate:
+        images = _rotate(images, keys, config)
     if config.trivial:
-        image = trivial_augment(jnp.round(image), _stream(key, "trivial"))
+        images = trivial_augment(jnp.round(images), _streams(keys, "trivial"))
     if config.rand_layers:
-        image = rand_augment(
-            jnp.round(image),
-            _stream(key, "rand"),
+        images = rand_augment(
+            jnp.round(images),
+            _streams(keys, "rand"),
             config.rand_layers,
             config.rand_magnitude,
             config.rand_magnitude_std,
             _mean_color(config),
         )
-    return _jitter(image, key, config)
+    return jax.vmap(functools.partial(_jitter, config=config))(images, keys)
+
+
+def _streams(keys: jax.Array, name: str) -> jax.Array:
+    return jax.vmap(lambda key: _stream(key, name))(keys)
 
 
 def _move(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:
@@ -182,10 +189,16 @@ def _move(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:
     if config.pad:
         top, left = jax.random.randint(_stream(key, "pad"), (2,), 0, 2 * config.pad + 1)
         image = pad_and_crop(image, config.pad, top, left, _mean_color(config))
-    if config.rotate:
-        degrees = _uniform(_stream(key, "rotate"), config.rotate)
-        image = warp(image, rotation(degrees, *image.shape[:2]), _mean_color(config))
     return image
+
+
+def _rotate(images: jax.Array, keys: jax.Array, config: Augment) -> jax.Array:
+    def rotate(image: jax.Array, key: jax.Array) -> jax.Array:
+        degrees = _uniform(key, config.rotate)
+        return warp(image, rotation(degrees, *image.shape[:2]), _mean_color(config))
+
+    everyone = jnp.ones(len(images), bool)
+    return apply_to_chosen(rotate, everyone, images, _streams(keys, "rotate"))
 
 
 def _jitter(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:

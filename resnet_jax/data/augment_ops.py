@@ -5,6 +5,9 @@ Images are float32 [H, W, C] with values in 0..255, not rounded unless a functio
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -170,7 +173,34 @@ def pad_and_crop(
     height, width, channels = image.shape
     padded = jnp.broadcast_to(fill, (height + 2 * pad, width + 2 * pad, channels))
     padded = padded.at[pad : pad + height, pad : pad + width].set(image)
-    return lax.dynamic_slice(padded, (top, left, 0), image.shape)
+    return lax.platform_dependent(
+        padded,
+        jnp.asarray(top),
+        jnp.asarray(left),
+        tpu=functools.partial(_crop_by_shifts, height=height, width=width),
+        default=lambda padded, top, left: lax.dynamic_slice(padded, (top, left, 0), image.shape),
+    )
+
+
+def _crop_by_shifts(
+    padded: jax.Array, top: jax.Array, left: jax.Array, height: int, width: int
+) -> jax.Array:
+    """A window [height, width, C]: each binary digit of its place chooses between two slices.
+
+    Under `vmap` a dynamic slice reads the images one after another.
+    """
+    for axis, size, start in ((0, height, top), (1, width, left)):
+        digits = (padded.shape[axis] - size).bit_length()
+        # Room for the largest number of as many digits.
+        room = [(0, 0)] * 3
+        room[axis] = (0, size + 2**digits - 1 - padded.shape[axis])
+        padded = jnp.pad(padded, room)
+        for step in (2**digit for digit in reversed(range(digits))):
+            length = padded.shape[axis]
+            near = lax.slice_in_dim(padded, 0, length - step, axis=axis)
+            far = lax.slice_in_dim(padded, step, length, axis=axis)
+            padded = jnp.where(start & step, far, near)
+    return padded
 
 
 def rotation(degrees: float | jax.Array, height: int, width: int) -> jax.Array:
@@ -194,16 +224,23 @@ def rotation(degrees: float | jax.Array, height: int, width: int) -> jax.Array:
 
 
 def warp(
-    image: jax.Array, matrix: jax.Array, fill: jax.typing.ArrayLike, nearest: bool = False
+    image: jax.Array,
+    matrix: jax.Array,
+    fill: jax.typing.ArrayLike,
+    nearest: bool = False,
+    levels: bool = False,
 ) -> jax.Array:
     """Resamples an image as Pillow's `Image.transform(..., AFFINE)` does.
 
     Args:
       image: [H, W, C].
       matrix: Affine map [2, 3] from a place (x, y) in the result to one in the image, in pixels;
-        the centre of the first pixel is (0.5, 0.5).
+        the centre of the first pixel is (0.5, 0.5). On a TPU the absolute values of the first two
+        numbers of a row must not add up to more than 2: no rotation, shear of up to 1, or
+        translation does.
       fill: Value, or one for each channel, of what lies outside the image.
       nearest: Take the nearest pixel instead of interpolating bilinearly.
+      levels: The image has whole values in 0..255, which is faster on a TPU.
 
     Returns:
       The same shape, not rounded.
@@ -213,12 +250,25 @@ def warp(
       >>> warp(image, jnp.array([[1.0, 0.0, 1.25], [0.0, 1.0, 0.0]]), -1.0)[0, :, 0].tolist()
       [1.25, 2.25, 3.0, -1.0]
     """
-    height, width, channels = image.shape
+    height, width = image.shape[:2]
     # Integers first: an iota of floats would be a constant to fold at compile time.
     x = jnp.arange(width).astype(jnp.float32)[None, :] + 0.5
     y = jnp.arange(height).astype(jnp.float32)[:, None] + 0.5
     x, y = (row[0] * x + row[1] * y + row[2] for row in matrix)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    result = lax.platform_dependent(
+        image,
+        x,
+        y,
+        tpu=functools.partial(_sample_by_products, nearest=nearest, levels=levels),
+        default=functools.partial(_sample_by_gather, nearest=nearest),
+    )
+    return jnp.where(inside[..., None], result, fill)
+
+
+def _sample_by_gather(image: jax.Array, x: jax.Array, y: jax.Array, nearest: bool) -> jax.Array:
+    """Values of an image at places x and y [H, W], beyond the border those of the border."""
+    height, width, channels = image.shape
     pixels = image.reshape(-1, channels)
 
     def take(row: jax.Array, column: jax.Array) -> jax.Array:
@@ -227,14 +277,198 @@ def warp(
         return pixels.at[row * width + column].get(mode="promise_in_bounds")
 
     if nearest:
-        result = take(jnp.floor(y), jnp.floor(x))
+        return take(jnp.floor(y), jnp.floor(x))
+    top, left = jnp.floor(y - 0.5), jnp.floor(x - 0.5)
+    down, right = (y - 0.5 - top)[..., None], (x - 0.5 - left)[..., None]
+    upper = (1 - right) * take(top, left) + right * take(top, left + 1)
+    lower = (1 - right) * take(top + 1, left) + right * take(top + 1, left + 1)
+    return (1 - down) * upper + down * lower
+
+
+TILE = 16  # pixels a side; 8 and 32 take longer on a TPU
+
+
+def _sample_by_products(
+    image: jax.Array, x: jax.Array, y: jax.Array, nearest: bool, levels: bool
+) -> jax.Array:
+    """The same as `_sample_by_gather`, for TPUs, which gather one pixel after another.
+
+    Each tile of the result reads a band of 2 TILE rows of the image. One matrix product takes the
+    bands out of the image; a second one takes, for each pixel of the tile, its column out of the
+    band; what is left to choose is the row. The matrices have a single 1 in each row, so products
+    copy: levels are exact in bfloat16, and other values at the highest precision.
+    """
+    height, width = image.shape[:2]
+    dtype = jnp.bfloat16 if levels else jnp.float32
+    product = functools.partial(
+        jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+    )
+    x, y = _tiles(x), _tiles(y)  # [T, P]
+    center = 0.0 if nearest else 0.5
+    left, top = jnp.floor(x - center), jnp.floor(y - center)
+    first = top.min(1, keepdims=True)
+    rows = jnp.clip(first + jnp.arange(2 * TILE), 0, height - 1)
+    choice = (rows[..., None] == jnp.arange(height)).astype(dtype)
+    bands = product("tbh,hwc->tbcw", choice, image.astype(dtype))
+
+    def take(column: jax.Array) -> jax.Array:
+        column = jnp.clip(column, 0, width - 1)[:, None]
+        choice = (column == jnp.arange(width)[:, None]).astype(dtype)
+        return product("tbcw,twp->tbcp", bands, choice).astype(jnp.float32)
+
+    row = jnp.arange(2 * TILE)[:, None]
+    upper = (top - first)[:, None] == row  # [T, 2 TILE, P]
+    if nearest:
+        share, values = upper.astype(jnp.float32), take(left)
     else:
-        top, left = jnp.floor(y - 0.5), jnp.floor(x - 0.5)
-        down, right = (y - 0.5 - top)[..., None], (x - 0.5 - left)[..., None]
-        upper = (1 - right) * take(top, left) + right * take(top, left + 1)
-        lower = (1 - right) * take(top + 1, left) + right * take(top + 1, left + 1)
-        result = (1 - down) * upper + down * lower
-    return jnp.where(inside[..., None], result, fill)
+        lower = (top - first)[:, None] + 1 == row
+        down, right = (y - 0.5 - top)[:, None], (x - 0.5 - left)[:, None, None]
+        share = jnp.where(upper, 1 - down, jnp.where(lower, down, 0))
+        values = (1 - right) * take(left) + right * take(left + 1)
+    return _from_tiles((share[:, :, None] * values).sum(1), height, width)
+
+
+def _tiles(values: jax.Array) -> jax.Array:
+    """[H, W] to tiles [T, TILE * TILE], the last ones filled up with the values at the border."""
+    height, width = values.shape
+    values = jnp.pad(values, ((0, -height % TILE), (0, -width % TILE)), mode="edge")
+    values = values.reshape(-(-height // TILE), TILE, -(-width // TILE), TILE)
+    return values.swapaxes(1, 2).reshape(-1, TILE * TILE)
+
+
+def _from_tiles(tiles: jax.Array, height: int, width: int) -> jax.Array:
+    """[T, C, TILE * TILE] to [H, W, C]."""
+    down, across = -(-height // TILE), -(-width // TILE)
+    tiles = tiles.reshape(down, across, -1, TILE, TILE).transpose(0, 3, 1, 4, 2)
+    return tiles.reshape(down * TILE, across * TILE, -1)[:height, :width]
+
+
+def look_up(image: jax.Array, table: jax.Array) -> jax.Array:
+    """Replaces each level by its entry in a table.
+
+    Args:
+      image: [H, W, C], whole values in 0..255.
+      table: New levels [256, C], whole values in 0..255.
+
+    Returns:
+      [H, W, C], float32.
+
+    Example:
+      >>> table = 255 - jnp.arange(256.0)[:, None]
+      >>> look_up(jnp.array([[[0.0], [55.0]]]), table).ravel().tolist()
+      [255.0, 200.0]
+    """
+    return lax.platform_dependent(
+        image, table, tpu=_look_up_by_products, default=_look_up_by_gather
+    )
+
+
+def _look_up_by_gather(image: jax.Array, table: jax.Array) -> jax.Array:
+    channels = image.shape[-1]
+    places = image.astype(jnp.int32) * channels + jnp.arange(channels)
+    return table.ravel().at[places].get(mode="promise_in_bounds")
+
+
+def _look_up_by_products(image: jax.Array, table: jax.Array) -> jax.Array:
+    # The upper four bits of a level choose 16 entries by a product, the lower ones one of them.
+    # Each sum has one term that is not 0, a level, which bfloat16 holds exactly.
+    upper, lower = _hexadecimal(image)
+    table = table.reshape(16, 16, -1).astype(jnp.bfloat16)
+    entries = jnp.einsum(
+        "hwcu,ulc->hwcl", upper.astype(jnp.bfloat16), table, preferred_element_type=jnp.float32
+    )
+    return jnp.where(lower, entries, 0).sum(-1)
+
+
+def histogram(image: jax.Array) -> jax.Array:
+    """How many pixels have each level.
+
+    Args:
+      image: [H, W, C], whole values in 0..255, of at most 2^24 pixels.
+
+    Returns:
+      int32 [256, C].
+
+    Example:
+      >>> histogram(jnp.array([[[0.0], [3.0], [3.0]]]))[:4, 0].tolist()
+      [1, 0, 0, 2]
+    """
+    return lax.platform_dependent(image, tpu=_histogram_by_products, default=_histogram_by_scatter)
+
+
+def _histogram_by_scatter(image: jax.Array) -> jax.Array:
+    channels = image.shape[-1]
+    places = image.astype(jnp.int32) * channels + jnp.arange(channels)
+    counts = jnp.zeros(256 * channels, jnp.int32)
+    return counts.at[places].add(1, mode="promise_in_bounds").reshape(256, channels)
+
+
+def _histogram_by_products(image: jax.Array) -> jax.Array:
+    # Pixels with upper bits u and lower bits l: a product of two matrices of zeros and ones, of
+    # which float32 holds the sums exactly. One product for all pairs of channels is faster than one
+    # for each channel; only the pairs of a channel with itself are needed.
+    upper, lower = (bits.astype(jnp.bfloat16) for bits in _hexadecimal(image))
+    counts = jnp.einsum("hwcu,hwdl->ulcd", upper, lower, preferred_element_type=jnp.float32)
+    counts = jnp.diagonal(counts, axis1=2, axis2=3)
+    return counts.reshape(256, -1).astype(jnp.int32)
+
+
+def _hexadecimal(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which of 16 values the upper and the lower four bits of each level have: bool [..., 16]."""
+    upper = jnp.floor(image / 16)
+    digits = jnp.arange(16)
+    return upper[..., None] == digits, (image - 16 * upper)[..., None] == digits
+
+
+GROUP = 4  # images at a time
+
+
+def apply_to_chosen(
+    function: Callable[..., jax.Array], chosen: jax.Array, values: jax.Array, *others: jax.Array
+) -> jax.Array:
+    """Applies a function to some images of a batch.
+
+    A conditional under `vmap` computes all images. CPUs and TPUs compute the chosen ones, a few
+    at a time; a GPU, which would wait for the host between them, computes all.
+
+    Args:
+      function: From what belongs to one image, of `values` and of each of `others`, to a new value
+        of the same shape and kind.
+      chosen: bool [N], the images to apply it to.
+      values: [N, ...], what the function changes.
+      others: Arrays [N, ...].
+
+    Returns:
+      [N, ...], where not chosen the old value.
+
+    Example:
+      >>> chosen = jnp.array([True, False, True])
+      >>> apply_to_chosen(jnp.negative, chosen, jnp.arange(3.0) + 1).tolist()
+      [-1.0, 2.0, -3.0]
+    """
+
+    def at_once(chosen: jax.Array, values: jax.Array, *others: jax.Array) -> jax.Array:
+        results = jax.vmap(function)(values, *others)
+        return jnp.where(chosen.reshape(-1, *[1] * (values.ndim - 1)), results, values)
+
+    def in_groups(chosen: jax.Array, *arrays: jax.Array) -> jax.Array:
+        size = min(GROUP, len(chosen))
+        order = jnp.argsort(~chosen)
+
+        def group(index: jax.Array, results: jax.Array) -> jax.Array:
+            # The last group begins earlier where it would reach past the end: it computes some
+            # images a second time, from the values that came in.
+            places = lax.dynamic_slice(order, (index * size,), (size,))
+            parts = (x.at[places].get(mode="promise_in_bounds") for x in (chosen, *arrays))
+            new = at_once(*parts)
+            return results.at[places].set(new, mode="promise_in_bounds", unique_indices=True)
+
+        groups = (chosen.sum() + size - 1) // size
+        return lax.fori_loop(0, groups, group, arrays[0])
+
+    return lax.platform_dependent(
+        chosen, values, *others, cpu=in_groups, tpu=in_groups, default=at_once
+    )
 
 
 def box(

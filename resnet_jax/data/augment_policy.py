@@ -1,8 +1,8 @@
 """The operations of RandAugment and TrivialAugment on one image, and the draws among them.
 
 A vmapped `lax.switch` computes all its branches. So an operation is not a branch on images: it
-is an `Edit`, a few small arrays, and every image passes through one table lookup, one warp and
-two blends, of which all but the chosen operation's are the identity.
+is an `Edit`, a few small arrays, which say what a look-up in a table, a warp and two blends are to
+do. Each of these four is computed for the images that need it.
 
 Images are float32 [H, W, C] with the whole values 0..255 of a uint8 image. Results are rounded
 to the nearest value, where Pillow cuts off the fraction.
@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resnet_jax.data.augment_ops import blend, rotation, smooth, warp
+from resnet_jax.data.augment_ops import (
+    apply_to_chosen,
+    blend,
+    histogram,
+    look_up,
+    rotation,
+    smooth,
+    warp,
+)
 
 
 class Edit(NamedTuple):
@@ -25,12 +33,14 @@ class Edit(NamedTuple):
 
     Args:
       table: New level of each of the 256 levels [256, C].
+      equalize: bool, take the table that equalises the image's histogram instead.
       matrix: Affine map [2, 3] from a pixel (x, y) of the result to one of the image, in pixels.
       color: Factor of the distance to the grey image.
       sharpness: Factor of the distance to the smoothed image.
     """
 
     table: jax.Array
+    equalize: jax.Array
     matrix: jax.Array
     color: jax.Array
     sharpness: jax.Array
@@ -59,12 +69,14 @@ def transform(
       >>> transform(jnp.full((1, 1, 3), 200.0), "Posterize", 1.0)[0, 0].tolist()
       [128.0, 128.0, 128.0]
     """
-    return _apply(image, EDITS[operation](image, jnp.asarray(value, jnp.float32)), fill, nearest)
+    edit = EDITS[operation](image, jnp.asarray(value, jnp.float32))
+    edits = jax.tree.map(lambda x: x[None], edit)
+    return _apply(image[None], edits, fill, nearest)[0]
 
 
 def rand_augment(
-    image: jax.Array,
-    key: jax.Array,
+    images: jax.Array,
+    keys: jax.Array,
     layers: int,
     magnitude: float,
     magnitude_std: float,
@@ -77,8 +89,8 @@ def rand_augment(
     it is always bilinear.
 
     Args:
-      image: [H, W, C], whole values in 0..255.
-      key: Of this image's draws.
+      images: [N, H, W, C], whole values in 0..255.
+      keys: One for each image's draws [N].
       layers: Number of draws.
       magnitude: 0 to 10.
       magnitude_std: Standard deviation of each draw's magnitude, which is clipped to 0..10.
@@ -88,45 +100,53 @@ def rand_augment(
       The same shape, whole values in 0..255.
 
     Example:
-      >>> rand_augment(jnp.zeros((8, 8, 3)), jax.random.key(0), 2, 9.0, 0.5, 128.0).shape
-      (8, 8, 3)
+      >>> images, keys = jnp.zeros((4, 8, 8, 3)), jax.random.split(jax.random.key(0), 4)
+      >>> rand_augment(images, keys, 2, 9.0, 0.5, 128.0).shape
+      (4, 8, 8, 3)
     """
 
-    def layer(image: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+    def draw(image: jax.Array, key: jax.Array) -> Edit:
         chosen, applied, strength, side = jax.random.split(key, 4)
         identity = len(RAND_OPERATIONS) - 1
         index = jax.random.randint(chosen, (), 0, identity)
         index = jnp.where(jax.random.bernoulli(applied), index, identity)
         level = magnitude + magnitude_std * jax.random.normal(strength)
         level = jnp.clip(level, 0, 10) / 10
-        edit = _choose(image, RAND_OPERATIONS, index, level, _sign(side))
-        return _apply(image, edit, fill, nearest=False), None
+        return _choose(image, RAND_OPERATIONS, index, level, _sign(side))
 
-    return lax.scan(layer, image, jax.random.split(key, layers))[0]
+    def layer(images: jax.Array, keys: jax.Array) -> tuple[jax.Array, None]:
+        return _apply(images, jax.vmap(draw)(images, keys), fill, nearest=False), None
+
+    keys = jax.vmap(lambda key: jax.random.split(key, layers), out_axes=1)(keys)
+    return lax.scan(layer, images, keys)[0]
 
 
-def trivial_augment(image: jax.Array, key: jax.Array) -> jax.Array:
+def trivial_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
     """TrivialAugment wide (Müller & Hutter 2021): one operation, one of 31 magnitudes.
 
     As torchvision's `TrivialAugmentWide`: affine operations take the nearest pixel and bring in
     black.
 
     Args:
-      image: [H, W, C], whole values in 0..255.
-      key: Of this image's draws.
+      images: [N, H, W, C], whole values in 0..255.
+      keys: One for each image's draws [N].
 
     Returns:
       The same shape, whole values in 0..255.
 
     Example:
-      >>> trivial_augment(jnp.zeros((8, 8, 3)), jax.random.key(0)).shape
-      (8, 8, 3)
+      >>> images, keys = jnp.zeros((4, 8, 8, 3)), jax.random.split(jax.random.key(0), 4)
+      >>> trivial_augment(images, keys).shape
+      (4, 8, 8, 3)
     """
-    chosen, strength, side = jax.random.split(key, 3)
-    index = jax.random.randint(chosen, (), 0, len(TRIVIAL_OPERATIONS))
-    level = jax.random.randint(strength, (), 0, 31) / 30
-    edit = _choose(image, TRIVIAL_OPERATIONS, index, level, _sign(side))
-    return _apply(image, edit, 0.0, nearest=True)
+
+    def draw(image: jax.Array, key: jax.Array) -> Edit:
+        chosen, strength, side = jax.random.split(key, 3)
+        index = jax.random.randint(chosen, (), 0, len(TRIVIAL_OPERATIONS))
+        level = jax.random.randint(strength, (), 0, 31) / 30
+        return _choose(image, TRIVIAL_OPERATIONS, index, level, _sign(side))
+
+    return _apply(images, jax.vmap(draw)(images, keys), 0.0, nearest=True)
 
 
 def _choose(
@@ -139,14 +159,29 @@ def _choose(
     return lax.switch(index, branches, image, level, sign)
 
 
-def _apply(image: jax.Array, edit: Edit, fill: jax.typing.ArrayLike, nearest: bool) -> jax.Array:
-    channels = image.shape[-1]
-    places = image.astype(jnp.int32) * channels + jnp.arange(channels)
-    image = edit.table.ravel().at[places].get(mode="promise_in_bounds")
-    image = _round(warp(image, edit.matrix, fill, nearest))
-    if image.shape[-1] == 3:
-        image = _round(blend(image, _grey(image), edit.color))
-    return _round(blend(image, smooth(image), edit.sharpness))
+def _apply(images: jax.Array, edits: Edit, fill: jax.typing.ArrayLike, nearest: bool) -> jax.Array:
+    """Edits images [N, H, W, C], each by its own edit."""
+    identity = _identity(images[0])
+    tables = apply_to_chosen(_equalize, edits.equalize, edits.table, images)
+    images = apply_to_chosen(look_up, (tables != identity.table).any((1, 2)), images, tables)
+
+    def move(image: jax.Array, matrix: jax.Array) -> jax.Array:
+        return _round(warp(image, matrix, fill, nearest, levels=True))
+
+    images = apply_to_chosen(
+        move, (edits.matrix != identity.matrix).any((1, 2)), images, edits.matrix
+    )
+    if images.shape[-1] == 3:
+        images = apply_to_chosen(_color, edits.color != 1, images, edits.color)
+    return apply_to_chosen(_sharpen, edits.sharpness != 1, images, edits.sharpness)
+
+
+def _color(image: jax.Array, factor: jax.Array) -> jax.Array:
+    return _round(blend(image, _grey(image), factor))
+
+
+def _sharpen(image: jax.Array, factor: jax.Array) -> jax.Array:
+    return _round(blend(image, smooth(image), factor))
 
 
 def _grey(image: jax.Array) -> jax.Array:
@@ -174,7 +209,8 @@ def _identity(image: jax.Array, value: float | jax.Array = 0.0) -> Edit:
     del value
     table = jnp.broadcast_to(jnp.arange(256)[:, None], (256, image.shape[-1]))
     matrix = _matrix(((1, 0, 0), (0, 1, 0)))
-    return Edit(table.astype(jnp.float32), matrix, jnp.float32(1), jnp.float32(1))
+    table = table.astype(jnp.float32)
+    return Edit(table, jnp.zeros((), bool), matrix, jnp.float32(1), jnp.float32(1))
 
 
 Levels = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -205,17 +241,16 @@ def _auto_contrast(image: jax.Array, levels: jax.Array, value: jax.Array) -> jax
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), levels)
 
 
-def _equalize(image: jax.Array, levels: jax.Array, value: jax.Array) -> jax.Array:
-    def channel(pixels: jax.Array, levels: jax.Array) -> jax.Array:
-        counts = jnp.zeros(256, jnp.int32).at[pixels].add(1, mode="promise_in_bounds")
-        # Pillow leaves out the brightest level that occurs, which maps to 255 anyway.
-        step = (pixels.size - counts[pixels.max()]) // 255
-        darker = jnp.cumsum(counts) - counts
-        table = jnp.minimum((darker + step // 2) // jnp.maximum(step, 1), 255)
-        return jnp.where(step > 0, table, levels)
-
-    pixels = image.astype(jnp.int32).reshape(-1, image.shape[-1])
-    return jax.vmap(channel, 1, 1)(pixels, levels)
+def _equalize(table: jax.Array, image: jax.Array) -> jax.Array:
+    """The table that equalises an image; where that has one level, the table that came in."""
+    counts = histogram(image)
+    # Pillow leaves out the brightest level that occurs, which maps to 255 anyway.
+    brightest = jnp.arange(256)[:, None] == image.max((0, 1))
+    pixels = image.shape[0] * image.shape[1]
+    step = (pixels - jnp.where(brightest, counts, 0).sum(0)) // 255
+    darker = jnp.cumsum(counts, axis=0) - counts
+    new = jnp.minimum((darker + step // 2) // jnp.maximum(step, 1), 255)
+    return jnp.where(step > 0, new, table)
 
 
 def _posterize(image: jax.Array, levels: jax.Array, bits: jax.Array) -> jax.Array:
@@ -230,7 +265,7 @@ def _contrast(image: jax.Array, levels: jax.Array, factor: jax.Array) -> jax.Arr
 EDITS: dict[str, Callable[[jax.Array, jax.Array], Edit]] = {
     "Identity": _identity,
     "AutoContrast": _table(_auto_contrast),
-    "Equalize": _table(_equalize),
+    "Equalize": lambda image, value: _identity(image)._replace(equalize=jnp.ones((), bool)),
     "Invert": _table(lambda image, levels, value: 255 - levels),
     "Posterize": _table(_posterize),
     "Solarize": _table(

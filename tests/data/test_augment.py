@@ -209,7 +209,7 @@ def test_rand_augment_draws_each_operation_as_often():
     draw = functools.partial(
         policy.rand_augment, layers=1, magnitude=9.0, magnitude_std=0.5, fill=128.0
     )
-    results = jax.jit(jax.vmap(draw))(images, jax.random.split(KEY, count))
+    results = jax.jit(draw)(images, jax.random.split(KEY, count))
     shares = kinds(images, results, 128.0)
     # Half stay as they are; four standard deviations of 800 draws.
     assert shares["Identity"] == pytest.approx(0.5, abs=0.071)
@@ -220,7 +220,7 @@ def test_rand_augment_draws_each_operation_as_often():
 def test_trivial_augment_draws_each_operation_as_often():
     count = 800
     images = photo(1, height=17, width=17).repeat(count, axis=0).astype(np.float32)
-    results = jax.jit(jax.vmap(policy.trivial_augment))(images, jax.random.split(KEY, count))
+    results = jax.jit(policy.trivial_augment)(images, jax.random.split(KEY, count))
     shares = kinds(images, results, 0.0)
     # The identity, a 1/31 of the eight others with a magnitude of 0, 3/31 of Posterize (8 bits:
     # magnitudes 0 to 2), and translations by less than a pixel.
