@@ -155,7 +155,7 @@ def pad_and_crop(
     """Cuts a window of the image's size out of the padded image (He et al. 2015, section 4.2).
 
     Args:
-      image: [H, W, C].
+      image: [H, W, C], whole values in 0..255.
       pad: Border in pixels on each side.
       top: Of the window in the padded image, 0 to 2 pad; pad keeps the image in place.
       left: Of the window in the padded image, 0 to 2 pad.
@@ -169,38 +169,42 @@ def pad_and_crop(
       >>> pad_and_crop(image, 1, 0, 2, jnp.zeros(1))[..., 0].tolist()
       [[0.0, 0.0], [2.0, 0.0]]
     """
+    return lax.platform_dependent(
+        image.astype(jnp.float32),
+        jnp.asarray(top),
+        jnp.asarray(left),
+        tpu=functools.partial(_crop_by_products, pad=pad, fill=fill),
+        default=functools.partial(_crop_by_slice, pad=pad, fill=fill),
+    )
+
+
+def _crop_by_slice(
+    image: jax.Array, top: jax.Array, left: jax.Array, pad: int, fill: jax.typing.ArrayLike
+) -> jax.Array:
     # `jnp.pad` takes one number, not one for each channel.
     height, width, channels = image.shape
     padded = jnp.broadcast_to(fill, (height + 2 * pad, width + 2 * pad, channels))
     padded = padded.at[pad : pad + height, pad : pad + width].set(image)
-    return lax.platform_dependent(
-        padded,
-        jnp.asarray(top),
-        jnp.asarray(left),
-        tpu=functools.partial(_crop_by_shifts, height=height, width=width),
-        default=lambda padded, top, left: lax.dynamic_slice(padded, (top, left, 0), image.shape),
-    )
+    return lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
 
-def _crop_by_shifts(
-    padded: jax.Array, top: jax.Array, left: jax.Array, height: int, width: int
+def _crop_by_products(
+    image: jax.Array, top: jax.Array, left: jax.Array, pad: int, fill: jax.typing.ArrayLike
 ) -> jax.Array:
-    """A window [height, width, C]: each binary digit of its place chooses between two slices.
+    """The same for TPUs, which slice the images of a batch one after another.
 
-    Under `vmap` a dynamic slice reads the images one after another.
+    Each row of the two matrices has a single 1, or none where the window lies outside the image:
+    bfloat16 holds all values and sums exactly.
     """
-    for axis, size, start in ((0, height, top), (1, width, left)):
-        digits = (padded.shape[axis] - size).bit_length()
-        # Room for the largest number of as many digits.
-        room = [(0, 0)] * 3
-        room[axis] = (0, size + 2**digits - 1 - padded.shape[axis])
-        padded = jnp.pad(padded, room)
-        for step in (2**digit for digit in reversed(range(digits))):
-            length = padded.shape[axis]
-            near = lax.slice_in_dim(padded, 0, length - step, axis=axis)
-            far = lax.slice_in_dim(padded, step, length, axis=axis)
-            padded = jnp.where(start & step, far, near)
-    return padded
+    height, width = image.shape[:2]
+    rows, columns = jnp.arange(height) + top - pad, jnp.arange(width) + left - pad
+    down = (rows[:, None] == jnp.arange(height)).astype(jnp.bfloat16)
+    across = (columns[:, None] == jnp.arange(width)).astype(jnp.bfloat16)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.bfloat16)
+    window = product("iy,yxc->ixc", down, image.astype(jnp.bfloat16))
+    window = product("jx,ixc->ijc", across, window).astype(jnp.float32)
+    inside = box((height, width), pad - top, pad - left, height, width)
+    return jnp.where(inside[..., None], window, fill)
 
 
 def rotation(degrees: float | jax.Array, height: int, width: int) -> jax.Array:
@@ -420,7 +424,9 @@ def _hexadecimal(image: jax.Array) -> tuple[jax.Array, jax.Array]:
     return upper[..., None] == digits, (image - 16 * upper)[..., None] == digits
 
 
-GROUP = 4  # images at a time
+# Numbers that a group of images has at most. A group has two images or more: with one, XLA for TPUs
+# lay out the whole batch so that an image is not in one piece.
+GROUP = 2**15
 
 
 def apply_to_chosen(
@@ -452,7 +458,8 @@ def apply_to_chosen(
         return jnp.where(chosen.reshape(-1, *[1] * (values.ndim - 1)), results, values)
 
     def in_groups(chosen: jax.Array, *arrays: jax.Array) -> jax.Array:
-        size = min(GROUP, len(chosen))
+        numbers = max(x.size for x in arrays) // len(chosen)
+        size = min(max(GROUP // numbers, 2), len(chosen))
         order = jnp.argsort(~chosen)
 
         def group(index: jax.Array, results: jax.Array) -> jax.Array:
