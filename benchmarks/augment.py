@@ -6,8 +6,9 @@
 
 The first form prints milliseconds a batch, the median of several draws. The second one compiles for
 one chip and prints the compiler's estimate of cycles. It estimates a loop's body once: bodies are
-listed with how often they run, or "chosen", once for each group of images that draw the operation.
-Gathers and scatters have no estimate; the number of places that they read or write is printed.
+listed with how often they run, which for some depends on the draws (once for each group of images
+that need an operation). Gathers and scatters have no estimate; what is printed is the number of
+places that gathers read.
 """
 
 import argparse
@@ -92,7 +93,9 @@ def read(program: str) -> list[str]:
         r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", program
     ):
         limits = re.findall(r"constant\((\d+)\)", "\n".join(parts[condition]))
-        report.append(f"{cycles[body]:,} cycles, {limits[0] if limits else 'chosen'} times")
+        report.append(
+            f"{cycles[body]:,} cycles, {limits[0] + ' times' if limits else 'as often as drawn'}"
+        )
     gather = r"= \w+\[([\d,]+)\]\S* gather\(.*slice_sizes=\{([\d,]+)\}"
     read = sum(size(result) // size(part) for result, part in re.findall(gather, program))
     indices = r" scatter\(.*?\), update_window_dims=\{([\d,]*)\}"

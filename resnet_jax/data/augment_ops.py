@@ -401,10 +401,11 @@ def histogram(image: jax.Array) -> jax.Array:
 
 
 def _histogram_by_scatter(image: jax.Array) -> jax.Array:
-    channels = image.shape[-1]
-    places = image.astype(jnp.int32) * channels + jnp.arange(channels)
-    counts = jnp.zeros(256 * channels, jnp.int32)
-    return counts.at[places].add(1, mode="promise_in_bounds").reshape(256, channels)
+    def channel(levels: jax.Array) -> jax.Array:
+        return jnp.zeros(256, jnp.int32).at[levels].add(1, mode="promise_in_bounds")
+
+    levels = image.astype(jnp.int32).reshape(-1, image.shape[-1])
+    return jax.vmap(channel, 1, 1)(levels)
 
 
 def _histogram_by_products(image: jax.Array) -> jax.Array:
@@ -429,52 +430,51 @@ def _hexadecimal(image: jax.Array) -> tuple[jax.Array, jax.Array]:
 GROUP = 2**15
 
 
-def apply_to_chosen(
-    function: Callable[..., jax.Array], chosen: jax.Array, values: jax.Array, *others: jax.Array
+def apply_where_needed(
+    function: Callable[..., jax.Array], needed: jax.Array, values: jax.Array, *others: jax.Array
 ) -> jax.Array:
-    """Applies a function to some images of a batch.
+    """Applies a function to the images of a batch, where it can, to those that it changes only.
 
-    A conditional under `vmap` computes all images. CPUs and TPUs compute the chosen ones, a few
+    A conditional under `vmap` computes all images. CPUs and TPUs compute those that need it, a few
     at a time; a GPU, which would wait for the host between them, computes all.
 
     Args:
       function: From what belongs to one image, of `values` and of each of `others`, to a new value
-        of the same shape and kind.
-      chosen: bool [N], the images to apply it to.
+        of the same shape and kind; it gives back the value that came in where it is not needed.
+      needed: bool [N].
       values: [N, ...], what the function changes.
       others: Arrays [N, ...].
 
     Returns:
-      [N, ...], where not chosen the old value.
+      [N, ...].
 
     Example:
-      >>> chosen = jnp.array([True, False, True])
-      >>> apply_to_chosen(jnp.negative, chosen, jnp.arange(3.0) + 1).tolist()
-      [-1.0, 2.0, -3.0]
+      >>> values, factors = jnp.arange(3.0) + 1, jnp.array([2.0, 1.0, 5.0])
+      >>> apply_where_needed(jnp.multiply, factors != 1, values, factors).tolist()
+      [2.0, 2.0, 15.0]
     """
 
-    def at_once(chosen: jax.Array, values: jax.Array, *others: jax.Array) -> jax.Array:
-        results = jax.vmap(function)(values, *others)
-        return jnp.where(chosen.reshape(-1, *[1] * (values.ndim - 1)), results, values)
-
-    def in_groups(chosen: jax.Array, *arrays: jax.Array) -> jax.Array:
-        numbers = max(x.size for x in arrays) // len(chosen)
-        size = min(max(GROUP // numbers, 2), len(chosen))
-        order = jnp.argsort(~chosen)
+    def in_groups(needed: jax.Array, *arrays: jax.Array) -> jax.Array:
+        numbers = max(x.size for x in arrays) // len(needed)
+        size = min(max(GROUP // numbers, 2), len(needed))
+        order = jnp.argsort(~needed)
 
         def group(index: jax.Array, results: jax.Array) -> jax.Array:
             # The last group begins earlier where it would reach past the end: it computes some
             # images a second time, from the values that came in.
             places = lax.dynamic_slice(order, (index * size,), (size,))
-            parts = (x.at[places].get(mode="promise_in_bounds") for x in (chosen, *arrays))
-            new = at_once(*parts)
+            parts = (x.at[places].get(mode="promise_in_bounds") for x in arrays)
+            new = jax.vmap(function)(*parts)
             return results.at[places].set(new, mode="promise_in_bounds", unique_indices=True)
 
-        groups = (chosen.sum() + size - 1) // size
+        groups = (needed.sum() + size - 1) // size
         return lax.fori_loop(0, groups, group, arrays[0])
 
+    def at_once(needed: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return jax.vmap(function)(*arrays)
+
     return lax.platform_dependent(
-        chosen, values, *others, cpu=in_groups, tpu=in_groups, default=at_once
+        needed, values, *others, cpu=in_groups, tpu=in_groups, default=at_once
     )
 
 

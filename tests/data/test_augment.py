@@ -307,16 +307,17 @@ def test_a_warp_of_fractions_is_equal_on_all_platforms(formulas_of):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
-@pytest.mark.parametrize("count", [1, 3, 4, 9])
-def test_functions_are_applied_to_the_chosen(count, platform, formulas_of):
+@pytest.mark.parametrize("count", [1, 3, 5, 10])
+def test_functions_are_applied_where_needed(count, platform, formulas_of, monkeypatch):
     formulas_of(platform)
+    monkeypatch.setattr(ops, "GROUP", 6)  # three images of two numbers
     values = np.arange(1.0, 2 * count + 1, dtype=np.float32).reshape(count, 2)
-    factors = np.arange(count, dtype=np.float32)
-    for chosen in {0, 1, count // 2, count}:
-        mask = np.random.default_rng(count).permutation(count) < chosen
-        results = ops.apply_to_chosen(jnp.multiply, mask, values, factors)
-        expected = np.where(mask[:, None], values * factors[:, None], values)
-        chex.assert_trees_all_equal(np.asarray(results), expected)
+    factors = np.arange(count, dtype=np.float32) + 2
+    for number in {0, 1, count // 2, count}:
+        needed = np.random.default_rng(count).permutation(count) < number
+        chosen = np.where(needed, factors, 1)
+        results = ops.apply_where_needed(jnp.multiply, needed, values, chosen)
+        chex.assert_trees_all_equal(np.asarray(results), values * chosen[:, None])
 
 
 @functools.cache
