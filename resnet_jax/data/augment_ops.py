@@ -299,7 +299,7 @@ def _sample_by_products(
 
     Each tile of the result reads a band of 2 TILE rows of the image. One matrix product takes the
     bands out of the image; a second one takes, for each pixel of the tile, its column out of the
-    band; what is left to choose is the row. The matrices have a single 1 in each row, so products
+    band; what is left to choose is the row. Each sum has one term that is not 0, so products
     copy: levels are exact in bfloat16, and other values at the highest precision.
     """
     height, width = image.shape[:2]
