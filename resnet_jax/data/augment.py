@@ -12,11 +12,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from resnet_jax.data.augment_ops import (
     adjust_contrast,
     adjust_hue,
-    apply_to_chosen,
+    apply_where_needed,
     blend,
     box,
     luma,
@@ -197,8 +198,12 @@ def _rotate(images: jax.Array, keys: jax.Array, config: Augment) -> jax.Array:
         degrees = _uniform(key, config.rotate)
         return warp(image, rotation(degrees, *image.shape[:2]), _mean_color(config))
 
-    everyone = jnp.ones(len(images), bool)
-    return apply_to_chosen(rotate, everyone, images, _streams(keys, "rotate"))
+    def in_groups(images: jax.Array, keys: jax.Array) -> jax.Array:
+        return apply_where_needed(rotate, jnp.ones(len(images), bool), images, keys)
+
+    # On a TPU a batch at once takes gigabytes; a CPU takes longer in groups.
+    keys = _streams(keys, "rotate")
+    return lax.platform_dependent(images, keys, tpu=in_groups, default=jax.vmap(rotate))
 
 
 def _jitter(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:

@@ -155,7 +155,7 @@ def pad_and_crop(
     """Cuts a window of the image's size out of the padded image (He et al. 2015, section 4.2).
 
     Args:
-      image: [H, W, C].
+      image: [H, W, C], whole values in 0..255.
       pad: Border in pixels on each side.
       top: Of the window in the padded image, 0 to 2 pad; pad keeps the image in place.
       left: Of the window in the padded image, 0 to 2 pad.
@@ -169,38 +169,42 @@ def pad_and_crop(
       >>> pad_and_crop(image, 1, 0, 2, jnp.zeros(1))[..., 0].tolist()
       [[0.0, 0.0], [2.0, 0.0]]
     """
+    return lax.platform_dependent(
+        image.astype(jnp.float32),
+        jnp.asarray(top),
+        jnp.asarray(left),
+        tpu=functools.partial(_crop_by_products, pad=pad, fill=fill),
+        default=functools.partial(_crop_by_slice, pad=pad, fill=fill),
+    )
+
+
+def _crop_by_slice(
+    image: jax.Array, top: jax.Array, left: jax.Array, pad: int, fill: jax.typing.ArrayLike
+) -> jax.Array:
     # `jnp.pad` takes one number, not one for each channel.
     height, width, channels = image.shape
     padded = jnp.broadcast_to(fill, (height + 2 * pad, width + 2 * pad, channels))
     padded = padded.at[pad : pad + height, pad : pad + width].set(image)
-    return lax.platform_dependent(
-        padded,
-        jnp.asarray(top),
-        jnp.asarray(left),
-        tpu=functools.partial(_crop_by_shifts, height=height, width=width),
-        default=lambda padded, top, left: lax.dynamic_slice(padded, (top, left, 0), image.shape),
-    )
+    return lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
 
-def _crop_by_shifts(
-    padded: jax.Array, top: jax.Array, left: jax.Array, height: int, width: int
+def _crop_by_products(
+    image: jax.Array, top: jax.Array, left: jax.Array, pad: int, fill: jax.typing.ArrayLike
 ) -> jax.Array:
-    """A window [height, width, C]: each binary digit of its place chooses between two slices.
+    """The same for TPUs, which slice the images of a batch one after another.
 
-    Under `vmap` a dynamic slice reads the images one after another.
+    Each row of the two matrices has a single 1, or none where the window lies outside the image:
+    bfloat16 holds all values and sums exactly.
     """
-    for axis, size, start in ((0, height, top), (1, width, left)):
-        digits = (padded.shape[axis] - size).bit_length()
-        # Room for the largest number of as many digits.
-        room = [(0, 0)] * 3
-        room[axis] = (0, size + 2**digits - 1 - padded.shape[axis])
-        padded = jnp.pad(padded, room)
-        for step in (2**digit for digit in reversed(range(digits))):
-            length = padded.shape[axis]
-            near = lax.slice_in_dim(padded, 0, length - step, axis=axis)
-            far = lax.slice_in_dim(padded, step, length, axis=axis)
-            padded = jnp.where(start & step, far, near)
-    return padded
+    height, width = image.shape[:2]
+    rows, columns = jnp.arange(height) + top - pad, jnp.arange(width) + left - pad
+    down = (rows[:, None] == jnp.arange(height)).astype(jnp.bfloat16)
+    across = (columns[:, None] == jnp.arange(width)).astype(jnp.bfloat16)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.bfloat16)
+    window = product("iy,yxc->ixc", down, image.astype(jnp.bfloat16))
+    window = product("jx,ixc->ijc", across, window).astype(jnp.float32)
+    inside = box((height, width), pad - top, pad - left, height, width)
+    return jnp.where(inside[..., None], window, fill)
 
 
 def rotation(degrees: float | jax.Array, height: int, width: int) -> jax.Array:
@@ -295,7 +299,7 @@ def _sample_by_products(
 
     Each tile of the result reads a band of 2 TILE rows of the image. One matrix product takes the
     bands out of the image; a second one takes, for each pixel of the tile, its column out of the
-    band; what is left to choose is the row. The matrices have a single 1 in each row, so products
+    band; what is left to choose is the row. Each sum has one term that is not 0, so products
     copy: levels are exact in bfloat16, and other values at the highest precision.
     """
     height, width = image.shape[:2]
@@ -397,10 +401,11 @@ def histogram(image: jax.Array) -> jax.Array:
 
 
 def _histogram_by_scatter(image: jax.Array) -> jax.Array:
-    channels = image.shape[-1]
-    places = image.astype(jnp.int32) * channels + jnp.arange(channels)
-    counts = jnp.zeros(256 * channels, jnp.int32)
-    return counts.at[places].add(1, mode="promise_in_bounds").reshape(256, channels)
+    def channel(levels: jax.Array) -> jax.Array:
+        return jnp.zeros(256, jnp.int32).at[levels].add(1, mode="promise_in_bounds")
+
+    levels = image.astype(jnp.int32).reshape(-1, image.shape[-1])
+    return jax.vmap(channel, 1, 1)(levels)
 
 
 def _histogram_by_products(image: jax.Array) -> jax.Array:
@@ -420,54 +425,56 @@ def _hexadecimal(image: jax.Array) -> tuple[jax.Array, jax.Array]:
     return upper[..., None] == digits, (image - 16 * upper)[..., None] == digits
 
 
-GROUP = 4  # images at a time
+# Numbers that a group of images has at most. A group has two images or more: with one, XLA for TPUs
+# lay out the whole batch so that an image is not in one piece.
+GROUP = 2**15
 
 
-def apply_to_chosen(
-    function: Callable[..., jax.Array], chosen: jax.Array, values: jax.Array, *others: jax.Array
+def apply_where_needed(
+    function: Callable[..., jax.Array], needed: jax.Array, values: jax.Array, *others: jax.Array
 ) -> jax.Array:
-    """Applies a function to some images of a batch.
+    """Applies a function to the images of a batch, where it can, to those that it changes only.
 
-    A conditional under `vmap` computes all images. CPUs and TPUs compute the chosen ones, a few
+    A conditional under `vmap` computes all images. CPUs and TPUs compute those that need it, a few
     at a time; a GPU, which would wait for the host between them, computes all.
 
     Args:
       function: From what belongs to one image, of `values` and of each of `others`, to a new value
-        of the same shape and kind.
-      chosen: bool [N], the images to apply it to.
+        of the same shape and kind; it gives back the value that came in where it is not needed.
+      needed: bool [N].
       values: [N, ...], what the function changes.
       others: Arrays [N, ...].
 
     Returns:
-      [N, ...], where not chosen the old value.
+      [N, ...].
 
     Example:
-      >>> chosen = jnp.array([True, False, True])
-      >>> apply_to_chosen(jnp.negative, chosen, jnp.arange(3.0) + 1).tolist()
-      [-1.0, 2.0, -3.0]
+      >>> values, factors = jnp.arange(3.0) + 1, jnp.array([2.0, 1.0, 5.0])
+      >>> apply_where_needed(jnp.multiply, factors != 1, values, factors).tolist()
+      [2.0, 2.0, 15.0]
     """
 
-    def at_once(chosen: jax.Array, values: jax.Array, *others: jax.Array) -> jax.Array:
-        results = jax.vmap(function)(values, *others)
-        return jnp.where(chosen.reshape(-1, *[1] * (values.ndim - 1)), results, values)
-
-    def in_groups(chosen: jax.Array, *arrays: jax.Array) -> jax.Array:
-        size = min(GROUP, len(chosen))
-        order = jnp.argsort(~chosen)
+    def in_groups(needed: jax.Array, *arrays: jax.Array) -> jax.Array:
+        numbers = max(x.size for x in arrays) // len(needed)
+        size = min(max(GROUP // numbers, 2), len(needed))
+        order = jnp.argsort(~needed)
 
         def group(index: jax.Array, results: jax.Array) -> jax.Array:
             # The last group begins earlier where it would reach past the end: it computes some
             # images a second time, from the values that came in.
             places = lax.dynamic_slice(order, (index * size,), (size,))
-            parts = (x.at[places].get(mode="promise_in_bounds") for x in (chosen, *arrays))
-            new = at_once(*parts)
+            parts = (x.at[places].get(mode="promise_in_bounds") for x in arrays)
+            new = jax.vmap(function)(*parts)
             return results.at[places].set(new, mode="promise_in_bounds", unique_indices=True)
 
-        groups = (chosen.sum() + size - 1) // size
+        groups = (needed.sum() + size - 1) // size
         return lax.fori_loop(0, groups, group, arrays[0])
 
+    def at_once(needed: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return jax.vmap(function)(*arrays)
+
     return lax.platform_dependent(
-        chosen, values, *others, cpu=in_groups, tpu=in_groups, default=at_once
+        needed, values, *others, cpu=in_groups, tpu=in_groups, default=at_once
     )
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.data.augment_ops import (
-    apply_to_chosen,
+    apply_where_needed,
     blend,
     histogram,
     look_up,
@@ -162,18 +162,18 @@ def _choose(
 def _apply(images: jax.Array, edits: Edit, fill: jax.typing.ArrayLike, nearest: bool) -> jax.Array:
     """Edits images [N, H, W, C], each by its own edit."""
     identity = _identity(images[0])
-    tables = apply_to_chosen(_equalize, edits.equalize, edits.table, images)
-    images = apply_to_chosen(look_up, (tables != identity.table).any((1, 2)), images, tables)
+    tables = apply_where_needed(_equalize, edits.equalize, edits.table, images, edits.equalize)
+    images = apply_where_needed(look_up, (tables != identity.table).any((1, 2)), images, tables)
 
     def move(image: jax.Array, matrix: jax.Array) -> jax.Array:
         return _round(warp(image, matrix, fill, nearest, levels=True))
 
-    images = apply_to_chosen(
+    images = apply_where_needed(
         move, (edits.matrix != identity.matrix).any((1, 2)), images, edits.matrix
     )
     if images.shape[-1] == 3:
-        images = apply_to_chosen(_color, edits.color != 1, images, edits.color)
-    return apply_to_chosen(_sharpen, edits.sharpness != 1, images, edits.sharpness)
+        images = apply_where_needed(_color, edits.color != 1, images, edits.color)
+    return apply_where_needed(_sharpen, edits.sharpness != 1, images, edits.sharpness)
 
 
 def _color(image: jax.Array, factor: jax.Array) -> jax.Array:
@@ -241,8 +241,8 @@ def _auto_contrast(image: jax.Array, levels: jax.Array, value: jax.Array) -> jax
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), levels)
 
 
-def _equalize(table: jax.Array, image: jax.Array) -> jax.Array:
-    """The table that equalises an image; where that has one level, the table that came in."""
+def _equalize(table: jax.Array, image: jax.Array, equalize: jax.Array) -> jax.Array:
+    """The table that equalises an image; not asked for, or with one level, the one given."""
     counts = histogram(image)
     # Pillow leaves out the brightest level that occurs, which maps to 255 anyway.
     brightest = jnp.arange(256)[:, None] == image.max((0, 1))
@@ -250,7 +250,7 @@ def _equalize(table: jax.Array, image: jax.Array) -> jax.Array:
     step = (pixels - jnp.where(brightest, counts, 0).sum(0)) // 255
     darker = jnp.cumsum(counts, axis=0) - counts
     new = jnp.minimum((darker + step // 2) // jnp.maximum(step, 1), 255)
-    return jnp.where(step > 0, new, table)
+    return jnp.where(equalize & (step > 0), new, table)
 
 
 def _posterize(image: jax.Array, levels: jax.Array, bits: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import colorsys
 import functools
+import re
 
 import chex
 import jax
@@ -230,6 +231,129 @@ def test_trivial_augment_draws_each_operation_as_often():
         assert shares[name] == pytest.approx(1 / 14, abs=0.037)
     # Solarize with a threshold of 0.
     assert shares["Invert"] == pytest.approx(1 / 31 / 14, abs=0.007)
+
+
+# Formulas for accelerators.
+
+
+@pytest.fixture
+def formulas_of(monkeypatch):
+    """Has another platform's formulas run here."""
+
+    def choose(platform):
+        monkeypatch.setattr(
+            jax.lax,
+            "platform_dependent",
+            lambda *args, default, **formulas: formulas.get(platform, default)(
+                *map(jnp.asarray, args)
+            ),
+        )
+
+    return choose
+
+
+VALUES = {
+    **dict.fromkeys(policy.EDITS, 0.7),
+    **{"Posterize": 3.0, "Solarize": 100.0, "SolarizeAdd": 50.0, "Rotate": -130.0, "ShearX": 0.99},
+    **{"ShearY": -0.99, "TranslateX": 3.3, "TranslateY": -2.0},
+}
+
+
+@pytest.mark.parametrize("shape", [(33, 17, 3), (5, 7, 1)])
+@pytest.mark.parametrize("operation", policy.EDITS)
+def test_operations_are_equal_on_all_platforms(operation, shape, formulas_of):
+    image = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), jnp.float32)
+    value, fill = VALUES[operation], jnp.arange(99.5, 99.5 + shape[-1])
+    moves = policy.EDITS[operation](image, jnp.float32(value)).matrix[0, 1:].any()
+    for nearest in (False, True) if moves else (False,):
+        results = []
+        for platform in ("cpu", "cuda", "tpu"):
+            formulas_of(platform)
+            # One operation after another: fused, places of pixels are rounded differently.
+            with jax.disable_jit():
+                results.append(policy.transform(image, operation, value, fill, nearest))
+        chex.assert_trees_all_equal(*results)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 17, 3), (64, 65, 1)])
+def test_histograms_and_look_ups(platform, shape, formulas_of):
+    formulas_of(platform)
+    rng = np.random.default_rng(0)
+    image, table = rng.integers(0, 256, shape), rng.integers(0, 256, (256, shape[-1]))
+    image.flat[:: image.size // 3 + 1] = 255
+    counts = [np.bincount(channel.ravel(), minlength=256) for channel in image.T]
+    image = image.astype(np.float32)
+    found = np.asarray(ops.histogram(image)), np.asarray(ops.look_up(image, np.float32(table)))
+    chex.assert_trees_all_equal(found[0], np.stack(counts, 1).astype(np.int32))
+    expected = np.take_along_axis(table[None], image.astype(int).reshape(1, -1, shape[-1]), 1)
+    chex.assert_trees_all_equal(found[1], expected.reshape(shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_crops_on_all_platforms(platform, formulas_of):
+    formulas_of(platform)
+    test_crops_of_the_padded_image()
+
+
+def test_a_warp_of_fractions_is_equal_on_all_platforms(formulas_of):
+    image = np.random.default_rng(0).normal(100, 50, (33, 17, 3)).astype(np.float32)
+    results = []
+    for platform in ("cpu", "tpu"):
+        formulas_of(platform)
+        with jax.disable_jit():
+            results.append(ops.warp(image, ops.rotation(30.0, 33, 17), np.float32([1, 2, 3])))
+    chex.assert_trees_all_equal(*results)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("count", [1, 3, 5, 10])
+def test_functions_are_applied_where_needed(count, platform, formulas_of, monkeypatch):
+    formulas_of(platform)
+    monkeypatch.setattr(ops, "GROUP", 6)  # three images of two numbers
+    values = np.arange(1.0, 2 * count + 1, dtype=np.float32).reshape(count, 2)
+    factors = np.arange(count, dtype=np.float32) + 2
+    for number in {0, 1, count // 2, count}:
+        needed = np.random.default_rng(count).permutation(count) < number
+        chosen = np.where(needed, factors, 1)
+        results = ops.apply_where_needed(jnp.multiply, needed, values, chosen)
+        chex.assert_trees_all_equal(np.asarray(results), values * chosen[:, None])
+
+
+@functools.cache
+def lowered(platform, field_items):
+    config = Augment(**dict(field_items))
+    step = functools.partial(augment, config=config, num_classes=CLASSES)
+    trace = jax.jit(step).trace(jnp.asarray(photo(16)), jnp.arange(16), KEY)
+    return trace.lower(lowering_platforms=(platform,)).as_text()
+
+
+def pixels_one_by_one(program):
+    """Gathers and scatters at more places than there are images."""
+    pattern = r"stablehlo\.(?:gather|scatter).*?: \((tensor<\S+>), tensor<([\dx]*)x?i32>"
+    found = re.findall(pattern, program, flags=re.DOTALL)
+    assert found
+    places = [np.prod([int(n) for n in sizes.split("x") if n][:-1]) for _, sizes in found]
+    return sum(number > 16 for number in places)
+
+
+POLICIES = [{"rand_layers": 1}, {"trivial": True}]
+
+
+@pytest.mark.parametrize("fields", [*POLICIES, {"pad": 4, "rotate": 10.0}])
+def test_a_tpu_gathers_no_single_pixels(fields):
+    assert pixels_one_by_one(lowered("tpu", tuple(fields.items()))) == 0
+    assert pixels_one_by_one(lowered("cuda", tuple(fields.items()))) > 0
+
+
+@pytest.mark.parametrize("fields", [*POLICIES, {"pad": 4, "rotate": 10.0}])
+def test_products_do_not_depend_on_the_platforms_precision(fields):
+    """By default a TPU rounds the float32 operands of a product to bfloat16."""
+    products = re.findall(r"stablehlo\.dot_general.*", lowered("tpu", tuple(fields.items())))
+    assert products
+    for line in products:
+        operands = line.split(" : (")[1].split(" -> ")[0]
+        assert "f32" not in operands.replace("bf16", "") or "[HIGHEST, HIGHEST]" in line
 
 
 # The other transforms, with what was drawn made explicit.
