@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.data.augment import augment
-from resnet_jax.training.ahead import slice_devices
-from resnet_jax.training.chips import parse_slice
+from resnet_jax.planning.topology import parse_topology
+from resnet_jax.planning.tpu import tpu_devices
 from resnet_jax.training.config import Augment
 
 CASES = {
@@ -69,7 +69,7 @@ def seconds(run, shape: tuple[int, ...], draws: int = 16) -> float:
 
 
 def estimate(run, shape: tuple[int, ...], topology: str) -> list[str]:
-    place = jax.sharding.SingleDeviceSharding(slice_devices(parse_slice(topology))[0])
+    place = jax.sharding.SingleDeviceSharding(tpu_devices(parse_topology(topology))[0])
     there = functools.partial(jax.ShapeDtypeStruct, sharding=place)
     key = jax.eval_shape(jax.random.key, 0)
     arguments = there(shape, jnp.uint8), there(shape[:1], jnp.int32), there((), key.dtype)
