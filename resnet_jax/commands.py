@@ -44,6 +44,7 @@ def train(options: argparse.Namespace) -> None:
 def _train(wanted: list[str]) -> None:
     from resnet_jax.training.distributed import abandon, together
 
+    _start_backend()
     try:
         with together() as peers:
             config, workdir = parse_train_flags(wanted)
@@ -65,8 +66,28 @@ def _train(wanted: list[str]) -> None:
     print_copy(f"top-1 {top1:.2%} after {result.steps} steps; everything is in {result.workdir}")
 
 
+def _start_backend() -> None:
+    """Lets JAX find its devices, and says in one line why it cannot.
+
+    Raises:
+      ConfigError: JAX_PLATFORMS names what is not here, or the runtime of the devices fails.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without words, where none is left
+        platforms = jax.config.values["jax_platforms"]
+        asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        reason = f" ({one_line(error)})" if str(error) else ""
+        raise ConfigError(
+            f"{asked}JAX finds no device to run on{reason}; python -m resnet_jax doctor says why"
+        ) from error
+
+
 def _report_at_the_end(workdir: Path) -> None:
     """Writes report.html of a run that has ended well, and still has when this fails."""
+    print("writing report.html", file=sys.stderr)
     try:
         from resnet_jax.report.page import write_report
 
@@ -240,6 +261,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _open_network(options: argparse.Namespace) -> Any:
+    _start_backend()
     from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.evaluation.network import open_network
 

@@ -61,6 +61,8 @@ def pytest_configure(config):
         # The test processes share the device; products are float32, as the expected values are.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         jax.config.update("jax_default_matmul_precision", "highest")
+        if jax.default_backend() != name:  # JAX takes the next platform without a word
+            raise pytest.UsageError(f"--platform={name}: JAX finds no {name.upper()} here")
         _loosen(factor=10)
 
 

@@ -142,7 +142,9 @@ class BatchNorm(nn.Module):
 
         mean, variance = running_mean.value, running_var.value
         # A norm with a negative scale decreases: it is an increasing one of -x.
-        sign = jnp.ones(()) if pool is None else jnp.where(scale < 0, -1.0, 1.0)
+        sign = jnp.ones((), jnp.float32)
+        if pool is not None:
+            sign = jnp.where(scale < 0, -sign, sign)
         if pool is not None:
             x, mean, scale = x * sign.astype(x.dtype), mean * sign, scale * sign
         if not train:

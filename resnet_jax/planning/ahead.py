@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -70,6 +71,8 @@ def step_compiler(topology: Topology, source: Source) -> Callable[[Config], Prog
     devices = gpu.gpu_devices(topology) if on_gpu else tpu.tpu_devices(topology)
     options = gpu.COMPILER_OPTIONS if on_gpu else None
     limit = gpu.memory_pool(topology) if on_gpu else topology.accelerator.memory
+
+    print(f"compiling for {topology.name}: minutes for a large network", file=sys.stderr)
 
     def compile_step(config: Config) -> Program:
         start = time.monotonic()

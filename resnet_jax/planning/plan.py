@@ -281,6 +281,8 @@ def plan_table(plan: dict[str, Any]) -> str:
     if len(p["tried"]) > 1:
         each = (f"{x['batch_per_chip']:,} {'fits' if x['fits'] else 'not'}" for x in p["tried"])
         rows.append((f"batches per {chip} tried", ", ".join(each)))
+        if p["batch_size"] + 8 * p["chips"] > p["images"]:
+            rows.append(("", "a larger batch would be more than the training images"))
     if p["fits"]:
         rows += _bound_rows(p)
     width = max(len(name) for name, _ in rows)
@@ -299,26 +301,35 @@ def _words(plan: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _bound_rows(p: dict[str, Any]) -> list[tuple[str, str]]:
-    floor = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in p["floor_seconds"].items()}
+    floor = {name: f"{_digits(1e3 * seconds)} ms" for name, seconds in p["floor_seconds"].items()}
     chip, _, memory = _words(p)
+    cores, per_core = _digits(p["cores_per_host"]), f"{p['images_per_second_per_core']:,.0f}"
     kernels = [("kernels per step", f"{p['kernels']:,}")] if p["platform"] == "gpu" else []
     return [
-        (f"arithmetic per step and {chip}", f"{p['flops'] / 1e12:.3f} TFLOP"),
-        (f"{memory} traffic per step and {chip}", f"{p['hbm_bytes'] / 1e9:.3f} GB"),
+        (f"arithmetic per step and {chip}", f"{_digits(p['flops'] / 1e12)} TFLOP"),
+        (f"{memory} traffic per step and {chip}", f"{_digits(p['hbm_bytes'] / 1e9)} GB"),
         *kernels,
-        ("all-reduced per step", f"{p['all_reduce_bytes'] / 1e6:.1f} MB in {p['all_reduces']}"),
+        (
+            "all-reduced per step",
+            f"{_digits(p['all_reduce_bytes'] / 1e6)} MB in {p['all_reduces']}",
+        ),
         ("floor of a step: compute", floor["compute"]),
         ("memory", floor["memory"]),
         ("interconnect", floor["interconnect"]),
         ("images/s, at most", f"{p['images_per_second']:,.0f} (bound by {p['bound_by']})"),
         (f"per {chip}", f"{p['images_per_second_per_chip']:,.0f}"),
         ("a host must deliver", f"{p['images_per_second_per_host']:,.0f}"),
+        ("host cores for that", f"{cores} of {per_core} images/s each"),
         (
-            "host cores for that",
-            f"{p['cores_per_host']:.1f} of {p['images_per_second_per_core']:,.0f} images/s each",
+            "hours, at least",
+            f"{_digits(p['hours'])} for {p['steps']:,} steps, {p['epochs']:.1f} epochs",
         ),
-        ("hours, at least", f"{p['hours']:.2f} for {p['steps']:,} steps, {p['epochs']:.1f} epochs"),
     ]
+
+
+def _digits(number: float) -> str:
+    """A number with three digits that count, however small it is."""
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 _NOTE = (

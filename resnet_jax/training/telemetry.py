@@ -91,12 +91,12 @@ class Telemetry:
     ) -> None:
         self._steps_per_epoch = steps_per_epoch
         self._total = total_steps
+        self._batch_size = config.train.batch_size
         self._stream = stream or sys.stderr
         self._file: MetricsFile | None = None
         self._copies: list[_TensorBoard | _WeightsAndBiases] = []
         self._bar: tqdm | None = None
-        self._start = time.monotonic()
-        self._completed = completed_steps
+        self._first: tuple[int, float] | None = None  # step and time of the first record
         self._recorded = False
         if workdir is None:
             return
@@ -179,8 +179,12 @@ class Telemetry:
 
     def _progress_line(self, record: Record) -> str:
         step = record["step"]
-        done = max(step - self._completed, 1)
-        left = (time.monotonic() - self._start) / done * (self._total - step)
+        seconds = self._batch_size / record["images_per_second"]
+        if self._first is None:
+            self._first = step, time.monotonic()
+        elif step > self._first[0]:  # with evaluations, but not what came before the first record
+            seconds = (time.monotonic() - self._first[1]) / (step - self._first[0])
+        left = seconds * (self._total - step)
         return (
             f"step {step}/{self._total}  epoch {step / self._steps_per_epoch:.1f}  "
             f"{_values(record)}  {duration(left)} left"

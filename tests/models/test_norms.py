@@ -285,3 +285,12 @@ def test_other_norms_and_convolutions_keep_the_plain_order():
     for name in ("norm", "last"):
         expected = norm.apply({"params": variables["params"][name]}, expected, train=True)
     chex.assert_trees_all_close(y, max_pool(nn.relu(expected)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [None, max_pool])
+def test_statistics_stay_float32_where_jax_has_float64(pool):
+    with jax.enable_x64(True):
+        norm, x = norms.BatchNorm(), jnp.ones((2, 4, 4, 8), jnp.float32)
+        variables = norm.init(jax.random.key(0), x, train=False)
+        _, updates = norm.apply(variables, x, train=True, mutable=["batch_stats"], pool=pool)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {np.dtype(np.float32)}
