@@ -1,7 +1,6 @@
-"""What NVIDIA's driver says of its cards, by its management library (NVML, which nvidia-smi uses).
+"""The NVIDIA cards of this machine, as NVML lists them (the driver's library behind nvidia-smi).
 
-The library comes with the driver, and asking it takes no memory of a card. It sees all cards of the
-machine, also those that CUDA_VISIBLE_DEVICES hides.
+It sees the cards that CUDA_VISIBLE_DEVICES hides too, and a query takes no memory of a card.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ class Card:
 
     Args:
       name: Such as "NVIDIA H100 80GB HBM3".
+      uuid: 32 hexadecimal digits, as in `local_gpus.visible_gpus`.
       memory: Bytes.
       used: Bytes in use, by all processes.
     """
 
     name: str
+    uuid: str
     memory: int
     used: int
 
@@ -29,14 +30,10 @@ class _Memory(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_ulonglong) for name in ("total", "free", "used"))
 
 
-def cards(library: str = "libnvidia-ml.so.1") -> list[Card]:
-    """The cards of this machine.
+def cards(library: str = "libnvidia-ml.so.1") -> list[Card | None]:
+    """Returns the cards in the order of nvidia-smi; None stands for a card that does not answer.
 
-    Args:
-      library: Name of NVML's shared library.
-
-    Returns:
-      In the order of the driver; [] where there is no driver, or it does not answer.
+    CUDA numbers the cards differently: match them by UUID.
 
     Example:
       >>> cards("no-such-library")
@@ -52,20 +49,21 @@ def cards(library: str = "libnvidia-ml.so.1") -> list[Card]:
         count = ctypes.c_uint()
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
             return []
-        found = [_card(nvml, index) for index in range(count.value)]
-        return [each for each in found if each is not None]
+        return [_card(nvml, index) for index in range(count.value)]
     finally:
         nvml.nvmlShutdown()
 
 
 def _card(nvml: ctypes.CDLL, index: int) -> Card | None:
     handle, memory = ctypes.c_void_p(), _Memory()
-    name = ctypes.create_string_buffer(96)
+    name, uuid = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
     failed = (
         nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
         or nvml.nvmlDeviceGetName(handle, name, ctypes.c_uint(len(name)))
+        or nvml.nvmlDeviceGetUUID(handle, uuid, ctypes.c_uint(len(uuid)))
         or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
     )
     if failed:
         return None
-    return Card(name.value.decode(errors="replace"), int(memory.total), int(memory.used))
+    digits = uuid.value.decode(errors="replace").removeprefix("GPU-").replace("-", "").lower()
+    return Card(name.value.decode(errors="replace"), digits, memory.total, memory.used)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from resnet_jax.errors import one_line
-from resnet_jax.training.environment import installed_versions
+from resnet_jax.packages import installed_versions
 
 _LONGEST = 300
 
@@ -69,6 +69,10 @@ _REASONS = (
         "have taken all of the memory",
     ),
     (
+        r"XLA_CLIENT_MEM_FRACTION is specified together",
+        "XLA_CLIENT_MEM_FRACTION and XLA_PYTHON_CLIENT_MEM_FRACTION are both set: unset the second",
+    ),
+    (
         r"Unknown flags? in XLA_FLAGS: (.+?)(?:\s*Perhaps|$)",
         r"XLA does not know \1: remove it from XLA_FLAGS",
     ),
@@ -84,7 +88,7 @@ _REASONS = (
     (
         r"(?i)RESOURCE_EXHAUSTED|out of memory|CUDA_ERROR_OUT_OF_MEMORY",
         "the device's memory is full: end the other processes on it, or set "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION lower",
+        "XLA_CLIENT_MEM_FRACTION lower",
     ),
 )
 
