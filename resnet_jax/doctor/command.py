@@ -44,7 +44,7 @@ class Result:
 
 
 def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
-    """Checks whether training runs on this machine, and prints what is found.
+    """Checks whether training runs on this machine, and prints what it finds.
 
     Args:
       arguments: --quick, --network=NAME, and the flags by which processes are joined.
@@ -123,8 +123,7 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
 
 def _environment() -> dict[str, str]:
     """The worker finds the package where this process has found it."""
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -202,13 +201,11 @@ def _last_words(log: Sequence[str]) -> str:
 
 
 class Printer:
-    """Shows findings as they come: one line each, under headings.
-
-    Until it is known that this process is the first of its run, nothing is shown.
+    """Shows findings as they come, if this is known to be the first process of its run.
 
     Args:
-      output: Where findings go.
-      progress: Where it is said what is tried at the moment.
+      output: Where findings go: one line each, under headings.
+      progress: Where the name of the current check goes.
       quiet: Show no findings.
     """
 

@@ -20,12 +20,7 @@ _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def backend(machine: Machine, log: Sequence[str] = ()) -> Finding:
-    """Starts JAX: its platform, or why it does not use an accelerator of the machine.
-
-    Args:
-      machine: Where this runs.
-      log: What JAX has logged so far; it grows while this runs.
-    """
+    """Starts JAX: its platform, or why it does not use an accelerator; `log` is what JAX logs."""
     try:
         jax.devices()
     except Exception as error:  # of any class: an unknown platform is an AssertionError
@@ -55,17 +50,7 @@ def _backend_errors() -> dict[str, Any]:
 def judge_backend(
     platform: str, machine: Machine, reasons: Sequence[str], facts: dict[str, Any]
 ) -> Finding:
-    """Compares what JAX uses with what is plugged in.
-
-    Args:
-      platform: JAX's default backend.
-      machine: Where this runs.
-      reasons: What JAX has logged, and the errors of platforms that did not start.
-      facts: From `environment.runtime`.
-
-    Returns:
-      A problem if an accelerator is not used, a warning if a setting asks for that.
-    """
+    """Compares JAX's default platform with what is plugged in; `reasons` are logs and errors."""
     facts = {"platform": platform, **facts}
     said = ", ".join(
         f"{name.removesuffix(' in use')} {facts[name]}"
@@ -169,13 +154,7 @@ def cuda_capability(device: Any) -> float | None:
 def float32_means(
     platform: str, capability: float | None, asked: str | None, tf32_off: bool
 ) -> str:
-    """What a product of float32 matrices computes, in words.
-
-    Args:
-      platform: Of the device.
-      capability: From `cuda_capability`.
-      asked: JAX's default_matmul_precision.
-      tf32_off: Whether NVIDIA_TF32_OVERRIDE=0 is set.
+    """What a product of float32 matrices computes, if JAX's default_matmul_precision is `asked`.
 
     Example:
       >>> float32_means("cpu", None, None, False)

@@ -37,13 +37,7 @@ class Group:
             self._table.put(f"{key}/{self.index}", json.dumps(value, default=str))
 
     def gather(self, key: str, count: int = 0, patience: float = PATIENCE) -> dict[int, Any]:
-        """Returns the values of the processes, by number, as far as they come in time.
-
-        Args:
-          key: What the processes have put.
-          count: How many values to wait for; 0: those of all processes.
-          patience: Seconds to wait.
-        """
+        """Returns what processes have put, by number, after `patience` seconds or all (`count`) came."""
         if self._table is None:
             return {}
         until = time.monotonic() + patience
@@ -66,15 +60,7 @@ def launched(launch: Launch, group: Group) -> Finding:
 
 
 def readiness(group: Group, levels: Mapping[int, str]) -> Finding | None:
-    """Which processes cannot compute, and would be waited for forever in a collective.
-
-    Args:
-      group: The processes.
-      levels: The level of each process that has reported one.
-
-    Returns:
-      A problem; None if all processes are ready.
-    """
+    """Which processes cannot compute; in a collective the others would wait for them forever."""
     absent = [str(i) for i in range(group.count) if i not in levels]
     broken = [str(i) for i, level in sorted(levels.items()) if level == PROBLEM]
     parts = []
@@ -88,15 +74,7 @@ def readiness(group: Group, levels: Mapping[int, str]) -> Finding | None:
 
 
 def own_report(findings: Sequence[Finding], compared: Mapping[str, str]) -> dict[str, Any]:
-    """What this process tells the others.
-
-    Args:
-      findings: Of its checks.
-      compared: From `environment.compared`; {} if JAX has not started.
-
-    Returns:
-      Its host, a line about its devices, what is not ok, and what has to be equal.
-    """
+    """What this process tells the others; `compared` is {} if JAX has not started."""
     named = {each.name: each for each in findings}
     shown = [named[name] for name in ("devices", "matrix product") if name in named]
     return {
@@ -109,15 +87,7 @@ def own_report(findings: Sequence[Finding], compared: Mapping[str, str]) -> dict
 
 
 def hosts(group: Group, reports: Mapping[int, dict[str, Any]]) -> list[Finding]:
-    """A line for each process, and one about versions, settings and devices that differ.
-
-    Args:
-      group: The processes.
-      reports: From `own_report`, by process.
-
-    Returns:
-      As process 0 shows them.
-    """
+    """A line for each process, and one about versions, settings and devices that differ."""
     found = []
     for index in range(group.count):
         name = f"process {index}"

@@ -94,13 +94,7 @@ _REASONS = (
 
 
 def explain(text: object) -> str:
-    """What an error means.
-
-    Args:
-      text: The error, or what a library has logged.
-
-    Returns:
-      One line with what to do where the error is known; else the start of the error itself.
+    """What an error means and what to do; the start of the error itself if it is not a known one.
 
     Example:
       >>> explain("ABORTED: The TPU is already in use by process with pid 7. Not attempting ...")
@@ -110,7 +104,7 @@ def explain(text: object) -> str:
 
 
 def known_reason(text: object) -> str:
-    """What an error means; "" where it is not one of the known ones."""
+    """What an error means; "" if it is not a known one."""
     line = one_line(text)
     for pattern, words in _REASONS:
         if found := re.search(pattern, line):

@@ -36,11 +36,9 @@ _CLASSES = 10
 
 
 def matrix_product(side: int = 8192, rounds: int = 20) -> Finding:
-    """The rate of large matrix products on each device of this process, and whether they are right.
+    """The rate of products of `side` x `side` matrices on each device of this process.
 
-    Args:
-      side: Of the matrices.
-      rounds: Products in one program.
+    One program does several `rounds` of them. Small products are compared with exact results.
     """
     own = jax.local_devices()
     dtype = half_type(own[0])
@@ -53,13 +51,7 @@ def matrix_product(side: int = 8192, rounds: int = 20) -> Finding:
 
 
 def judge_product(rates: list[float], dtype: str, peak: float | None) -> Finding:
-    """Compares the rates of devices with their peak and with each other.
-
-    Args:
-      rates: FLOP/s of each device.
-      dtype: That they were measured in.
-      peak: FLOP/s; None if it is not known.
-    """
+    """Compares the FLOP/s of devices with their peak, None if unknown, and with each other."""
     facts = {"flops": rates, "dtype": dtype, "peak": peak}
     slow = min(rates)
     text = f"{slow / 1e12:,.3g} TFLOP/s in {dtype}"

@@ -24,15 +24,7 @@ import jax
 
 from resnet_jax.doctor import devices, speed
 from resnet_jax.doctor import machine as here
-from resnet_jax.doctor.findings import (
-    LIMIT,
-    LONG_LIMIT,
-    PROBLEM,
-    SKIPPED,
-    WARNING,
-    Finding,
-    worst,
-)
+from resnet_jax.doctor.findings import LIMIT, LONG_LIMIT, PROBLEM, SKIPPED, WARNING, Finding, worst
 from resnet_jax.doctor.machine import Machine
 from resnet_jax.doctor.processes import PATIENCE, Group, hosts, launched, own_report, readiness
 from resnet_jax.doctor.reasons import explain
@@ -131,14 +123,7 @@ def _explained(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Does all checks.
-
-    Args:
-      arguments: --quick, --network=NAME, and the flags of `launch.join`.
-
-    Returns:
-      The exit code of the command.
-    """
+    """Does all checks and returns the exit code; arguments are those of `command.doctor`."""
     say = _events()
     _end_with_parent()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -247,11 +232,7 @@ def _import_trainer() -> None:
 
 
 def _join(flags: Sequence[str]) -> tuple[Launch, Group]:
-    """Joins the other processes, as `train` does.
-
-    Raises:
-      ConfigError: A flag is unknown or cannot be used, or the processes cannot be joined.
-    """
+    """Joins the other processes, as `train` does."""
     launch = join(flags)
     if launch.rest:
         raise ConfigError(f"{launch.rest[0]}: doctor has no such flag; see doctor --help")
@@ -263,7 +244,7 @@ def _join(flags: Sequence[str]) -> tuple[Launch, Group]:
 
 
 def _check_devices(runner: Runner, machine: Machine, group: Group, log: list[str]) -> bool:
-    """Starts JAX; returns whether it has started."""
+    """Starts JAX, and returns whether it has started."""
     start = functools.partial(devices.backend, machine, log)
     hint = "; of several hosts one may be missing or broken" if group.count > 1 else ""
     found = runner.run("Devices", "JAX", start, LONG_LIMIT, PROBLEM, hint=hint)

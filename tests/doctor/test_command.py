@@ -388,11 +388,12 @@ def test_two_processes(tmp_path):
         ended = [child.wait(240) for child in children]
     text = (tmp_path / "0").read_text()
     assert ended == [0, 0], text
+    assert "process 0 of 2, found by --coordinator_address" in text
     assert "2 x cpu of 4 in all processes" in text
     assert "4 MB over 4 devices" in text
     assert "images/s: tiny" in text
     for index in range(2):  # the other one with its warnings, if it has any
-        (line,) = [each for each in text.splitlines() if f" process {index} " in each]
+        (line,) = [each for each in text.splitlines() if f" process {index}  " in each]
         assert ": 2 x cpu of 4 in all processes" in line
-    assert "all processes have the same versions and settings" in text
+    assert "all processes have the same versions, settings and devices" in text
     assert (tmp_path / "1").read_text() == ""

@@ -269,9 +269,8 @@ def test_disks(machine, monkeypatch, tmp_path):
     assert checks.disks(here).level == OK
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**9))
     assert "this folder" in checks.disks(here).text
-    assert (
-        f"the compile cache ({tmp_path}/made/later) has only 1 GB free" in checks.disks(here).text
-    )
+    cache = f"the compile cache ({tmp_path}/made/later)"
+    assert f"{cache} has only 1 GB free" in checks.disks(here).text
 
     def refuse(dir):
         raise PermissionError(13, "Permission denied")
