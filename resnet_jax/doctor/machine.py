@@ -56,7 +56,7 @@ class Machine:
 
     @functools.cached_property
     def cards(self) -> list[nvml.Card | None]:
-        """The NVIDIA cards that the driver knows, in the order of nvidia-smi."""
+        """The NVIDIA cards in the order of nvidia-smi."""
         return nvml.cards()
 
     @functools.cached_property
@@ -72,9 +72,9 @@ class Machine:
             return ""
 
     def nvidia_cards(self) -> list[str]:
-        """Names of the NVIDIA cards, including those that JAX cannot use."""
+        """Names of the NVIDIA cards that this process may use, whether JAX can or not."""
         if self.cards:
-            return [each.name if each else "NVIDIA card" for each in self.cards]
+            return [each.name for each in self.cards if each is not None]
         files = [*self.root.glob("dev/nvidia[0-9]*")]
         return ["NVIDIA card"] * (len(self.gpus) or len(files))
 
@@ -214,9 +214,7 @@ def huge_pages(machine: Machine) -> Finding | None:
 
 def card_memory(machine: Machine) -> Finding | None:
     """What other processes use of the GPUs that JAX can use, before JAX takes its share."""
-    numbers = {card.uuid: i for i, card in enumerate(machine.cards) if card is not None}
-    used = {numbers[uuid]: machine.cards[numbers[uuid]] for uuid in machine.gpus if uuid in numbers}
-    found = {number: card for number, card in used.items() if card is not None}
+    found = {i: x for i, x in enumerate(machine.cards) if x is not None and x.uuid in machine.gpus}
     if not found:
         return None
     facts = {

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 
+_NO_PERMISSION = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Card:
@@ -15,7 +17,7 @@ class Card:
 
     Args:
       name: Such as "NVIDIA H100 80GB HBM3".
-      uuid: 32 hexadecimal digits, as in `local_gpus.visible_gpus`.
+      uuid: 32 hexadecimal digits, as in `local_gpus.visible_gpus`; "" if the card does not answer.
       memory: Bytes.
       used: Bytes in use, by all processes.
     """
@@ -31,7 +33,7 @@ class _Memory(ctypes.Structure):
 
 
 def cards(library: str = "libnvidia-ml.so.1") -> list[Card | None]:
-    """Returns the cards in the order of nvidia-smi; None stands for a card that does not answer.
+    """Returns the cards in the order of nvidia-smi; None: this process may not use that one.
 
     CUDA numbers the cards differently: match them by UUID.
 
@@ -57,13 +59,16 @@ def cards(library: str = "libnvidia-ml.so.1") -> list[Card | None]:
 def _card(nvml: ctypes.CDLL, index: int) -> Card | None:
     handle, memory = ctypes.c_void_p(), _Memory()
     name, uuid = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
+    error = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+    if error == _NO_PERMISSION:  # a card of another job
+        return None
     failed = (
-        nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+        error
         or nvml.nvmlDeviceGetName(handle, name, ctypes.c_uint(len(name)))
         or nvml.nvmlDeviceGetUUID(handle, uuid, ctypes.c_uint(len(uuid)))
         or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
     )
     if failed:
-        return None
+        return Card("NVIDIA card that does not answer", "", 0, 0)
     digits = uuid.value.decode(errors="replace").removeprefix("GPU-").replace("-", "").lower()
     return Card(name.value.decode(errors="replace"), digits, memory.total, memory.used)

@@ -37,7 +37,7 @@ class Group:
             self._table.put(f"{key}/{self.index}", json.dumps(value, default=str))
 
     def gather(self, key: str, count: int = 0, patience: float = PATIENCE) -> dict[int, Any]:
-        """Returns what processes have put, by number, after `patience` seconds or all (`count`) came."""
+        """Returns what processes have put, by number: of `count` of them, 0: all, if in time."""
         if self._table is None:
             return {}
         until = time.monotonic() + patience
@@ -53,10 +53,12 @@ def launched(launch: Launch, group: Group) -> Finding:
     text = "one process"
     if launch.launcher:
         text = f"process {group.index} of {group.count}, found by {launch.launcher}"
-    facts = {"launcher": launch.launcher, "process": group.index, "processes": group.count}
-    return Finding(
-        WARNING if launch.idle else OK, "; ".join([text, *launch.idle]), {**facts}, "launcher"
-    )
+    facts: dict[str, Any] = {
+        "launcher": launch.launcher,
+        "process": group.index,
+        "processes": group.count,
+    }
+    return Finding(WARNING if launch.idle else OK, "; ".join([text, *launch.idle]), facts)
 
 
 def readiness(group: Group, levels: Mapping[int, str]) -> Finding | None:

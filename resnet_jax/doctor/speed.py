@@ -226,7 +226,7 @@ def _train(config: Config, model: ResNet, seconds: float) -> tuple[float, float,
     state = parallel.place(create_state(model, optimizer, config, channels=3))
     rng = np.random.default_rng(jax.process_index())
     side = config.data.image_size
-    share = config.train.batch_size // jax.process_count()
+    share = config.train.batch_size // jax.device_count() * jax.local_device_count()
     batch = parallel.put(
         {
             "images": rng.integers(0, 256, (share, side, side, 3), np.uint8),

@@ -40,8 +40,9 @@ def test_what_is_plugged_in(machine):
     assert (found.level, found.text) == (OK, f"8 x {H100}, driver 570.86.10")
 
 
-def test_cards_of_a_driver_that_does_not_answer(machine):
-    assert machine(cards=[None, card(1)]).nvidia_cards() == ["NVIDIA card", H100]
+def test_cards_of_other_jobs_and_of_a_driver_that_does_not_answer(machine):
+    assert machine({"dev/nvidia0": ""}, [None, None]).nvidia_cards() == []
+    assert machine(cards=[None, card(1)]).nvidia_cards() == [H100]
     assert machine(gpus=[3, 4]).nvidia_cards() == ["NVIDIA card"] * 2
     files = {"dev/nvidia0": "", "dev/nvidia1": "", "dev/nvidiactl": ""}
     assert machine(files).nvidia_cards() == ["NVIDIA card"] * 2
@@ -164,9 +165,9 @@ def test_nvml_of_a_driver(monkeypatch):
             def call(*arguments):
                 calls.append(name)
                 if name == "nvmlDeviceGetCount_v2":
-                    arguments[0]._obj.value = 2
-                if name == "nvmlDeviceGetHandleByIndex_v2" and arguments[0].value == 0:
-                    return 15  # NVML_ERROR_GPU_IS_LOST
+                    arguments[0]._obj.value = 3
+                if name == "nvmlDeviceGetHandleByIndex_v2" and arguments[0].value < 2:
+                    return (15, 4)[arguments[0].value]  # the GPU is lost, no permission
                 if name == "nvmlDeviceGetName":
                     arguments[1].value = H100.encode()
                 if name == "nvmlDeviceGetUUID":
@@ -179,7 +180,9 @@ def test_nvml_of_a_driver(monkeypatch):
             return call
 
     monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: Library())
-    assert nvml.cards() == [None, card(0xAB, used=1)]
+    lost, hidden, found = nvml.cards()
+    assert (lost.name, hidden) == ("NVIDIA card that does not answer", None)
+    assert found == card(0xAB, used=1)
     assert calls[0] == "nvmlInit_v2"
     assert calls[-1] == "nvmlShutdown"
 
