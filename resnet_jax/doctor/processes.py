@@ -53,11 +53,7 @@ def launched(launch: Launch, group: Group) -> Finding:
     text = "one process"
     if launch.launcher:
         text = f"process {group.index} of {group.count}, found by {launch.launcher}"
-    facts: dict[str, Any] = {
-        "launcher": launch.launcher,
-        "process": group.index,
-        "processes": group.count,
-    }
+    facts = {"launcher": launch.launcher, "idle": launch.idle}
     return Finding(WARNING if launch.idle else OK, "; ".join([text, *launch.idle]), facts)
 
 
