@@ -136,7 +136,7 @@ class TestMemoryOfGpus:
             xla_client.generate_pjrt_gpu_plugin_options()
         assert explain(error.value).endswith("are both set: unset the second")
         with pytest.raises(
-            ConfigError, match=r"XLA_PYTHON_CLIENT_MEM_FRACTION=0\.6.*unset the sec"
+            ConfigError, match=r"XLA_PYTHON_CLIENT_MEM_FRACTION=0\.6.*unset"
         ):
             gpu.memory_pool(parse_topology("h100:8"))
 
