@@ -22,7 +22,7 @@ from resnet_jax.training import local_gpus
 from resnet_jax.training.environment import compared, computes_on
 from resnet_jax.training.launch import Launch
 from resnet_jax.training.watch import Table
-from tests.conftest import FAST_COMPILE
+from tests.conftest import FAST_COMPILE, TEMPORARY
 from tests.training.test_distributed import environment, free_port
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -63,6 +63,7 @@ def test_a_real_run_on_this_machine(monkeypatch, tmp_path):
     ]
     monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.fspath(TEMPORARY / "jax-cache"))
     result, text = printed(TINY)
     assert result.code == 0, text
     found = {each.name: each for each in result.findings}
@@ -378,7 +379,7 @@ def test_two_processes(tmp_path):
                 [sys.executable, "-c", code, *flags, f"--process_id={index}"],
                 cwd=ROOT,
                 env=environment(2)
-                | {"JAX_COMPILATION_CACHE_DIR": os.fspath(ROOT / "tmp/jax-cache")},
+                | {"JAX_COMPILATION_CACHE_DIR": os.fspath(TEMPORARY / "jax-cache")},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

@@ -135,9 +135,7 @@ class TestMemoryOfGpus:
         with pytest.raises(ValueError, match="specified together") as error:
             xla_client.generate_pjrt_gpu_plugin_options()
         assert explain(error.value).endswith("are both set: unset the second")
-        with pytest.raises(
-            ConfigError, match=r"XLA_PYTHON_CLIENT_MEM_FRACTION=0\.6.*unset"
-        ):
+        with pytest.raises(ConfigError, match=r"XLA_PYTHON_CLIENT_MEM_FRACTION=0\.6.*unset"):
             gpu.memory_pool(parse_topology("h100:8"))
 
     @pytest.mark.parametrize("value", ["most", "0", "1.5"])
