@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
 import importlib.util
-import re
 from collections.abc import Callable, Iterable, Iterator
+
+from resnet_jax.packages import DISTRIBUTION, declared
 
 # What the command line ends with: images were skipped, the user's mistake, another process of the
 # run is lost, training diverged, stopped with everything saved.
 SKIPPED, MISTAKE, LOST, DIVERGED, STOPPED = 1, 2, 69, 70, 75
 
 _THIS = __name__.partition(".")[0]
-_DISTRIBUTION = "resnet-jax-linen"
 # Names on PyPI of modules that are called otherwise.
 _PACKAGES = {
     "absl": "absl-py",
@@ -195,14 +194,10 @@ def _is_installed(module: str) -> bool:
 
 def _extra_with(package: str) -> str:
     """The smallest extra of this package that installs another; "" if none does."""
-    try:
-        required = importlib.metadata.requires(_DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:  # a copy of the source that was not installed
-        return ""
     extras: dict[str, set[str]] = {}  # one that contains another lists its packages too
-    for line in required:
-        if found := re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line):
-            extras.setdefault(found[2], set()).add(found[1].replace("_", "-").lower())
+    for each in declared(DISTRIBUTION):
+        if each.extra:
+            extras.setdefault(each.extra, set()).add(each.name)
     having = [name for name, packages in extras.items() if package.lower() in packages]
     return min(having, key=lambda name: len(extras[name]), default="")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -56,3 +57,42 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
         raise ConfigError(
             f"{what} does not fit in the memory of a device ({reason}); {remedy}"
         ) from error
+
+
+# The current name of the variable, and the deprecated one.
+_FRACTION, _OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+def memory_fraction(environ: Mapping[str, str] = os.environ) -> float:
+    """The share of a GPU's memory that JAX takes for programs and arrays.
+
+    Args:
+      environ: Environment variables.
+
+    Returns:
+      XLA_CLIENT_MEM_FRACTION or XLA_PYTHON_CLIENT_MEM_FRACTION, its deprecated name; 0.75, JAX's
+      default, if neither is set.
+
+    Raises:
+      ConfigError: The value is not a number above 0 and up to 1, or both variables are set, which
+        JAX does not accept.
+
+    Example:
+      >>> memory_fraction({}), memory_fraction({"XLA_CLIENT_MEM_FRACTION": ".9"})
+      (0.75, 0.9)
+    """
+    found = {name: environ[name] for name in (_FRACTION, _OLD_FRACTION) if environ.get(name)}
+    if len(found) == 2:
+        raise ConfigError(
+            f"{_FRACTION}={found[_FRACTION]} and {_OLD_FRACTION}={found[_OLD_FRACTION]}: JAX "
+            "does not start with both; unset the second, which is deprecated"
+        )
+    for name, text in found.items():
+        try:
+            fraction = float(text)
+        except ValueError:
+            fraction = 0.0
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"{name}={text}: must be more than 0 and at most 1")
+        return fraction
+    return 0.75

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, worst
+from resnet_jax.doctor.findings import LONG_LIMIT, OK, PROBLEM, WARNING, Finding, plural, worst
 from resnet_jax.doctor.reasons import known_reason, shortened
 from resnet_jax.errors import MISTAKE, ConfigError
 from resnet_jax.training.launch import FLAGS
@@ -33,16 +33,7 @@ _COLORS = {OK: 32, WARNING: 33, PROBLEM: 31}  # ANSI: green, yellow, red
 
 @dataclasses.dataclass
 class Result:
-    """What the worker has found.
-
-    Args:
-      findings: Of all checks, in order.
-      environment: From `environment.environment`; {} where JAX has not started.
-      index: This process.
-      count: How many there are.
-      code: The exit code of the command.
-      log: The last lines that libraries have printed.
-    """
+    """What the worker has found; `log` has the last lines that libraries have printed."""
 
     findings: list[Finding] = dataclasses.field(default_factory=list)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -53,7 +44,7 @@ class Result:
 
 
 def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
-    """Checks whether training runs on this machine, and prints what is found.
+    """Checks whether training runs on this machine, and prints what it finds.
 
     Args:
       arguments: --quick, --network=NAME, and the flags by which processes are joined.
@@ -80,17 +71,14 @@ def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
 
 
 def examine(command: Sequence[str], printer: Printer) -> Result:
-    """Runs a worker to its end.
+    """Runs a worker to its end; the check in which it died or hung is a problem.
 
     Args:
-      command: Starts it.
+      command: Starts the worker.
       printer: Shows what it says.
 
-    Returns:
-      What it found; the check in which it died or hung is a problem.
-
     Raises:
-      ConfigError: It says that a flag cannot be used.
+      ConfigError: The worker says that a flag cannot be used.
     """
     worker = subprocess.Popen(  # noqa: S603
         command,
@@ -104,7 +92,7 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
     log: collections.deque[str] = collections.deque(maxlen=200)
     events: queue.Queue[dict[str, Any] | None] = queue.Queue()
     readers = [
-        threading.Thread(target=_read_events, args=(worker.stdout, events), daemon=True),
+        threading.Thread(target=_read_events, args=(worker.stdout, events, log), daemon=True),
         threading.Thread(target=_read_log, args=(worker.stderr, log), daemon=True),
     ]
     for reader in readers:
@@ -135,15 +123,23 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
 
 def _environment() -> dict[str, str]:
     """The worker finds the package where this process has found it."""
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _read_events(stream: Any, events: queue.Queue[dict[str, Any] | None]) -> None:
+def _read_events(
+    stream: Any, events: queue.Queue[dict[str, Any] | None], log: collections.deque[str]
+) -> None:
     with contextlib.suppress(ValueError):  # closed, because the worker was too late
         for line in stream:
-            events.put(json.loads(line))
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                event = None
+            if isinstance(event, dict):
+                events.put(event)
+            else:  # printed by what Python loads before the worker takes standard output away
+                log.append(line.rstrip())
     events.put(None)
 
 
@@ -157,7 +153,7 @@ def _follow(
     events: queue.Queue[dict[str, Any] | None], printer: Printer
 ) -> tuple[Result, Finding | None]:
     """Shows events as they come; the second is a problem where they end too late."""
-    result, limit = Result(), 60.0
+    result, limit = Result(), float(LONG_LIMIT)  # it imports JAX, perhaps from a slow disk
     while True:
         try:
             event = events.get(timeout=limit + _GRACE)
@@ -205,13 +201,11 @@ def _last_words(log: Sequence[str]) -> str:
 
 
 class Printer:
-    """Shows findings as they come: one line each, under headings.
-
-    Until it is known that this process is the first of its run, nothing is shown.
+    """Shows findings as they come, if this is known to be the first process of its run.
 
     Args:
-      output: Where findings go.
-      progress: Where it is said what is tried at the moment.
+      output: Where findings go: one line each, under headings.
+      progress: Where the name of the current check goes.
       quiet: Show no findings.
     """
 

@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from resnet_jax.distributed.accelerators import find_accelerator
+from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, size
 from resnet_jax.doctor.machine import Machine
 from resnet_jax.doctor.reasons import explain, known_reason, shortened
-from resnet_jax.training.environment import installed_versions, runtime, variables
+from resnet_jax.packages import installed_versions
+from resnet_jax.training.environment import runtime, variables
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def backend(machine: Machine, log: Sequence[str] = ()) -> Finding:
-    """Starts JAX, and says why if it computes elsewhere than it could.
-
-    Args:
-      machine: Where this runs.
-      log: What JAX has logged so far; filled while this runs.
-
-    Returns:
-      The platform, or what is wrong.
-    """
+    """Starts JAX: its platform, or why it does not use an accelerator; `log` is what JAX logs."""
     try:
         jax.devices()
     except Exception as error:  # of any class: an unknown platform is an AssertionError
         return judge_failure(error, machine, log)
     found = runtime()
-    errors = {k: str(v) for k, v in _backend_errors().items()}
-    reasons = [*log, *errors.values()]
+    reasons = [*log, *map(str, _backend_errors().values())]
     return judge_backend(jax.default_backend(), machine, reasons, found)
 
 
 def judge_failure(error: Exception, machine: Machine, log: Sequence[str] = ()) -> Finding:
-    """Why JAX has not started at all.
-
-    Args:
-      error: What it has raised.
-      machine: Where this runs.
-      log: What it has logged.
-
-    Returns:
-      A problem.
-    """
+    """Why JAX has not started at all."""
     said = shortened(error) if str(error) else type(error).__name__
     platforms = machine.environ.get("JAX_PLATFORMS", "")
     reason = known_reason("\n".join([str(error), *log]))
@@ -65,17 +50,7 @@ def _backend_errors() -> dict[str, Any]:
 def judge_backend(
     platform: str, machine: Machine, reasons: Sequence[str], facts: dict[str, Any]
 ) -> Finding:
-    """Compares what JAX uses with what is plugged in.
-
-    Args:
-      platform: JAX's default backend.
-      machine: Where this runs.
-      reasons: What JAX has logged, and the errors of platforms that did not start.
-      facts: From `environment.runtime`.
-
-    Returns:
-      A problem where an accelerator stays unused, a warning where a setting asks for that.
-    """
+    """Compares JAX's default platform with what is plugged in; `reasons` are logs and errors."""
     facts = {"platform": platform, **facts}
     said = ", ".join(
         f"{name.removesuffix(' in use')} {facts[name]}"
@@ -128,7 +103,7 @@ def _of_interest(is_card: bool, log: str) -> str:
     return "\n".join(lines)
 
 
-def devices(machine: Machine) -> Finding:
+def devices() -> Finding:
     """The devices of this process: kind, memory, peak."""
     own = jax.local_devices()
     kind = own[0].device_kind
@@ -160,53 +135,36 @@ def devices(machine: Machine) -> Finding:
     return Finding(OK, text, facts)
 
 
-def unused_devices(machine: Machine, processes_here: int = 1) -> Finding | None:
-    """Cards of this machine that no process of the run uses; None where that is not the case."""
-    cards = len(machine.nvidia_cards())
-    used = jax.local_device_count() * processes_here
-    if jax.default_backend() != "gpu" or cards <= used:
-        return None
-    facts = {"cards": cards, "used": used}
-    visible = machine.environ.get("CUDA_VISIBLE_DEVICES")
-    text = f"the run uses {used} of the {cards} cards of this machine"
-    if visible is not None and "SLURM_JOB_ID" not in machine.environ:
-        return Finding(OK, f"{text} (CUDA_VISIBLE_DEVICES={visible})", facts)
-    return Finding(WARNING, f"{text}: start a process for each (docs/pods.md)", facts)
-
-
 def precision(machine: Machine) -> Finding:
     """What float32 means here."""
     device = jax.local_devices()[0]
     asked = getattr(jax.config, "jax_default_matmul_precision", None)
-    capability = str(getattr(device, "compute_capability", None) or "0")
     tf32_off = machine.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
     facts = {"platform": device.platform, "default_matmul_precision": asked}
-    return Finding(OK, float32_means(device.platform, capability, asked, tf32_off), facts)
+    text = float32_means(device.platform, cuda_capability(device), asked, tf32_off)
+    return Finding(OK, text, facts)
 
 
-def float32_means(platform: str, capability: str, asked: str | None, tf32_off: bool) -> str:
-    """What a product of float32 matrices computes, in words.
+def cuda_capability(device: Any) -> float | None:
+    """The compute capability of an NVIDIA GPU; None for others, such as AMD's "gfx942"."""
+    found = re.fullmatch(r"\d+\.\d+", str(getattr(device, "compute_capability", "")))
+    return float(found[0]) if found else None
 
-    Args:
-      platform: Of the device.
-      capability: Of a card, such as "9.0".
-      asked: JAX's default_matmul_precision.
-      tf32_off: Whether NVIDIA_TF32_OVERRIDE=0 is set.
 
-    Returns:
-      One line.
+def float32_means(
+    platform: str, capability: float | None, asked: str | None, tf32_off: bool
+) -> str:
+    """What a product of float32 matrices computes, if JAX's default_matmul_precision is `asked`.
 
     Example:
-      >>> float32_means("cpu", "", None, False)
+      >>> float32_means("cpu", None, None, False)
       'products and convolutions are exact float32'
     """
     exact = "products and convolutions are exact float32"
     if asked in ("highest", "float32"):
         return f"{exact} (JAX_DEFAULT_MATMUL_PRECISION={asked})"
     said = f" (JAX_DEFAULT_MATMUL_PRECISION={asked})" if asked else ""
-    if platform == "gpu":
-        if float(capability) < 8 or tf32_off:
-            return exact
+    if platform == "gpu" and capability is not None and capability >= 8 and not tf32_off:
         return f"products and convolutions round their inputs to TF32, 10 bits of mantissa{said}"
     if platform == "tpu" and asked in ("high", "bfloat16_3x", "tensorfloat32"):
         return f"products and convolutions are three in bfloat16, about 16 bits of mantissa{said}"
@@ -215,31 +173,19 @@ def float32_means(platform: str, capability: str, asked: str | None, tf32_off: b
     return exact
 
 
-def x64(machine: Machine) -> Finding | None:
-    """Whether JAX computes in float64 where no type is asked for; None where it does not."""
-    if not getattr(jax.config, "jax_enable_x64", False):
-        return None
-    text = "jax_enable_x64 is on: arrays take twice the memory; unset JAX_ENABLE_X64"
-    return Finding(WARNING, text)
-
-
 def preallocation(machine: Machine) -> Finding | None:
-    """How JAX takes a card's memory; None elsewhere."""
+    """How JAX takes a GPU's memory; None on other platforms."""
     if jax.default_backend() != "gpu":
         return None
-    names = ("PREALLOCATE", "MEM_FRACTION", "ALLOCATOR")
-    chosen = {
-        name: machine.environ[name]
-        for name in (f"XLA_PYTHON_CLIENT_{each}" for each in names)
-        if name in machine.environ
-    }
-    said = ", ".join(f"{name}={value}" for name, value in chosen.items())
-    if chosen.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":
-        text = (
-            "asked of the driver for each array, which is slow: unset XLA_PYTHON_CLIENT_ALLOCATOR"
+    prefix = "XLA_PYTHON_CLIENT_"
+    if machine.environ.get(f"{prefix}ALLOCATOR", "").lower() == "platform":
+        return Finding(
+            WARNING, f"each array asks the driver, which is slow: unset {prefix}ALLOCATOR"
         )
-        return Finding(WARNING, text, chosen)
-    return Finding(OK, said or "75% of each card is taken at the start (JAX's default)", chosen)
+    share = f"{memory_fraction(machine.environ):.0%} of each card"
+    if machine.environ.get(f"{prefix}PREALLOCATE", "").lower() in ("false", "0"):
+        return Finding(OK, f"none; up to {share} is taken as it is needed")
+    return Finding(OK, f"{share} is taken at the start")
 
 
 def settings(machine: Machine) -> Finding:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 # From good to bad. A problem means that training cannot run here as it should.
 OK, SKIPPED, WARNING, PROBLEM = LEVELS = ("ok", "skipped", "warning", "problem")
+# Seconds that a check may take. The second is for imports, the start of JAX and compilations.
+LIMIT, LONG_LIMIT = 60, 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Finding:
     seconds: float = 0.0
 
 
-def worst(findings: list[Finding]) -> str:
+def worst(findings: Sequence[Finding]) -> str:
     """The highest level of findings.
 
     Example:

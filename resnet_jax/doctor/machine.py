@@ -1,11 +1,12 @@
-"""The machine and what is installed on it, as far as that can be told without JAX.
+"""Checks of the machine and its packages that do not start JAX.
 
-Everything is read below one root and from one set of environment variables, so that tests can make
-a machine of any kind out of a few files.
+Files are read below one root, and environment variables from one mapping, so that a test can build
+any machine from a few files.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -14,9 +15,20 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from resnet_jax.doctor import nvml, packages
+from resnet_jax.compile_cache import FOLDER
+from resnet_jax.distributed.device_memory import memory_fraction
+from resnet_jax.doctor import nvml
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, size
-from resnet_jax.training.environment import installed_versions, nvidia_driver
+from resnet_jax.packages import (
+    DISTRIBUTION,
+    Requirement,
+    extras,
+    installed_versions,
+    older,
+    requirements,
+)
+from resnet_jax.training import local_gpus
+from resnet_jax.training.environment import nvidia_driver
 
 _GIB = 2**30
 # PCI vendor and devices of Google's TPUs, v3 to TPU7x. The vendor also makes network cards.
@@ -24,7 +36,7 @@ _GOOGLE = "0x1ae0"
 _TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 # The oldest driver that CUDA 12 and CUDA 13 run with (docs.jax.dev, installation).
 _LEAST_DRIVER = {"jax-cuda12-plugin": "525", "jax-cuda13-plugin": "580"}
-# Below that something runs out soon.
+# A run is short of space below these limits.
 _LEAST_MEMORY = 4 * _GIB
 _LEAST_SHARED = 1 * _GIB
 _LEAST_DISK = 2 * _GIB
@@ -42,28 +54,32 @@ class Machine:
         self.root = root
         self.environ = environ
 
+    @functools.cached_property
+    def cards(self) -> list[nvml.Card | None]:
+        """The NVIDIA cards in the order of nvidia-smi."""
+        return nvml.cards()
+
+    @functools.cached_property
+    def gpus(self) -> list[str]:
+        """The UUIDs of the NVIDIA GPUs that JAX can use, in CUDA's order."""
+        return local_gpus.visible_gpus()
+
     def read(self, path: str) -> str:
-        """The text of a file; "" where it cannot be read."""
+        """The text of a file; "" if it cannot be read."""
         try:
             return (self.root / path).read_text(errors="replace").strip()
         except OSError:
             return ""
 
     def nvidia_cards(self) -> list[str]:
-        """Names of NVIDIA's cards that the kernel knows, also where nothing can use them."""
-        found = []
-        for file in sorted(self.root.glob("proc/driver/nvidia/gpus/*/information")):
-            model = re.search(r"Model:\s*(.+)", self.read(str(file.relative_to(self.root))))
-            found.append(model[1].strip() if model else "NVIDIA card")
-        visible = [*self.root.glob("dev/nvidia[0-9]*")]  # a container gets some of them
-        if visible and (not found or len(visible) < len(found)):
-            return found[: len(visible)] or ["NVIDIA card"] * len(visible)
-        if not found and (self.root / "usr/lib/wsl/lib/libcuda.so.1").exists():
-            return ["NVIDIA card (Windows)"]
-        return found
+        """Names of the NVIDIA cards that this process may use, whether JAX can or not."""
+        if self.cards:
+            return [each.name for each in self.cards if each is not None]
+        files = [*self.root.glob("dev/nvidia[0-9]*")]
+        return ["NVIDIA card"] * (len(self.gpus) or len(files))
 
     def tpu_chips(self) -> int:
-        """Chips that this machine has."""
+        """Number of TPU chips."""
         on_bus = 0
         for vendor in self.root.glob("sys/bus/pci/devices/*/vendor"):
             on_bus += (
@@ -78,68 +94,77 @@ class Machine:
 # Software.
 
 
-def python(machine: Machine) -> Finding:
-    """Python and the system."""
+def python() -> Finding:
+    """Python and the operating system."""
     facts = {"python": platform.python_version(), "system": platform.platform()}
     return Finding(OK, f"{facts['python']} on {facts['system']}", facts)
 
 
-def core_packages(machine: Machine) -> Finding:
-    """What the networks need, against the oldest versions that are tested."""
-    names = ("resnet-jax-linen", "jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint")
+def core_packages() -> Finding:
+    """The packages that the networks need, compared with the oldest tested versions."""
+    names = (DISTRIBUTION, "jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint")
     versions = installed_versions(names)
-    if packages.DISTRIBUTION not in versions:
+    if DISTRIBUTION not in versions:
         text = "this package is not installed, so versions cannot be compared: pip install -e ."
         return Finding(WARNING, text, versions)
-    wanted = packages.requirements(packages.DISTRIBUTION)
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return _judged(wanted, versions, text)
+    return _judge_versions(requirements(DISTRIBUTION), versions, text)
 
 
-def train_extra(machine: Machine) -> Finding:
-    """What training needs beside that."""
-    wanted = packages.requirements(packages.DISTRIBUTION, "train")
-    if lacking := packages.missing(wanted):
+def train_extra() -> Finding:
+    """The packages that training needs in addition."""
+    wanted = requirements(DISTRIBUTION, "train")
+    if lacking := _missing(wanted):
         what = "nothing of it is" if len(lacking) == len(wanted) else f"{_listed(lacking)} not"
         text = f"training needs the extra 'train'; {what} installed: pip install -e '.[train]'"
         return Finding(PROBLEM, text, {"missing": lacking})
-    return _judged(wanted, {}, f"all {len(wanted)} packages of the extra 'train' are installed")
+    return _judge_versions(
+        wanted, {}, f"all {len(wanted)} packages of the extra 'train' are installed"
+    )
 
 
-def _judged(wanted: list[packages.Requirement], facts: dict[str, str], text: str) -> Finding:
-    old = packages.too_old(wanted)
+def _judge_versions(wanted: list[Requirement], facts: dict[str, str], text: str) -> Finding:
+    present = installed_versions(each.name for each in wanted)
+    old = [x for x in wanted if x.name in present and x.least and older(present[x.name], x.least)]
     if old:
-        said = ", ".join(f"{each.name} {found} (needs {each.least})" for each, found in old)
-        newer = " ".join(f"'{each.name}>={each.least}'" for each, _ in old)
+        said = ", ".join(f"{each.name} {present[each.name]} (needs {each.least})" for each in old)
+        newer = " ".join(f"'{each.name}>={each.least}'" for each in old)
         return Finding(WARNING, f"too old: {said}: pip install -U {newer}", facts)
     return Finding(OK, text, facts)
 
 
-def other_extras(machine: Machine) -> Finding:
-    """The optional parts, and what each lacks."""
-    present, lacking = [], {}
-    for extra in packages.extras():
-        if extra in ("train", "gpu", "tpu"):
-            continue
-        absent = packages.missing(packages.requirements(packages.DISTRIBUTION, extra))
-        if absent:
-            lacking[extra] = absent
-        else:
-            present.append(extra)
+def other_extras() -> Finding:
+    """The optional extras, and what each of them lacks."""
+    lacking = {
+        extra: _missing(requirements(DISTRIBUTION, extra))
+        for extra in extras()
+        if extra not in ("train", "gpu", "tpu")
+    }
+    present = [extra for extra, names in lacking.items() if not names]
+    lacking = {extra: names for extra, names in lacking.items() if names}
     text = ", ".join(present) or "none"
     if lacking:
         text += "; not installed: " + ", ".join(f"{k} ({_listed(v)})" for k, v in lacking.items())
     return Finding(OK, text, {"installed": present, "missing": lacking})
 
 
+def _missing(wanted: list[Requirement]) -> list[str]:
+    present = installed_versions(each.name for each in wanted)
+    return [each.name for each in wanted if each.name not in present]
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
 def accelerator_packages(machine: Machine) -> Finding | None:
-    """The CUDA plugin or libtpu; None where there is neither a package nor an accelerator."""
+    """The CUDA plugin or libtpu; None if neither is installed."""
     versions = installed_versions(["jaxlib", "libtpu", *_LEAST_DRIVER])
     jaxlib = versions.pop("jaxlib", "")
     plugins = [name for name in _LEAST_DRIVER if name in versions]
     if not versions:
         return None
-    text = ", ".join(f"{name} {version}" for name, version in versions.items())
     if len(plugins) > 1:
         what = f"{' and '.join(plugins)} are both installed; uninstall one"
         return Finding(WARNING, what, versions)
@@ -151,36 +176,32 @@ def accelerator_packages(machine: Machine) -> Finding | None:
                 f"it: pip install -U 'jax[{cuda}]'"
             )
             return Finding(PROBLEM if machine.nvidia_cards() else WARNING, what, versions)
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
     return Finding(OK, text, versions)
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 # Hardware.
 
 
 def accelerators(machine: Machine) -> Finding:
-    """What is plugged in, and its driver."""
+    """The accelerators that are plugged in, and NVIDIA's driver."""
     cards, chips = machine.nvidia_cards(), machine.tpu_chips()
     driver = nvidia_driver(machine.root / "proc")
     facts: dict[str, object] = {"nvidia": cards, "tpu_chips": chips, "nvidia_driver": driver}
     if cards:
         text = " and ".join(f"{cards.count(name)} x {name}" for name in dict.fromkeys(cards))
         for plugin, least in _LEAST_DRIVER.items():
-            if driver and installed_versions([plugin]) and packages.older(driver, least):
+            if driver and installed_versions([plugin]) and older(driver, least):
                 what = f"{text}; its driver {driver} is too old for {plugin}, which needs {least}"
                 return Finding(PROBLEM, f"{what}: update the driver", facts)
         return Finding(OK, f"{text}, driver {driver or 'unknown'}", facts)
     if chips:
         return Finding(OK, f"TPU, {plural(chips, 'chip')} on this machine", facts)
-    return Finding(OK, "none is plugged in here (no NVIDIA card, no TPU)", facts)
+    return Finding(OK, "no NVIDIA card and no TPU is plugged in here", facts)
 
 
 def huge_pages(machine: Machine) -> Finding | None:
-    """Whether the host's memory comes in large pages, without which a TPU starts slowly."""
+    """Whether a TPU host has transparent huge pages, without which a TPU starts slowly."""
     found = machine.read("sys/kernel/mm/transparent_hugepage/enabled")
     if not machine.tpu_chips() or not found or "[always]" in found:
         return None
@@ -191,47 +212,38 @@ def huge_pages(machine: Machine) -> Finding | None:
     return Finding(WARNING, text)
 
 
-def card_memory(machine: Machine, cards: list[nvml.Card] | None = None) -> Finding | None:
-    """What other processes use of the cards, before JAX takes its share; None without cards."""
-    cards = nvml.cards() if cards is None else cards
-    visible = machine.environ.get("CUDA_VISIBLE_DEVICES", "")
-    numbers = [int(each) for each in visible.split(",") if each.strip().isdecimal()]
-    indices = [i for i in numbers if i < len(cards)] if numbers else range(len(cards))
-    if not indices:
+def card_memory(machine: Machine) -> Finding | None:
+    """What other processes use of the GPUs that JAX can use, before JAX takes its share."""
+    found = {i: x for i, x in enumerate(machine.cards) if x is not None and x.uuid in machine.gpus}
+    if not found:
         return None
     facts = {
-        "cards": [{"index": i, "used": cards[i].used, "memory": cards[i].memory} for i in indices]
+        "cards": [
+            {"nvidia_smi": number, "uuid": card.uuid, "used": card.used, "memory": card.memory}
+            for number, card in found.items()
+        ]
     }
-    takes = _preallocated(machine)
-    crowded = [i for i in indices if cards[i].memory - cards[i].used < takes * cards[i].memory]
-    busy = [i for i in indices if cards[i].used > 1.5 * _GIB]
-    if crowded:
-        i = crowded[0]
-        free = (cards[i].memory - cards[i].used) / cards[i].memory
-        text = (
-            f"other processes use {size(cards[i].used)} of the {size(cards[i].memory)} of card {i}"
-            f", and JAX asks for {takes:.0%}: end them, or set "
-            f"XLA_PYTHON_CLIENT_MEM_FRACTION={max(free - 0.05, 0.05):.2f}"
-        )
-        return Finding(WARNING, text, facts)
+    on_demand = machine.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0")
+    takes = 0.0 if on_demand else memory_fraction(machine.environ)
+    for number, card in found.items():
+        free = 1 - card.used / card.memory
+        if free < takes:
+            text = (
+                f"other processes use {size(card.used)} of the {size(card.memory)} of card "
+                f"{number} of nvidia-smi, and JAX asks for {takes:.0%}: end them, or set "
+                f"XLA_CLIENT_MEM_FRACTION={max(free - 0.05, 0.05):.2f}"
+            )
+            return Finding(WARNING, text, facts)
+    busy = {number: card for number, card in found.items() if card.used > 1.5 * _GIB}
     if busy:
-        used = ", ".join(f"{size(cards[i].used)} of card {i}" for i in busy)
-        return Finding(WARNING, f"other processes use {used}; they share its speed too", facts)
+        said = ", ".join(f"{size(card.used)} of card {i}" for i, card in busy.items())
+        text = f"other processes use {said} of nvidia-smi; they share its speed too"
+        return Finding(WARNING, text, facts)
     return Finding(OK, "no other process uses the cards", facts)
 
 
-def _preallocated(machine: Machine) -> float:
-    """The share of a card's memory that JAX takes at its start."""
-    if machine.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0"):
-        return 0.0
-    try:
-        return float(machine.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
-    except ValueError:
-        return 0.75
-
-
 def cores(machine: Machine) -> Finding:
-    """The cores that this process may use."""
+    """The CPU cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     usable = usable or os.cpu_count() or 1
     quota = cpu_quota(machine)
@@ -250,7 +262,7 @@ def cores(machine: Machine) -> Finding:
 
 
 def cpu_quota(machine: Machine) -> float:
-    """Cores whose time the control group of this process may use; 0.0: no limit."""
+    """The CPU time that the control group of this process allows, in cores; 0.0: no limit."""
     limits = []
     for folder in _control_groups(machine):
         quota, _, period = machine.read(f"{folder}/cpu.max").partition(" ")
@@ -263,14 +275,14 @@ def cpu_quota(machine: Machine) -> float:
 
 
 def _control_groups(machine: Machine) -> list[str]:
-    """Folders of this process's control group and those around it, below the root."""
+    """Folders of this process's control group and its parents, below the root."""
     found = re.search(r"^0::/(.*)$", machine.read("proc/self/cgroup"), re.MULTILINE)
     parts = [each for each in (found[1] if found else "").split("/") if each]
     return ["/".join(["sys/fs/cgroup", *parts[:end]]) for end in range(len(parts), -1, -1)]
 
 
 def memory(machine: Machine) -> Finding:
-    """Memory of the host that is free for this process."""
+    """The host memory that is free for this process."""
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB", machine.read("proc/meminfo"), re.MULTILINE))
     if "MemAvailable" not in found:
         return Finding(OK, "unknown")
@@ -287,40 +299,33 @@ def memory(machine: Machine) -> Finding:
     return Finding(OK, text, facts)
 
 
-def shared_memory(machine: Machine) -> Finding:
-    """The shared memory through which processes of `data.workers` hand over their images."""
+def shared_memory(machine: Machine) -> Finding | None:
+    """Whether the workers of `data.workers` can pass on images in shared memory; None if so."""
     try:
-        usage = shutil.disk_usage(machine.root / "dev/shm")
+        total = shutil.disk_usage(machine.root / "dev/shm").total
     except OSError:
         return Finding(WARNING, "there is no /dev/shm: leave data.workers at 0")
-    facts = {"total": usage.total, "free": usage.free}
-    return _judged_shared(usage.total, facts)
+    if total >= _LEAST_SHARED:
+        return None
+    text = (
+        f"{size(total)} in /dev/shm, too little for data.workers: leave that at 0, or start the "
+        "container with --shm-size=8g"
+    )
+    return Finding(WARNING, text, {"total": total})
 
 
-def _judged_shared(total: int, facts: dict[str, int]) -> Finding:
-    if total < _LEAST_SHARED:
-        text = (
-            f"{size(total)} in /dev/shm, too little for data.workers: leave that at 0, or start "
-            "the container with --shm-size=8g"
-        )
-        return Finding(WARNING, text, facts)
-    return Finding(OK, f"{size(total)} in /dev/shm", facts)
-
-
-def disks(machine: Machine, folders: Mapping[str, Path] | None = None) -> Finding:
-    """Whether files can be written where runs write them, and how much room is there."""
-    if folders is None:
-        cache = Path("~/.cache").expanduser()
-        folders = {
-            "this folder": Path.cwd(),
-            "the cache": cache if cache.exists() else Path.home(),
-            "temporary files": Path(tempfile.gettempdir()),
-        }
+def disks(machine: Machine) -> Finding:
+    """Whether the folders that a run writes to can be written, and how much space they have."""
+    cache = machine.environ.get("JAX_COMPILATION_CACHE_DIR") or FOLDER
+    folders = {"this folder": Path.cwd()}
+    if "://" not in cache:
+        folders["the compile cache"] = Path(cache).expanduser()
     said, facts, wrong = [], {}, []
     for name, folder in folders.items():
+        there = next(each for each in (folder, *folder.parents) if each.exists())
         try:
-            free = shutil.disk_usage(folder).free
-            with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(there).free
+            with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
             wrong.append(f"{name} ({folder}) cannot be written: {error.strerror}")
@@ -330,27 +335,6 @@ def disks(machine: Machine, folders: Mapping[str, Path] | None = None) -> Findin
         if free < _LEAST_DISK:
             wrong.append(f"{name} ({folder}) has only {size(free)} free")
     if wrong:
-        advice = "a run writes to --workdir, programs to log.compile_cache, both of which can move"
+        advice = "a run writes to --workdir, and programs to --config.log.compile_cache=DIR"
         return Finding(WARNING, f"{'; '.join(wrong)}: {advice}", facts)
     return Finding(OK, f"free: {', '.join(said)}", facts)
-
-
-def compile_cache(machine: Machine) -> Finding:
-    """Where compiled programs are kept from one start to the next."""
-    from resnet_jax.training.config import Log
-
-    chosen = machine.environ.get("JAX_COMPILATION_CACHE_DIR") or Log().compile_cache
-    folder = Path(chosen).expanduser()
-    facts: dict[str, object] = {"path": str(folder)}
-    if not folder.exists():
-        parents = [each for each in folder.parents if each.exists()]
-        if parents and not os.access(parents[0], os.W_OK):
-            text = f"{parents[0]} cannot be written: --config.log.compile_cache=DIR elsewhere"
-            return Finding(WARNING, text, facts)
-        return Finding(OK, f"{folder}, empty so far", facts)
-    sizes = [each.stat().st_size for each in folder.iterdir() if each.is_file()]
-    facts.update(files=len(sizes), bytes=sum(sizes))
-    if not os.access(folder, os.W_OK):
-        text = f"{folder} cannot be written: --config.log.compile_cache=DIR elsewhere"
-        return Finding(WARNING, text, facts)
-    return Finding(OK, f"{folder}, {plural(len(sizes), 'file')}, {size(sum(sizes))}", facts)

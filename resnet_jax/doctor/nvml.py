@@ -1,13 +1,14 @@
-"""What NVIDIA's driver says of its cards, by its management library (NVML, which nvidia-smi uses).
+"""The NVIDIA cards of this machine, as NVML lists them (the driver's library behind nvidia-smi).
 
-The library comes with the driver, and asking it takes no memory of a card. It sees all cards of the
-machine, also those that CUDA_VISIBLE_DEVICES hides.
+It sees the cards that CUDA_VISIBLE_DEVICES hides too, and a query takes no memory of a card.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+
+_NO_PERMISSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +17,13 @@ class Card:
 
     Args:
       name: Such as "NVIDIA H100 80GB HBM3".
+      uuid: 32 hexadecimal digits, as in `local_gpus.visible_gpus`; "" if the card does not answer.
       memory: Bytes.
       used: Bytes in use, by all processes.
     """
 
     name: str
+    uuid: str
     memory: int
     used: int
 
@@ -29,14 +32,10 @@ class _Memory(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_ulonglong) for name in ("total", "free", "used"))
 
 
-def cards(library: str = "libnvidia-ml.so.1") -> list[Card]:
-    """The cards of this machine.
+def cards(library: str = "libnvidia-ml.so.1") -> list[Card | None]:
+    """Returns the cards in the order of nvidia-smi; None: this process may not use that one.
 
-    Args:
-      library: Name of NVML's shared library.
-
-    Returns:
-      In the order of the driver; [] where there is no driver, or it does not answer.
+    CUDA numbers the cards differently: match them by UUID.
 
     Example:
       >>> cards("no-such-library")
@@ -52,20 +51,24 @@ def cards(library: str = "libnvidia-ml.so.1") -> list[Card]:
         count = ctypes.c_uint()
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
             return []
-        found = [_card(nvml, index) for index in range(count.value)]
-        return [each for each in found if each is not None]
+        return [_card(nvml, index) for index in range(count.value)]
     finally:
         nvml.nvmlShutdown()
 
 
 def _card(nvml: ctypes.CDLL, index: int) -> Card | None:
     handle, memory = ctypes.c_void_p(), _Memory()
-    name = ctypes.create_string_buffer(96)
+    name, uuid = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
+    error = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+    if error == _NO_PERMISSION:  # a card of another job
+        return None
     failed = (
-        nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+        error
         or nvml.nvmlDeviceGetName(handle, name, ctypes.c_uint(len(name)))
+        or nvml.nvmlDeviceGetUUID(handle, uuid, ctypes.c_uint(len(uuid)))
         or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
     )
     if failed:
-        return None
-    return Card(name.value.decode(errors="replace"), int(memory.total), int(memory.used))
+        return Card("NVIDIA card that does not answer", "", 0, 0)
+    digits = uuid.value.decode(errors="replace").removeprefix("GPU-").replace("-", "").lower()
+    return Card(name.value.decode(errors="replace"), digits, memory.total, memory.used)

@@ -8,121 +8,57 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resnet_jax.doctor.findings import LEVELS, OK, PROBLEM, WARNING, Finding, plural
+from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, worst
+from resnet_jax.training.distributed import first_difference
+from resnet_jax.training.launch import Launch
+from resnet_jax.training.watch import Table
 
-_PREFIX = "resnet_jax/doctor/"
 # Seconds that process 0 waits for what the others have found, and the others for its verdict.
 PATIENCE = 60
 
 
-def launcher(environ: Mapping[str, str], flags: Sequence[str] = ()) -> Finding:
-    """What started this process, told by its environment.
-
-    Args:
-      environ: Environment variables.
-      flags: Of the command.
-
-    Returns:
-      In words; a warning where a job of several tasks has not started this process as one of them.
-    """
-    facts = {name: environ[name] for name in _TELLING if name in environ}
-    if any(each.startswith("--coordinator_address") for each in flags):
-        return Finding(OK, "flags of this command name the other processes", facts)
-    job, tasks = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_NUM_TASKS")
-    if job and tasks:
-        text = f"Slurm job {job}, task {environ.get('SLURM_PROCID', '?')} of {tasks}"
-        nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES", "1")
-        return Finding(OK, f"{text} on {plural(int(nodes), 'node')}", facts)
-    if job and int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or 1) > 1:
-        text = (
-            f"Slurm job {job} has several nodes, but this process was not started by srun and is "
-            "alone: put srun before the command"
-        )
-        return Finding(WARNING, text, facts)
-    if job:
-        return Finding(OK, f"Slurm job {job}, not by srun; one process", facts)
-    if size := environ.get("OMPI_COMM_WORLD_SIZE"):
-        text = f"Open MPI, rank {environ.get('OMPI_COMM_WORLD_RANK', '?')} of {size}"
-        return Finding(OK, text, facts)
-    hosts = environ.get("TPU_WORKER_HOSTNAMES") or environ.get("TPU_PROCESS_ADDRESSES") or ""
-    where = "GKE" if "KUBERNETES_SERVICE_HOST" in environ else "TPU VM"
-    if slices := environ.get("MEGASCALE_NUM_SLICES"):
-        text = f"{where}, slice {environ.get('MEGASCALE_SLICE_ID', '?')} of {slices}"
-        return Finding(OK, text, facts)
-    if hosts:
-        count = len(hosts.split(","))
-        text = f"{where}, worker {environ.get('TPU_WORKER_ID', '?')} of {count}"
-        return Finding(OK, text, facts)
-    return Finding(OK, "no launcher of several processes", facts)
-
-
-_TELLING = (
-    "SLURM_JOB_ID",
-    "SLURM_JOB_NUM_NODES",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_RANK",
-    "TPU_WORKER_HOSTNAMES",
-    "TPU_WORKER_ID",
-    "MEGASCALE_NUM_SLICES",
-    "MEGASCALE_SLICE_ID",
-)
-
-
 class Group:
-    """The processes of a run, through the table of texts that JAX's coordination service keeps.
+    """The processes of a run, which exchange values through a table, each value as JSON.
 
     Args:
-      client: Of that service; None for a lone process.
-      index: This process.
-      count: How many there are.
+      table: That all processes see; None for a run of one process.
+      index: Number of this process.
+      count: Number of processes.
     """
 
-    def __init__(self, client: Any = None, index: int = 0, count: int = 1) -> None:
+    def __init__(self, table: Table | None = None, index: int = 0, count: int = 1) -> None:
         self.index = index
         self.count = count
-        self._client = client
+        self._table = table
 
     def put(self, key: str, value: Any) -> None:
-        """Lets the others see a value of this process."""
-        if self._client is not None:
-            text = json.dumps(value, default=str)
-            self._client.key_value_set(f"{_PREFIX}{key}/{self.index}", text, allow_overwrite=True)
+        """Publishes a value of this process."""
+        if self._table is not None:
+            self._table.put(f"{key}/{self.index}", json.dumps(value, default=str))
 
     def gather(self, key: str, count: int = 0, patience: float = PATIENCE) -> dict[int, Any]:
-        """What processes have put, by their numbers.
-
-        Args:
-          key: What.
-          count: How many to wait for; 0: all.
-          patience: Seconds to wait.
-
-        Returns:
-          Those that came in time.
-        """
-        if self._client is None:
+        """Returns what processes have put, by number: of `count` of them, 0: all, if in time."""
+        if self._table is None:
             return {}
         until = time.monotonic() + patience
         while True:
-            pairs = self._client.key_value_dir_get(f"{_PREFIX}{key}/")
-            found = {int(name.rpartition("/")[2]): json.loads(text) for name, text in pairs}
+            found = self._table.folder(f"{key}/")
             if len(found) >= (count or self.count) or time.monotonic() > until:
-                return found
+                return {index: json.loads(text) for index, text in found.items()}
             time.sleep(0.1)
 
 
+def launched(launch: Launch, group: Group) -> Finding:
+    """What started this process, and a warning if hosts or GPUs of the run stay idle."""
+    text = "one process"
+    if launch.launcher:
+        text = f"process {group.index} of {group.count}, found by {launch.launcher}"
+    facts = {"launcher": launch.launcher, "idle": launch.idle}
+    return Finding(WARNING if launch.idle else OK, "; ".join([text, *launch.idle]), facts)
+
+
 def readiness(group: Group, levels: Mapping[int, str]) -> Finding | None:
-    """Whether all processes can compute together; None where they can.
-
-    Args:
-      group: The processes.
-      levels: What each of them says of its own checks.
-
-    Returns:
-      Who cannot, or has not come so far. A collective would wait for it for ever.
-    """
+    """Which processes cannot compute; in a collective the others would wait for them forever."""
     absent = [str(i) for i in range(group.count) if i not in levels]
     broken = [str(i) for i, level in sorted(levels.items()) if level == PROBLEM]
     parts = []
@@ -136,41 +72,20 @@ def readiness(group: Group, levels: Mapping[int, str]) -> Finding | None:
 
 
 def own_report(findings: Sequence[Finding], compared: Mapping[str, str]) -> dict[str, Any]:
-    """What this process tells the others.
-
-    Args:
-      findings: Of its checks.
-      compared: From `environment.compared`; {} where JAX has not started.
-
-    Returns:
-      Host, a line about its devices, whatever is not ok, and what has to be equal.
-    """
+    """What this process tells the others; `compared` is {} if JAX has not started."""
     named = {each.name: each for each in findings}
-    devices, rate = named.get("devices"), named.get("matrix product")
-    text = devices.text if devices else ""
-    if rate is not None and rate.level != "skipped":
-        text += f", {rate.text}"
-    wrong = [each for each in findings if each.level in (WARNING, PROBLEM)]
+    shown = [named[name] for name in ("devices", "matrix product") if name in named]
     return {
         "host": socket.gethostname(),
-        "text": text,
-        "wrong": [(each.level, f"{each.name}: {each.text}") for each in wrong],
+        "text": ", ".join(each.text for each in shown if each.level != "skipped"),
+        "level": worst(findings),
+        "wrong": [f"{x.name}: {x.text}" for x in findings if x.level in (WARNING, PROBLEM)],
         "compared": dict(compared),
     }
 
 
 def hosts(group: Group, reports: Mapping[int, dict[str, Any]]) -> list[Finding]:
-    """A line for each process, and one about versions that differ.
-
-    Args:
-      group: The processes.
-      reports: From `own_report`, by process.
-
-    Returns:
-      As process 0 shows them.
-    """
-    from resnet_jax.training.distributed import first_difference
-
+    """A line for each process, and one about versions, settings and devices that differ."""
     found = []
     for index in range(group.count):
         name = f"process {index}"
@@ -179,13 +94,13 @@ def hosts(group: Group, reports: Mapping[int, dict[str, Any]]) -> list[Finding]:
             text = "it has not reported: see its own output, or whether it was started"
             found.append(Finding(PROBLEM, text, name=name))
             continue
-        wrong = report["wrong"] if index else []  # that of process 0 is shown already
-        level = max((each[0] for each in wrong), key=LEVELS.index, default=OK)
-        words = "; ".join(filter(None, [report["text"], *(each[1] for each in wrong)]))
+        own = index == group.index  # its warnings are shown already
+        words = "; ".join(filter(None, [report["text"], *(() if own else report["wrong"])]))
+        level = OK if own or not report["wrong"] else report["level"]
         found.append(Finding(level, f"{report['host']}: {words}", report, name))
     alike = [reports[i]["compared"] for i in sorted(reports)]
     if len(alike) == group.count and all(alike):
         difference = first_difference(alike)
-        text = difference or "all processes have the same versions and settings"
+        text = difference or "all processes have the same versions, settings and devices"
         found.append(Finding(PROBLEM if difference else OK, text, name="agreement"))
     return found

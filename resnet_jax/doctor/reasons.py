@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from resnet_jax.errors import one_line
-from resnet_jax.training.environment import installed_versions
+from resnet_jax.packages import installed_versions
 
 _LONGEST = 300
 
@@ -69,6 +69,10 @@ _REASONS = (
         "have taken all of the memory",
     ),
     (
+        r"XLA_CLIENT_MEM_FRACTION is specified together",
+        "XLA_CLIENT_MEM_FRACTION and XLA_PYTHON_CLIENT_MEM_FRACTION are both set: unset the second",
+    ),
+    (
         r"Unknown flags? in XLA_FLAGS: (.+?)(?:\s*Perhaps|$)",
         r"XLA does not know \1: remove it from XLA_FLAGS",
     ),
@@ -84,19 +88,13 @@ _REASONS = (
     (
         r"(?i)RESOURCE_EXHAUSTED|out of memory|CUDA_ERROR_OUT_OF_MEMORY",
         "the device's memory is full: end the other processes on it, or set "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION lower",
+        "XLA_CLIENT_MEM_FRACTION lower",
     ),
 )
 
 
 def explain(text: object) -> str:
-    """What an error means.
-
-    Args:
-      text: The error, or what a library has logged.
-
-    Returns:
-      One line with what to do where the error is known; else the start of the error itself.
+    """What an error means and what to do; the start of the error itself if it is not a known one.
 
     Example:
       >>> explain("ABORTED: The TPU is already in use by process with pid 7. Not attempting ...")
@@ -106,7 +104,7 @@ def explain(text: object) -> str:
 
 
 def known_reason(text: object) -> str:
-    """What an error means; "" where it is not one of the known ones."""
+    """What an error means; "" if it is not a known one."""
     line = one_line(text)
     for pattern, words in _REASONS:
         if found := re.search(pattern, line):

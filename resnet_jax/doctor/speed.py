@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import time
@@ -14,9 +15,14 @@ import numpy as np
 from jax import lax
 
 from resnet_jax.distributed.accelerators import find_accelerator
+from resnet_jax.doctor.devices import cuda_capability
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, duration, plural, size
-from resnet_jax.doctor.machine import Machine
 from resnet_jax.doctor.reasons import explain
+from resnet_jax.models.registry import model_info
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.summary import training_flops
+from resnet_jax.training import parallel
+from resnet_jax.training.config import Config, Data, Model, Train
 
 # A network that compiles in seconds and is wide enough to keep a device busy.
 NETWORK = "resnet8_cifar"
@@ -26,18 +32,13 @@ _LEAST_SHARE = 0.3
 # And below this share of the best of its neighbors it is slower than they are.
 _LEAST_OF_BEST = 0.8
 _LEAST_COPY = 1e9
+_CLASSES = 10
 
 
-def matrix_product(machine: Machine, side: int = 8192, rounds: int = 20) -> Finding:
-    """The rate of large matrix products on each device of this process, and whether they are right.
+def matrix_product(side: int = 8192, rounds: int = 20) -> Finding:
+    """The rate of products of `side` x `side` matrices on each device of this process.
 
-    Args:
-      machine: Where this runs.
-      side: Of the matrices.
-      rounds: Products in one program.
-
-    Returns:
-      TFLOP/s beside the peak.
+    One program does several `rounds` of them. Small products are compared with exact results.
     """
     own = jax.local_devices()
     dtype = half_type(own[0])
@@ -50,16 +51,7 @@ def matrix_product(machine: Machine, side: int = 8192, rounds: int = 20) -> Find
 
 
 def judge_product(rates: list[float], dtype: str, peak: float | None) -> Finding:
-    """Compares the rates of devices with their peak and with each other.
-
-    Args:
-      rates: FLOP/s of each device.
-      dtype: That they were measured in.
-      peak: FLOP/s; None where it is not known.
-
-    Returns:
-      A warning where a device is much slower than it should be.
-    """
+    """Compares the FLOP/s of devices with their peak, None if unknown, and with each other."""
     facts = {"flops": rates, "dtype": dtype, "peak": peak}
     slow = min(rates)
     text = f"{slow / 1e12:,.3g} TFLOP/s in {dtype}"
@@ -81,9 +73,8 @@ def judge_product(rates: list[float], dtype: str, peak: float | None) -> Finding
 
 def half_type(device: Any) -> np.dtype:
     """The 16-bit type that a device is fast in: bfloat16, or float16 on cards before Ampere."""
-    capability = getattr(device, "compute_capability", None)
-    before_ampere = device.platform == "gpu" and capability and float(capability) < 8
-    return jnp.dtype(jnp.float16 if before_ampere else jnp.bfloat16)
+    capability = cuda_capability(device)
+    return jnp.dtype(jnp.float16 if capability is not None and capability < 8 else jnp.bfloat16)
 
 
 def _computes_right(device: Any, dtype: np.dtype, side: int = 512) -> bool:
@@ -121,17 +112,9 @@ def _fastest(call: Callable[[], Any], times: int = 3) -> float:
     return min(seconds)
 
 
-def host_copy(machine: Machine, count: int = 256 * 2**20) -> Finding:
-    """The rate at which images reach a device.
-
-    Args:
-      machine: Where this runs.
-      count: Bytes.
-
-    Returns:
-      GB/s; a warning where it is so slow that images would wait for it.
-    """
-    data = np.zeros(count, np.uint8)
+def host_copy(count: int = 256 * 2**20) -> Finding:
+    """The rate at which `count` bytes get from the host's memory to a device."""
+    data = np.ones(count, np.uint8)  # pages of zeros would not be read from memory
     device = jax.local_devices()[0]
     rate = count / _fastest(lambda: jax.device_put(data, device))
     facts = {"bytes_per_second": rate}
@@ -141,18 +124,14 @@ def host_copy(machine: Machine, count: int = 256 * 2**20) -> Finding:
     return Finding(OK, text, facts)
 
 
-def all_reduce(machine: Machine, count: int = 25_600_000) -> Finding | None:
-    """The time of a sum over all devices; None where there is one.
+def all_reduce() -> Finding | None:
+    """The time of a float32 sum over all devices; None if there is one device.
 
-    Args:
-      machine: Where this runs.
-      count: Numbers that are summed, in float32: as many as a ResNet-50 has parameters.
-
-    Returns:
-      Milliseconds, and GB/s of each device.
+    It is as large as the gradient of a ResNet-50; on CPUs, which share their cores, smaller.
     """
     if jax.device_count() == 1:
         return None
+    count = 1_000_000 if jax.default_backend() == "cpu" else 25_600_000
     own = jax.local_device_count()
     total = jax.pmap(lambda x: lax.psum(x, "devices"), axis_name="devices")
     ones = jax.pmap(lambda _: jnp.ones(count, jnp.float32))(np.zeros(own))
@@ -166,33 +145,38 @@ def all_reduce(machine: Machine, count: int = 25_600_000) -> Finding | None:
     return Finding(OK, f"{text}, {moved / seconds / 1e9:.3g} GB/s a device", facts)
 
 
-def step_types() -> list[str]:
-    """The number types in which training is tried here."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return ["float32"]  # a CPU computes in 16 bits by converting
-    return [half_type(device).name, "float32"]
-
-
-def training_step(
-    machine: Machine, dtype: str, network: str = NETWORK, seconds: float = 1.0
-) -> Finding:
-    """A few steps of the trainer on random images, on all devices.
+def training_step(half: bool, network: str = "", seconds: float = 1.0) -> Finding | None:
+    """Takes a few steps of the trainer on random images, on all devices.
 
     Args:
-      machine: Where this runs.
-      dtype: The network computes in it.
-      network: A registered one.
+      half: Compute in 16 bits instead of float32.
+      network: Name of a registered network; "": `NETWORK`.
       seconds: To measure for, at least.
 
     Returns:
-      Time to compile, time of a step, images/s and, where the peak is known, MFU.
+      Time to compile, time of a step, images/s and, if the peak is known, MFU. None for 16 bits on
+      a CPU, which converts them.
     """
+    network = network or NETWORK
+    device = jax.local_devices()[0]
+    if half and device.platform == "cpu":
+        return None
+    dtype = half_type(device).name if half else "float32"
+    finding = _training_step(dtype, network, seconds)
+    return dataclasses.replace(finding, name=f"step, {dtype}")
+
+
+def _training_step(dtype: str, network: str, seconds: float) -> Finding:
+    from resnet_jax.training.setup import make_model
+
     try:
-        compiled, per_step, steps, losses, per_device = _train(dtype, network, seconds)
+        config = _config(dtype, network)
+        model = make_model(config, classes=_CLASSES)
+        compiled, per_step, losses = _train(config, model, seconds)
     except Exception as error:  # whatever stops this would stop a run
         return Finding(PROBLEM, f"{network} does not train: {explain(error)}", {"dtype": dtype})
-    batch = per_device * jax.device_count()
+    batch = config.train.batch_size
+    per_device = batch // jax.device_count()
     facts = {
         "network": network,
         "dtype": dtype,
@@ -203,51 +187,50 @@ def training_step(
         "loss": losses[-1] if math.isfinite(losses[-1]) else None,  # JSON has no NaN
     }
     if not all(map(math.isfinite, losses)):
-        text = f"the loss of {network} is {losses[-1]} after {steps} steps: do not train here"
-        return Finding(PROBLEM, text, facts)
+        text = f"the loss of {network} is {losses[-1]} after {len(losses)} steps"
+        return Finding(PROBLEM, f"{text}: do not train here", facts)
     text = (
         f"{batch / per_step:,.0f} images/s: {network}, {per_device} images a device, "
         f"{duration(per_step)} a step, compiled in {duration(compiled)}"
     )
     accelerator = find_accelerator(jax.local_devices()[0].device_kind)
     if accelerator is not None and dtype != "float32":
-        from resnet_jax.models.registry import model_info
-
-        # Forward, and twice as much for both gradients; two operations a multiply-add.
-        flops = 6 * model_info(network).multiply_adds * batch / per_step
-        facts["mfu"] = flops / (accelerator.flops * jax.device_count())
+        side = config.data.image_size
+        flops = training_flops(model, (batch, side, side, 3))
+        facts["mfu"] = flops / per_step / (accelerator.flops * jax.device_count())
         text += f", MFU {facts['mfu']:.1%}"
     return Finding(OK, text, facts)
 
 
-def _train(dtype: str, network: str, seconds: float) -> tuple[float, float, int, list[float], int]:
-    """(seconds to compile, seconds of a step, steps, losses, images a device) of a short run."""
-    from resnet_jax.models.registry import model_info
-    from resnet_jax.training import parallel
-    from resnet_jax.training.config import Config, Data, Model, Train
-    from resnet_jax.training.optimizer import Length, make_optimizer
-    from resnet_jax.training.setup import make_model
-    from resnet_jax.training.state import create_state
-    from resnet_jax.training.step import make_train_step
-
+def _config(dtype: str, network: str) -> Config:
+    """The run that is tried: batches that keep a device busy."""
     side = model_info(network).image_size
     on_cpu = jax.default_backend() == "cpu"
     per_device = (8 if on_cpu else 512) if side <= 64 else (2 if on_cpu else 64)
-    config = Config(
+    return Config(
         model=Model(name=network, dtype=dtype),
         data=Data(image_size=side),
         train=Train(batch_size=per_device * jax.device_count()),
     )
-    model, length = make_model(config, classes=10), Length(1_000, 100.0)
+
+
+def _train(config: Config, model: ResNet, seconds: float) -> tuple[float, float, list[float]]:
+    """Returns (seconds to compile, seconds of a step, losses) of a short run."""
+    from resnet_jax.training.optimizer import Length, make_optimizer
+    from resnet_jax.training.state import create_state
+    from resnet_jax.training.step import make_train_step
+
+    length = Length(1_000, 100.0)
     optimizer = make_optimizer(config, length)
     step = parallel.data_parallel(make_train_step(model, optimizer, config, length))
     state = parallel.place(create_state(model, optimizer, config, channels=3))
     rng = np.random.default_rng(jax.process_index())
-    share = per_device * jax.local_device_count()
+    side = config.data.image_size
+    share = config.train.batch_size // jax.device_count() * jax.local_device_count()
     batch = parallel.put(
         {
             "images": rng.integers(0, 256, (share, side, side, 3), np.uint8),
-            "labels": rng.integers(0, 10, share, np.int32),
+            "labels": rng.integers(0, _CLASSES, share, np.int32),
         }
     )
 
@@ -268,7 +251,7 @@ def _train(dtype: str, network: str, seconds: float) -> tuple[float, float, int,
     once = run(2) / 2
     steps = _same_everywhere(max(1, min(200, math.ceil(seconds / max(once, 1e-4)))))
     per_step = run(steps) / steps
-    return first - per_step, per_step, steps + 3, [float(each) for each in losses], per_device
+    return first - per_step, per_step, [float(each) for each in losses]
 
 
 def _same_everywhere(steps: int) -> int:
@@ -280,20 +263,11 @@ def _same_everywhere(steps: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(steps)))
 
 
-def decode_rate(machine: Machine, seconds: float = 0.5) -> Finding:
-    """JPEGs that one core decodes and crops in a second.
-
-    Args:
-      machine: Where this runs.
-      seconds: To measure for.
-
-    Returns:
-      Images/s.
-    """
+def decode_rate(seconds: float = 0.5) -> Finding:
+    """The JPEGs that one core decodes and crops per second, measured for so many seconds."""
     from PIL import Image
 
     from resnet_jax.data.decode import train_crop
-    from resnet_jax.training.config import Data
 
     rng = np.random.default_rng(0)
     # Blurred noise, which compresses about as photos do.

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 import jax
 
+from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.planning.topology import Topology
 
 # Autotuning runs candidates on a card. Without one, the compiler takes its default.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
-# The share of a card's memory that JAX takes where the environment does not set another.
-_POOL = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,19 +177,9 @@ def memory_pool(topology: Topology) -> int:
       topology: GPUs.
 
     Returns:
-      The card's memory times XLA_CLIENT_MEM_FRACTION (or XLA_PYTHON_CLIENT_MEM_FRACTION).
+      The card's memory times `memory_fraction`.
 
     Raises:
-      ConfigError: The variable is no number between 0 and 1.
+      ConfigError: The environment sets a fraction that JAX does not accept.
     """
-    share = _POOL
-    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        text = os.environ.get(name)
-        if text:
-            try:
-                share = float(text)
-            except ValueError:
-                share = 0.0
-            if not 0 < share <= 1:
-                raise ConfigError(f"{name}={text}: must be more than 0 and at most 1")
-    return int(topology.accelerator.memory * share)
+    return int(topology.accelerator.memory * memory_fraction())

@@ -17,10 +17,10 @@ from resnet_jax.data.known import training_size
 from resnet_jax.data.memory import fits_memory
 from resnet_jax.data.sources import Source
 from resnet_jax.errors import ConfigError
+from resnet_jax.packages import installed_versions
 from resnet_jax.planning.ahead import Program, step_compiler
 from resnet_jax.planning.topology import Topology, parse_topology
 from resnet_jax.training.config import Config, check
-from resnet_jax.training.environment import installed_versions
 from resnet_jax.training.optimizer import Length
 from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
 

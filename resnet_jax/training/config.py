@@ -9,6 +9,7 @@ import dataclasses
 import json
 from typing import Any, Optional
 
+from resnet_jax.compile_cache import FOLDER
 from resnet_jax.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -320,7 +321,7 @@ class Log:
     tensorboard: bool = True
     wandb: str = ""
     profile: str = ""
-    compile_cache: str = "~/.cache/resnet_jax/xla"
+    compile_cache: str = FOLDER
     report: bool = True
 
 

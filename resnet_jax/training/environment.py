@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
+from resnet_jax.packages import declared, installed_versions
 from resnet_jax.training.workdir import write_whole
 
 # Whose versions can change a result on any platform.
@@ -76,38 +76,12 @@ def accelerator_packages() -> list[str]:
     found: dict[str, None] = {}
     waiting = ["jax"]
     while waiting:
-        for line in _requirements(waiting.pop(0)):
-            name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
+        for each in declared(waiting.pop(0)):
+            name = each.name
             if name not in found and _PLUGIN.fullmatch(name) and installed_versions([name]):
                 found[name] = None
                 waiting.append(name)
     return list(found)
-
-
-def _requirements(package: str) -> list[str]:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.requires(package) or []
-    return []
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of packages.
-
-    Args:
-      packages: Their names on PyPI.
-
-    Returns:
-      Name to version; those that are not installed are left out.
-
-    Example:
-      >>> installed_versions(["jax", "no-such-package"]) == {"jax": jax.__version__}
-      True
-    """
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def runtime() -> dict[str, str]:
@@ -189,7 +163,8 @@ def compared() -> dict[str, str]:
       >>> compared()["jax"] == jax.__version__
       True
     """
-    return {**versions(), **runtime(), **settings()}
+    devices = computes_on(jax.local_devices())
+    return {**versions(), **runtime(), **settings(), "the devices of a process": devices}
 
 
 def nvidia_driver(proc: Path = Path("/proc")) -> str:

@@ -42,7 +42,44 @@ _METADATA_SECONDS = 3
 _GPUS = "resnet_jax/gpus/"  # keys in the coordination service
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How this process was launched.
+
+    Args:
+      rest: Arguments of the command that are not about processes.
+      launcher: What says that the run has several processes; "" for a run of one process.
+      idle: Lines about hosts and GPUs that the run does not use.
+    """
+
+    rest: list[str]
+    launcher: str = ""
+    idle: tuple[str, ...] = ()
+
+
 def start(arguments: Sequence[str]) -> list[str]:
+    """Joins the processes of the run as `join` does, and prints which hosts and GPUs stay idle.
+
+    Args:
+      arguments: Those of the command; see `FLAGS`.
+
+    Returns:
+      The arguments that are left.
+
+    Raises:
+      ConfigError: As `join`.
+
+    Example:
+      >>> start(["--no-distributed", "--workdir=runs/a"])
+      ['--workdir=runs/a']
+    """
+    launch = join(arguments)
+    for line in launch.idle:
+        print(line, file=sys.stderr)
+    return launch.rest
+
+
+def join(arguments: Sequence[str]) -> Launch:
     """Joins this process with the others of its run, before JAX looks at any device.
 
     Without flags it finds out by itself: processes of a TPU pod, of GKE, of a Slurm step or of an
@@ -53,32 +90,40 @@ def start(arguments: Sequence[str]) -> list[str]:
       arguments: Those of the command; see `FLAGS`.
 
     Returns:
-      The arguments that are left.
+      How this process was launched.
 
     Raises:
       ConfigError: A flag cannot be used, the processes cannot be joined, or their GPUs cannot be
         divided.
 
     Example:
-      >>> start(["--no-distributed", "--workdir=runs/a"])
-      ['--workdir=runs/a']
+      >>> join(["--no-distributed"])
+      Launch(rest=[], launcher='', idle=())
     """
     flags, rest = _parse(arguments)
     if flags.deterministic:
         use_deterministic_operations()
     explicit = _check(flags)
     alone = flags.distributed is False or (explicit is not None and explicit[1] == 1)
-    if not alone and (explicit or flags.distributed or _several_processes()):
-        _join(flags, explicit)
-        return rest
-    if flags.local_device_ids:
-        _take(*_divide([local_gpus.look(flags.local_device_ids)])[0])
-    if not alone and (line := _idle_hosts()):
-        print(line, file=sys.stderr)
-    return rest
+    launcher = ""
+    if not alone:
+        by_flag = "--coordinator_address" if explicit else "--distributed" * bool(flags.distributed)
+        launcher = by_flag or _launcher()
+    if launcher:
+        ids, line = _join(flags, explicit)
+    elif flags.local_device_ids:
+        ids, line = _divide([local_gpus.look(flags.local_device_ids)])[0]
+    else:
+        ids, line = [], ""
+    local_gpus.use(ids)
+    hosts = "" if alone or launcher else _idle_hosts()
+    return Launch(rest, launcher, tuple(filter(None, (line, hosts))))
 
 
-def _join(flags: argparse.Namespace, explicit: tuple[str, int, int] | None) -> None:
+def _join(
+    flags: argparse.Namespace, explicit: tuple[str, int, int] | None
+) -> tuple[list[int], str]:
+    """Returns (local device ids, a line about idle GPUs or "")."""
     own = _look(flags)
     # JAX's handler of SIGTERM would swallow the signal; ours tells the others by the step.
     jax.config.update("jax_enable_preemption_service", False)
@@ -96,7 +141,7 @@ def _join(flags: argparse.Namespace, explicit: tuple[str, int, int] | None) -> N
             shutdown_timeout_seconds=30,
         )
         end_when_aborted(service().coordinator_address or "")
-        ids, line = _share_gpus(own, flags.start_timeout)
+        return _share_gpus(own, flags.start_timeout)
     except ConfigError:
         jax.distributed.shutdown()  # process 0 ends after the others have read why
         raise
@@ -104,7 +149,6 @@ def _join(flags: argparse.Namespace, explicit: tuple[str, int, int] | None) -> N
         raise ConfigError(_why_not_joined(error, explicit)) from error
     finally:
         timer.cancel()
-    _take(ids, line)
 
 
 def _why_not_joined(error: Exception, explicit: tuple[str, int, int] | None) -> str:
@@ -173,12 +217,6 @@ def _divide(views: Sequence[local_gpus.View]) -> list[tuple[list[int], str]]:
     return [(ids, local_gpus.unused(views, chosen, i)) for i, ids in enumerate(chosen)]
 
 
-def _take(ids: Sequence[int], line: str) -> None:
-    local_gpus.use(ids)
-    if line:
-        print(line, file=sys.stderr)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument "))
@@ -235,27 +273,36 @@ def _others(name: str, names: Sequence[str]) -> str:
     return " and ".join(f"--{each}" for each in names if each != name)
 
 
-def _several_processes() -> bool:
-    """Returns whether a launcher started this process as one of several.
+def _launcher() -> str:
+    """Returns what started this process as one of several; "" if nothing did.
 
     The answers come from where JAX's own detection looks (`jax._src.clusters`), which then says how
     many processes there are and where process 0 is.
     """
     if jax.distributed.is_initialized():
-        return False  # the caller has done it
+        return ""  # the caller has done it
     # Of Slurm, the count of the step: a batch script or a shell has the job's count, and is alone.
-    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-    if any(_is_several(os.environ.get(name, "")) for name in counts):
-        return True
+    counts = {
+        "SLURM_STEP_NUM_TASKS": "a Slurm step of {} tasks",
+        "OMPI_COMM_WORLD_SIZE": "an Open MPI job of {} processes",
+        "MEGASCALE_NUM_SLICES": "a run of {} TPU slices",
+    }
+    for name, words in counts.items():
+        if _is_several(count := os.environ.get(name, "")):
+            return words.format(count.strip())
     if path := os.environ.get("TPU_PROCESS_ADDRESSES_PATH"):  # JAX reads it since 0.12
         try:
-            return "," in Path(path).read_text()
+            return _listed("TPU_PROCESS_ADDRESSES_PATH", Path(path).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"TPU_PROCESS_ADDRESSES_PATH={path}: {one_line(error)}") from error
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if name in os.environ:
-            return "," in os.environ[name]
-    return _several_tpu_hosts()
+            return _listed(name, os.environ[name])
+    return "the TPU VM's metadata server, several hosts" if _several_tpu_hosts() else ""
+
+
+def _listed(name: str, hosts: str) -> str:
+    return f"{name}, {hosts.count(',') + 1} hosts" if "," in hosts else ""
 
 
 def _is_several(count: str) -> bool:

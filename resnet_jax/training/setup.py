@@ -14,7 +14,7 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Config, registered_overrides, to_flat
-from resnet_jax.training.environment import compared, computes_on
+from resnet_jax.training.environment import compared
 
 
 def open_sources(config: Config) -> dict[str, Source]:
@@ -220,5 +220,4 @@ def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:
         **compared(),
         **fields,
         **data,
-        "the devices of a process": computes_on(jax.local_devices()),
     }

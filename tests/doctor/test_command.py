@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from resnet_jax import cli
@@ -17,7 +18,11 @@ from resnet_jax.doctor.command import Printer, examine
 from resnet_jax.doctor.findings import OK, PROBLEM, SKIPPED, WARNING, Finding
 from resnet_jax.doctor.processes import Group
 from resnet_jax.errors import ConfigError
-from tests.conftest import FAST_COMPILE
+from resnet_jax.training import local_gpus
+from resnet_jax.training.environment import compared, computes_on
+from resnet_jax.training.launch import Launch
+from resnet_jax.training.watch import Table
+from tests.conftest import FAST_COMPILE, TEMPORARY
 from tests.training.test_distributed import environment, free_port
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -58,6 +63,7 @@ def test_a_real_run_on_this_machine(monkeypatch, tmp_path):
     ]
     monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.fspath(TEMPORARY / "jax-cache"))
     result, text = printed(TINY)
     assert result.code == 0, text
     found = {each.name: each for each in result.findings}
@@ -73,6 +79,7 @@ def test_a_real_run_on_this_machine(monkeypatch, tmp_path):
     json.dumps(command.to_json(result), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_command(monkeypatch, capfd):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert cli.main(["doctor", "--quick", "--json"]) == 0
@@ -84,6 +91,7 @@ def test_the_command(monkeypatch, capfd):
     assert found["environment"]["jax"]
 
 
+@pytest.mark.slow
 def test_a_flag_of_xla_that_ends_the_process(monkeypatch, capfd):
     """C++ ends the process there, and no except clause sees it."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_nonsense=1")
@@ -157,11 +165,36 @@ def test_only_the_first_process_talks(capfd):
     assert capfd.readouterr().err == "error: process 1: the process was ended by SIGABRT\n"
 
 
+def test_lines_that_are_no_events():
+    """Python can print before the worker takes its standard output away."""
+    result, text = printed("print('hello'); print(5); " + saying(FIRST, FOUND, END))
+    assert (result.code, result.log) == (0, ["hello", "5"])
+    assert "ok       a check         fine" in text
+
+
+def test_a_worker_that_cannot_import(monkeypatch):
+    """It ends by itself: whatever needs the import lock would wait too."""
+    events = []
+    monkeypatch.setattr(worker, "_events", lambda: events.append)
+    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(worker, "LONG_LIMIT", 0.1)
+    monkeypatch.setattr(worker, "_import_trainer", lambda: time.sleep(60))
+    monkeypatch.setattr(worker, "_join", lambda flags: pytest.fail("would hang"))
+    assert worker.main([]) == 2
+    found = {each["finding"]["name"]: each["finding"] for each in events if "finding" in each}
+    assert found["imports"]["level"] == PROBLEM
+    assert found["imports"]["text"] == "has not ended after 0.1 seconds"
+    assert found["CPU cores"]["level"] in (OK, WARNING)  # it needs no import
+    assert found["JAX"]["level"] == SKIPPED
+    assert {"index": 0, "count": 1} in events
+
+
 def test_a_mistake_is_an_error():
     with pytest.raises(ConfigError, match="--x: doctor has no such flag"):
         printed(saying(FIRST, {"mistake": "--x: doctor has no such flag"}))
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_its_parent():
     code = (
         "import time; from resnet_jax.doctor import worker; worker._end_with_parent();"
@@ -177,7 +210,7 @@ def test_a_check_for_itself():
     runner = worker.Runner(lambda event: None)
 
     def lacking():
-        raise ModuleNotFoundError("No module named 'cv2'", name="cv2")
+        raise ModuleNotFoundError("No module named 'cv9'", name="cv9")
 
     runner.run("Speed", "fails", lambda: 1 / 0)
     runner.run("Speed", "lacks", lacking)
@@ -189,7 +222,7 @@ def test_a_check_for_itself():
     found = [(each.name, each.level, each.text) for each in runner.findings]
     assert found == [
         ("fails", WARNING, "failed: ZeroDivisionError: division by zero"),
-        ("lacks", WARNING, "not tried: cv2 is not installed"),
+        ("lacks", WARNING, "cv9 is not installed: pip install cv9"),
         ("disk hangs", WARNING, "has not ended after 0.1 seconds"),
         ("JAX hangs", PROBLEM, "has not ended after 0.1 seconds; a host may"),
         ("needs JAX", SKIPPED, "not tried, because the check 'JAX hangs' has not ended"),
@@ -197,7 +230,7 @@ def test_a_check_for_itself():
     ]
 
 
-class Table:
+class Service:
     """The table of texts of JAX's coordination service."""
 
     def __init__(self):
@@ -210,18 +243,22 @@ class Table:
         return [(key, text) for key, text in self.texts.items() if key.startswith(prefix)]
 
 
+def groups(count):
+    table = Table(Service(), "doctor/")
+    return [Group(table, index, count) for index in range(count)]
+
+
 def test_problems_of_other_hosts():
-    table = Table()
-    groups = [Group(table, index, 3) for index in range(3)]
+    first_group, second_group, _ = groups(3)
     good = [
         Finding(OK, "8 x H100", name="devices"),
         Finding(OK, "700 TFLOP/s", name="matrix product"),
     ]
     bad = [Finding(PROBLEM, "does not start: no driver", name="JAX")]
-    groups[0].put("report", processes.own_report(good, {"jax": "0.10.2"}))
-    groups[1].put("report", processes.own_report(bad, {}))
-    reports = groups[0].gather("report", patience=0)
-    first, second, third = processes.hosts(groups[0], reports)
+    first_group.put("report", processes.own_report(good, {"jax": "0.10.2"}))
+    second_group.put("report", processes.own_report(bad, {}))
+    reports = first_group.gather("report", patience=0)
+    first, second, third = processes.hosts(first_group, reports)
     assert (first.level, first.text.partition(": ")[2]) == (OK, "8 x H100, 700 TFLOP/s")
     assert (second.level, second.text.partition(": ")[2]) == (
         PROBLEM,
@@ -232,21 +269,20 @@ def test_problems_of_other_hosts():
 
 
 def test_hosts_that_differ():
-    table = Table()
-    groups = [Group(table, index, 2) for index in range(2)]
+    both = groups(2)
     fine = [Finding(OK, "4 x TPU v5 lite", name="devices")]
-    for group, version in zip(groups, ["0.0.42", "0.0.41"]):
+    for group, version in zip(both, ["0.0.42", "0.0.41"]):
         group.put("report", processes.own_report(fine, {"libtpu": version}))
-    *_, last = processes.hosts(groups[0], groups[0].gather("report"))
+    *_, last = processes.hosts(both[0], both[0].gather("report"))
     assert last.level == PROBLEM
     assert last.text.startswith("libtpu differs between processes: 0.0.42 (process 0), 0.0.41")
-    groups[1].put("report", processes.own_report(fine, {"libtpu": "0.0.42"}))
-    *_, last = processes.hosts(groups[0], groups[0].gather("report"))
+    both[1].put("report", processes.own_report(fine, {"libtpu": "0.0.42"}))
+    *_, last = processes.hosts(both[0], both[0].gather("report"))
     assert (last.level, last.name) == (OK, "agreement")
 
 
 def test_processes_that_cannot_compute_together():
-    group = Group(Table(), 0, 3)
+    group = groups(3)[0]
     assert processes.readiness(group, dict.fromkeys(range(3), OK)) is None
     found = processes.readiness(group, {0: OK, 1: PROBLEM})
     assert found.text == (
@@ -254,37 +290,50 @@ def test_processes_that_cannot_compute_together():
     )
 
 
+def test_devices_that_differ():
+    """What stops `train` before its first step stops here too."""
+    both = groups(2)
+    for group, count in zip(both, [8, 7]):
+        facts = {**compared(), "the devices of a process": f"{count} x H100"}
+        group.put("report", processes.own_report([], facts))
+    *_, last = processes.hosts(both[0], both[0].gather("report"))
+    assert last.level == PROBLEM
+    assert last.text.startswith("the devices of a process differs between processes: 8 x H100")
+    assert compared()["the devices of a process"] == computes_on(jax.local_devices())
+
+
 @pytest.mark.parametrize(
-    ("environ", "flags", "level", "words"),
+    ("launch", "level", "text"),
     [
-        ({}, [], OK, "no launcher of several processes"),
-        ({}, ["--coordinator_address=a:1"], OK, "flags of this command"),
+        (Launch([]), OK, "one process"),
         (
-            {
-                "SLURM_JOB_ID": "7",
-                "SLURM_STEP_NUM_TASKS": "16",
-                "SLURM_PROCID": "3",
-                "SLURM_STEP_NUM_NODES": "2",
-            },
-            [],
+            Launch([], "a Slurm step of 2 tasks"),
             OK,
-            "Slurm job 7, task 3 of 16 on 2 nodes",
+            "process 0 of 2, found by a Slurm step of 2 tasks",
         ),
-        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, [], WARNING, "put srun before"),
-        ({"SLURM_JOB_ID": "7"}, [], OK, "not by srun; one process"),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, [], OK, "rank 1 of 4"),
-        (
-            {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "KUBERNETES_SERVICE_HOST": "x"},
-            [],
-            OK,
-            "GKE, worker 1 of 2",
-        ),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, [], OK, "TPU VM, worker 0 of 2"),
-        ({"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}, [], OK, "slice 1 of 2"),
+        (Launch([], "", ("7 GPUs stay idle",)), WARNING, "one process; 7 GPUs stay idle"),
     ],
 )
-def test_what_launched_this(environ, flags, level, words):
-    found = processes.launcher(environ, flags)
+def test_what_launched_this(launch, level, text):
+    found = processes.launched(launch, groups(2)[0])
+    assert (found.level, found.text) == (level, text)
+
+
+@pytest.mark.parametrize(
+    ("variables", "level", "words"),
+    [
+        # Slurm gives this job one card of eight: nothing stays idle.
+        ({"SLURM_JOB_ID": "1", "CUDA_VISIBLE_DEVICES": "3"}, OK, "one process"),
+        ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, WARNING, "start it with srun"),
+    ],
+)
+def test_what_a_job_leaves_idle(variables, level, words, monkeypatch):
+    for name in [each for each in os.environ if each.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(local_gpus, "visible_gpus", lambda: ["a"])
+    found = processes.launched(*worker._join([]))
     assert found.level == level
     assert words in found.text
 
@@ -330,7 +379,7 @@ def test_two_processes(tmp_path):
                 [sys.executable, "-c", code, *flags, f"--process_id={index}"],
                 cwd=ROOT,
                 env=environment(2)
-                | {"JAX_COMPILATION_CACHE_DIR": os.fspath(ROOT / "tmp/jax-cache")},
+                | {"JAX_COMPILATION_CACHE_DIR": os.fspath(TEMPORARY / "jax-cache")},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -340,11 +389,12 @@ def test_two_processes(tmp_path):
         ended = [child.wait(240) for child in children]
     text = (tmp_path / "0").read_text()
     assert ended == [0, 0], text
+    assert "process 0 of 2, found by --coordinator_address" in text
     assert "2 x cpu of 4 in all processes" in text
     assert "4 MB over 4 devices" in text
     assert "images/s: tiny" in text
     for index in range(2):  # the other one with its warnings, if it has any
-        (line,) = [each for each in text.splitlines() if f" process {index} " in each]
+        (line,) = [each for each in text.splitlines() if f" process {index}  " in each]
         assert ": 2 x cpu of 4 in all processes" in line
-    assert "all processes have the same versions and settings" in text
+    assert "all processes have the same versions, settings and devices" in text
     assert (tmp_path / "1").read_text() == ""

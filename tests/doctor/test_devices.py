@@ -7,9 +7,8 @@ import pytest
 
 from resnet_jax.doctor import devices, speed
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING
-from resnet_jax.doctor.machine import Machine
 from resnet_jax.doctor.reasons import explain
-from tests.doctor.test_machine import H100, gpu_files
+from tests.doctor.conftest import H100
 
 TPU = {"dev/accel0": ""}
 
@@ -28,11 +27,11 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("files", "environ", "packages", "log", "level", "words"),
+    ("has", "environ", "packages", "log", "level", "words"),
     [
-        ({}, {}, [], [], OK, "cpu"),
+        (0, {}, [], [], OK, "cpu"),
         (
-            gpu_files(2),
+            2,
             {},
             [],
             [],
@@ -41,7 +40,7 @@ def installed(monkeypatch):
             "pip install 'jax[cuda12]'",
         ),
         (
-            gpu_files(1),
+            1,
             {"JAX_PLATFORMS": "cpu"},
             [],
             [],
@@ -49,7 +48,7 @@ def installed(monkeypatch):
             f"the CPU, because JAX_PLATFORMS=cpu hides 1 x {H100}: unset it to use the accelerator",
         ),
         (
-            gpu_files(1),
+            1,
             {"CUDA_VISIBLE_DEVICES": ""},
             ["jax-cuda12-plugin"],
             [],
@@ -58,7 +57,7 @@ def installed(monkeypatch):
             "accelerator",
         ),
         (
-            gpu_files(1),
+            1,
             {},
             ["jax-cuda12-plugin"],
             [
@@ -70,7 +69,7 @@ def installed(monkeypatch):
             "'jax[cuda12]', and unset LD_LIBRARY_PATH",
         ),
         (
-            gpu_files(1),
+            1,
             {},
             ["jax-cuda12-plugin"],
             ["operation cuInit(0) failed: Unknown CUDA error 303; cuGetErrorName failed."],
@@ -79,7 +78,7 @@ def installed(monkeypatch):
             "has to work first (in a container, start it with --gpus=all)",
         ),
         (
-            gpu_files(1),
+            1,
             {},
             ["jax-cuda12-plugin"],
             ["something that nobody has seen before"],
@@ -124,7 +123,7 @@ def installed(monkeypatch):
     ],
 )
 def test_a_cpu_where_there_is_more(
-    files,
+    has,
     environ,
     packages,
     log,
@@ -134,13 +133,15 @@ def test_a_cpu_where_there_is_more(
     installed,
 ):
     installed(*packages)
-    found = devices.judge_backend("cpu", machine(files, **environ), log, {"backend": "cpu"})
+    files, cards = ({}, has) if isinstance(has, int) else (has, 0)
+    here = machine(files, cards, **environ)
+    found = devices.judge_backend("cpu", here, log, {"backend": "cpu"})
     assert (found.level, found.text) == (level, words)
 
 
 def test_a_gpu_names_what_it_has_loaded(machine):
     facts = {"backend": "gpu, cuda 12090", "CUDA in use": "12.9", "cuDNN in use": "9.10.2"}
-    found = devices.judge_backend("gpu", machine(gpu_files(1)), [], facts)
+    found = devices.judge_backend("gpu", machine(cards=1), [], facts)
     assert (found.level, found.text) == (OK, "gpu, CUDA 12.9, cuDNN 9.10.2")
     assert found.facts["platform"] == "gpu"
 
@@ -184,7 +185,12 @@ def test_a_gpu_names_what_it_has_loaded(machine):
             "Backend 'cuda' is not in the list of known backends: ['cpu', 'tpu'].",
             "JAX_PLATFORMS asks for cuda, which is not installed",
         ),
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes", "memory is full"),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes", "XLA_CLIENT_MEM_FRACTION lower"),
+        (
+            "XLA_CLIENT_MEM_FRACTION is specified together with XLA_PYTHON_CLIENT_MEM_FRACTION. "
+            "Remove the latter one, it is deprecated.",
+            "are both set: unset the second",
+        ),
         ("an error of\nits own kind", "an error of its own kind"),
     ],
 )
@@ -237,65 +243,71 @@ def use(monkeypatch):
     return use
 
 
-def test_devices_with_memory_and_peak(use, machine):
+def test_devices_with_memory_and_peak(use):
     use(*[Device(H100, stats={"bytes_limit": 63_800_000_000})] * 8)
-    found = devices.devices(machine())
+    found = devices.devices()
     assert found.level == OK
     assert found.text.startswith(f"8 x {H100}, 63.8 GB each for JAX, peak 989 TFLOP/s and 3.35 TB")
 
 
-def test_a_kind_that_nobody_knows(use, machine):
+def test_a_kind_that_nobody_knows(use):
     use(Device("NVIDIA Z9000"))
-    found = devices.devices(machine())
+    found = devices.devices()
     assert found.level == WARNING
     assert 'unknown kind "NVIDIA Z9000": MFU will not be shown, please report' in found.text
 
 
-def test_a_cpu_has_no_memory_statistics(use, machine):
+def test_a_cpu_has_no_memory_statistics(use):
     use(Device("cpu", "cpu"))
-    assert devices.devices(machine()).text == "1 x cpu"
+    assert devices.devices().text == "1 x cpu"
 
 
 @pytest.mark.parametrize(
     ("platform", "capability", "asked", "tf32_off", "words"),
     [
-        ("cpu", "0", None, False, "exact float32"),
-        ("gpu", "9.0", None, False, "TF32, 10 bits"),
-        ("gpu", "8.0", None, True, "exact float32"),
-        ("gpu", "7.5", None, False, "exact float32"),
-        ("gpu", "9.0", "highest", False, "exact float32 (JAX_DEFAULT_MATMUL_PRECISION=highest)"),
-        ("tpu", "0", None, False, "bfloat16, 7 bits"),
-        ("tpu", "0", "high", False, "three in bfloat16"),
-        ("tpu", "0", "float32", False, "exact float32"),
+        ("cpu", None, None, False, "exact float32"),
+        ("gpu", 9.0, None, False, "TF32, 10 bits"),
+        ("gpu", 8.0, None, True, "exact float32"),
+        ("gpu", 7.5, None, False, "exact float32"),
+        ("gpu", None, None, False, "exact float32"),  # AMD
+        ("gpu", 9.0, "highest", False, "exact float32 (JAX_DEFAULT_MATMUL_PRECISION=highest)"),
+        ("tpu", None, None, False, "bfloat16, 7 bits"),
+        ("tpu", None, "high", False, "three in bfloat16"),
+        ("tpu", None, "float32", False, "exact float32"),
     ],
 )
 def test_what_float32_means(platform, capability, asked, tf32_off, words):
     assert words in devices.float32_means(platform, capability, asked, tf32_off)
 
 
-def test_cards_that_nobody_uses(use, machine):
-    use(Device(H100))
-    found = devices.unused_devices(machine(gpu_files(8), SLURM_JOB_ID="7"))
-    assert found.level == WARNING
-    assert found.text.startswith("the run uses 1 of the 8 cards of this machine: start a process")
-    assert devices.unused_devices(machine(gpu_files(8)), processes_here=8) is None
-    hidden = devices.unused_devices(machine(gpu_files(8), CUDA_VISIBLE_DEVICES="0"))
-    assert (hidden.level, "CUDA_VISIBLE_DEVICES=0" in hidden.text) == (OK, True)
+@pytest.mark.parametrize(
+    ("capability", "number"), [("7.5", 7.5), ("12.0", 12.0), ("gfx942", None), (None, None)]
+)
+def test_only_nvidia_has_a_compute_capability(capability, number):
+    assert devices.cuda_capability(Device("a card", capability=capability)) == number
+
+
+def test_an_amd_card_is_checked_like_others(use, machine, monkeypatch):
+    use(Device("AMD Instinct MI300X", capability="gfx942"))
+    assert "exact float32" in devices.precision(machine()).text
+    monkeypatch.setattr(speed, "_training_step", lambda dtype, *_: speed.Finding(OK, dtype))
+    assert speed.training_step(half=True).name == "step, bfloat16"
+    assert speed.training_step(half=False).name == "step, float32"
+    use(Device("cpu", "cpu"))
+    assert speed.training_step(half=True) is None
 
 
 def test_how_memory_is_taken(use, machine):
     use(Device(H100))
-    assert "75%" in devices.preallocation(machine()).text
+    assert devices.preallocation(machine()).text == "75% of each card is taken at the start"
+    less = devices.preallocation(machine(XLA_CLIENT_MEM_FRACTION="0.5"))
+    assert less.text == "50% of each card is taken at the start"
+    none = devices.preallocation(machine(XLA_PYTHON_CLIENT_PREALLOCATE="false"))
+    assert none.text == "none; up to 75% of each card is taken as it is needed"
     slow = devices.preallocation(machine(XLA_PYTHON_CLIENT_ALLOCATOR="platform"))
     assert slow.level == WARNING
     use(Device("cpu", "cpu"))
     assert devices.preallocation(machine()) is None
-
-
-def test_float64(machine):
-    assert devices.x64(machine()) is None
-    with jax.enable_x64(True):
-        assert devices.x64(machine()).level == WARNING
 
 
 @pytest.mark.parametrize(
@@ -321,34 +333,29 @@ def test_half_type():
 
 
 def test_matrix_product_on_real_devices(monkeypatch):
-    found = speed.matrix_product(Machine(), side=64, rounds=2)
+    two = jax.local_devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda: two)
+    found = speed.matrix_product(side=64, rounds=2)
     assert found.level in (OK, WARNING)  # a busy machine
-    assert len(found.facts["flops"]) == jax.local_device_count()
+    assert len(found.facts["flops"]) == len(two)
     real = speed.jnp.dot
     monkeypatch.setattr(speed.jnp, "dot", lambda *a, **k: real(*a, **k).at[0, 0].add(1))
-    found = speed.matrix_product(Machine(), side=64, rounds=2)
+    found = speed.matrix_product(side=64, rounds=2)
     assert (found.level, "wrong" in found.text) == (PROBLEM, True)
 
 
 def test_copies_and_sums_on_real_devices():
-    assert speed.host_copy(Machine(), count=2**16).facts["bytes_per_second"] > 0
-    found = speed.all_reduce(Machine(), count=1000)
+    assert speed.host_copy(count=2**16).facts["bytes_per_second"] > 0
+    found = speed.all_reduce()
     assert found.level == OK
-    assert f"4 kB over {jax.device_count()} devices" in found.text
-
-
-def test_a_training_step(tiny_model):
-    found = speed.training_step(Machine(), "float32", tiny_model, seconds=0.01)
-    assert found.level == OK
-    assert found.facts["images_per_second"] > 0
-    assert found.facts["loss"] > 0
-    assert "mfu" not in found.facts
+    assert f"4 MB over {jax.device_count()} devices" in found.text
 
 
 def test_a_training_step_where_the_peak_is_known(tiny_model, monkeypatch):
     peak = types.SimpleNamespace(flops=1e12)
     monkeypatch.setattr(speed, "find_accelerator", lambda kind: peak)
-    found = speed.training_step(Machine(), "bfloat16", tiny_model, seconds=0.01)
+    found = speed._training_step("bfloat16", tiny_model, seconds=0.01)
+    assert (found.level, found.facts["loss"] > 0) == (OK, True)
     flops = 6 * 322_720 * found.facts["images_per_second"]
     assert found.facts["mfu"] == pytest.approx(flops / (jax.device_count() * 1e12))
 
@@ -357,8 +364,8 @@ def test_a_training_step_where_the_peak_is_known(tiny_model, monkeypatch):
     ("losses", "words"), [([2.3, float("nan")], "the loss of tiny is nan after 2 steps")]
 )
 def test_a_loss_that_is_no_number(losses, words, monkeypatch, tiny_model):
-    monkeypatch.setattr(speed, "_train", lambda *_: (1.0, 0.1, 2, losses, 8))
-    found = speed.training_step(Machine(), "float32", tiny_model)
+    monkeypatch.setattr(speed, "_train", lambda *_: (1.0, 0.1, losses))
+    found = speed.training_step(False, tiny_model)
     assert found.level == PROBLEM
     assert words in found.text
     assert found.facts["loss"] is None
@@ -369,10 +376,10 @@ def test_a_step_that_fails(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to ...")
 
     monkeypatch.setattr(speed, "_train", fail)
-    found = speed.training_step(Machine(), "float32", "tiny")
+    found = speed.training_step(False)
     assert found.level == PROBLEM
-    assert "tiny does not train: the device's memory is full" in found.text
+    assert "resnet8_cifar does not train: the device's memory is full" in found.text
 
 
 def test_decode_rate():
-    assert speed.decode_rate(Machine(), seconds=0.01).facts["images_per_second_per_core"] > 1
+    assert speed.decode_rate(seconds=0.01).facts["images_per_second_per_core"] > 1

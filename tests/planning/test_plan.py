@@ -9,10 +9,13 @@ import sys
 import jax
 import pytest
 from jax.experimental import topologies
+from jaxlib import xla_client
 
 from resnet_jax import cli
 from resnet_jax.data.known import KNOWN_SETS, training_size
 from resnet_jax.distributed.accelerators import ACCELERATORS
+from resnet_jax.distributed.device_memory import memory_fraction
+from resnet_jax.doctor.reasons import explain
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.planning import ahead, gpu
 from resnet_jax.planning.ahead import Program
@@ -119,6 +122,21 @@ class TestMemoryOfGpus:
     def test_as_the_shell_says(self, name):
         self.monkeypatch.setenv(name, "0.5")
         assert gpu.memory_pool(parse_topology("h100:8")) == 84_942_979_072 // 2
+
+    @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+    def test_as_jax_reads_it(self, name):
+        self.monkeypatch.setenv(name, "0.5")
+        options = xla_client.generate_pjrt_gpu_plugin_options()
+        assert options["memory_fraction"] == memory_fraction()
+
+    def test_jax_does_not_start_with_both_names(self):
+        self.monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+        self.monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+        with pytest.raises(ValueError, match="specified together") as error:
+            xla_client.generate_pjrt_gpu_plugin_options()
+        assert explain(error.value).endswith("are both set: unset the second")
+        with pytest.raises(ConfigError, match=r"XLA_PYTHON_CLIENT_MEM_FRACTION=0\.6.*unset"):
+            gpu.memory_pool(parse_topology("h100:8"))
 
     @pytest.mark.parametrize("value", ["most", "0", "1.5"])
     def test_no_share(self, value):

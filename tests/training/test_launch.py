@@ -77,25 +77,41 @@ def joined(monkeypatch):
 def test_who_was_launched_as_one_of_several(variables, several, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert launch._several_processes() == several
+    assert bool(launch._launcher()) == several
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "16"}, "a Slurm step of 16 tasks"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "an Open MPI job of 4 processes"),
+        ({"MEGASCALE_NUM_SLICES": "2"}, "a run of 2 TPU slices"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, "TPU_WORKER_HOSTNAMES, 3 hosts"),
+    ],
+)
+def test_the_launcher_is_named(variables, launcher, monkeypatch, joined):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launch.join([]) == launch.Launch([], launcher)
+    assert launch.join(["--no-distributed"]) == launch.Launch([])
 
 
 def test_environment_variables_spare_the_metadata_server(monkeypatch):
     monkeypatch.setattr(launch, "_several_tpu_hosts", lambda: True)
-    assert launch._several_processes()
+    assert launch._launcher()
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    assert not launch._several_processes()
+    assert not launch._launcher()
 
 
 def test_tpu_hosts_from_a_file(monkeypatch, tmp_path):
     path = tmp_path / "addresses"
     monkeypatch.setenv("TPU_PROCESS_ADDRESSES_PATH", str(path))
     with pytest.raises(ConfigError, match=r"TPU_PROCESS_ADDRESSES_PATH=.*No such file"):
-        launch._several_processes()
+        launch._launcher()
     path.write_text("host-0:8471,host-1:8471\n")
-    assert launch._several_processes()
+    assert launch._launcher()
     path.write_text("host-0:8471\n")
-    assert not launch._several_processes()
+    assert not launch._launcher()
 
 
 @contextlib.contextmanager
