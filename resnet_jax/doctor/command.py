@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from resnet_jax.doctor.findings import LONG_LIMIT, OK, PROBLEM, WARNING, Finding, plural, worst
 from resnet_jax.doctor.reasons import known_reason, shortened
 from resnet_jax.errors import MISTAKE, ConfigError
+from resnet_jax.models.registry import model_info
 from resnet_jax.training.launch import FLAGS
 
 # Seconds beyond a check's own limit after which the worker is ended.
@@ -55,11 +56,18 @@ def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
 
     Raises:
       ConfigError: A flag cannot be used.
+      ModelError: No network is called NAME.
     """
     known = {"--quick", "--network", *re.findall(r"--[\w-]+", FLAGS)}
     for each in arguments:
         if each.startswith("-") and each.partition("=")[0] not in known:
             raise ConfigError(f"{each}: doctor has no such flag; see doctor --help")
+    for each in arguments:
+        flag, _, name = each.partition("=")
+        if flag == "--network" and "--quick" in arguments:
+            raise ConfigError(f"{each}: --quick trains no network; leave one of the flags out")
+        if flag == "--network":
+            model_info(name)  # lists the names if there is no such network
     printer = Printer(sys.stdout, sys.stderr, quiet=as_json)
     result = examine([sys.executable, "-m", "resnet_jax.doctor.worker", *arguments], printer)
     if result.index in (0, None):

@@ -102,11 +102,17 @@ def test_a_flag_of_xla_that_ends_the_process(monkeypatch, capfd):
     assert "Training cannot run here as it should: 1 problem" in text
 
 
-def test_an_unknown_flag(capfd):
-    assert cli.main(["doctor", "--quick", "--nonsense"]) == 2
-    assert capfd.readouterr().err.endswith(
-        "error: --nonsense: doctor has no such flag; see doctor --help\n"
-    )
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--quick", "--nonsense"], "--nonsense: doctor has no such flag; see doctor --help"),
+        (["--network=resnet5O"], "unknown model 'resnet5O'; did you mean 'resnet50'"),
+        (["--quick", "--network=resnet50"], "--quick trains no network"),
+    ],
+)
+def test_flags_that_cannot_be(flags, words, capfd):
+    assert cli.main(["doctor", *flags]) == 2
+    assert f"error: {words}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
