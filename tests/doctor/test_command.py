@@ -106,13 +106,15 @@ def test_a_flag_of_xla_that_ends_the_process(monkeypatch, capfd):
     ("flags", "words"),
     [
         (["--quick", "--nonsense"], "--nonsense: doctor has no such flag; see doctor --help"),
-        (["--network=resnet5O"], "unknown model 'resnet5O'; did you mean 'resnet50'"),
+        (["--network=resnet5O"], "unknown model 'resnet5O'"),
         (["--quick", "--network=resnet50"], "--quick trains no network"),
     ],
 )
 def test_flags_that_cannot_be(flags, words, capfd):
     assert cli.main(["doctor", *flags]) == 2
-    assert f"error: {words}" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
 
 
 @pytest.mark.parametrize(
