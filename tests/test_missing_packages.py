@@ -52,6 +52,9 @@ def fail(monkeypatch):
     def start(library, error, ours=()):
         for name in [*sys.modules]:
             if name.partition(".")[0] == library or any(map(name.startswith, ours)):
+                package, _, module = name.rpartition(".")
+                if package in sys.modules:  # `from package import module` looks there first
+                    monkeypatch.delattr(sys.modules[package], module, raising=False)
                 monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr(sys, "meta_path", [_Failing(library, error), *sys.meta_path])
 
