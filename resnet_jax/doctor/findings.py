@@ -44,7 +44,7 @@ def worst(findings: Sequence[Finding]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people, in powers of ten.
+    """Formats a number of bytes in powers of ten.
 
     Example:
       >>> size(85_520_809_984), size(512e6), size(4096)
@@ -57,7 +57,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """Formats a time with its unit.
 
     Example:
       >>> duration(1.191), duration(0.0462), duration(0.0000853)
@@ -70,7 +70,7 @@ def duration(seconds: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """A number and its noun.
+    """Returns a number and its noun.
 
     Example:
       >>> plural(1, "device"), plural(4, "device"), plural(2, "process")

@@ -186,7 +186,7 @@ def nvidia_driver(proc: Path = Path("/proc")) -> str:
 
 
 def computes_on(devices: Sequence[jax.Device]) -> str:
-    """What computes, for people.
+    """Returns the number of devices and their kind, as messages name them.
 
     Args:
       devices: One or more, of one kind.

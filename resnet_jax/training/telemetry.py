@@ -205,13 +205,13 @@ def _evaluation_line(record: Record) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """Formats a time as on a clock.
 
     Args:
-      seconds: Of it.
+      seconds: The time.
 
     Returns:
-      Minutes and seconds, and hours where there are any.
+      "M:SS", or "H:MM:SS" from an hour up.
 
     Example:
       >>> duration(61.2), duration(3600)
