@@ -120,7 +120,13 @@ def trace(function, model):
     return jax.jit(functools.partial(function, model)).trace(variables, images)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "bottlenecks" else pytest.mark.slow)
+        for name in NETWORKS
+    ],
+)
 def test_highest_reaches_every_product_of_values_and_gradients(name):
     model = rj.ResNet(**{**SMALL, **NETWORKS[name]})
     for function, least in ((forward, 1), (gradient, 3)):
@@ -138,7 +144,10 @@ def test_highest_reaches_every_product_of_values_and_gradients(name):
             assert all(levels == {"HIGHEST"} for levels in heads)
 
 
-@pytest.mark.parametrize(("function", "remat"), [(curvature, False), (reversed_twice, True)])
+@pytest.mark.parametrize(
+    ("function", "remat"),
+    [(curvature, False), pytest.param(reversed_twice, True, marks=pytest.mark.slow)],
+)
 def test_highest_reaches_second_derivatives(function, remat):
     fields = {**SMALL, **NETWORKS["bottlenecks"], "stage_sizes": (1,), "stage_widths": (8,)}
     exact = trace(function, rj.ResNet(**fields, remat=remat, precision="highest"))

@@ -259,7 +259,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("shape", [(33, 17, 3), (5, 7, 1)])
+@pytest.mark.parametrize("shape", [(33, 17, 3), pytest.param((5, 7, 1), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operation", policy.EDITS)
 def test_operations_are_equal_on_all_platforms(operation, shape, formulas_of):
     image = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), jnp.float32)
@@ -639,7 +639,10 @@ def on_devices(images, labels, config, first):
 
 @pytest.mark.parametrize(
     ("channels", "policy_fields"),
-    [(3, {"rand_layers": 1}), (1, {"rand_layers": 0, "trivial": True})],
+    [
+        (3, {"rand_layers": 1}),
+        pytest.param(1, {"rand_layers": 0, "trivial": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_images_do_not_depend_on_the_number_of_devices(policy_fields, channels):
     """Exactly so for all that computes with whole levels."""

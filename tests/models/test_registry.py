@@ -159,9 +159,16 @@ def with_two_blocks(name):
 
 # Of models that differ in depth and width alone, one.
 KINDS = {with_two_blocks(name): name for name in rj.list_models()}
+FEW = ("resnet50d", "seresnet50", "resnetv2_50x1_bit")
 
 
-@pytest.mark.parametrize("model", KINDS, ids=KINDS.values())
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, id=name, marks=[] if name in FEW else pytest.mark.slow)
+        for model, name in KINDS.items()
+    ],
+)
 def test_every_kind_of_model_has_a_gradient_under_jit(model):
     """As the training step takes it; nothing is computed."""
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
