@@ -6,12 +6,15 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import checkpoint
 from resnet_jax.models.registry import model_info
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_runs_on_a_cpu():
     command = [sys.executable, "benchmarks/gpu.py", "--depth=20", "--side=8", "--batches=2"]
     command += ["--rounds=1", "--seconds=0.1", "--networks=ours,flax", "--modes=inference"]
@@ -25,6 +28,7 @@ def test_gpu_benchmark_runs_on_a_cpu():
     assert record["flax"] > 0
 
 
+@pytest.mark.slow
 def test_checkpoint_benchmark(monkeypatch, capsys):
     arguments = ["--cases=resnet8_cifar-ema", "--batch_sizes=8", "--side=8"]
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", *arguments, "--steps=2", "--rounds=1"])

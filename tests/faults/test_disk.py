@@ -160,7 +160,8 @@ def test_a_trace_is_left_out(call, tmp_path, monkeypatch):
 def test_a_report_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("resnet_jax.report.page.write_report", failing(errno.ENOSPC))
     commands._report_at_the_end(tmp_path)
-    assert capsys.readouterr().err == "no report.html: [Errno 28] No space left on device\n"
+    words = "no report.html: [Errno 28] No space left on device"
+    assert capsys.readouterr().err == f"writing report.html\n{words}\n"
 
 
 # The record.
