@@ -241,6 +241,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_network(request):
 
 @pytest.mark.usefixtures("as_on_tpu")
 @pytest.mark.parametrize("group_size", [None, 2])
+@pytest.mark.devices(8)
 def test_devices_share_the_moments_of_a_product(group_size):
     arguments = draw(seed=5)
     x = np.stack([arguments["x"] * (1 + device) + device for device in range(4)])

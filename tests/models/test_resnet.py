@@ -181,6 +181,7 @@ def test_train_false_freezes_batch_norm():
 
 
 @pytest.mark.parametrize(("group_size", "groups"), [(None, 1), (2, 2), (1, 4)])
+@pytest.mark.devices(8)
 def test_batch_norm_across_devices(group_size, groups):
     """Devices of a group together give what one device gives for all their images."""
     norm = rj.BatchNorm(axis_name="batch", group_size=group_size)
@@ -326,6 +327,7 @@ def test_export_of_any_size():
     assert exported.out_avals[0].shape[1] == 3
 
 
+@pytest.mark.devices(8)
 def test_refused_group_size():
     norm = rj.BatchNorm(axis_name="batch", group_size=3)
     x = jnp.zeros((4, 1, 2, 2, 3))

@@ -89,6 +89,7 @@ def test_golden_update():
 AUGMENT = c.Augment(flip=True, pad=1, mixup=0.2, erase=0.5)  # test_augment.py has the rest
 
 
+@pytest.mark.devices(8)
 def test_eight_devices_equal_one():
     """With shared batch statistics a device is only a place to compute."""
     config = configuration(augment=AUGMENT, train=c.Train(ema_decay=0.9))
@@ -97,6 +98,7 @@ def test_eight_devices_equal_one():
     chex.assert_trees_all_close(eight, one, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.devices(8)
 def test_devices_agree_on_everything():
     """`out_axes=None` shows the first device only: here all eight are looked at."""
     config = configuration(train=c.Train(ema_decay=0.9), augment=AUGMENT)
@@ -243,6 +245,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("what", ["loss", "gradients", "statistics"])
+@pytest.mark.devices(8)
 def test_a_step_with_nan_on_one_device_is_skipped_on_all(what):
     """Whatever it is that is not a number; the steps before and after it are taken."""
     config = configuration(
@@ -337,6 +340,7 @@ def test_ties_and_nan_are_no_hits():
     assert top_k_hits(logits, labels, 2).tolist() == [True, True, False]
 
 
+@pytest.mark.devices(8)
 def test_batches_that_do_not_divide():
     devices = jax.device_count()
     with pytest.raises(rj.ResNetJaxError, match=rf"train\.batch_size = 12: .*{devices} devices"):
