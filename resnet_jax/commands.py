@@ -44,9 +44,10 @@ def train(options: argparse.Namespace) -> None:
 def _train(wanted: list[str]) -> None:
     from resnet_jax.training.distributed import abandon, together
 
-    _start_backend()
     try:
         with together() as peers:
+            if peers.count == 1:  # of several, one that is lost may be why devices are not found
+                _start_backend()
             config, workdir = parse_train_flags(wanted)
             from resnet_jax.training import loop
 
