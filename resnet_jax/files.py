@@ -1,4 +1,4 @@
-"""Files that may be anyone's: read if they are regular and not too large, written whole or not at all.
+"""Files that may be anyone's: regular and small enough to read, written whole or not at all.
 
 A folder from a stranger may hold FIFOs, devices, sparse files and symbolic links where a plain file
 is expected. What is read here is a regular file of at most the given size. What is written is a new
