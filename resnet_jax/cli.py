@@ -174,6 +174,8 @@ def _add_report(parsers: Any) -> None:
     add("workdirs", nargs="+", metavar="RUN", help="a workdir")
     add("--output", help="the HTML file (default: report.html in the run, or here for several)")
     add("--images", nargs="+", default=[], help="images to explain, of one run")
+    add("--data", default="", help="held-out images, as for evaluate (default: the run's own)")
+    add("--data_dir", default="", help="where TFDS keeps its data sets; goes with --data")
     add("--force", action="store_true", help="replace a page that is there")
     parser.set_defaults(command=commands.report)
 

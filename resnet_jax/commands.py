@@ -115,7 +115,12 @@ def report(options: argparse.Namespace) -> None:
 
     use_compile_cache()
     page = write_report(
-        options.workdirs, options.output, images=options.images, force=options.force
+        options.workdirs,
+        options.output,
+        images=options.images,
+        data=options.data,
+        data_dir=options.data_dir,
+        force=options.force,
     )
     print_copy(f"{page} and its pictures in {page.with_suffix('')}")
 

@@ -27,6 +27,7 @@ CPU_FLAGS = (
 )
 # Before TFDS is imported.
 os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
+os.environ["XDG_STATE_HOME"] = str(TEMPORARY / "state")
 
 import chex
 import jax

@@ -365,7 +365,7 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         lambda: c.check(c.from_json((tmp_path / "config.json").read_text())),
         lambda: [record["loss"] * record["top1"] for record in read_run(tmp_path).training],
         lambda: measured(SimpleNamespace(source=tmp_path, step=1, ema=False)),
-        lambda: network._read_names(tmp_path / "classes.json"),
+        lambda: workdir.read_class_names(tmp_path),
         lambda: _Sums.of(store.records()),
         lambda: store.best,
     ]

@@ -58,6 +58,8 @@ def _split_folder(name: str, root: Path, split: str, field: str) -> Path:
     if not root.is_dir():
         raise fault("data.name", name, f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS")
     folder = root / split
+    if ".." in Path(split).parts or Path(split).is_absolute():
+        raise fault(field, split, f"must be the name of a folder in {root}")
     if split and folder.is_dir() and folder.resolve() != root.resolve():
         return folder
     there = [each for each in _scan(root, "data.name", name) if (root / each).is_dir()]

@@ -8,6 +8,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from resnet_jax.data.base import fault
@@ -16,10 +17,13 @@ from resnet_jax.data.tfds_files import (
     import_tfds,
     is_known,
     missing_shards,
+    open_prepared,
     prepare_digits,
+    split_name,
     tfds_root,
 )
 from resnet_jax.errors import DataError, library_errors, one_line
+from resnet_jax.files import new_folder
 
 # ImageNet's licence forbids TFDS to fetch these; TFDS itself asks for them after minutes only.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -62,10 +66,11 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> None:
         return
     if name.startswith("folder:"):
         raise fault("data.name", name, "image folders are read as they are")
+    base, _ = split_name(name)
     try:
         folder = find_prepared(name, data_dir)
     except DataError:
-        if not is_known(name.partition(":")[0]):
+        if not is_known(base):
             raise
         _download(name, data_dir, manual_dir)
     else:
@@ -121,14 +126,7 @@ def _explain(name: str, root: str, error: Exception) -> DataError:
 
 def _convert(name: str, folder: Any) -> None:
     """Adds ArrayRecord files beside the TFRecord files of a prepared data set, if it has none."""
-    tfds = import_tfds()
-
-    def unreadable(error: Exception) -> DataError:
-        reason = f"cannot read its description in {folder} ({one_line(error)}); delete the folder"
-        return fault("data.name", f"tfds:{name}", reason)
-
-    with library_errors(unreadable):  # a damaged or very old description
-        info = tfds.builder_from_directory(folder).info
+    info = open_prepared(folder, f"tfds:{name}").info
     formats = {each.value for each in info.available_file_formats()}
     if "array_record" in formats:
         return
@@ -161,14 +159,13 @@ def _convert_split(split: Any) -> None:
     for shard, target, length in zip(shards, targets, split.shard_lengths):
         if target.exists():
             continue
-        partial = target.with_name(f"incomplete.{os.getpid()}.{target.name}")
-        try:
-            count = _convert_shard(shard, partial)
+        if Path(target).parent.resolve() != Path(template.data_dir).resolve():
+            raise DataError(f"{target} lies outside of the data set {template.data_dir}")
+        with new_folder(template.data_dir) as stage:
+            count = _convert_shard(shard, stage / target.name)
             if count != length:
                 raise DataError(f"{shard} holds {count} examples, not {length}: it is damaged")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            os.replace(stage / target.name, target)
         _log.info("converted %s: %d examples", shard.name, count)
 
 

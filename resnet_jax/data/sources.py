@@ -14,7 +14,13 @@ import numpy as np
 
 from resnet_jax.data.base import Label, Source, digest, fault
 from resnet_jax.data.folders import FolderSource
-from resnet_jax.data.tfds_files import find_prepared, import_tfds, missing_shards, prepare_digits
+from resnet_jax.data.tfds_files import (
+    find_prepared,
+    import_tfds,
+    missing_shards,
+    open_prepared,
+    prepare_digits,
+)
 from resnet_jax.errors import DataError, library_errors, one_line
 
 __all__ = ["Source", "open_source"]
@@ -141,15 +147,8 @@ class _TfdsSource(Source):
 
 
 def _open_builder(name: str, folder: Path) -> Any:
-    tfds = import_tfds()
-
-    def unreadable(error: Exception) -> DataError:
-        reason = f"cannot read its description in {folder} ({one_line(error)})"
-        return fault("data.name", name, reason)
-
-    with library_errors(unreadable):  # a damaged or very old description
-        builder = tfds.builder_from_directory(folder)
-        formats = {each.value for each in builder.info.available_file_formats()}
+    builder = open_prepared(folder, name)
+    formats = {each.value for each in builder.info.available_file_formats()}
     if "array_record" not in formats:
         base, _, version = name.removeprefix("tfds:").partition(":")
         root = folder.parents[base.count("/") + 1]
@@ -166,7 +165,7 @@ def _open_builder(name: str, folder: Path) -> Any:
 
 def _data_source(folder: str, split: str) -> Any:
     tfds = import_tfds()
-    builder = tfds.builder_from_directory(folder)
+    builder = open_prepared(Path(folder), folder)
     # Masks and other images beside the main one would be decoded for nothing.
     decoders = {
         key: tfds.decode.SkipDecoding()

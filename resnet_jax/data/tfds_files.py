@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.data.base import fault
-from resnet_jax.errors import DataError, importing
+from resnet_jax.errors import DataError, importing, library_errors, one_line
+from resnet_jax.files import MIB, read_bytes
+
+# A name may come from a stranger's config.json, and is a path below the folder of data sets.
+_NAME = re.compile(r"(?P<base>\w[\w.+-]*(/\w[\w.+-]*)?)(:(?P<version>\w[\w.+-]*))?")
+# The classes that a description may name. TFDS would import any other from wherever Python looks,
+# the current folder included.
+_TFDS_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+(\.\w+)*")
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+_LARGEST_DESCRIPTION = 64 * MIB
 
 
 def import_tfds() -> Any:
@@ -75,12 +86,22 @@ def split_name(name: str) -> tuple[str, str]:
     Returns:
       NAME[/CONFIG], and VERSION or "".
 
+    Raises:
+      DataError: It is no such name.
+
     Example:
       >>> split_name("cifar10:3.0.2")
       ('cifar10', '3.0.2')
+      >>> split_name("../secret")
+      Traceback (most recent call last):
+      resnet_jax.errors.DataError: data.name = 'tfds:../secret': must be tfds:NAME, \
+tfds:NAME/CONFIG or tfds:NAME:VERSION
     """
-    base, _, version = name.partition(":")
-    return base, version
+    found = _NAME.fullmatch(name)
+    if not found:
+        reason = "must be tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION"
+        raise fault("data.name", f"tfds:{name}", reason)
+    return found["base"], found["version"] or ""
 
 
 def is_known(name: str) -> bool:
@@ -188,11 +209,70 @@ def missing_shards(infos: Iterable[Any]) -> list[str]:
       []
     """
     paths = {path for info in infos for path in info.filepaths}
-    return sorted(path.name for path in paths if not path.exists())
+    return sorted(path.name for path in paths if not path.is_file())
+
+
+def open_prepared(folder: Path, name: str) -> Any:
+    """Opens a prepared data set, whoever prepared it.
+
+    Args:
+      folder: With dataset_info.json and features.json.
+      name: As in `data.name`, for messages.
+
+    Returns:
+      TFDS's read-only builder.
+
+    Raises:
+      DataError: A description is missing, damaged or very old, or names a class that is not one
+        of TFDS.
+    """
+
+    def unreadable(error: Exception) -> DataError:
+        reason = f"cannot read its description in {folder} ({one_line(error)})"
+        return fault("data.name", name, reason)
+
+    tfds = import_tfds()
+    try:
+        _description(folder / "dataset_info.json")
+        features = json.loads(_description(folder / "features.json"))
+        foreign = next(filter(None, map(_foreign_class, _class_names(features))), None)
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(error) from error
+    if foreign is not None:
+        reason = f"{folder / 'features.json'} names the class {foreign!r}, which is not one of TFDS"
+        raise fault("data.name", name, f"{reason} and is not loaded")
+    with library_errors(unreadable):
+        return tfds.builder_from_directory(folder)
+
+
+def _description(path: Any) -> bytes:
+    if "://" in str(path):  # in a bucket, whose objects are always regular
+        return path.read_bytes()
+    return read_bytes(path, _LARGEST_DESCRIPTION)
+
+
+def _class_names(description: Any) -> Iterator[Any]:
+    """Names of Python classes in features.json, which may hold JSON inside of strings."""
+    if isinstance(description, dict):
+        for key, value in description.items():
+            if key in _CLASS_KEYS and not isinstance(value, dict | list):
+                yield value
+            elif key == "json" and isinstance(value, str):
+                yield from _class_names(json.loads(value))
+            else:
+                yield from _class_names(value)
+    elif isinstance(description, list):
+        for value in description:
+            yield from _class_names(value)
+
+
+def _foreign_class(name: Any) -> str | None:
+    own = isinstance(name, str) and _TFDS_FEATURE.fullmatch(name)
+    return None if own else str(name)
 
 
 def prepare_digits(data_dir: str) -> Path:
-    """Prepares scikit-learn's digits as a TFDS data set, unless they are there and whole.
+    """Prepares scikit-learn's digits as a TFDS data set, unless they are there.
 
     Args:
       data_dir: As in `data.data_dir`.
@@ -201,7 +281,8 @@ def prepare_digits(data_dir: str) -> Path:
       The data set's folder.
 
     Raises:
-      DataError: scikit-learn is missing, or the folder cannot be written.
+      DataError: scikit-learn is missing, the folder cannot be written, or what is there is not
+        whole.
 
     Example:
       >>> import tempfile
@@ -209,28 +290,23 @@ def prepare_digits(data_dir: str) -> Path:
       ...     prepare_digits(folder).relative_to(folder).as_posix()
       'digits/1.0.0'
     """
-    tfds = import_tfds()
+    import_tfds()
     root = tfds_root(data_dir)
     from resnet_jax.data import digits
 
     folder: Any = root / "digits" / digits.VERSION
-    existed = folder.exists()  # asked first: another process may finish in between
-    if _is_whole(tfds, folder):
-        return folder
     try:
-        if existed:
-            folder.rmtree()
-        with importing("data.name = 'digits'", DataError):
-            digits.prepare(root)
+        if not folder.exists():
+            with importing("data.name = 'digits'", DataError):
+                digits.prepare(root)
     except OSError as error:
         # Another process may have been faster; renaming onto its folder fails.
-        if not _is_whole(tfds, folder):
+        if not folder.exists():
             reason = f"cannot write the digits there ({error.strerror or error})"
             raise fault("data.data_dir", str(root), reason) from error
+    # It may be anyone's folder, so nothing in it is replaced.
+    whole = (folder / "dataset_info.json").exists()
+    if not whole or missing_shards(open_prepared(folder, "digits").info.splits.values()):
+        reason = f"the digits in {folder} are not whole; move that folder away"
+        raise fault("data.data_dir", str(root), reason)
     return folder
-
-
-def _is_whole(tfds: Any, folder: Path) -> bool:
-    if not (folder / "dataset_info.json").exists():
-        return False
-    return not missing_shards(tfds.builder_from_directory(folder).info.splits.values())

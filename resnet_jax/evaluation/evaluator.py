@@ -13,7 +13,7 @@ from resnet_jax.data.tfds_files import prepared_configs
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.label_sets import CORRUPTED, data_set_name
 from resnet_jax.evaluation.measuring import Evaluator
-from resnet_jax.evaluation.network import Network
+from resnet_jax.evaluation.network import Network, evaluated_data
 from resnet_jax.evaluation.results import CorruptionReport, Report
 
 # Splits that are measured where nobody says which.
@@ -129,25 +129,25 @@ def evaluate_data(
       network: The network.
       data: As in `data.name`; "": what the network was trained for, in a workdir.
       split: Of it; "": that of the run's evaluation, or the one that an ImageNet variant has.
-      data_dir: Where TFDS keeps its data sets; "": the run's, else TFDS's own default.
+      data_dir: Where TFDS keeps its data sets; "": the run's where this user trained it, else
+        TFDS's own default.
       **options: As for `evaluate_network`.
 
     Returns:
       The measures.
 
     Raises:
-      ConfigError: Neither the run nor the flags say which data or split.
+      ConfigError: Neither the run nor the flags say which data or split; or the run, which
+        somebody else trained, names a folder.
       DataError: As `open_source` and `evaluate_network` raise it.
     """
     config = network.config.data if network.config else None
-    if not data and config is None:
-        raise ConfigError(
-            f"--data: {network.source} is no workdir and does not say what to measure it on; give "
-            "digits, folder:PATH or tfds:NAME"
-        )
-    own = config if config is not None and data in ("", config.name) else None
-    data = data or config.name  # type: ignore[union-attr]
-    data_dir = data_dir or (config.data_dir if config else "")
+    if not data:
+        trained = evaluated_data(network)
+        data, data_dir = trained.name, data_dir or trained.data_dir
+    elif config is not None and network.own:
+        data_dir = data_dir or config.data_dir
+    own = config if config is not None and data == config.name else None
     split = split or (own.eval_split if own else _SPLITS.get(data_set_name(data), ""))
     if data == f"tfds:{CORRUPTED}":
         return evaluate_corruptions(network, data_dir, split, **options)

@@ -7,7 +7,6 @@ prediction, export and reports all open it here, so that they agree on what it i
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from importlib import resources
 from pathlib import Path
@@ -15,8 +14,10 @@ from pathlib import Path
 from resnet_jax.errors import ConfigError, ResNetJaxError, WeightsError
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.config import INTERPOLATIONS, Augment, Config, Data, check, from_json
+from resnet_jax.training.config import INTERPOLATIONS, Augment, Config, Data
+from resnet_jax.training.ownership import is_own
 from resnet_jax.training.setup import make_model
+from resnet_jax.training.workdir import read_class_names, read_config
 from resnet_jax.weights.convert import Variables, fit_variables, from_torch, head_classes
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, read_state_dict
 from resnet_jax.weights.pretrained import (
@@ -42,6 +43,7 @@ class Network:
       config: Of the run that trained it; None where it was not one of ours.
       step: Completed steps of that run's state; None likewise.
       ema: It is the moving average of that state.
+      own: The trainer of this user wrote `config`, so the places of its data can be trusted.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Network:
     config: Config | None = None
     step: int | None = None
     ema: bool = False
+    own: bool = False
 
     @property
     def crop(self) -> Data:
@@ -66,6 +69,34 @@ class Network:
     def colours(self) -> Augment:
         """The preprocessing's mean and deviation, as `data.augment.normalize` takes them."""
         return Augment(mean=self.preprocessing.mean, std=self.preprocessing.std)
+
+
+def evaluated_data(network: Network) -> Data:
+    """The data that a run's network was evaluated on, to be read again.
+
+    Args:
+      network: The network.
+
+    Returns:
+      The run's `data` section.
+
+    Raises:
+      ConfigError: The network is not of a run. Or somebody else wrote the section, and it names a
+        place: that may be any folder.
+    """
+    if network.config is None:
+        raise ConfigError(
+            f"--data: {network.source} is no workdir and does not say what to measure it on; give "
+            "digits, folder:PATH or tfds:NAME"
+        )
+    data = network.config.data
+    if network.own or not (data.data_dir or data.name.startswith("folder:")):
+        return data
+    where = f" --data_dir={data.data_dir}" if data.data_dir else ""
+    raise ConfigError(
+        f"--data: {network.source} was not trained by you on this machine, so the data that its "
+        f"config.json names is not opened; to use it, pass --data={data.name}{where}"
+    )
 
 
 def open_network(
@@ -126,10 +157,9 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
 
     try:
         name, variables, step = load_variables(workdir, best=best, ema=ema)
+        config, names = read_config(workdir), read_class_names(workdir)
     except ResNetJaxError as error:
         raise WeightsError(str(error)) from error
-    config = from_json((workdir / "config.json").read_text())
-    check(config)
     data, classes = config.data, _classes(workdir, variables)
     size = data.eval_size or data.image_size
     # The mapped axis belongs to training.
@@ -151,10 +181,11 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
             std=tuple(config.augment.std),
         ),
         channels=_channels(variables),
-        class_names=_class_names(classes, _read_names(workdir / "classes.json")),
+        class_names=_class_names(classes, names),
         config=config,
         step=step,
         ema=ema and config.train.ema_decay > 0,
+        own=is_own(workdir),
     )
 
 
@@ -218,16 +249,6 @@ def _class_names(classes: int, known: tuple[str, ...] = ()) -> tuple[str, ...]:
         return imagenet_names()
     # A head may be wider than its data set (model.num_classes).
     return known + tuple(str(number) for number in range(len(known), classes))
-
-
-def _read_names(path: Path) -> tuple[str, ...]:
-    try:
-        names = json.loads(path.read_text())
-        if not isinstance(names, list):
-            raise ValueError("no list")
-        return tuple(map(str, names))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); restore it") from error
 
 
 def imagenet_names() -> tuple[str, ...]:

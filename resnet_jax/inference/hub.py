@@ -11,6 +11,7 @@ from resnet_jax.errors import ExportError, importing, library_errors
 from resnet_jax.evaluation.network import Network
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.summary import summary
+from resnet_jax.training.records import read_records
 from resnet_jax.weights.files import save_weights
 from resnet_jax.weights.naming import schemes_for
 
@@ -123,16 +124,14 @@ def measured(network: Network) -> dict[str, Any] | None:
     path = Path(network.source, "metrics.jsonl")
     if network.step is None or not path.is_file():
         return None
-    found = None
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError):  # not by a run, or cut off
-            continue
-        of_state = record.get("step") == network.step and record.get("split") != "train"
-        if of_state and (record.get("weights") == "ema") == network.ema and "top1" in record:
-            found = record
-    return found
+    own = [
+        record
+        for record in read_records(path).good
+        if record["step"] == network.step
+        and record["split"] != "train"
+        and (record.get("weights") == "ema") == network.ema
+    ]
+    return own[-1] if own else None
 
 
 def model_card(network: Network) -> str:
@@ -179,8 +178,10 @@ def _facts(network: Network) -> dict[str, str]:
     if record is not None:
         average = ", moving average" if network.ema else ""
         facts[f"top-1 ({record['split']})"] = f"{record['top1']:.2%}"
-        facts[f"top-5 ({record['split']})"] = f"{record['top5']:.2%}"
-        facts["images evaluated"] = f"{record['images']:,}"
+        if "top5" in record:
+            facts[f"top-5 ({record['split']})"] = f"{record['top5']:.2%}"
+        if "images" in record:
+            facts["images evaluated"] = f"{record['images']:,}"
         facts["state"] = f"after {record['step']:,} steps{average}"
     return facts
 

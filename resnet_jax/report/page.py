@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from resnet_jax.errors import ConfigError
+from resnet_jax.report.predictions import HeldOut
 from resnet_jax.report.runs import Run, read_run
 from resnet_jax.report.sections import Section, one_run, several_runs
 
@@ -18,6 +19,8 @@ def write_report(
     output: str | Path | None = None,
     *,
     images: Sequence[str | Path] = (),
+    data: str = "",
+    data_dir: str = "",
     force: bool = False,
 ) -> Path:
     """Writes one self-contained HTML file about runs, and its pictures beside it.
@@ -30,6 +33,9 @@ def write_report(
       output: The HTML file; None: "report.html" in the run's folder, or in the current one for
         several runs. Pictures go into a folder of the same name without ".html".
       images: Image files to explain, instead of the first held-out ones.
+      data: Held-out images, as in `data.name`; "": what each run was evaluated on, if this user
+        trained it.
+      data_dir: Where TFDS keeps its data sets; goes with `data`.
       force: Replace what is there.
 
     Returns:
@@ -51,7 +57,13 @@ def write_report(
         raise ConfigError(f"--output={output} exists already; --force replaces it")
     if not output.parent.is_dir():
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
-    sections = one_run(runs[0], images) if len(runs) == 1 else several_runs(runs)
+    if data_dir and not data:
+        raise ConfigError(f"--data_dir={data_dir}: goes with --data")
+    held_out = HeldOut(data, data_dir)
+    if len(runs) == 1:
+        sections = one_run(runs[0], images, held_out)
+    else:
+        sections = several_runs(runs, held_out)
     _write(output, _render(runs, sections), sections)
     return output
 

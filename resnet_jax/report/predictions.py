@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,9 +13,8 @@ from resnet_jax.data.decode import eval_crop
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
 from resnet_jax.evaluation.evaluator import evaluate_network
-from resnet_jax.evaluation.network import Network
+from resnet_jax.evaluation.network import Network, evaluated_data
 from resnet_jax.evaluation.results import Report
-from resnet_jax.training.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +72,38 @@ class Predictions:
         ]
 
 
-def predict_split(network: Network, config: Config, most: int) -> Predictions:
+class HeldOut(NamedTuple):
+    """Where held-out images are; "": where the run says, if it is this user's own.
+
+    Args:
+      name: As in `data.name`.
+      folder: As in `data.data_dir`.
+    """
+
+    name: str = ""
+    folder: str = ""
+
+
+def predict_split(network: Network, where: HeldOut, most: int) -> Predictions:
     """Runs a network over the images that its run was evaluated on.
 
     Args:
-      network: With the variables to look at.
-      config: Of its run: data set and split.
+      network: From a workdir, with the variables to look at.
+      where: Where the images are.
       most: Images looked at, at most.
 
     Returns:
       What it says of them.
 
     Raises:
+      ConfigError: Somebody else trained the network, and its images are in a folder.
       DataError: The data set is not there, or not the one that the network was trained for.
       WeightsError: The network's outputs are not numbers.
     """
-    data = config.data
-    source = open_source(data.name, data.eval_split, data.data_dir, train_split=data.train_split)
+    config = network.config
+    data = config.data if config and where.name else evaluated_data(network)
+    name, folder = where if where.name else (data.name, data.data_dir)
+    source = open_source(name, data.eval_split, folder, train_split=data.train_split)
     first = _First(source, most)
     # The run has named the images that cannot be decoded. Of its processes only one writes.
     report = evaluate_network(network, first, "one_crop", say=lambda line: None, alone=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.errors import ConfigError
-from resnet_jax.training.config import Config, check, from_json, to_flat
-
-Record = dict[str, Any]
+from resnet_jax.files import read_json
+from resnet_jax.training.config import Config, to_flat
+from resnet_jax.training.records import Record, read_records
+from resnet_jax.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Run:
       training: Records of training, by step.
       evaluations: Records of evaluation of the weights themselves.
       ema_evaluations: Records of evaluation of their moving average.
+      bad_lines: Number of lines in metrics.jsonl that are no records.
       environment: Versions and devices; {} where the run did not note them.
     """
 
@@ -33,6 +34,7 @@ class Run:
     training: list[Record]
     evaluations: list[Record]
     ema_evaluations: list[Record]
+    bad_lines: int
     environment: dict[str, str]
 
     @property
@@ -46,8 +48,7 @@ class Run:
         total, before = 0.0, 0
         for record in self.training:
             images = (record["step"] - before) * self.config.train.batch_size
-            if record["images_per_second"]:
-                total += images / record["images_per_second"]
+            total += images / record["images_per_second"]
             before = record["step"]
         return total
 
@@ -89,14 +90,13 @@ def read_run(workdir: str | Path) -> Run:
       resnet_jax.errors.ConfigError: nowhere is not a workdir: it has no config.json
     """
     workdir = Path(workdir).expanduser()
-    if not (workdir / "config.json").is_file():
+    if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
-    try:
-        config = from_json((workdir / "config.json").read_text())
-        check(config)
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{workdir}: {error}") from error
-    records = _read_records(workdir / "metrics.jsonl")
+    config = read_config(workdir)
+    records, bad = read_records(workdir / "metrics.jsonl")
+    if not records:
+        lines = f", and {bad} lines that are not what a run writes" if bad else ""
+        raise ConfigError(f"{workdir / 'metrics.jsonl'} has no record yet{lines}; train first")
     evaluations = [record for record in records if record["split"] != "train"]
     return Run(
         workdir=workdir,
@@ -105,33 +105,13 @@ def read_run(workdir: str | Path) -> Run:
         training=[record for record in records if record["split"] == "train"],
         evaluations=[record for record in evaluations if "weights" not in record],
         ema_evaluations=[record for record in evaluations if record.get("weights") == "ema"],
+        bad_lines=bad,
         environment=_read_environment(workdir / "environment.json"),
     )
 
 
-def _read_records(path: Path) -> list[Record]:
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; train first") from error
-    # The last line of a run that goes on may be half there.
-    whole = [line for line in lines if line.endswith("\n")]
-    try:
-        records = [json.loads(line) for line in whole]
-        if any(not {"step", "split", "loss", "top1"} <= record.keys() for record in records):
-            raise ValueError("a record lacks step, split, loss or top1")
-        numbers = [record[name] for record in records for name in ("step", "loss", "top1")]
-        if not all(isinstance(each, int | float) for each in numbers):
-            raise ValueError("a step, loss or top1 is no number")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not what a run writes ({error})") from error
-    if not records:
-        raise ConfigError(f"{path} has no record yet; let the run train for a while")
-    return records
-
-
 def _read_environment(path: Path) -> dict[str, str]:
     try:
-        return {str(k): str(v) for k, v in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError, RecursionError):  # runs of before it was noted
+        return {str(k): str(v) for k, v in read_json(path).items()}
+    except (OSError, ValueError, AttributeError):  # runs of before it was noted
         return {}

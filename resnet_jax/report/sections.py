@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from resnet_jax.evaluation.results import Report
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
 from resnet_jax.report import figures
-from resnet_jax.report.predictions import Example, Predictions, predict_split
+from resnet_jax.report.predictions import Example, HeldOut, Predictions, predict_split
 from resnet_jax.report.runs import Run
 from resnet_jax.training.config import to_flat
 from resnet_jax.training.telemetry import duration
+from resnet_jax.training.workdir import read_class_names
 
 # Held-out images that the network is run over again.
 MOST_IMAGES = 10_000
@@ -72,12 +72,13 @@ class Section:
     tables: Sequence[Table] = ()
 
 
-def one_run(run: Run, images: Sequence[str | Path]) -> list[Section]:
+def one_run(run: Run, images: Sequence[str | Path], data: HeldOut) -> list[Section]:
     """A run from all sides, as far as there still is what it was made of.
 
     Args:
       run: Its records.
       images: Image files to explain, instead of the first held-out ones.
+      data: Where the held-out images are.
 
     Returns:
       The sections from above.
@@ -92,7 +93,7 @@ def one_run(run: Run, images: Sequence[str | Path]) -> list[Section]:
         text = f"The network could not be opened, so only its records are here: {error}"
         return [*sections, Section("network", "Network", text), *_recipe(run)]
     try:
-        predictions = predict_split(network, run.config, MOST_IMAGES)
+        predictions = predict_split(network, data, MOST_IMAGES)
     except ResNetJaxError as error:
         text = f"The held-out images could not be read, so they are not looked at: {error}"
         return [*sections, Section("images", "Images", text), _filters(network), *_recipe(run)]
@@ -108,11 +109,12 @@ def one_run(run: Run, images: Sequence[str | Path]) -> list[Section]:
     return [*sections, *_recipe(run)]
 
 
-def several_runs(runs: Sequence[Run]) -> list[Section]:
+def several_runs(runs: Sequence[Run], data: HeldOut) -> list[Section]:
     """Runs laid over each other.
 
     Args:
       runs: Their records.
+      data: Where the held-out images are.
 
     Returns:
       The sections from above.
@@ -122,7 +124,7 @@ def several_runs(runs: Sequence[Run]) -> list[Section]:
     for run in runs:
         try:
             network = open_network(run.workdir)
-            examples = predict_split(network, run.config, RESPONDING).examples(RESPONDING)
+            examples = predict_split(network, data, RESPONDING).examples(RESPONDING)
         except ResNetJaxError:  # its curves are there all the same
             continue
         found[run.title] = network, _pixels(examples)
@@ -141,6 +143,7 @@ def _figures(run: Run) -> Section:
         ("steps", f"{run.training[-1]['step'] if run.training else 0:,}"),
         ("time in training", duration(run.seconds)),
         ("images/s in training", f"{run.images_per_second:,.0f}"),
+        ("left out", f"{run.bad_lines} lines of metrics.jsonl" if run.bad_lines else ""),
     ]
     rows = [row for row in rows if row[1]]
     return Section("result", "Result", tables=[Table(rows)])
@@ -263,8 +266,7 @@ def _recipe(run: Run) -> list[Section]:
     try:
         from resnet_jax.training.setup import make_model
 
-        classes = json.loads((run.workdir / "classes.json").read_text())
-        model = make_model(config, len(classes)).clone(axis_name=None)
+        model = make_model(config, len(read_class_names(run.workdir))).clone(axis_name=None)
         side, channels = config.data.image_size, config.data.channels or len(config.augment.mean)
         found = summary(model, (1, side, side, channels))
         network = [
@@ -272,7 +274,7 @@ def _recipe(run: Run) -> list[Section]:
             ("parameters", f"{found.parameters:,}"),
             ("multiply-adds an image", f"{found.multiply_adds:,}"),
         ]
-    except (ResNetJaxError, OSError, ValueError, TypeError, RecursionError):
+    except ResNetJaxError:
         network = [("network", config.model.name)]
     changed = [(name, repr(value)) for name, value in run.changed_fields.items()]
     everything = [(name, repr(value)) for name, value in to_flat(config).items()]

@@ -245,7 +245,8 @@ class Train:
       accumulate: Parts in which a device takes its share of a batch, to save memory.
       steps_per_call: Steps in one call of the compiled program. With more than 1 the data set
         lies on the devices, and the host only says which images make a batch: for small images,
-        whose steps are shorter than the host's work for them.
+        whose steps are shorter than the host's work for them. Another number is another program,
+        which rounds differently: a run keeps it, unless checkpoint.allow_change is set.
       seed: Of initial parameters, order, crops and augmentation.
       ema_decay: Of the moving average of parameters and statistics; 0: none.
       ema_every: Steps between its updates.
@@ -488,7 +489,6 @@ _FREE = {
     "data.threads",
     "data.prefetch",
     "data.max_corrupt",
-    "train.steps_per_call",
     "train.max_skipped",
     "checkpoint.every_steps",
     "checkpoint.keep",

@@ -16,10 +16,10 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from resnet_jax.errors import ConfigError, importing, library_errors, one_line
+from resnet_jax.files import atomic_write, make_folder
 from resnet_jax.training.config import Config
-from resnet_jax.training.workdir import Appender, write_whole, writing
-
-Record = dict[str, Any]
+from resnet_jax.training.records import Record, split_at
+from resnet_jax.training.workdir import Appender, writing
 
 
 class MetricsFile:
@@ -28,6 +28,9 @@ class MetricsFile:
     Args:
       path: The file.
       completed_steps: Records past them are dropped: those steps are about to be taken again.
+
+    Attributes:
+      set_aside: File that has got the lines that are no records; None where there are none.
 
     Example:
       >>> import tempfile
@@ -40,12 +43,17 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, completed_steps: int) -> None:
+        self.set_aside: Path | None = None
         if path.exists():
             with writing(path):
-                lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if _step(line) <= completed_steps]
-            if kept != lines:
-                write_whole(path, b"".join(kept).decode())
+                kept, bad = split_at(path, completed_steps)
+                if bad:  # whoever wrote them may want them
+                    self.set_aside = path.with_name("metrics.damaged.jsonl")
+                    aside = Appender(self.set_aside)
+                    aside.write(bad)
+                    aside.close()
+                if path.is_symlink() or path.read_bytes() != kept:
+                    atomic_write(path, kept)
         self._file = Appender(path)
 
     def write(self, record: Record) -> None:
@@ -55,14 +63,6 @@ class MetricsFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-
-def _step(line: bytes) -> float:
-    """The step of a record; a line that was cut off, or is none, counts as one past the end."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 class Telemetry:
@@ -101,6 +101,10 @@ class Telemetry:
         if workdir is None:
             return
         self._file = MetricsFile(workdir / "metrics.jsonl", completed_steps)
+        if self._file.set_aside:
+            self.say(
+                f"lines of metrics.jsonl that are no records are now in {self._file.set_aside}"
+            )
         if config.log.tensorboard:
             self._copies.append(_TensorBoard(workdir / "tensorboard", completed_steps))
         if config.log.wandb:
@@ -239,7 +243,7 @@ class _TensorBoard:
 
         self._scalar, self._checksum = scalar, masked_crc32c
         with writing(folder):
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
         name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
         self._file = Appender(folder / name)
         self._event = Event

@@ -3,6 +3,8 @@
 WORKDIR/config.json           the resolved configuration
 WORKDIR/classes.json          the name of each label
 WORKDIR/data.json             fingerprints of the data set
+WORKDIR/SHA256SUMS            checksums of these three
+WORKDIR/.signature            that this user's trainer wrote config.json (ownership.py)
 WORKDIR/checkpoints/STEP/     everything that goes on from that step (checkpoint.py)
 """
 
@@ -11,14 +13,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from resnet_jax import files
 from resnet_jax.errors import ConfigError
-from resnet_jax.training.config import Config, differences, to_json
+from resnet_jax.files import MIB
+from resnet_jax.files import sync as sync
+from resnet_jax.training import ownership
+from resnet_jax.training.config import Config, check, differences, from_json, to_json
+
+SEAL = "SHA256SUMS"
+_LARGEST = 64 * MIB  # bytes of a description
+# Folders in a workdir that runs and reports write into.
+_FOLDERS = (
+    *("checkpoints", "tensorboard", "report", "wandb"),
+    *("profile", "profile/plugins", "profile/plugins/profile"),
+)
 
 
 @contextlib.contextmanager
@@ -46,15 +61,6 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, would outlive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_whole(path: Path, text: str) -> None:
     """Writes a file such that a reader, and a crash at any moment, finds the old or the new one.
 
@@ -72,19 +78,8 @@ def write_whole(path: Path, text: str) -> None:
       ...     print(*os.listdir(folder))
       classes.json
     """
-    partial = path.with_name(f".{path.name}.partial")
     with writing(path):
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-        sync(path.parent)
+        files.atomic_write(path, text)
 
 
 class Appender:
@@ -109,8 +104,8 @@ class Appender:
     def __init__(self, path: Path) -> None:
         self._path = path
         with writing(path):
-            # A buffer would keep what could not be written, and fail once more on closing.
-            self._file = path.open("ab", buffering=0)
+            # No buffer: it would keep what could not be written, and fail once more on closing.
+            self._descriptor = files.open_to_append(path)
 
     def write(self, data: bytes) -> None:
         """Adds a record.
@@ -120,15 +115,15 @@ class Appender:
             without a word, and nobody would ever read it.
         """
         with writing(self._path):
-            if not os.fstat(self._file.fileno()).st_nlink:
+            if not os.fstat(self._descriptor).st_nlink:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
             while data:  # a disk that is nearly full takes a part first, and then fails
-                data = data[self._file.write(data) :]
+                data = data[os.write(self._descriptor, data) :]
 
     def close(self) -> None:
         """Closes the file."""
         with writing(self._path):
-            self._file.close()
+            os.close(self._descriptor)
 
 
 def open_workdir(workdir: str | os.PathLike[str], config: Config, data: Mapping[str, str]) -> Path:
@@ -152,10 +147,16 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config, data: Mapping[
             raise ConfigError(f"--workdir={workdir} holds checkpoints without a config.json")
         if not config.checkpoint.allow_change:
             _check_same(workdir, config, data)
+    for name in _FOLDERS:
+        if (workdir / name).is_symlink():
+            raise ConfigError(
+                f"--workdir={workdir}: its {name} is a symbolic link, which is not followed; move "
+                "the folder here, or make the whole workdir a link"
+            )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
+        with files.new_folder(workdir):  # says at once whether it can be written
+            pass
     except OSError as error:
         taken = next((x for x in (workdir, *workdir.parents) if x.is_file()), None)
         reason = f"{taken} is a file" if taken else error.strerror
@@ -169,6 +170,7 @@ def _check_same(workdir: Path, config: Config, data: Mapping[str, str]) -> None:
     go_on = "take another workdir, or go on with it by --config.checkpoint.allow_change=true"
     changed = differences(config, read_json(workdir / "config.json"))
     if changed:
+        read_description(workdir, "config.json")  # damaged, rather than another's
         raise ConfigError(
             f"--workdir={workdir} holds a run with another configuration "
             f"({'; '.join(changed)}); {go_on}"
@@ -180,6 +182,7 @@ def _check_same(workdir: Path, config: Config, data: Mapping[str, str]) -> None:
         f"{use}: {before.get(use)} -> {data[use]}" for use in data if before.get(use) != data[use]
     ]
     if changed:
+        read_description(workdir, "data.json")
         raise ConfigError(
             f"--workdir={workdir}: the data set data.name = {config.data.name!r} has changed since "
             f"(fingerprints: {'; '.join(changed)}); put the old one back, {go_on}"
@@ -242,7 +245,7 @@ def locked(workdir: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with writing(workdir / ".lock"):
-            file = stack.enter_context((workdir / ".lock").open("w"))
+            file = stack.enter_context(open(files.open_to_append(workdir / ".lock"), "ab"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
         except BlockingIOError as error:
@@ -265,9 +268,101 @@ def write_config(
       classes: The name of each output of the network, in the order of the labels.
       data: Fingerprints, as `open_workdir` checks them.
     """
-    write_whole(workdir / "classes.json", json.dumps(list(classes), indent=2) + "\n")
-    write_whole(workdir / "data.json", json.dumps(dict(data), indent=2) + "\n")
-    write_whole(workdir / "config.json", to_json(config))
+    contents = {
+        "classes.json": json.dumps(list(classes), indent=2) + "\n",
+        "data.json": json.dumps(dict(data), indent=2) + "\n",
+        "config.json": to_json(config),
+    }
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
+    contents[SEAL] = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    for name, text in contents.items():
+        # On a disk that has filled up meanwhile a run goes on as long as nothing has changed.
+        if not _holds(workdir / name, text.encode()):
+            write_whole(workdir / name, text)
+    with writing(workdir / ownership.SIGNATURE):
+        ownership.sign(workdir, contents["config.json"].encode())
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return not path.is_symlink() and files.read_bytes(path, len(content)) == content
+    except OSError:
+        return False
+
+
+def read_description(workdir: Path, name: str) -> bytes:
+    """Reads a file that describes a run, and compares it with its checksum.
+
+    Args:
+      workdir: Folder of the run.
+      name: "config.json", "classes.json" or "data.json".
+
+    Returns:
+      Its content; not compared where the workdir has no SHA256SUMS.
+
+    Raises:
+      ConfigError: It cannot be read, or is not as it was written.
+    """
+    path = workdir / name
+    try:
+        content = files.read_bytes(path, _LARGEST)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); restore it") from error
+    try:
+        seal = files.read_bytes(workdir / SEAL, _LARGEST).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return content
+    except OSError as error:
+        raise ConfigError(f"{workdir / SEAL} cannot be read ({error.strerror})") from error
+    if f"{hashlib.sha256(content).hexdigest()}  {name}" not in seal.splitlines():
+        raise ConfigError(
+            f"{path} does not match its checksum in {SEAL}; restore it, or delete {SEAL} to use it "
+            "as it is"
+        )
+    return content
+
+
+def read_config(workdir: Path) -> Config:
+    """Reads and checks the configuration of a run.
+
+    Args:
+      workdir: Folder of the run.
+
+    Returns:
+      Its configuration.
+
+    Raises:
+      ConfigError: It is missing, damaged, or not one that a run can have.
+    """
+    content = read_description(workdir, "config.json")
+    try:
+        config = from_json(content.decode("utf-8"))
+        check(config)
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{workdir / 'config.json'}: {error}") from error
+    return config
+
+
+def read_class_names(workdir: Path) -> tuple[str, ...]:
+    """Reads the name of each output of a run's network.
+
+    Args:
+      workdir: Folder of the run.
+
+    Returns:
+      The names, in the order of the labels.
+
+    Raises:
+      ConfigError: They are missing or damaged.
+    """
+    try:
+        names = json.loads(read_description(workdir, "classes.json").decode("utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("no list of names")
+    except (ValueError, RecursionError) as error:
+        path = workdir / "classes.json"
+        raise ConfigError(f"{path} cannot be read ({error}); restore it") from error
+    return tuple(names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -283,9 +378,10 @@ def read_json(path: Path) -> dict[str, Any]:
       ConfigError: It cannot be read, or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = files.read_json(path, _LARGEST)
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
         return found
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); restore it") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} cannot be read ({reason}); restore it") from error

@@ -4,6 +4,7 @@ import concurrent.futures
 import errno
 import importlib.util
 import io
+import json
 import os
 import pickle
 import shutil
@@ -112,11 +113,60 @@ def test_digits_prepare_themselves_once(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["dataset_info.json", "digits-test.array_record-00000-of-00001"])
-def test_an_interrupted_prepare_is_redone(digits_dir, tmp_path, lost):
+def test_half_a_data_set_is_refused_and_stays(digits_dir, tmp_path, lost):
+    """The folder may be anyone's: only its owner can say that it may go."""
     shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "digits" / "1.0.0" / lost).unlink()
-    (tmp_path / "digits" / "incomplete.ABCDEF_1.0.0").mkdir()
+    folder = tmp_path / "digits" / "1.0.0"
+    (folder / lost).unlink()
+    (folder / "letter.txt").write_text("keep")
+    text = message("digits", "test", str(tmp_path))
+    assert text.endswith(f"the digits in {folder} are not whole; move that folder away")
+    assert (folder / "letter.txt").read_text() == "keep"
+    folder.rename(tmp_path / "away")
     assert len(open_source("digits", "test", str(tmp_path))) == 360
+
+
+FOREIGN = {"pythonClassName": "stranger.payload.X", "jsonFeature": {"json": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        FOREIGN,
+        {"python_class_name": "stranger.payload.X"},
+        {"type": "stranger.payload.X", "content": {}},
+        {"pythonClassName": 3},
+        {"featuresDict": {"features": {"image": FOREIGN}}},
+        {"sequence": {"feature": {"featuresDict": {"features": {"x": FOREIGN}}}}},
+        {"jsonFeature": {"json": json.dumps({"feature": FOREIGN})}},
+        {"pythonClassName": "tensorflow_datasets.core.features.__import__"},
+        {"pythonClassName": "tensorflow_datasets.core.features"},
+        {"pythonClassName": "tensorflow_datasets.core.features.x\n.stranger"},
+    ],
+)
+def test_no_description_loads_code(description, digits_dir, tmp_path, monkeypatch):
+    """TFDS imports whatever class features.json names, also from the current folder."""
+    shutil.copytree(digits_dir, tmp_path / "data")
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "payload.py").write_text("import os; os.environ['RAN'] = '1'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = {"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict"}
+    path = tmp_path / "data" / "digits" / "1.0.0" / "features.json"
+    path.write_text(json.dumps({**own, **description}))
+    text = message("digits", "test", str(tmp_path / "data"))
+    assert "\n" not in text
+    assert "RAN" not in os.environ
+    assert not [name for name in sys.modules if name.startswith("stranger")]
+
+
+@pytest.mark.parametrize(
+    "name", ["../..", "/etc", "a/../b", ".hidden", "a//b", "cifar10:../1", "~", "a/b/c", ""]
+)
+def test_a_name_is_no_path(name, tmp_path):
+    text = message(f"tfds:{name}", "test", str(tmp_path))
+    assert "must be" in text
+    assert f"tfds:{name}" in text
 
 
 def test_two_processes_may_prepare_the_digits(tmp_path, monkeypatch):

@@ -108,5 +108,8 @@ def test_a_workdir_holds_the_network_that_it_says(workdir):
     with pytest.raises(rj.ConfigError, match="holds a tiny; leave the flag out"):
         open_network(workdir, model="resnet32")
     (workdir / "classes.json").write_text("[")
+    with pytest.raises(rj.WeightsError, match=r"classes.json does not match its checksum"):
+        open_network(workdir)
+    (workdir / "SHA256SUMS").unlink()
     with pytest.raises(rj.WeightsError, match=r"classes.json cannot be read"):
         open_network(workdir)

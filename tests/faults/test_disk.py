@@ -215,6 +215,8 @@ def test_a_start_that_cannot_write_its_files(name, code, trained, tmp_path, monk
             failing(code)()
         replace(source, target)
 
+    with (workdir / name).open("a") as file:
+        file.write(" ")  # the same to JSON, and not the same file: only what differs is written
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     monkeypatch.setattr(os, "replace", replacing)
     with pytest.raises(ConfigError, match=f"{name} cannot be written") as caught:

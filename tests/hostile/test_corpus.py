@@ -97,7 +97,12 @@ def main(arguments):
 @pytest.mark.parametrize(
     ("case", "command"),
     [
-        pytest.param(case, command, id=f"{case.name}-{command.split()[0]}{number or ''}")
+        pytest.param(
+            case,
+            command,
+            id=f"{case.name}-{command.split()[0]}{number or ''}",
+            marks=[pytest.mark.slow] if case.slow else [],
+        )
         for case in CASES
         for number, command in enumerate(case.commands)
     ],

@@ -1,6 +1,7 @@
 """The page about a run: whole, self-contained, and only text where names are data."""
 
 import base64
+import dataclasses
 import html.parser
 import io
 import json
@@ -17,7 +18,7 @@ from resnet_jax.data.sources import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.report import figures, predictions, sections
 from resnet_jax.report.page import write_report
-from resnet_jax.report.predictions import predict_split
+from resnet_jax.report.predictions import HeldOut, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
@@ -114,6 +115,7 @@ def test_names_are_data(workdir, tmp_path, monkeypatch):
     shutil.copytree(workdir, run)
     names = ["<script>alert(1)</script>", "$x_", "a&b", *"3456789"]
     (run / "classes.json").write_text(json.dumps(names))
+    (run / "SHA256SUMS").unlink()
     monkeypatch.setattr(predictions, "open_source", lambda *_, **__: named(names))
     page = Page(write_report([run], tmp_path / "page.html").read_text())
     assert "script" not in page.tags
@@ -136,8 +138,12 @@ def test_what_cannot_be_had_is_said(workdir, tmp_path):
     config["data"]["name"] = f"folder:{tmp_path}/gone"
     (run / "config.json").write_text(json.dumps(config))
     (run / "environment.json").unlink()
+    (run / "SHA256SUMS").unlink()
     page = Page(write_report([run]).read_text())
-    assert "could not be read" in page.text
+    assert "not trained by you" in page.text  # whoever changed config.json may be anyone
+    write_report([run], data=config["data"]["name"], force=True)
+    page = Page((run / "report.html").read_text())
+    assert "is not a folder" in page.text
     assert (run / "report.html").exists()
 
 
@@ -158,7 +164,7 @@ def test_predictions(workdir):
     from resnet_jax.evaluation.network import open_network
 
     run, network = read_run(workdir), open_network(workdir, best=False)
-    found = predict_split(network, run.config, most=10_000)
+    found = predict_split(network, HeldOut(), most=10_000)
     assert found.report.images == 360
     assert found.report.top1 == pytest.approx(run.final["top1"], abs=1e-9)
     mistakes = found.mistakes(360)
@@ -171,12 +177,13 @@ def test_predictions(workdir):
 
 def digits_network(classes=10):
     names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "gone")[:classes]
-    return tiny_network(classes, channels=1, crop_fraction=1.0, names=names)
+    network = tiny_network(classes, channels=1, crop_fraction=1.0, names=names)
+    return dataclasses.replace(network, config=configuration())
 
 
 def test_examples_are_what_the_network_sees():
     source = open_source("digits", "test")
-    found = predict_split(digits_network(), configuration(), most=3)
+    found = predict_split(digits_network(), HeldOut(), most=3)
     examples = found.examples(10)
     assert found.report.images == len(examples) == 3
     for index, example in enumerate(examples):
@@ -191,13 +198,13 @@ def test_one_process_of_several_reports_alone(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.devices", lambda: [*jax.local_devices()] * 2)
     monkeypatch.setattr("jax.pmap", lambda *a, **k: ran.append(k["devices"]) or pmap(*a, **k))
-    assert predict_split(network, configuration(), most=20).report.images == 20
+    assert predict_split(network, HeldOut(), most=20).report.images == 20
     assert ran == [jax.local_devices()] * len(ran) != []
 
 
 def test_a_class_without_images():
     """There is no accuracy to show of it, and no division by nothing."""
-    found = predict_split(digits_network(), configuration(), most=3)
+    found = predict_split(digits_network(), HeldOut(), most=3)
     [table] = sections._confusion(found.report).tables
     there = {str(each.label) for each in found.examples(3)}
     assert {name for name, _, _ in table.rows} == there
@@ -206,7 +213,7 @@ def test_a_class_without_images():
 
 def test_a_data_set_that_lost_classes():
     with pytest.raises(DataError, match="has 10 of the 11 classes"):
-        predict_split(digits_network(11), configuration(), most=3)
+        predict_split(digits_network(11), HeldOut(), most=3)
 
 
 def test_drops_and_times(workdir):

@@ -133,6 +133,13 @@ def test_several_steps_a_call(straight, tmp_path, monkeypatch):
     chex.assert_trees_all_close(state_of(tmp_path), state_of(straight[0]), rtol=2e-3, atol=1e-5)
 
 
+def test_steps_a_call_belong_to_the_run(straight, tmp_path):
+    """Another number of them rounds differently, most of all in float16."""
+    run = shutil.copytree(straight[0], tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"train\.steps_per_call: 1 -> 2"):
+        train(configuration(train__steps_per_call=2), run)
+
+
 @pytest.mark.slow
 def test_a_run_of_several_steps_a_call_goes_on_exactly(tmp_path, monkeypatch):
     changes = {"train__steps_per_call": 2, "augment__flip_alternates": True}

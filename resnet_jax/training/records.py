@@ -1,0 +1,117 @@
+"""metrics.jsonl, read back: the records of a run, and how many of its lines are none."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from resnet_jax.errors import ConfigError
+from resnet_jax.files import MIB, read_bytes
+
+Record = dict[str, Any]
+
+_LARGEST_FILE = 256 * MIB
+_LARGEST_STEP = 2**53  # beyond it floats skip integers
+_LARGEST_NUMBER = 2.0**128  # beyond what float32 holds
+_ALWAYS = ("loss", "top1")
+_IN_TRAINING = ("learning_rate", "images_per_second")
+_SOMETIMES = ("top5", "epoch", "images", "mfu", "skipped", *_IN_TRAINING)
+
+
+class Records(NamedTuple):
+    """What a metrics.jsonl holds.
+
+    Args:
+      good: The records, by step.
+      bad: Number of lines that are no records.
+    """
+
+    good: list[Record]
+    bad: int
+
+
+def parse_record(line: bytes) -> Record | None:
+    """Parses a line of metrics.jsonl.
+
+    Args:
+      line: With its newline.
+
+    Returns:
+      The record; None where the line is not one that a run writes, or is cut off.
+
+    Example:
+      >>> parse_record(b'{"step": 3, "split": "test", "loss": 0.5, "top1": 0.8}\\n')["step"]
+      3
+      >>> parse_record(b'{"step": "3", "split": "test", "loss": 0.5, "top1": 0.8}\\n') is None
+      True
+    """
+    try:
+        record = json.loads(line.decode("utf-8")) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and _is_valid(record) else None
+
+
+def _is_valid(record: Record) -> bool:
+    step, split = record.get("step"), record.get("split")
+    if type(step) is not int or not 1 <= step <= _LARGEST_STEP:
+        return False
+    if not isinstance(split, str) or not split or not split.isprintable():
+        return False
+    needed = [*_ALWAYS, *(_IN_TRAINING if split == "train" else ())]
+    numbers = {*needed, *(name for name in _SOMETIMES if name in record)}
+    if not all(_is_number(record.get(name)) for name in numbers):
+        return False
+    return split != "train" or record["images_per_second"] > 0
+
+
+def _is_number(value: Any) -> bool:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return known and abs(value) < _LARGEST_NUMBER and not math.isnan(value)
+
+
+def read_records(path: str | os.PathLike[str]) -> Records:
+    """Reads a metrics.jsonl, which a run may still be writing.
+
+    Args:
+      path: The file.
+
+    Returns:
+      Its records. The last line does not count as bad where it is only not complete yet.
+
+    Raises:
+      ConfigError: It cannot be read.
+    """
+    try:
+        lines = read_bytes(path, _LARGEST_FILE).splitlines(keepends=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; train first") from error
+    whole = [line for line in lines if line.endswith(b"\n")]
+    good = [record for line in whole if (record := parse_record(line)) is not None]
+    return Records(sorted(good, key=lambda record: record["step"]), len(whole) - len(good))
+
+
+def split_at(path: Path, step: int) -> tuple[bytes, bytes]:
+    """Splits metrics.jsonl where a run goes on.
+
+    Args:
+      path: The file.
+      step: Completed steps of the state that the run goes on from.
+
+    Returns:
+      The lines of records up to that step, and whole lines that are no records.
+
+    Raises:
+      OSError: It cannot be read.
+    """
+    kept, bad = [], []
+    for line in read_bytes(path, _LARGEST_FILE).splitlines(keepends=True):
+        record = parse_record(line)
+        if record is None:
+            bad += [line] if line.endswith(b"\n") else []
+        elif record["step"] <= step:
+            kept.append(line)
+    return b"".join(kept), b"".join(bad)
