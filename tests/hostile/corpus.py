@@ -33,8 +33,8 @@ class Case(NamedTuple):
 
     Args:
       make: Makes it.
-      commands: Command lines that read it; {here}, {victim}, {image} and {run} (the case's copy)
-        are put in.
+      commands: Command lines that read it; {here}, {victim}, {image}, {run} (the case's copy)
+        and {root} (of the checkout) are put in.
       codes: Exit codes that are right; whatever the code, nothing else may happen.
       slow: Runs with `pytest -m slow` only.
     """

@@ -108,7 +108,7 @@ def pictures_in_a_folder_that_is_a_link(places):
 
 
 TRAIN = (
-    "train --workdir={run} --config.model.name=tiny --config.data.image_size=8"
+    "train --config={root}/tests/tiny.py --workdir={run} --config.data.image_size=8"
     " --config.augment.mean=(0.3,) --config.augment.std=(0.38,) --config.train.steps=2"
     " --config.train.batch_size=16 --config.log.report=false"
 )
