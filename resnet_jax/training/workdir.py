@@ -314,7 +314,7 @@ def read_description(workdir: Path, name: str) -> bytes:
         return content
     except OSError as error:
         raise ConfigError(f"{workdir / SEAL} cannot be read ({error.strerror})") from error
-    if f"{hashlib.sha256(content).hexdigest()}  {name}" not in seal.splitlines():
+    if f"{hashlib.sha256(content).hexdigest()}  {name}" not in seal.split("\n"):
         raise ConfigError(
             f"{path} does not match its checksum in {SEAL}; restore it, or delete {SEAL} to use it "
             "as it is"

@@ -1,0 +1,137 @@
+"""The files that describe a run: sealed, and signed by the user whose trainer wrote them."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from resnet_jax.errors import ConfigError
+from resnet_jax.training import ownership, workdir
+from resnet_jax.training.config import Config, Data, Train
+from tests.training.runs import records
+
+DESCRIPTIONS = ("config.json", "classes.json", "data.json")
+
+
+@pytest.fixture
+def described(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    workdir.write_config(folder, Config(), ["cat", "dog"], {"train": "abc"})
+    return folder
+
+
+def test_the_seal_is_one_that_sha256sum_checks(described):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("needs sha256sum")
+    command = ["sha256sum", "--check", "--strict", workdir.SEAL]
+    assert subprocess.run(command, cwd=described, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, workdir.SEAL])
+def test_every_flipped_bit_is_noticed(name, described):
+    path = described / name
+    before = path.read_bytes()
+    for bit in range(0, 8 * len(before), 7):  # each position in a byte, through the whole file
+        data = bytearray(before)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=r"does not match its checksum"):
+            [workdir.read_description(described, each) for each in DESCRIPTIONS]
+
+
+def test_without_a_seal_nothing_is_compared(described):
+    (described / workdir.SEAL).unlink()
+    (described / "classes.json").write_text('["cow"]')
+    assert workdir.read_class_names(described) == ("cow",)
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", "[" * 10_000, "nonsense"])
+def test_names_that_are_none(content, described):
+    (described / workdir.SEAL).unlink()
+    (described / "classes.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"classes.json cannot be read"):
+        workdir.read_class_names(described)
+
+
+def test_only_what_differs_is_written(described):
+    def times():
+        return {name: (described / name).stat().st_mtime_ns for name in DESCRIPTIONS}
+
+    before = times()
+    workdir.write_config(described, Config(), ["cat", "dog"], {"train": "abc"})
+    assert times() == before
+    changed = Config(train=Train(seed=3))
+    workdir.write_config(described, changed, ["cat", "dog"], {"train": "abc"})
+    assert workdir.read_config(described) == changed
+
+
+def test_a_damaged_configuration_is_not_called_another_run(described):
+    (described / "checkpoints" / "1").mkdir(parents=True)
+    path = described / "config.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 8'))
+    with pytest.raises(ConfigError, match=r"config.json does not match its checksum"):
+        workdir.open_workdir(described, Config(), {"train": "abc"})
+    (described / workdir.SEAL).unlink()
+    with pytest.raises(ConfigError, match=r"another configuration \(train.seed: 8 -> 0\)"):
+        workdir.open_workdir(described, Config(), {"train": "abc"})
+
+
+def as_another_process(monkeypatch):
+    monkeypatch.setattr(ownership, "_signed", set())
+
+
+def test_whose_workdir_it_is(described, tmp_path, monkeypatch):
+    as_another_process(monkeypatch)
+    assert ownership.is_own(described)
+    moved = shutil.copytree(described, tmp_path / "moved")
+    assert ownership.is_own(moved)
+    path = moved / "config.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 8'))
+    assert not ownership.is_own(moved)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    assert not ownership.is_own(described)
+    (described / ownership.SIGNATURE).write_text("0" * 64)
+    assert not ownership.is_own(described)
+    workdir.write_config(described, Config(), ["cat", "dog"], {"train": "abc"})
+    as_another_process(monkeypatch)
+    assert ownership.is_own(described)
+    assert oct((tmp_path / "another user/resnet_jax/key").stat().st_mode & 0o777) == "0o600"
+
+
+@pytest.mark.parametrize("place", ["file", "/dev/null", "/proc"])
+def test_without_a_place_for_the_key(place, described, tmp_path, monkeypatch):
+    """This process knows what it wrote; the next one does not."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", os.path.join(tmp_path, place))
+    workdir.write_config(described, Config(data=Data(threads=3)), ["cat"], {})
+    assert ownership.is_own(described)
+    as_another_process(monkeypatch)
+    assert not ownership.is_own(described)
+
+
+def test_without_a_home(described, monkeypatch):
+    def nobody(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    workdir.write_config(described, Config(data=Data(threads=3)), ["cat"], {})
+    as_another_process(monkeypatch)
+    assert not ownership.is_own(described)
+
+
+def test_lines_that_are_no_records_are_set_aside(tmp_path):
+    from resnet_jax.training.telemetry import MetricsFile
+
+    path = tmp_path / "metrics.jsonl"
+    record = '{"step": %d, "split": "test", "loss": 0.5, "top1": 0.5}\n'
+    bad = "nonsense\n" + record.replace("%d", '"1"')
+    path.write_text(record % 1 + bad + record % 2 + record % 9 + (record % 3)[:-9])
+    file = MetricsFile(path, completed_steps=5)
+    file.close()
+    assert [each["step"] for each in records(tmp_path)] == [1, 2]
+    assert file.set_aside.read_text() == bad
+    MetricsFile(path, completed_steps=5).close()
+    assert file.set_aside.read_text() == bad
