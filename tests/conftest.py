@@ -14,7 +14,10 @@ import subprocess
 
 import pytest
 
-TEMPORARY = pathlib.Path(__file__).parents[1] / "tmp"
+# Of data sets and compiled programs; one user's may not be writable for another.
+TEMPORARY = pathlib.Path(
+    os.environ.get("RESNET_JAX_TEST_FOLDER") or pathlib.Path(__file__).parents[1] / "tmp"
+)
 
 # Compiling takes most of the tests' time, and what it makes runs a few steps of tiny networks.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
