@@ -16,6 +16,7 @@ import numpy as np
 
 from resnet_jax.errors import ConfigError, DivergedError, one_line
 from resnet_jax.training.config import Config, profile_steps
+from resnet_jax.training.records import LARGEST_STEP, is_number
 from resnet_jax.training.telemetry import Telemetry
 
 # Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
@@ -36,10 +37,7 @@ class _Sums:
     @classmethod
     def of(cls, carried: dict[str, Any]) -> _Sums:
         """What a checkpoint carries, which someone else may have written."""
-        numbers = {name: value for name, value in carried.items() if name != "totals"}
-        totals = carried.get("totals", {})
-        known = carried.keys() <= {field.name for field in dataclasses.fields(cls)}
-        if not known or not isinstance(totals, dict) or not _are_numbers({**numbers, **totals}):
+        if not _is_carried(carried):
             raise ConfigError("the checkpoint's progress.json has no records of ours; restore it")
         return cls(**carried)
 
@@ -66,8 +64,15 @@ class _Sums:
         return _Sums(skipped_in_a_row=self.skipped_in_a_row, skipped_in_all=self.skipped_in_all)
 
 
-def _are_numbers(values: dict[str, Any]) -> bool:
-    return all(isinstance(value, int | float) for value in values.values())
+def _is_carried(carried: dict[str, Any]) -> bool:
+    counts = {**carried}
+    totals, rate = counts.pop("totals", {}), counts.pop("learning_rate", 0.0)
+    return (
+        carried.keys() <= {field.name for field in dataclasses.fields(_Sums)}
+        and isinstance(totals, dict)
+        and all(map(is_number, [*totals.values(), rate]))
+        and all(type(count) is int and 0 <= count <= LARGEST_STEP for count in counts.values())
+    )
 
 
 class _Clock:

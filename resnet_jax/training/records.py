@@ -14,7 +14,7 @@ from resnet_jax.files import MIB, read_bytes
 Record = dict[str, Any]
 
 _LARGEST_FILE = 256 * MIB
-_LARGEST_STEP = 2**53  # beyond it floats skip integers
+LARGEST_STEP = 2**53  # beyond it floats skip integers
 _LARGEST_NUMBER = 2.0**128  # beyond what float32 holds
 _ALWAYS = ("loss", "top1")
 _IN_TRAINING = ("learning_rate", "images_per_second")
@@ -57,18 +57,19 @@ def parse_record(line: bytes) -> Record | None:
 
 def _is_valid(record: Record) -> bool:
     step, split = record.get("step"), record.get("split")
-    if type(step) is not int or not 1 <= step <= _LARGEST_STEP:
+    if type(step) is not int or not 1 <= step <= LARGEST_STEP:
         return False
     if not isinstance(split, str) or not split or not split.isprintable():
         return False
     needed = [*_ALWAYS, *(_IN_TRAINING if split == "train" else ())]
     numbers = {*needed, *(name for name in _SOMETIMES if name in record)}
-    if not all(_is_number(record.get(name)) for name in numbers):
+    if not all(is_number(record.get(name)) for name in numbers):
         return False
     return split != "train" or record["images_per_second"] > 0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a number that float32 could hold; NaN and infinity are not."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
     return known and abs(value) < _LARGEST_NUMBER and not math.isnan(value)
 

@@ -6,8 +6,9 @@ import time
 import numpy as np
 import pytest
 
+from resnet_jax.errors import ConfigError
 from resnet_jax.training import config as c
-from resnet_jax.training.recorder import Recorder
+from resnet_jax.training.recorder import Recorder, _Sums
 
 BATCH = 100
 STEPS_PER_CALL = 10
@@ -129,3 +130,21 @@ def test_the_thread_ends(recorder):
         if thread.name.startswith("metrics"):
             thread.join(5)
             assert not thread.is_alive()
+
+
+GOOD = {"steps": 2, "totals": {"loss": 1.0}, "learning_rate": 0.1, "skipped": 0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"steps": x} for x in (-1, 10**400, 2.5, True, "2", None, float("nan"), [])),
+        *({"totals": x} for x in ({"loss": float("nan")}, {"loss": 10**400}, {"loss": "1"}, [], 3)),
+        *({"learning_rate": x} for x in (float("inf"), None, "0.1")),
+        {"unknown": 1},
+    ],
+)
+def test_what_a_checkpoint_carries_may_be_anything(change):
+    assert _Sums.of(GOOD).means() == {"loss": 0.5, "learning_rate": 0.1}
+    with pytest.raises(ConfigError, match=r"progress.json has no records of ours"):
+        _Sums.of({**GOOD, **change})
