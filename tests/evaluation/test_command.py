@@ -127,3 +127,29 @@ def test_a_missing_or_foreign_network(source, place, tmp_path, capsys, monkeypat
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_the_data_of_a_run_is_opened_for_its_user_only(tiny_model, tmp_path, capsys, monkeypatch):
+    from resnet_jax.training import config as c
+    from resnet_jax.training import ownership
+    from resnet_jax.training.loop import train
+
+    data = f"folder:{tmp_path}/data"
+    for split in ("train", "test"):
+        write_folder(tmp_path / "data", [(8, 8)] * 16, split=split)
+    config = c.Config(
+        model=c.Model(name="tiny"),
+        data=c.Data(name=data, image_size=8, threads=2),
+        train=c.Train(steps=1, batch_size=16),
+        log=c.Log(tensorboard=False),
+    )
+    top1 = train(config, tmp_path / "run").metrics["top1"]
+    monkeypatch.setattr(ownership, "_signed", set())  # as another process of this user
+    command = ["evaluate", str(tmp_path / "run"), "--json=-"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == top1
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith(f"to use it, pass --data={data}\n")
+    assert main([*command, f"--data={data}"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == top1
