@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from resnet_jax import files
 from resnet_jax.errors import ConfigError
+from resnet_jax.inference.files import check_output, explained
+from resnet_jax.output import visible
 from resnet_jax.report.runs import Run, read_run
 from resnet_jax.report.sections import Section, one_run, several_runs
 
@@ -47,12 +49,12 @@ def write_report(
     output = Path(output or (runs[0].workdir if len(runs) == 1 else Path()) / "report.html")
     if output.suffix != ".html":
         raise ConfigError(f"--output={output}: must end in .html")
-    if output.exists() and not force:
-        raise ConfigError(f"--output={output} exists already; --force replaces it")
     if not output.parent.is_dir():
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
+    with explained(output, f"--output={output}"):
+        check_output(output, force, f"--output={output}")
     sections = one_run(runs[0], images) if len(runs) == 1 else several_runs(runs)
-    _write(output, _render(runs, sections), sections)
+    _write(output, _render(runs, sections), sections, force)
     return output
 
 
@@ -60,7 +62,9 @@ def _with_titles(runs: list[Run]) -> list[Run]:
     """Runs whose folders share a name are called by their paths."""
     titles = [run.title for run in runs]
     return [
-        dataclasses.replace(run, title=str(run.workdir)) if titles.count(run.title) > 1 else run
+        dataclasses.replace(
+            run, title=visible(run.workdir if titles.count(run.title) > 1 else run.title)
+        )
         for run in runs
     ]
 
@@ -70,7 +74,11 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
 
     text = (resources.files("resnet_jax.report") / "template.html").read_text(encoding="utf-8")
     # Names of classes, files and folders are data: autoescape keeps them from being markup.
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value, keep="\n"),  # no bidirectional codes on the page
+    )
     data = runs[0].config.data
     one = f"{runs[0].title}: {runs[0].config.model.name} on {data.name}"
     title = one if len(runs) == 1 else f"{len(runs)} runs on {data.name}"
@@ -78,16 +86,20 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     return environment.from_string(text).render(title=title, lead=lead, sections=sections)
 
 
-def _write(output: Path, page: str, sections: Sequence[Section]) -> None:
-    """The pictures first, the page last and at once: a page that is there is whole."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+def _write(output: Path, page: str, sections: Sequence[Section], force: bool) -> None:
+    """The pictures first, the page last and at once: a page that is there is whole.
+
+    Runs may be a stranger's: links in the place of files are replaced, one in the place of the
+    folder is refused, and neither is followed.
+    """
+    flag = f"--output={output}"
     folder = output.with_suffix("")
-    try:
-        folder.mkdir(exist_ok=True)
-        for picture in (each for section in sections for each in section.pictures):
-            (folder / f"{picture.name}.png").write_bytes(picture.png)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, output)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"--output={output} cannot be written: {error.strerror}") from error
+    pictures = [picture for section in sections for picture in section.pictures]
+    with explained(folder, f"{flag}: {folder}"):
+        files.make_folder(folder)
+    with explained(folder, flag):
+        for picture in pictures:
+            check_output(folder / f"{picture.name}.png", force, flag)
+        for picture in pictures:
+            files.atomic_write(folder / f"{picture.name}.png", picture.png)
+        files.atomic_write(output, page)

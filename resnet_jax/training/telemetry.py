@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from resnet_jax.errors import ConfigError, importing, library_errors, one_line
+from resnet_jax.output import json_text, say, visible
 from resnet_jax.training.config import Config
 from resnet_jax.training.workdir import Appender, write_whole, writing
 
@@ -50,7 +51,7 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Adds a record; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.write(json_text(record).encode() + b"\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -160,9 +161,9 @@ class Telemetry:
             return
         with contextlib.suppress(OSError):  # it may go to a log on the same full disk
             if self._bar is not None:
-                self._bar.write(line, file=self._stream)
+                self._bar.write(visible(line), file=self._stream)
             else:
-                print(line, file=self._stream, flush=True)
+                say(line, self._stream)
 
     def close(self) -> None:
         """Closes files and bar."""
