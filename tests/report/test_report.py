@@ -227,7 +227,7 @@ def test_many_classes_and_long_names():
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is not a workdir"),
-        (["{run}", "--output={tmp}/there.html"], "exists already; --force replaces it"),
+        (["{run}", "--output={tmp}/there.html"], "exists; give --force to replace it"),
         (["{run}", "--output={tmp}/page.pdf"], "must end in .html"),
         (["{run}", "--output={tmp}/none/page.html"], "no folder"),
         (["{run}", "--output={tmp}/x.html", "--images", "{tmp}/none.png"], "cannot be read"),
@@ -255,7 +255,7 @@ def test_a_disk_that_is_full(workdir, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", replace)
-    with pytest.raises(ConfigError, match=r"page\.html cannot be written: No space left"):
+    with pytest.raises(ConfigError, match=r"page\.html: cannot be written \(No space left"):
         write_report([workdir], tmp_path / "page.html")
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
