@@ -2,12 +2,15 @@
 
 import io
 import json
+import math
 import unicodedata
 
+import numpy as np
 import pytest
 
 from resnet_jax import cli
 from resnet_jax.data.corrupt import Corrupt
+from resnet_jax.evaluation.results import Report, dump_json
 from resnet_jax.output import columns, json_text, padded, print_copy, say, show, visible
 from resnet_jax.training.config import Config, Log
 from resnet_jax.training.telemetry import Telemetry
@@ -114,6 +117,31 @@ def test_the_training_log_is_escaped(tmp_path):
     assert stream.getvalue().replace("\n", "").isprintable()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail) == {**record, "x": None}
+
+
+def test_tables_of_an_evaluation(capsys):
+    names = ("\x1b[2J\x07", "漢字", "cat\u202e", "x" * 10_000)
+    labels, predictions = np.array([0, 1, 2, 3]), np.array([1, 1, 0, 3])
+    report = Report(
+        **{"network": "run\x1b", "model": "tiny", "step": 1, "weights": "", "data": "folder:\x9b"},
+        **{"split": "te\nst", "views": "one_crop", "image_size": 8, "resize_size": 8},
+        **{"scales": (), "batch_size": 4, "skipped": 0, "unlabelled": 0, "loss": math.inf},
+        **{"top1": 0.5, "top5": 1.0, "class_names": names, "indices": np.arange(4)},
+        **{"labels": labels, "predictions": predictions, "seconds": 1.0},
+        **{"confidences": np.full(4, 0.5, np.float32), "hits": labels == predictions},
+    )
+    text = report.table(per_class=True)
+    assert text.replace("\n", "").isprintable()
+    lines = text.splitlines()
+    assert r"run\x1b (tiny, step 1): one crop of 8 pixels; te\nst of folder:\x9b" in lines[0]
+    start = lines.index(next(line for line in lines if line.startswith("class")))
+    rows = lines[start + 1 : start + 4]
+    assert len(text) < 25_000  # one long name does not widen every row
+    assert len({columns(row.partition("%")[0]) for row in rows}) == 1
+    record = json.loads(dump_json(report.to_json()), parse_constant=pytest.fail)
+    assert record["loss"] is None
+    assert record["per_class"][0]["name"] == names[0]
+    assert dump_json(report.to_json()).isascii()
 
 
 def test_a_terminal_of_few_characters(monkeypatch):

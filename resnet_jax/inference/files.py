@@ -183,8 +183,7 @@ class Progress:
                     first = first or result
                     self.skipped += 1
                     if len(self._files) > 1:
-                        reason = " ".join(str(result).split())
-                        tqdm.write(visible(f"skipped: {reason}"), file=sys.stderr)
+                        tqdm.write(visible(f"skipped: {result}"), file=sys.stderr)
                 else:
                     yield file, result
                 bar.update()

@@ -92,14 +92,17 @@ def _write(output: Path, page: str, sections: Sequence[Section], force: bool) ->
     Runs may be a stranger's: links in the place of files are replaced, one in the place of the
     folder is refused, and neither is followed.
     """
-    flag = f"--output={output}"
-    folder = output.with_suffix("")
-    pictures = [picture for section in sections for picture in section.pictures]
+    flag, folder = f"--output={output}", output.with_suffix("")
+    pictures = {
+        folder / f"{picture.name}.png": picture.png
+        for section in sections
+        for picture in section.pictures
+    }
     with explained(folder, f"{flag}: {folder}"):
         files.make_folder(folder)
     with explained(folder, flag):
-        for picture in pictures:
-            check_output(folder / f"{picture.name}.png", force, flag)
-        for picture in pictures:
-            files.atomic_write(folder / f"{picture.name}.png", picture.png)
+        for path in pictures:
+            check_output(path, force, f"{flag}: {path}")
+        for path, png in pictures.items():
+            files.atomic_write(path, png)
         files.atomic_write(output, page)

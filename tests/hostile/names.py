@@ -34,7 +34,7 @@ NAMES = (
 )
 def names_of_files_and_classes(places):
     """They come from strangers and end up in a terminal."""
-    _name_classes(places, NAMES)
+    _name_classes(places, sorted(name.replace("/", "") for name in NAMES))
     for number, name in enumerate(NAMES):
         file = name.replace("/", "") + ".png"
         for folder in (f"photos/{number}", f"data/test/{name.replace('/', '')}"):

@@ -181,10 +181,15 @@ def broken_weights(weights):
     return str(path)
 
 
-def test_a_network_without_numbers_is_named(broken_weights, photos):
-    broken = rj.Classifier.load(broken_weights, model="resnet8_cifar", batch_size=BATCH)
+def test_a_network_without_numbers_is_named(classifier, broken_weights, photos):
+    with pytest.raises(rj.WeightsError, match=r"nan\.safetensors: .* params/head/bias has values"):
+        rj.Classifier.load(broken_weights, model="resnet8_cifar")
+    variables = jax.tree.map(np.array, classifier.network.variables)
+    variables["params"]["head"]["bias"][3] = np.nan
+    network = dataclasses.replace(classifier.network, source="net", variables=variables)
+    broken = rj.Classifier(network, batch_size=BATCH)
     for call in (broken, broken.probabilities, broken.logits):
-        with pytest.raises(rj.WeightsError, match=r"nan\.safetensors: .* not finite .* 0\.png"):
+        with pytest.raises(rj.WeightsError, match=r"net: .* outputs are not finite .*/0\.png"):
             call(files_of(photos))
     with pytest.raises(rj.WeightsError, match="an image in memory"):
         broken(np.zeros((40, 40, 3), np.uint8))
@@ -218,7 +223,7 @@ def test_predict_writes_no_nan(flag, broken_weights, photos, tmp_path, capsys):
     assert main(command("predict", broken_weights, photos, *flags)) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.splitlines()[-1].startswith(f"error: {broken_weights}: the network's outputs")
+    assert output.err.splitlines()[-1].startswith(f"error: {broken_weights}: the network's params")
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -234,7 +239,7 @@ def test_features_has_no_nan(name, weights, photos, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     arguments = command("features", str(broken), photos, f"--output={tmp_path / 'out' / name}")
     assert main(arguments) == 2
-    assert "inf.npz: the network's outputs are not finite" in capsys.readouterr().err
+    assert "inf.npz: the network's params/stem/conv1/kernel has" in capsys.readouterr().err
     assert os.listdir(tmp_path / "out") == []
 
 
