@@ -190,7 +190,7 @@ class Report:
             worst = int(row.argmax())
             taken = f"  {names[worst]} ({row[worst]})" if row[worst] else ""
             top1 = "-" if each.top1 is None else f"{each.top1:.2%}"
-            yield f"{padded(names[label], width)}  {each.images:>6}  {top1:>6}{taken}"
+            yield f"{padded(names[label], width)}  {each.images:>6} {top1:>7}{taken}"
         if len(self.class_names) <= _PRINTED_CLASSES:
             cell = max(4, *(len(str(count)) + 1 for count in self.confusion.flat))
             yield "\nconfusion matrix: a row for each label, columns in the same order"
