@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -53,6 +54,10 @@ def write_report(
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
     with explained(output, f"--output={output}"):
         check_output(output, force, f"--output={output}")
+    folder = output.with_suffix("")
+    if os.path.lexists(folder):  # before the minutes that the sections take
+        with explained(folder, f"--output={output}: {folder}"):
+            files.check_own_folder(folder)
     sections = one_run(runs[0], images) if len(runs) == 1 else several_runs(runs)
     _write(output, _render(runs, sections), sections, force)
     return output
