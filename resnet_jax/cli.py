@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from resnet_jax import commands
 from resnet_jax.errors import (
@@ -24,6 +24,7 @@ from resnet_jax.errors import (
     import_failure,
     one_line,
 )
+from resnet_jax.output import say, visible
 from resnet_jax.training.flags import parse_train_flags
 
 __all__ = ["main", "parse_train_flags"]
@@ -67,15 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:
-    # Names out of a stranger's file may hold codes that a terminal obeys.
-    text = "".join(each if each.isprintable() else " " for each in str(error))
     with contextlib.suppress(OSError):  # a log on a full disk; the exit code still tells
-        print(f"{word}: {one_line(text)}", file=sys.stderr)
+        say(f"{word}: {one_line(error)}")
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))  # it quotes what a shell may have expanded from a folder
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m resnet_jax", description=__doc__)
+    parser = _Parser(prog="python -m resnet_jax", description=__doc__)
     parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     # Its own --help, because it lists the fields of the configuration.
     train = parsers.add_parser("train", help="train a network", add_help=False)

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import json
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from resnet_jax.errors import (
     import_failure,
     one_line,
 )
-from resnet_jax.output import print_copy, printing
+from resnet_jax.output import json_text, print_copy, printing, say, show
 from resnet_jax.training.flags import parse_train_flags, train_help
 
 
@@ -88,15 +85,15 @@ def _start_backend() -> None:
 
 def _report_at_the_end(workdir: Path) -> None:
     """Writes report.html of a run that has ended well, and still has when this fails."""
-    print("writing report.html", file=sys.stderr)
+    say("writing report.html")
     try:
         from resnet_jax.report.page import write_report
 
         write_report([workdir], force=True)
     except KeyboardInterrupt:
-        print("no report.html: interrupted", file=sys.stderr)
+        say("no report.html: interrupted")
     except Exception as error:
-        print(f"no report.html: {_why_no_report(error)}", file=sys.stderr)
+        say(f"no report.html: {_why_no_report(error)}")
 
 
 def _why_no_report(error: Exception) -> str:
@@ -134,7 +131,7 @@ def summary(options: argparse.Namespace) -> None:
     overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
     model = create_model(options.model, **overrides)
     with printing():
-        print(summary(model, (1, side, side, options.channels)))
+        show(summary(model, (1, side, side, options.channels)))
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -156,7 +153,7 @@ def plan(options: argparse.Namespace) -> None:
         network_gbits=options.network_gbits,
     )
     with printing():
-        print(json.dumps(plan) if options.json else plan_table(plan))
+        show(json_text(plan) if options.json else plan_table(plan))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -233,8 +230,8 @@ def evaluate(options: argparse.Namespace) -> None:
         raise ConfigError(f"--scales={options.scales}: pixels with commas, such as 224,256,384")
     file: Any = contextlib.nullcontext()
     if options.json not in ("", "-"):
-        file = new_file(options.json, options.force, "--json")
-    with file as path:
+        file = new_file(options.json, options.force, "--json", stream=True)
+    with file as stream:
         report = evaluate_data(
             _open_network(options),
             options.data,
@@ -244,13 +241,13 @@ def evaluate(options: argparse.Namespace) -> None:
             scales=tuple(map(int, scales)),
             batch_size=options.batch_size,
             max_corrupt=options.max_corrupt,
-            say=functools.partial(print, file=sys.stderr),
+            say=say,
             bar=True,
         )
-        if path is not None:
-            path.write_text(dump_json(report.to_json()) + "\n")
+        if stream is not None:
+            stream.write(f"{dump_json(report.to_json())}\n".encode())
     with printing():
-        print(
+        show(
             dump_json(report.to_json()) if options.json == "-" else report.table(options.per_class)
         )
 
@@ -284,7 +281,7 @@ def _open_network(options: argparse.Namespace) -> Any:
 
 def _say_skipped(skipped: int, images: int) -> int:
     if skipped:
-        print(f"{skipped} of {images} images could not be read", file=sys.stderr)
+        say(f"{skipped} of {images} images could not be read")
     return SKIPPED if skipped else 0
 
 

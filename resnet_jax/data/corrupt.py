@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from resnet_jax.errors import DataError
+from resnet_jax.output import visible
 
 
 class Corrupt:
@@ -43,7 +44,7 @@ class Corrupt:
         if name in self._names:
             return
         self._names.add(name)
-        self.report(f"skipped {name}: {reason}")
+        self.report(visible(f"skipped {name}: {reason}"))
         if self.count > self.limit:
             raise DataError(
                 f"data.max_corrupt = {self.limit}: more images than that cannot be decoded, the "

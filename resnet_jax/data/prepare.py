@@ -23,7 +23,7 @@ from resnet_jax.data.tfds_files import (
     tfds_root,
 )
 from resnet_jax.errors import DataError, library_errors, one_line
-from resnet_jax.files import new_folder
+from resnet_jax.files import atomic_write, new_folder
 
 # ImageNet's licence forbids TFDS to fetch these; TFDS itself asks for them after minutes only.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -145,9 +145,7 @@ def _convert(name: str, folder: Any) -> None:
             _convert_split(split)
         # The description comes last: until then the data set is still a TFRecord one.
         info.add_alternative_file_format("array_record")
-        partial = folder / f"incomplete.{os.getpid()}.json"
-        partial.write_text(info.as_json)
-        partial.replace(folder / "dataset_info.json")
+        atomic_write(folder / "dataset_info.json", info.as_json)
     except (OSError, RuntimeError) as error:  # riegeli raises the latter when the disk is full
         raise _explain(name, str(folder), error) from error
 

@@ -23,6 +23,7 @@ from resnet_jax.doctor.findings import LONG_LIMIT, OK, PROBLEM, WARNING, Finding
 from resnet_jax.doctor.reasons import known_reason, shortened
 from resnet_jax.errors import MISTAKE, ConfigError
 from resnet_jax.models.registry import model_info
+from resnet_jax.output import json_text, say, show, visible
 from resnet_jax.training.launch import FLAGS
 
 # Seconds beyond a check's own limit after which the worker is ended.
@@ -72,7 +73,7 @@ def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
     result = examine([sys.executable, "-m", "resnet_jax.doctor.worker", *arguments], printer)
     if result.index in (0, None):
         if as_json:
-            print(json.dumps(to_json(result)))
+            show(json_text(to_json(result)))
         else:
             printer.conclusion(result.findings)
     return result.code or 0
@@ -125,7 +126,7 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
             printer.joined(0)
         printer.finding(problem)
         if printer.index:
-            print(f"error: process {printer.index}: {problem.text}", file=sys.stderr)
+            say(f"error: process {printer.index}: {problem.text}")
     return result
 
 
@@ -264,7 +265,7 @@ class Printer:
         level = f"{finding.level:<{_LEVEL}}"
         if self._colored and finding.level in _COLORS:
             level = f"\x1b[{_COLORS[finding.level]}m{level}\x1b[0m"
-        words = finding.text
+        words = visible(finding.text)
         if self._output.isatty():  # a file keeps one line a finding, for grep
             room = max(40, shutil.get_terminal_size().columns - _LEVEL - _NAME)
             lines = textwrap.wrap(words, room, break_on_hyphens=False, break_long_words=False)

@@ -11,6 +11,9 @@ import os
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+from flax import traverse_util
+
 from resnet_jax.errors import ConfigError, ResNetJaxError, WeightsError
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.resnet import ResNet
@@ -148,7 +151,21 @@ def open_network(
         network = _from_hub(str(path) if path.is_dir() else os.fspath(source))
     if model and network.name != model:
         raise ConfigError(f"--model={model}: {source} holds a {network.name}; leave the flag out")
+    _check_finite(network)
     return _resized(network, image_size, crop_fraction)
+
+
+def _check_finite(network: Network) -> None:
+    """Raises WeightsError where a variable has NaN or infinities.
+
+    The outputs do not always tell: a compiled ReLU may turn NaN into 0.
+    """
+    for name, leaf in traverse_util.flatten_dict(network.variables, sep="/").items():
+        if not np.isfinite(leaf).all():
+            raise WeightsError(
+                f"{network.source}: the network's {name} has values that are not finite numbers; "
+                "take another state or file"
+            )
 
 
 def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,9 +16,11 @@ from resnet_jax.evaluation.measures import (
     confusion_matrix,
     expected_calibration_error,
 )
+from resnet_jax.output import columns, json_text, padded, visible
 
 # Up to so many classes the confusion matrix is printed.
 _PRINTED_CLASSES = 20
+_LONGEST_NAME = 60  # columns of the table; a longer name stands out
 
 
 class ClassAccuracy(NamedTuple):
@@ -180,20 +181,21 @@ class Report:
         if self.per_class is None or self.confusion is None:
             yield "no accuracy of each class: images have several labels"
             return
-        width = max(5, *map(len, self.class_names))
+        names = [visible(name) for name in self.class_names]
+        width = min(_LONGEST_NAME, max(5, *map(columns, names)))
         yield f"{'class':<{width}}  images   top-1  most often taken for"
         for label, each in enumerate(self.per_class):
             row = self.confusion[label].copy()
             row[label] = 0
             worst = int(row.argmax())
-            taken = f"  {self.class_names[worst]} ({row[worst]})" if row[worst] else ""
+            taken = f"  {names[worst]} ({row[worst]})" if row[worst] else ""
             top1 = "-" if each.top1 is None else f"{each.top1:.2%}"
-            yield f"{each.name:<{width}}  {each.images:>6}  {top1:>6}{taken}"
+            yield f"{padded(names[label], width)}  {each.images:>6} {top1:>7}{taken}"
         if len(self.class_names) <= _PRINTED_CLASSES:
             cell = max(4, *(len(str(count)) + 1 for count in self.confusion.flat))
             yield "\nconfusion matrix: a row for each label, columns in the same order"
-            for name, row in zip(self.class_names, self.confusion):
-                yield f"{name:<{width}}" + "".join(f"{count:>{cell}}" for count in row)
+            for name, row in zip(names, self.confusion):
+                yield padded(name, width) + "".join(f"{count:>{cell}}" for count in row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,11 +291,11 @@ def _title(report: Report, of: str = "") -> str:
     state = "" if report.step is None else f", step {report.step}"
     state += ", moving average" if report.weights else ""
     network = f"{report.network} ({report.model}{state})"
-    return f"{network}: {views}; {report.split} of {of or report.data}"
+    return visible(f"{network}: {views}; {report.split} of {of or report.data}")
 
 
 def dump_json(record: Mapping[str, Any]) -> str:
-    """One field a line; refuses what JSON has no number for.
+    """JSON with a field on each line, as `json_text` writes it.
 
     Args:
       record: Of plain values.
@@ -305,8 +307,5 @@ def dump_json(record: Mapping[str, Any]) -> str:
       >>> dump_json({"top1": 0.5, "scales": ()})
       '{\\n  "top1": 0.5,\\n  "scales": []\\n}'
     """
-    fields = [
-        f"  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}"
-        for name, value in record.items()
-    ]
+    fields = [f"  {json_text(name)}: {json_text(value)}" for name, value in record.items()]
     return "{\n" + ",\n".join(fields) + "\n}"

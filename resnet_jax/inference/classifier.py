@@ -109,6 +109,7 @@ class Classifier:
 
         Raises:
           DataError: An image cannot be read, or is not of a kind named above.
+          WeightsError: The network's outputs are not finite numbers.
           ConfigError: `top` is below 1.
         """
         check_top(top)
@@ -125,6 +126,7 @@ class Classifier:
 
         Raises:
           DataError: An image cannot be read, or is not of a kind named above.
+          WeightsError: The network's outputs are not finite numbers.
         """
         rows = list(map(_or_raise, self.outputs(list(_each(images)))))
         return np.stack(rows) if rows else np.empty((0, self.network.model.num_classes), np.float32)
@@ -140,6 +142,7 @@ class Classifier:
 
         Raises:
           DataError: An image cannot be read, or is not of a kind named above.
+          WeightsError: The network's outputs are not finite numbers.
         """
         return _softmax(self.logits(images))
 
@@ -174,7 +177,8 @@ def check_top(top: int) -> None:
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
     # By NumPy, row by row: a compiled one could round otherwise in a batch of another size.
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    with np.errstate(over="ignore"):  # of finite logits that are further apart than float32 reaches
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import numpy as np
 
 from resnet_jax.errors import ExportError, ModelError, WeightsError, importing, unknown_name
 from resnet_jax.evaluation.network import Network
+from resnet_jax.files import new_folder, sync
+from resnet_jax.inference.files import explained, special_file
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.pretrained import Preprocessing
 
@@ -85,6 +86,7 @@ def export_network(
     Raises:
       ExportError: An option that is not one or does not go with the format, an output that
         exists or cannot be written, a package that is missing, or an export that disagrees.
+      WeightsError: The network's outputs are not finite numbers.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, resnet_jax as rj
@@ -106,6 +108,11 @@ def export_network(
     with _staged(output, names, folder, force) as (stage, paths):
         images = sample_images(network)
         expected = source_logits(network.model, network.variables, network.preprocessing, images)
+        if not np.isfinite(expected).all():
+            raise WeightsError(
+                f"{network.source}: the network's outputs are not finite numbers; take another "
+                "state or file"
+            )
         found = _WRITERS[format](exported, [stage / name for name in names], images, platforms)
         agreement = _compare(expected, found, paths)
     if push:
@@ -301,31 +308,39 @@ def _compare(expected: np.ndarray, found: np.ndarray, paths: Sequence[Path]) -> 
 def _staged(
     output: Path, names: Sequence[str], folder: bool, force: bool
 ) -> Iterator[tuple[Path, list[Path]]]:
-    """A folder beside the output for its files, which get their places if nothing fails."""
+    """A folder beside the output for its files, which get their places if nothing fails.
+
+    With `force`, files and links of these names are replaced; whatever else is in a hub's folder
+    stays. A FIFO or a device is never replaced.
+    """
     paths = [(output if folder else output.parent) / name for name in names]
-    for path in [output, *paths]:
-        if path.exists() and not force:
-            raise ExportError(f"--output={output}: {path} exists; take another, or give --force")
-    if force and (output.exists() and output.is_dir() != folder):
-        kind = "file" if folder else "folder"
-        raise ExportError(f"--output={output}: is a {kind}; remove it, or take another")
-    stage = output.parent / f".{output.name}.{os.getpid()}.partial"
-    try:
-        stage.mkdir()
-    except OSError as error:
-        raise ExportError(
-            f"--output={output}: cannot be written ({error.strerror or error})"
-        ) from error
-    try:
-        yield stage, paths
-        if folder and not output.exists():
-            os.replace(stage, output)
-        else:
-            for path in reversed(paths):  # the first needs the others
-                os.replace(stage / path.name, path)
-    except OSError as error:
-        raise ExportError(
-            f"--output={output}: cannot be written ({error.strerror or error})"
-        ) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    flag = f"--output={output}"
+    with explained(output, flag, ExportError):
+        if folder and os.path.lexists(output) and not output.is_dir():
+            raise ExportError(f"{flag}: is a file; remove it, or take another")
+        for path in paths:
+            _check_file(path, flag)
+        for path in [output, *paths]:
+            if os.path.lexists(path) and not force:
+                raise ExportError(f"{flag}: {path} exists; take another, or give --force")
+        with new_folder(output.parent) as stage:
+            yield stage, paths
+            _put(stage, output if folder else None, paths)
+
+
+def _check_file(path: Path, flag: str) -> None:
+    special = special_file(path)
+    kind = "a folder" if path.is_dir() else special and special.kind
+    if kind:
+        raise ExportError(f"{flag}: {path} is {kind}; remove it, or take another")
+
+
+def _put(stage: Path, folder: Path | None, paths: Sequence[Path]) -> None:
+    """Gives complete files their names, the first one last because it needs the others."""
+    for path in paths:
+        sync(stage / path.name)
+    if folder is not None and not folder.exists():
+        os.replace(stage, folder)
+        return
+    for path in reversed(paths):
+        os.replace(stage / path.name, path)  # a link there is replaced, not followed

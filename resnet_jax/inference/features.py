@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +62,14 @@ def write_features(
       ConfigError: The output exists, cannot be written, or has another suffix.
       ModelError: The network has no such layer.
       DataError: No image could be read.
+      WeightsError: The network's outputs are not finite numbers.
     """
-    with new_file(output, force) as partial:
+    with new_file(output, force) as stream:
         writer_class = _writer_class(output)
         opened = network()
         forward = Forward(opened, feature_function(opened.model, layer, maps), batch_size)
         progress = Progress(files)
-        with writer_class(partial) as writer:
+        with writer_class(stream, Path(output).expanduser().parent) as writer:
             for file, row in progress(forward(files)):
                 writer.add(file, row)
     return progress.skipped
@@ -117,10 +118,11 @@ def feature_function(
 
 
 class _Writer(contextlib.AbstractContextManager["_Writer"]):
-    """Writes rows; closes the file only if all went well."""
+    """Writes rows to a stream, and what comes last only if all went well."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, stream: BinaryIO, folder: Path) -> None:
+        self._stream = stream
+        self._folder = folder  # with room for the output
 
     def __enter__(self) -> _Writer:
         return self
@@ -137,10 +139,10 @@ class _Writer(contextlib.AbstractContextManager["_Writer"]):
 
 
 class _Npz(_Writer):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, stream: BinaryIO, folder: Path) -> None:
+        super().__init__(stream, folder)
         # Without a name, so that nothing is left of it however the process ends.
-        self._rows = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
+        self._rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._files: list[ImageFile] = []
         self._shape: tuple[int, ...] = ()
 
@@ -160,7 +162,7 @@ class _Npz(_Writer):
             "shape": (len(self._files), *self._shape),
         }
         self._rows.seek(0)
-        with zipfile.ZipFile(self._path, "w") as archive:
+        with zipfile.ZipFile(self._stream, "w") as archive:
             with _member(archive, "features") as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 shutil.copyfileobj(self._rows, member, 1 << 20)
@@ -178,8 +180,8 @@ def _member(archive: zipfile.ZipFile, name: str) -> Any:
 
 
 class _Parquet(_Writer):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, stream: BinaryIO, folder: Path) -> None:
+        super().__init__(stream, folder)
         self._group: list[tuple[ImageFile, np.ndarray]] = []
         self._file: Any = None
 
@@ -214,7 +216,7 @@ class _Parquet(_Writer):
             }
         )
         if self._file is None:
-            self._file = pq.ParquetWriter(self._path, table.schema)
+            self._file = pq.ParquetWriter(self._stream, table.schema)
         self._file.write_table(table)
         self._group = []
 
@@ -224,7 +226,7 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _writer_class(output: str | os.PathLike[str]) -> Callable[[Path], _Writer]:
+def _writer_class(output: str | os.PathLike[str]) -> Callable[[BinaryIO, Path], _Writer]:
     suffix = Path(output).suffix
     if suffix == ".npz":
         return _Npz

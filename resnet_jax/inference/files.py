@@ -1,60 +1,152 @@
-"""Results on disk and on the way there: whole files or none, progress, images that are skipped."""
+"""Results on disk and on the way there: whole files or none, progress, images that are skipped.
+
+An output is a path that the user names. What is there decides what happens:
+
+nothing                  a new file, which gets its name when it is complete
+a regular file           is replaced in the same way, with --force only
+a link to one, a dangling link    the link is replaced likewise; what it leads to stays as it is
+a FIFO, a character device, a link to one, /dev/stdout    is written into, whatever --force says,
+                         where the format is a stream, else refused; it is never replaced
+a block device, a socket, a folder    is refused
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from resnet_jax.errors import ConfigError, DataError
+from resnet_jax import files
+from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
 from resnet_jax.inference.images import ImageFile
+from resnet_jax.output import visible
 
 
 @contextlib.contextmanager
-def new_file(output: str | os.PathLike[str], force: bool, flag: str = "--output") -> Iterator[Path]:
+def new_file(
+    output: str | os.PathLike[str], force: bool, flag: str = "--output", stream: bool = False
+) -> Iterator[BinaryIO]:
     """A file that appears when all of it is written, and not at all if that fails.
 
     Args:
-      output: Where.
-      force: Replace a file that is there.
+      output: Its path.
+      force: Replace a file or link that is there.
       flag: That it was given by, for messages.
+      stream: The format can be written without going back, and so into a FIFO or a device.
 
     Yields:
-      Where to write it: beside, by another name.
+      The file, open to write bytes.
 
     Raises:
-      ConfigError: There is such a file, or it cannot be written.
+      ConfigError: Something is there, or the file cannot be written.
 
     Example:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     with new_file(f"{folder}/a.txt", force=False) as path:
-      ...         _ = path.write_text("whole")
+      ...     with new_file(f"{folder}/a.txt", force=False) as file:
+      ...         _ = file.write(b"whole")
       ...     os.listdir(folder)
       ['a.txt']
     """
     path = Path(output).expanduser()
+    with explained(path, f"{flag}={output}"):
+        is_file = check_output(path, force, f"{flag}={output}", stream)
+        with files.new_file(path) if is_file else _opened(path) as file:
+            yield file
+
+
+def check_output(path: Path, force: bool, flag: str, stream: bool = False) -> bool:
+    """Checks that a path can be written as this file's head says.
+
+    Args:
+      path: The path.
+      force: Replace a file or link that is there.
+      flag: The flag and its value, for messages.
+      stream: The format can be written into a FIFO or a device.
+
+    Returns:
+      True for a new file; False for what is opened and written into.
+
+    Raises:
+      ConfigError: It cannot.
+    """
     if path.is_dir():
-        raise ConfigError(f"{flag}={output}: is a folder; give a file in it")
-    if path.exists() and not force:
-        raise ConfigError(f"{flag}={output}: exists; give --force to replace it")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        raise ConfigError(f"{flag}: is a folder; give a file in it")
+    special = special_file(path)
+    if special and not (stream and special.is_writable):
+        raise ConfigError(f"{flag}: is {special.kind}, which is not replaced; give a file")
+    if not special and os.path.lexists(path) and not force:
+        raise ConfigError(f"{flag}: exists; give --force to replace it")
+    return special is None
+
+
+class _Special(NamedTuple):
+    """What is no regular file: its kind, and whether a stream can be written into it."""
+
+    kind: str
+    is_writable: bool
+
+
+def special_file(path: Path) -> _Special | None:
+    """What a path leads to that must not be replaced; None for a file, a link to one, or nothing.
+
+    Raises:
+      OSError: It cannot be looked at.
+    """
+    kind = 0
+    with contextlib.suppress(FileNotFoundError):
+        kind = stat.S_IFMT(path.stat().st_mode)
+    # /dev/stdout and the like. Replacing one would take it from every process of the machine.
+    if path.is_symlink() and re.match(r"/dev$|/proc/", os.path.realpath(path.parent)):
+        return _SPECIAL.get(kind, _Special("a link of the system", True))
+    return _SPECIAL.get(kind)
+
+
+_SPECIAL = {
+    stat.S_IFIFO: _Special("a FIFO", True),
+    stat.S_IFCHR: _Special("a device", True),
+    stat.S_IFBLK: _Special("a block device", False),
+    stat.S_IFSOCK: _Special("a socket", False),
+}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    # Standard output may lead to a file that the shell has begun: it is added to.
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY)
+    with open(descriptor, "wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def explained(path: Path, flag: str, kind: type[ResNetJaxError] = ConfigError) -> Iterator[None]:
+    """Turns what the system says of an output into a line for the user.
+
+    Args:
+      path: The output.
+      flag: The flag and its value.
+      kind: Class of the error.
+
+    Raises:
+      kind: It cannot be written. An OSError that names a file elsewhere stays as it is.
+    """
     try:
-        partial.touch()  # says at once whether that can be done
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"{flag}={output}: cannot be written ({reason})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        if error.filename is not None and Path(error.filename).parent not in (
+            path.parent,
+            path.parent.parent,
+        ):
+            raise
+        raise kind(f"{flag}: cannot be written ({error.strerror or error})") from error
 
 
 class Progress:
@@ -91,8 +183,7 @@ class Progress:
                     first = first or result
                     self.skipped += 1
                     if len(self._files) > 1:
-                        reason = " ".join(str(result).split())
-                        tqdm.write(f"skipped: {reason}", file=sys.stderr)
+                        tqdm.write(visible(f"skipped: {result}"), file=sys.stderr)
                 else:
                     yield file, result
                 bar.update()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,14 +13,14 @@ import numpy as np
 from resnet_jax.data.augment import normalize
 from resnet_jax.data.decode import crop_pixels
 from resnet_jax.distributed.device_memory import explain_out_of_memory
-from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.evaluation.network import Network
 from resnet_jax.inference.images import in_threads, read_pixels
 from resnet_jax.training.config import INTERPOLATIONS
 from resnet_jax.training.parallel import data_parallel_outputs, place, put
 
-# A batch without its images: the place of each image in it, or why that one is not there.
-_Entries = list[int | DataError]
+# A batch without its images: the place of each in it and its name, or why that one is not there.
+_Entries = list[tuple[int, str] | DataError]
 
 
 class Forward:
@@ -34,8 +35,11 @@ class Forward:
       batch_size: Images at a time; 0: as many as are fast. Rounded up to a multiple of the
         devices.
 
+    Called with images, it yields for each its outputs, or a DataError that says why there are none.
+
     Raises:
       ConfigError: A batch size below 0, or an interpolation that there is none of here.
+      WeightsError: The network's outputs are not finite numbers, from the first image on.
 
     Example:
       >>> import jax.numpy as jnp, resnet_jax as rj
@@ -69,14 +73,38 @@ class Forward:
     def __call__(self, images: Iterable[Any]) -> Iterator[np.ndarray | DataError]:
         what = f"a batch of {self.batch_size} images of {self._side}x{self._side} pixels"
         with explain_out_of_memory(what, "take a smaller --batch_size"):
-            # One batch is fetched while the next is computed.
-            waiting: collections.deque[tuple[_Entries, Any]] = collections.deque()
-            for entries, pixels in self._batches(images):
-                waiting.append((entries, self._compiled(self._variables, put(pixels))))
-                if len(waiting) > 1:
-                    yield from _rows(*waiting.popleft())
-            while waiting:
-                yield from _rows(*waiting.popleft())
+            works = False  # whether any outputs were numbers
+            for entries, outputs in self._computed(images):
+                rows = np.asarray(outputs)  # [D, N / D, ...]
+                rows = rows.reshape(-1, *rows.shape[2:])
+                finite = np.isfinite(rows).reshape(len(rows), -1).all(1)
+                works = works or any(
+                    finite[entry[0]] for entry in entries if not isinstance(entry, DataError)
+                )
+                for entry in entries:
+                    if isinstance(entry, DataError):
+                        yield entry
+                    elif finite[entry[0]]:
+                        yield rows[entry[0]]
+                    else:
+                        yield self._not_finite(entry[1], works)
+
+    def _not_finite(self, name: str, works: bool) -> DataError:
+        if works:
+            return DataError(f"{name}: the network's outputs for it are not finite numbers")
+        raise WeightsError(
+            f"{self._network.source}: the network's outputs are not finite numbers, such as for "
+            f"{name}; take another state or file"
+        )
+
+    def _computed(self, images: Iterable[Any]) -> Iterator[tuple[_Entries, Any]]:
+        # One batch is fetched while the next is computed.
+        waiting: collections.deque[tuple[_Entries, Any]] = collections.deque()
+        for entries, pixels in self._batches(images):
+            waiting.append((entries, self._compiled(self._variables, put(pixels))))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        yield from waiting
 
     def _crop(self, image: Any) -> np.ndarray:
         return crop_pixels(read_pixels(image, self._network.channels), self._network.crop)
@@ -85,12 +113,15 @@ class Forward:
         shape = (self.batch_size, self._side, self._side, self._network.channels)
         entries: _Entries = []
         pixels, filled = np.zeros(shape, np.uint8), 0
-        for crop in in_threads(self._crop, images, ahead=2 * self.batch_size):
+        names: collections.deque[str] = collections.deque()  # of images that are being read
+        crops = in_threads(self._crop, _noted(images, names), ahead=2 * self.batch_size)
+        for crop in crops:
+            name = names.popleft()
             if isinstance(crop, DataError):
                 entries.append(crop)
                 continue
             pixels[filled] = crop
-            entries.append(filled)
+            entries.append((filled, name))
             filled += 1
             if filled == self.batch_size:
                 yield entries, pixels
@@ -108,8 +139,11 @@ def _fast_batch(side: int) -> int:
     return (64 if large else 256) * jax.local_device_count()
 
 
-def _rows(entries: _Entries, outputs: Any) -> Iterator[np.ndarray | DataError]:
-    fetched = np.asarray(outputs)  # [D, N / D, ...]
-    rows = fetched.reshape(-1, *fetched.shape[2:])
-    for entry in entries:
-        yield entry if isinstance(entry, DataError) else rows[entry]
+def _noted(images: Iterable[Any], names: collections.deque[str]) -> Iterator[Any]:
+    for image in images:
+        if isinstance(image, str | os.PathLike):
+            names.append(os.fspath(image))
+        else:  # an `ImageFile`, an image of Pillow's, or an array
+            name = getattr(image, "name", "") or getattr(image, "filename", "")
+            names.append(name or "an image in memory")
+        yield image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from resnet_jax.errors import ExportError, importing, library_errors
 from resnet_jax.evaluation.network import Network
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.summary import summary
+from resnet_jax.output import json_text, visible
 from resnet_jax.training.records import read_records
 from resnet_jax.weights.files import save_weights
 from resnet_jax.weights.naming import schemes_for
@@ -62,7 +63,7 @@ def write_hub(network: Network, folder: Path) -> None:
                 f"{getattr(network.model, field)!r}, which config.json cannot say; "
                 "use --format=stablehlo or onnx"
             )
-    config = json.dumps(hub_config(network), indent=2, ensure_ascii=False)
+    config = json_text(hub_config(network), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(network), encoding="utf-8")
     save_weights(folder / "model.safetensors", network.model, network.variables)
@@ -174,16 +175,22 @@ def _facts(network: Network) -> dict[str, str]:
     if network.config is not None:
         kind, _, path = network.config.data.name.partition(":")
         # Of a folder only its own name: where it lies is nobody's business.
-        facts["data set"] = f"{kind}:{Path(path).name}" if path else kind
+        facts["data set"] = _plain(f"{kind}:{Path(path).name}" if path else kind)
     if record is not None:
         average = ", moving average" if network.ema else ""
-        facts[f"top-1 ({record['split']})"] = f"{record['top1']:.2%}"
+        split = _plain(record["split"])
+        facts[f"top-1 ({split})"] = f"{record['top1']:.2%}"
         if "top5" in record:
-            facts[f"top-5 ({record['split']})"] = f"{record['top5']:.2%}"
+            facts[f"top-5 ({split})"] = f"{record['top5']:.2%}"
         if "images" in record:
             facts["images evaluated"] = f"{record['images']:,}"
         facts["state"] = f"after {record['step']:,} steps{average}"
     return facts
+
+
+def _plain(name: object) -> str:
+    """A name as Markdown shows it, whatever signs of Markdown or HTML it has."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", visible(name))
 
 
 def _table(facts: dict[str, str]) -> str:

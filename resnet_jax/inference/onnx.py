@@ -8,7 +8,6 @@ as ONNX has them; images come in as everywhere here, uint8 NHWC.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from onnx import TensorProto, helper
 
 from resnet_jax.errors import ExportError
 from resnet_jax.inference.onnx_layers import NCHW, Graph, Tensor, Value, record_layer
+from resnet_jax.output import json_text
 
 OPSET = 21  # the first with per-channel GroupNormalization
 IR_VERSION = 10  # the file format that belongs to it; onnx itself would write its newest
@@ -70,7 +70,7 @@ def write_onnx(
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(proto, opset_imports=opsets, producer_name="resnet_jax")
     model.ir_version = IR_VERSION
-    helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+    helper.set_model_props(model, {key: json_text(value) for key, value in metadata.items()})
     onnx.save(model, path)
     onnx.checker.check_model(path, full_check=True)
 

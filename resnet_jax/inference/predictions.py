@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import numpy as np
 
 from resnet_jax.inference.classifier import Classifier, Prediction, check_top
 from resnet_jax.inference.files import Progress, new_file
 from resnet_jax.inference.images import ImageFile
-from resnet_jax.output import printing
+from resnet_jax.output import columns, json_text, padded, printing, visible
 
 # (name of the image, its predictions) -> lines.
 Form = Callable[[str, list[Prediction]], str]
 _SUFFIXES = {".jsonl": "jsonl", ".csv": "csv"}
 _LONGEST_NAME = 60
+# How a formula of a spreadsheet begins, also in full width, and how a marked cell does.
+_SPECIAL_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'")
 
 
 def write_predictions(
@@ -49,53 +50,46 @@ def write_predictions(
     Raises:
       ConfigError: The output exists or cannot be written, or `top` is below 1.
       DataError: No image could be read.
+      WeightsError: The network's outputs are not finite numbers.
     """
     check_top(top)
     form = form or _SUFFIXES.get(Path(output).suffix, "table")
     header, write = _FORMS[form](files)
-    with _opened(output, force) as stream:
+    with _opened(output, force) as put:
         forward = classifier()
         # No bar between the lines of a table that the same terminal shows.
         progress = Progress(files, bar=bool(output) or not sys.stdout.isatty())
         for file, logits in progress(forward.outputs(files)):
-            stream.write(header + write(file.name, forward.best(logits, top)))
+            put(header + write(file.name, forward.best(logits, top)))
             header = ""
     return progress.skipped
 
 
 @contextlib.contextmanager
-def _opened(output: str, force: bool) -> Iterator[TextIO]:
-    # File names may have bytes that are no text; they come out as they went in.
+def _opened(output: str, force: bool) -> Iterator[Callable[[str], Any]]:
+    """A function that writes text to the output."""
     if not output:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="surrogateescape")
         with printing():
-            yield sys.stdout
+            yield sys.stdout.write
         return
-    with (
-        new_file(output, force) as partial,
-        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
-    ):
-        yield stream
+    with new_file(output, force, stream=True) as file:
+        yield lambda text: file.write(text.encode())
 
 
 def _table(files: Sequence[ImageFile]) -> tuple[str, Form]:
-    width = min(_LONGEST_NAME, max(len(_printable(file.name)) for file in files))
+    width = min(_LONGEST_NAME, max(columns(visible(file.name)) for file in files))
 
     def write(name: str, predictions: list[Prediction]) -> str:
-        shown = _printable(name)
+        shown = visible(name)
         lines = []
-        for prediction in predictions:
-            lines.append(f"{shown:{width}}  {prediction.probability:11.4f}  {prediction.name}\n")
+        for each in predictions:
+            lines.append(
+                f"{padded(shown, width)}  {each.probability:11.4f}  {visible(each.name)}\n"
+            )
             shown = ""
         return "".join(lines)
 
-    return f"{'image':{width}}  probability  class\n", write
-
-
-def _printable(name: str) -> str:
-    """The name without what would break a line or a terminal."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
+    return f"{padded('image', width)}  probability  class\n", write
 
 
 def _json_lines(files: Sequence[ImageFile]) -> tuple[str, Form]:
@@ -104,7 +98,7 @@ def _json_lines(files: Sequence[ImageFile]) -> tuple[str, Form]:
             {"name": each.name, "index": each.index, "probability": _shortest(each)}
             for each in predictions
         ]
-        return json.dumps({"image": name, "predictions": found}) + "\n"
+        return json_text({"image": name, "predictions": found}) + "\n"
 
     return "", write
 
@@ -118,12 +112,23 @@ def _csv(files: Sequence[ImageFile]) -> tuple[str, Form]:
     def write(name: str, predictions: list[Prediction]) -> str:
         return lines(
             [
-                [name, rank, each.index, each.name, _shortest(each)]
+                [_cell(name), rank, each.index, _cell(each.name), _shortest(each)]
                 for rank, each in enumerate(predictions, start=1)
             ]
         )
 
     return lines([["image", "rank", "index", "name", "probability"]]), write
+
+
+def _cell(name: str) -> str:
+    """A name that is neither a formula for a spreadsheet nor a code for a terminal.
+
+    Where it would be, it is written as in Python source, after an apostrophe; docs/predict.md has
+    the way back. Line breaks stay: the quotes of CSV hold them.
+    """
+    if not name.startswith(_SPECIAL_STARTS) and visible(name, keep="\n") == name:
+        return name
+    return "'" + visible(name.replace("\\", r"\\"), keep="\n")
 
 
 def _shortest(prediction: Prediction) -> float:

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from resnet_jax import files
 from resnet_jax.errors import ConfigError
+from resnet_jax.inference.files import check_output, explained
+from resnet_jax.output import visible
 from resnet_jax.report.predictions import HeldOut
 from resnet_jax.report.runs import Run, read_run
 from resnet_jax.report.sections import Section, one_run, several_runs
@@ -53,18 +56,22 @@ def write_report(
     output = Path(output or (runs[0].workdir if len(runs) == 1 else Path()) / "report.html")
     if output.suffix != ".html":
         raise ConfigError(f"--output={output}: must end in .html")
-    if output.exists() and not force:
-        raise ConfigError(f"--output={output} exists already; --force replaces it")
     if not output.parent.is_dir():
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
     if data_dir and not data:
         raise ConfigError(f"--data_dir={data_dir}: goes with --data")
+    with explained(output, f"--output={output}"):
+        check_output(output, force, f"--output={output}")
+    folder = output.with_suffix("")
+    if os.path.lexists(folder):  # before the minutes that the sections take
+        with explained(folder, f"--output={output}: {folder}"):
+            files.check_own_folder(folder)
     held_out = HeldOut(data, data_dir)
     if len(runs) == 1:
         sections = one_run(runs[0], images, held_out)
     else:
         sections = several_runs(runs, held_out)
-    _write(output, _render(runs, sections), sections)
+    _write(output, _render(runs, sections), sections, force)
     return output
 
 
@@ -72,7 +79,9 @@ def _with_titles(runs: list[Run]) -> list[Run]:
     """Runs whose folders share a name are called by their paths."""
     titles = [run.title for run in runs]
     return [
-        dataclasses.replace(run, title=str(run.workdir)) if titles.count(run.title) > 1 else run
+        dataclasses.replace(
+            run, title=visible(run.workdir if titles.count(run.title) > 1 else run.title)
+        )
         for run in runs
     ]
 
@@ -82,7 +91,11 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
 
     text = (resources.files("resnet_jax.report") / "template.html").read_text(encoding="utf-8")
     # Names of classes, files and folders are data: autoescape keeps them from being markup.
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value, keep="\n"),  # no bidirectional codes on the page
+    )
     data = runs[0].config.data
     one = f"{runs[0].title}: {runs[0].config.model.name} on {data.name}"
     title = one if len(runs) == 1 else f"{len(runs)} runs on {data.name}"
@@ -90,16 +103,23 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     return environment.from_string(text).render(title=title, lead=lead, sections=sections)
 
 
-def _write(output: Path, page: str, sections: Sequence[Section]) -> None:
-    """The pictures first, the page last and at once: a page that is there is whole."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    folder = output.with_suffix("")
-    try:
-        folder.mkdir(exist_ok=True)
-        for picture in (each for section in sections for each in section.pictures):
-            (folder / f"{picture.name}.png").write_bytes(picture.png)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, output)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"--output={output} cannot be written: {error.strerror}") from error
+def _write(output: Path, page: str, sections: Sequence[Section], force: bool) -> None:
+    """The pictures first, the page last and at once: a page that is there is whole.
+
+    Runs may be a stranger's: links in the place of files are replaced, one in the place of the
+    folder is refused, and neither is followed.
+    """
+    flag, folder = f"--output={output}", output.with_suffix("")
+    pictures = {
+        folder / f"{picture.name}.png": picture.png
+        for section in sections
+        for picture in section.pictures
+    }
+    with explained(folder, f"{flag}: {folder}"):
+        files.make_folder(folder)
+    with explained(folder, flag):
+        for path in pictures:
+            check_output(path, force, f"{flag}: {path}")
+        for path, png in pictures.items():
+            files.atomic_write(path, png)
+        files.atomic_write(output, page)

@@ -18,6 +18,7 @@ from resnet_jax.evaluation.network import Network, open_network
 from resnet_jax.evaluation.results import Report
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
+from resnet_jax.output import visible
 from resnet_jax.report import figures
 from resnet_jax.report.predictions import Example, HeldOut, Predictions, predict_split
 from resnet_jax.report.runs import Run
@@ -190,7 +191,7 @@ def _confusion(report: Report) -> Section:
         pictures.append(
             Picture(
                 "confusion",
-                figures.confusion_matrix(counts, names),
+                figures.confusion_matrix(counts, [visible(name) for name in names]),
                 "Confusion matrix: true classes by predicted ones",
                 f"Of {report.images:,} held-out images, by the state with the best top-1.",
             )
@@ -309,4 +310,5 @@ def _pixels(examples: Sequence[Example]) -> np.ndarray:
 
 
 def _short(name: str, longest: int = 16) -> str:
+    name = visible(name)
     return name if len(name) <= longest else name[: longest - 1] + "…"

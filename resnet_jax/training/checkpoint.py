@@ -32,6 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from resnet_jax.errors import ConfigError
+from resnet_jax.output import visible
 from resnet_jax.training import manifest
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.workdir import has_states, read_json, saved_steps, sync, write_whole
@@ -234,7 +235,7 @@ class Checkpoints:
                 damaged[steps[0]] = problem
                 logging.getLogger(__name__).warning(
                     "%s: the state at step %d is damaged: %s; taking another",
-                    *(self.workdir, steps[0], damaged[steps[0]]),
+                    *(visible(self.workdir), steps[0], visible(damaged[steps[0]])),
                 )
 
     # What is on the disk.

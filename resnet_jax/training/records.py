@@ -52,7 +52,10 @@ def parse_record(line: bytes) -> Record | None:
         record = json.loads(line.decode("utf-8")) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and _is_valid(record) else None
+    if not isinstance(record, dict):
+        return None
+    record = {name: value for name, value in record.items() if value is not None}  # was no number
+    return record if _is_valid(record) else None
 
 
 def _is_valid(record: Record) -> bool:

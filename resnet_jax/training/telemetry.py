@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import socket
 import struct
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from resnet_jax.errors import ConfigError, importing, library_errors, one_line
 from resnet_jax.files import atomic_write, make_folder
+from resnet_jax.output import json_text, say, visible
 from resnet_jax.training.config import Config
 from resnet_jax.training.records import Record, split_at
 from resnet_jax.training.workdir import Appender, writing
@@ -58,7 +58,7 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Adds a record; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.write(json_text(record).encode() + b"\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -164,9 +164,9 @@ class Telemetry:
             return
         with contextlib.suppress(OSError):  # it may go to a log on the same full disk
             if self._bar is not None:
-                self._bar.write(line, file=self._stream)
+                self._bar.write(visible(line), file=self._stream)
             else:
-                print(line, file=self._stream, flush=True)
+                say(line, self._stream)
 
     def close(self) -> None:
         """Closes files and bar."""

@@ -19,6 +19,7 @@ import time
 from typing import Any, NoReturn
 
 from resnet_jax.errors import LOST, MISTAKE, ConfigError, PeerError
+from resnet_jax.output import visible
 
 # Beats without a sign of life. Not less: a process may hold Python's lock while it reads or traces.
 _SILENT = 30
@@ -41,7 +42,7 @@ def end_process(line: str, code: int) -> NoReturn:
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
-    os.write(2, f"error: {line}\n".encode())
+    os.write(2, f"error: {visible(line)}\n".encode())
     os._exit(code)
 
 

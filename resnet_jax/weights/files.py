@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from resnet_jax.errors import ResNetJaxError, WeightsError, importing, library_errors
+from resnet_jax.files import atomic_write
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables, check_model, fit_variables, from_torch, to_torch
 
@@ -140,7 +141,8 @@ def _from_workdir(model: ResNet, workdir: Path, reset_head: bool) -> Variables:
 def save_weights(path: str | os.PathLike[str], model: ResNet, variables: Mapping[str, Any]) -> None:
     """Writes a model's weights with the names of `to_torch`.
 
-    An existing file is replaced in one step, so that no reader ever sees half a file.
+    An existing file, or a link to one, is replaced in one step, so that no reader ever sees half a
+    file. A FIFO or a device is not replaced.
 
     Args:
       path: A .safetensors, .npz or .pth (.pt) file. .pth needs PyTorch.
@@ -161,16 +163,10 @@ def save_weights(path: str | os.PathLike[str], model: ResNet, variables: Mapping
     check_model(model)
     path = Path(path)
     data = _choose(path, _WRITERS)(to_torch(model, variables))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        atomic_write(path, data)
     except OSError as error:
-        raise WeightsError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise WeightsError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _choose(path: Path, functions: Mapping[str, Any]) -> Any:

@@ -25,7 +25,7 @@ def test_blocks(tmp_path, monkeypatch, capsys):
 
     text = DOCS.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    in_python, apply, as_files, neighbours = blocks
+    _, in_python, apply, as_files, neighbours = blocks  # the first: tests/inference/test_predict.py
     names = {}
     exec(compile(as_files, str(DOCS), "exec"), names)  # noqa: S102
     exec(compile(in_python + apply, str(DOCS), "exec"), names)  # noqa: S102

@@ -262,6 +262,23 @@ def test_hub_folder_is_read_back_whole(network, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_model_card_shows_names_and_obeys_none(network, tmp_path):
+    line = {"step": 9, "split": "<i>|\u202e", "top1": 0.5, "top5": 1.0, "images": 1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    config = Config(data=Data(name="folder:/x/<b>[a](b)|\x1b\udcff"))
+    names = ("\x1b[2J", "\u202e", "\ud800", "\u6f22", "4", "5", "6")
+    facts = {"source": str(tmp_path), "config": config, "step": 9, "class_names": names}
+    network = dataclasses.replace(network, **facts)
+    card = hub.model_card(network)
+    assert card.replace("\n", "").isprintable()
+    assert r"| data set | folder:\<b\>\[a\](b)\|\\x1b\\udcff |" in card
+    assert r"| top-1 (\<i\>\|\\u202e) | 50.00% |" in card
+    hub.write_hub(network, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert text.isascii()
+    assert json.loads(text)["label_names"] == list(names)
+
+
 def test_hub_folder_of_grey_images(tmp_path):
     model = rj.create_model("resnet8_cifar", num_classes=3)
     rj.save_weights(tmp_path / "w.npz", model, random_variables(model, (8, 8, 1)))
@@ -323,6 +340,15 @@ def test_the_list_of_timms_networks():
     theirs = {name for name in rj.list_models() if timm.is_model(name)}
     # Two have timm's names and another function; they are refused when read back.
     assert {name for name in rj.list_models() if hub.in_timm(name)} == theirs
+
+
+def test_a_network_without_numbers_is_named(network, tmp_path):
+    variables = jax.tree.map(np.array, network.variables)
+    variables["params"]["head"]["bias"][0] = np.inf
+    broken = dataclasses.replace(network, variables=variables)
+    with pytest.raises(rj.WeightsError, match=r"w\.safetensors: the network's outputs are not"):
+        export_network(broken, "hub", tmp_path / "hub")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_that_disagrees_leaves_nothing_behind(network, tmp_path, monkeypatch):

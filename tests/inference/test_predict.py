@@ -25,11 +25,17 @@ from resnet_jax.data.augment import normalize
 from resnet_jax.data.decode import eval_crop
 from resnet_jax.evaluation.network import open_network
 from resnet_jax.inference import features as features_module
+from resnet_jax.inference import predictions as predictions_module
+from resnet_jax.inference.classifier import Prediction
+from resnet_jax.inference.forward import Forward
+from resnet_jax.inference.images import ImageFile
+from resnet_jax.output import columns
 from resnet_jax.training.parallel import shard
 from tests.conftest import FAST_COMPILE
 from tests.variables import random_variables
 
 ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "predict.md"
 DEVICES = jax.local_device_count()
 # One size for all, so that the tests share compiled programs.
 BATCH = 2 * DEVICES
@@ -164,7 +170,77 @@ def test_options_are_checked(classifier, weights):
         rj.Classifier(network)
 
 
+@pytest.fixture(scope="module")
+def broken_weights(weights):
+    """A network whose outputs are not numbers."""
+    path = pathlib.Path(weights).with_name("nan.safetensors")
+    model = rj.ResNet8Cifar(num_classes=7)
+    variables = rj.load_weights(model, weights)
+    variables["params"]["head"]["bias"][3] = np.nan
+    rj.save_weights(path, model, variables)
+    return str(path)
+
+
+def test_a_network_without_numbers_is_named(classifier, broken_weights, photos):
+    with pytest.raises(rj.WeightsError, match=r"nan\.safetensors: .* params/head/bias has values"):
+        rj.Classifier.load(broken_weights, model="resnet8_cifar")
+    variables = jax.tree.map(np.array, classifier.network.variables)
+    variables["params"]["head"]["bias"][3] = np.nan
+    network = dataclasses.replace(classifier.network, source="net", variables=variables)
+    broken = rj.Classifier(network, batch_size=BATCH)
+    for call in (broken, broken.probabilities, broken.logits):
+        with pytest.raises(rj.WeightsError, match=r"net: .* outputs are not finite .*/0\.png"):
+            call(files_of(photos))
+    with pytest.raises(rj.WeightsError, match="an image in memory"):
+        broken(np.zeros((40, 40, 3), np.uint8))
+
+
+def test_an_image_without_numbers_is_named(classifier, photos):
+    """One image's outputs overflow: it is no fault of the network that the others are fine."""
+    white = photos / "cat" / "white.png"
+    Image.new("RGB", (40, 40), "white").save(white)
+    wide = Forward(
+        classifier.network,
+        lambda variables, images: jnp.where(images.mean((1, 2)) > 1.9, jnp.inf, 0.0),
+        BATCH,
+    )
+    found = list(wide([*files_of(photos), white]))
+    errors = [str(each) for each in found if isinstance(each, rj.DataError)]
+    assert errors == [f"{white}: the network's outputs for it are not finite numbers"] * 2
+    assert len(found) == 8
+
+
 # The commands.
+
+
+OUTPUTS = ["", "--format=jsonl", "--format=csv", "--output={out}/x.jsonl", "--output={out}/x.csv"]
+
+
+@pytest.mark.parametrize("flag", OUTPUTS)
+def test_predict_writes_no_nan(flag, broken_weights, photos, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    flags = [flag.format(out=tmp_path / "out")] if flag else []
+    assert main(command("predict", broken_weights, photos, *flags)) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.splitlines()[-1].startswith(f"error: {broken_weights}: the network's params")
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.parquet"])
+def test_features_has_no_nan(name, weights, photos, tmp_path, capsys):
+    if name == "x.parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    model = rj.ResNet8Cifar(num_classes=7)
+    variables = rj.load_weights(model, weights)
+    variables["params"]["stem"]["conv1"]["kernel"][:] = np.inf
+    broken = tmp_path / "inf.npz"
+    rj.save_weights(broken, model, variables)
+    (tmp_path / "out").mkdir()
+    arguments = command("features", str(broken), photos, f"--output={tmp_path / 'out' / name}")
+    assert main(arguments) == 2
+    assert "inf.npz: the network's params/stem/conv1/kernel has" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_a_broken_file_among_good_ones(weights, photos, tmp_path):
@@ -234,6 +310,60 @@ def test_standard_input(listed, weights, photos, monkeypatch, capsys):
     assert code == (1 if listed else 0)
     assert json.loads(output.out)["image"] == (str(file) if listed else "-")
     assert ("skipped: none.png: cannot be read" in output.err) == listed
+
+
+NAMES = [
+    *("cat", "caf\u00e9", "back\\slash", "two\nlines", 'a, "b"', "a-b=c", "5", ""),
+    *("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1", "'quoted", "=a\\nb\\"),
+    *(
+        "\x1b[2J\x07",
+        "\x9b1m\\x1b",
+        "\u202egpj.exe",
+        "a\u200bb",
+        "a\u2028b",
+        "\udcff.png",
+        "\u6f22\u202e",
+    ),
+]
+
+
+def test_csv_is_no_formula_and_no_code():
+    """A cell begins no formula and holds no code; docs/predict.md says how to get the name."""
+    block = re.search(r"```python\n(def exact_name.*?)```", DOCS.read_text(), re.DOTALL)
+    scope = {}
+    exec(block.group(1), scope)  # noqa: S102
+    header, write = predictions_module._csv([])
+    text = header + "".join(write(name, [Prediction(name, 3, 0.1)]) for name in NAMES)
+    rows = list(csv.DictReader(io.StringIO(text)))
+    for name, row in zip(NAMES, rows, strict=True):
+        assert row["image"] == row["name"]
+        assert scope["exact_name"](row["name"]) == name
+        assert not row["name"].startswith(("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"))
+        assert row["name"].replace("\n", "").isprintable()
+    plain = NAMES[: NAMES.index("=1+1")]
+    assert [row["name"] for row in rows[: len(plain)]] == plain
+    text.encode()
+
+
+def test_jsonl_has_exact_names_in_ascii():
+    _, write = predictions_module._json_lines([])
+    for name in NAMES:
+        line = write(name, [Prediction(name, 3, 0.1)])
+        assert line[:-1].isascii()
+        assert line[:-1].isprintable()
+        record = json.loads(line)
+        assert record["image"] == record["predictions"][0]["name"] == name
+
+
+def test_a_table_stays_in_line():
+    files = [ImageFile(name) for name in NAMES]
+    header, write = predictions_module._table(files)
+    lines = [header, *(write(name, [Prediction(name, 3, 0.25)]) for name in NAMES)]
+    assert all(line.count("\n") == 1 and line[:-1].isprintable() for line in lines)
+    before = {
+        columns(line.partition("0.2500" if "0.2500" in line else "bility")[0]) for line in lines
+    }
+    assert len(before) == 1
 
 
 MISTAKES = {

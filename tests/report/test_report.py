@@ -17,7 +17,7 @@ from resnet_jax import cli
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.report import figures, predictions, sections
-from resnet_jax.report.page import write_report
+from resnet_jax.report.page import _write, write_report
 from resnet_jax.report.predictions import HeldOut, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training import config as c
@@ -113,7 +113,7 @@ def test_several_runs(workdir, tmp_path):
 def test_names_are_data(workdir, tmp_path, monkeypatch):
     run = tmp_path / "<script>alert(1)</script>"
     shutil.copytree(workdir, run)
-    names = ["<script>alert(1)</script>", "$x_", "a&b", *"3456789"]
+    names = ["<script>alert(1)</script>", "$x_", "a&b", "\x1b[2J\u202e", "\ud800", *"56789"]
     (run / "classes.json").write_text(json.dumps(names))
     (run / "SHA256SUMS").unlink()
     monkeypatch.setattr(predictions, "open_source", lambda *_, **__: named(names))
@@ -121,6 +121,33 @@ def test_names_are_data(workdir, tmp_path, monkeypatch):
     assert "script" not in page.tags
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
     assert "a&amp;b" in page.text
+    assert r"<td>\x1b[2J\u202e</td>" in page.text
+    assert r"<td>\ud800</td>" in page.text
+    assert page.text.replace("\n", "").isprintable()
+
+
+def test_links_in_a_run_are_not_followed(tmp_path):
+    """A stranger's run has links where its report is to be written."""
+    picture = sections.Picture("curves", b"png", "", "")
+    found = [sections.Section("a", "A", pictures=[picture])]
+    (tmp_path / "theirs").write_text("theirs")
+    run = tmp_path / "run"
+    (run / "report").mkdir(parents=True)
+    for link in (run / "report.html", run / "report" / "curves.png"):
+        link.symlink_to(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match=r"curves\.png: exists; give --force"):
+        _write(run / "report.html", "page", found, force=False)
+    _write(run / "report.html", "page", found, force=True)
+    assert (run / "report.html").read_text() == "page"
+    assert (run / "report" / "curves.png").read_bytes() == b"png"
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+    (tmp_path / "folder").mkdir()
+    (run / "other").symlink_to(tmp_path / "folder")
+    with pytest.raises(ConfigError, match=r"run/other: .*a symbolic link, which is not followed"):
+        _write(run / "other.html", "page", found, force=True)
+    assert not list((tmp_path / "folder").iterdir())
+    assert sorted(each.name for each in run.iterdir()) == ["other", "report", "report.html"]
 
 
 def named(names):
@@ -234,7 +261,7 @@ def test_many_classes_and_long_names():
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is not a workdir"),
-        (["{run}", "--output={tmp}/there.html"], "exists already; --force replaces it"),
+        (["{run}", "--output={tmp}/there.html"], "exists; give --force to replace it"),
         (["{run}", "--output={tmp}/page.pdf"], "must end in .html"),
         (["{run}", "--output={tmp}/none/page.html"], "no folder"),
         (["{run}", "--output={tmp}/x.html", "--images", "{tmp}/none.png"], "cannot be read"),
@@ -262,7 +289,7 @@ def test_a_disk_that_is_full(workdir, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", replace)
-    with pytest.raises(ConfigError, match=r"page\.html cannot be written: No space left"):
+    with pytest.raises(ConfigError, match=r"page\.html: cannot be written \(No space left"):
         write_report([workdir], tmp_path / "page.html")
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
