@@ -1,6 +1,7 @@
 """What goes wrong with images, data files and worker processes while a run goes on."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pathlib
@@ -78,32 +79,64 @@ def test_a_killed_worker_ends_the_stream():
         assert not multiprocessing.active_children()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="looks shared memory up in a folder")
-def test_a_closed_stream_has_given_its_shared_memory_back(monkeypatch):
-    """Else Python warns of leaks at its end, after the run's own last line."""
-    from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
+def maps_of(pid):
+    """The mapped images of a process."""
+    lines = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [line for line in lines if "memfd:resnet_jax" in line]
 
+
+def names_in_shared_memory():
+    return {path.name for path in SHARED.iterdir() if path.stat().st_uid == os.getuid()}
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="looks memory up as Linux shows it")
+def test_a_closed_stream_has_given_its_memory_back():
+    """While it is open it has no name that could outlive it."""
+    before, opened = names_in_shared_memory(), len(os.listdir("/proc/self/fd"))
     batches = stream(Photos(), reports()[1], workers=1)
     with limit(120):
-        next(batches)
-        opened = []
-        open_one, close_one = SharedMemoryArray.from_metadata, SharedMemoryArray.close_shm_async
-
-        def opening(metadata):
-            opened.append(metadata.name)
-            return open_one(metadata)
-
-        def closing(shm, unlink):
-            time.sleep(0.05)
-            close_one(shm, unlink)
-
-        monkeypatch.setattr(SharedMemoryArray, "from_metadata", opening)
-        monkeypatch.setattr(SharedMemoryArray, "close_shm_async", closing)
-        for _ in range(3):
-            next(batches)
+        kept = next(batches)
+        [worker] = multiprocessing.active_children()
+        assert len(maps_of("self")) == len(maps_of(worker.pid)) == 1
+        assert names_in_shared_memory() <= before
         batches.close()
-    assert len(opened) >= 9
-    assert not [name for name in opened if (SHARED / name).exists()]
+    assert not maps_of("self")
+    assert not multiprocessing.active_children()
+    # The pipe to Python's resource tracker, which ends with this process, may be new.
+    assert len(os.listdir("/proc/self/fd")) <= opened + 1
+    assert kept["images"].any()  # a copy
+
+
+def test_an_error_in_a_worker_is_raised_with_its_traceback():
+    with limit(120), pytest.raises(ZeroDivisionError) as caught:
+        next(stream(Faulty(), reports()[1], workers=1))
+    assert "in __getitem__" in caught.value.__notes__[0]
+
+
+class Faulty(Photos):
+    def __getitem__(self, index):
+        return index // 0
+
+
+class Ending(Photos):
+    def __getitem__(self, index):
+        os._exit(3)
+
+
+def test_a_worker_that_ends_by_itself_is_told_from_a_killed_one():
+    with limit(120), pytest.raises(DataError, match=r"workers = 1: .* ended with exit code 3"):
+        next(stream(Ending(), reports()[1], workers=1))
+
+
+def test_a_worker_that_cannot_start(monkeypatch):
+    """As at the limits of processes and of memory."""
+
+    def start(*_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", start)
+    with pytest.raises(DataError, match=r"data\.workers = 1: .*cannot be started \(Resource temp"):
+        next(stream(Photos(), reports()[1], workers=1))
 
 
 @pytest.mark.slow
@@ -159,6 +192,8 @@ def wait_for(condition, seconds):
 
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks processes up in /proc")
 def test_workers_end_with_a_killed_parent(tmp_path):
+    """And nothing of them stays in /dev/shm, which no later start would clear."""
+    before = names_in_shared_memory()
     path = tmp_path / "parent.py"
     path.write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -173,6 +208,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     assert len(workers) == 2
     try:
         assert wait_for(lambda: not any(map(is_running, workers)), 20)
+        assert names_in_shared_memory() <= before
     finally:
         for pid in filter(is_running, workers):
             os.kill(pid, signal.SIGKILL)
