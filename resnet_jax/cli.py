@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from resnet_jax.errors import (
     one_line,
 )
 from resnet_jax.training.flags import parse_train_flags
+from resnet_jax.training.signals import interrupts
 
 __all__ = ["main", "parse_train_flags"]
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       >>> main(["summary", "resnet2O"])
       2
     """
+    _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # `train` takes any --config.field=value, which only its own flags know.
@@ -53,17 +56,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_args(known), arguments[1:]
     options.rest = rest
     try:
-        return options.command(options) or 0
+        with interrupts():
+            return options.command(options) or 0
     except DivergedError as error:
         return _fail(error, DIVERGED)
     except StoppedError as error:
         return _fail(error, STOPPED, "stopped")
-    except KeyboardInterrupt:  # before there was anything to save
-        return _fail(Exception("interrupted before the first step"), STOPPED, "stopped")
+    except KeyboardInterrupt:  # what was begun is removed again
+        return _fail(Exception("interrupted; run the command again"), STOPPED, "stopped")
     except ResNetJaxError as error:
         return _fail(error, MISTAKE)
     except ImportError as error:
         return _fail(Exception(import_failure(error)), MISTAKE)
+
+
+def _open_closed_streams() -> None:
+    """Leads standard streams that are closed (`>&-`) to nowhere.
+
+    Else the next file that is opened gets the number of such a stream, and what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        null = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if null == number:
+            os.set_inheritable(null, True)
+        setattr(sys, name, open(null, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:

@@ -9,9 +9,7 @@ import argparse
 import contextlib
 import functools
 import json
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +35,10 @@ def train(options: argparse.Namespace) -> None:
         with printing():
             print(train_help(wanted))
         return
-    with _sigterm_interrupts():
+    try:
         _train(start(wanted))
+    except KeyboardInterrupt as error:  # later the loop itself heeds signals
+        raise StoppedError("interrupted before the first step") from error
 
 
 def _train(wanted: list[str]) -> None:
@@ -88,8 +88,8 @@ def _start_backend() -> None:
 
 def _report_at_the_end(workdir: Path) -> None:
     """Writes report.html of a run that has ended well, and still has when this fails."""
-    print("writing report.html", file=sys.stderr)
     try:
+        print("writing report.html", file=sys.stderr)
         from resnet_jax.report.page import write_report
 
         write_report([workdir], force=True)
@@ -185,16 +185,15 @@ def predict(options: argparse.Namespace) -> int:
     from resnet_jax.inference.images import list_images
     from resnet_jax.inference.predictions import write_predictions
 
-    with _stoppable():
-        files = list_images(options.inputs)
-        skipped = write_predictions(
-            lambda: Classifier(_open_network(options), batch_size=options.batch_size),
-            files,
-            top=options.top,
-            form=options.format,
-            output=options.output,
-            force=options.force,
-        )
+    files = list_images(options.inputs)
+    skipped = write_predictions(
+        lambda: Classifier(_open_network(options), batch_size=options.batch_size),
+        files,
+        top=options.top,
+        form=options.format,
+        output=options.output,
+        force=options.force,
+    )
     return _say_skipped(skipped, len(files))
 
 
@@ -203,17 +202,16 @@ def features(options: argparse.Namespace) -> int:
     from resnet_jax.inference.features import write_features
     from resnet_jax.inference.images import list_images
 
-    with _stoppable():
-        files = list_images(options.inputs)
-        skipped = write_features(
-            lambda: _open_network(options),
-            files,
-            options.output,
-            layer=options.layer,
-            maps=options.maps,
-            batch_size=options.batch_size,
-            force=options.force,
-        )
+    files = list_images(options.inputs)
+    skipped = write_features(
+        lambda: _open_network(options),
+        files,
+        options.output,
+        layer=options.layer,
+        maps=options.maps,
+        batch_size=options.batch_size,
+        force=options.force,
+    )
     return _say_skipped(skipped, len(files))
 
 
@@ -281,23 +279,3 @@ def _say_skipped(skipped: int, images: int) -> int:
     if skipped:
         print(f"{skipped} of {images} images could not be read", file=sys.stderr)
     return SKIPPED if skipped else 0
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end a command in one line, after it has cleaned up."""
-    with _sigterm_interrupts():
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            raise StoppedError("interrupted; run the command again") from error
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
