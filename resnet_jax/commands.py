@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +73,12 @@ def _start_backend() -> None:
     """Lets JAX find its devices, and says in one line why it cannot.
 
     Raises:
-      ConfigError: JAX_PLATFORMS names what is not here, or the runtime of the devices fails.
+      ConfigError: JAX_PLATFORMS names what is not here, the runtime of the devices fails, or
+        threads cannot be started.
     """
     import jax
 
+    _check_threads()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, without words, where none is left
@@ -84,6 +88,33 @@ def _start_backend() -> None:
         raise ConfigError(
             f"{asked}JAX finds no device to run on{reason}; python -m resnet_jax doctor says why"
         ) from error
+
+
+def _check_threads() -> None:
+    """Tries whether there can be as many threads as a command needs.
+
+    XLA and ArrayRecord hang or abort where they cannot start theirs.
+
+    Raises:
+      ConfigError: There cannot.
+    """
+    needed = 96 + 2 * (os.cpu_count() or 1)  # a run on two cores has had 96
+    done = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(needed):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"only {len(started)} of {needed} threads can be started here: raise `ulimit -u`, or "
+            "--pids-limit of the container, or end other processes"
+        ) from error
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
 
 
 def _report_at_the_end(workdir: Path) -> None:
