@@ -68,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, MISTAKE)
     except ImportError as error:
         return _fail(Exception(import_failure(error)), MISTAKE)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib has no class of its own for it
+            raise
+        text = "a path begins with ~ and there is no home directory: set HOME, or write it in full"
+        return _fail(Exception(text), MISTAKE)
 
 
 def _open_closed_streams() -> None:

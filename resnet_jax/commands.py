@@ -144,6 +144,7 @@ def report(options: argparse.Namespace) -> None:
     from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.report.page import write_report
 
+    _start_backend()
     use_compile_cache()
     page = write_report(
         options.workdirs, options.output, images=options.images, force=options.force
@@ -153,6 +154,9 @@ def report(options: argparse.Namespace) -> None:
 
 def summary(options: argparse.Namespace) -> None:
     """Prints a network's layers."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # no device is needed, so none is taken
     from resnet_jax.models.registry import create_model, model_info
     from resnet_jax.models.summary import summary
 

@@ -344,6 +344,18 @@ def open_again(source):
     return source
 
 
+@pytest.mark.parametrize(
+    "small_disk", ["40k", pytest.param("400k", marks=pytest.mark.slow)], indirect=True
+)
+def test_a_disk_that_is_full_at_the_first_use_of_the_digits(small_disk):
+    with pytest.raises(DataError) as caught:
+        open_source("digits", "train", str(small_disk))
+    assert str(caught.value) == (
+        f"data.data_dir = '{small_disk}': cannot write the digits there (No space left on device)"
+    )
+    assert not [path for path in small_disk.rglob("*") if not path.is_dir()]
+
+
 def test_no_image_to_evaluate():
     source = Photos(count=4, damaged=range(4))
     batches = loader.streamed_evaluation_batches(source, Data(image_size=8), 8, reports()[1])

@@ -5,6 +5,8 @@ import fcntl
 import os
 import pathlib
 import pty
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax import cli, commands
+from resnet_jax.data.sources import open_source
 from resnet_jax.training import signals
 from tests.conftest import FAST_COMPILE, TEMPORARY
 
@@ -246,3 +249,62 @@ def test_a_run_with_closed_streams(closed, tmp_path):
     assert run.stdout.startswith("top-1 ") == (">" not in closed.replace("2>", ""))
     assert "resource_tracker" not in run.stderr
     assert "Traceback" not in run.stderr
+
+
+# Users and limits.
+
+
+def as_another_user(*command, **environment):
+    """As a user without a name, a home, or a permission beyond reading, whatever the umask."""
+    if os.getuid() or not shutil.which("setpriv"):
+        pytest.skip("another user's processes can be started by root only, with setpriv")
+    reading = ["-all,+dac_read_search"] * 3
+    names = ("inh-caps", "bounding-set", "ambient-caps")
+    caps = [f"--{name}={value}" for name, value in zip(names, reading)]
+    drop = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", *caps]
+    environment = {**ENVIRONMENT, **environment, "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in ("HOME", "TFDS_DATA_DIR"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [*drop, "bash", "-c", *map(str, command)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+    )
+
+
+def test_a_limit_of_processes_that_is_too_low_for_threads():
+    """XLA's and ArrayRecord's threads would hang."""
+    line = 'ulimit -u 40; exec "$0" train.py --config=tests/tiny.py'
+    run = as_another_user(line, sys.executable)
+    assert run.returncode == 2
+    assert re.fullmatch(
+        r"error: only \d+ of \d+ threads can be started here: raise `ulimit -u`, .*\n", run.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ([], r"error: data\.data_dir = '': ~/tensorflow_datasets: there is no home directory.*"),
+        (["--workdir=~/run", "--config.data.data_dir=DATA"], "error: a path begins with ~ .*"),
+        (["--workdir=FOLDER/run", "--config.data.data_dir=DATA"], ""),
+    ],
+)
+def test_without_a_home_directory(flags, line, tmp_path):
+    """Only a path with ~ needs one; the compile cache is left out with a line."""
+    open_source("digits", "train", str(tmp_path / "data"))
+    tmp_path.chmod(0o777)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    command = [each for each in TRAIN if "compile_cache" not in each]
+    for each in ["--workdir=FOLDER/first", "--config.train.steps=2", *flags]:
+        command.append(each.replace("FOLDER", str(tmp_path)).replace("DATA", f"{tmp_path}/data"))
+    run = as_another_user('exec "$0" "$@"', sys.executable, *command)
+    said = [each for each in run.stderr.splitlines() if "programs are not kept" not in each]
+    if line:
+        assert run.returncode == 2
+        assert re.fullmatch(line, *said)
+    else:
+        assert run.returncode == 0, run.stderr
+        assert len(run.stderr.splitlines()) == len(said) + 1
+        assert newest(tmp_path / "run") == 2
