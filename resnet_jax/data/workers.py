@@ -151,9 +151,7 @@ def _map(memory: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(mmap.mmap(memory, size), np.uint8).reshape(shape)
 
 
-def _work(
-    connection: Connection, batches: Batches, shape: tuple[int, ...], threads: int
-) -> None:
+def _work(connection: Connection, batches: Batches, shape: tuple[int, ...], threads: int) -> None:
     """What a worker does until its parent ends it, or ends."""
     jax.config.update("jax_platforms", "cpu")  # or JAX would take memory of the parent's GPU
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # these are the parent's matter

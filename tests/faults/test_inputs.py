@@ -17,9 +17,10 @@ from PIL import Image
 
 from resnet_jax.data import loader
 from resnet_jax.data.sources import open_source
-from resnet_jax.errors import DataError
+from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.metrics import evaluate
-from resnet_jax.training.config import Data
+from resnet_jax.training import setup
+from resnet_jax.training.config import Config, Data, Train
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
 from tests.conftest import FAST_COMPILE
@@ -258,6 +259,21 @@ def test_a_signal_to_all_processes_saves_without_a_traceback(number, tmp_path):
     assert output.splitlines()[-1].startswith("stopped: ")
     step = int(output.rpartition("after step ")[2].split(";")[0])
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.parametrize("size", [10**10, 10**14])
+def test_batches_that_no_memory_holds(size, tmp_path, monkeypatch):
+    config = configuration(train__batch_size=size)
+    with pytest.raises(ConfigError, match=rf"train\.batch_size = {size}: 5 batches of [\d,.]+ GB"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(setup, "host_memory", lambda: 5 * 64 * 100)
+    config = Config(train=Train(batch_size=100), data=Data(image_size=8, crop="random_resized"))
+    setup.check_host_memory(config, channels=1, hosts=1)
+    config.data.workers = 1
+    with pytest.raises(ConfigError, match=r"10 batches .* train\.batch_size, data\.prefetch or"):
+        setup.check_host_memory(config, channels=1, hosts=1)
+    setup.check_host_memory(config, channels=1, hosts=2)
 
 
 # Images and files.

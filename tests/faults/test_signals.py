@@ -267,7 +267,11 @@ def as_another_user(*command, **environment):
         environment.pop(name, None)
     return subprocess.run(
         [*drop, "bash", "-c", *map(str, command)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
 
 
