@@ -86,7 +86,8 @@ def _open_closed_streams() -> None:
         null = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
         if null == number:
             os.set_inheritable(null, True)
-        setattr(sys, name, open(null, "w" if number else "r", encoding="utf-8", closefd=False))
+        stream = open(null, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:

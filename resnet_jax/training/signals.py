@@ -94,5 +94,5 @@ def _on_first_signal(act: Callable[[], None]) -> Iterator[list[float]]:
     try:
         yield first
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)

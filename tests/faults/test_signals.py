@@ -181,9 +181,12 @@ class Dropping:
 
 
 def test_an_interrupt_that_python_drops_is_raised_again(capsys):
-    with pytest.raises(KeyboardInterrupt), signals.interrupts():
+    def work():
         Dropping()
         time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt), signals.interrupts():
+        work()
     with signals.interrupts():
         Dropping()  # the block ends before it is
     time.sleep(0.2)
