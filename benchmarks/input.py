@@ -207,7 +207,7 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     result["32 px in memory"] = round(memory_rate(options.seconds))
     print(f"{'32 px in memory':36}{result['32 px in memory']:18}")
-    for package in ("grain", "opencv-python-headless", "pillow", "simplejpeg", "tensorflow-cpu"):
+    for package in ("opencv-python-headless", "pillow", "simplejpeg", "tensorflow-cpu"):
         try:
             result[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

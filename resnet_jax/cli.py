@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from resnet_jax.errors import (
 )
 from resnet_jax.output import say, visible
 from resnet_jax.training.flags import parse_train_flags
+from resnet_jax.training.signals import interrupts
 
 __all__ = ["main", "parse_train_flags"]
 
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       >>> main(["summary", "resnet2O"])
       2
     """
+    _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # `train` takes any --config.field=value, which only its own flags know.
@@ -54,17 +57,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_args(known), arguments[1:]
     options.rest = rest
     try:
-        return options.command(options) or 0
+        with interrupts():
+            return options.command(options) or 0
     except DivergedError as error:
         return _fail(error, DIVERGED)
     except StoppedError as error:
         return _fail(error, STOPPED, "stopped")
-    except KeyboardInterrupt:  # before there was anything to save
-        return _fail(Exception("interrupted before the first step"), STOPPED, "stopped")
+    except KeyboardInterrupt:  # what was begun is removed again
+        return _fail(Exception("interrupted; run the command again"), STOPPED, "stopped")
     except ResNetJaxError as error:
         return _fail(error, MISTAKE)
     except ImportError as error:
         return _fail(Exception(import_failure(error)), MISTAKE)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib has no class of its own for it
+            raise
+        text = "a path begins with ~ and there is no home directory: set HOME, or write it in full"
+        return _fail(Exception(text), MISTAKE)
+
+
+def _open_closed_streams() -> None:
+    """Leads standard streams that are closed (`>&-`) to nowhere.
+
+    Else the next file that is opened gets the number of such a stream, and what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        null = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if null == number:
+            os.set_inheritable(null, True)
+        stream = open(null, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:

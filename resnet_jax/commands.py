@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
-from collections.abc import Iterator
+import os
+import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ def train(options: argparse.Namespace) -> None:
         with printing():
             print(train_help(wanted))
         return
-    with _sigterm_interrupts():
+    try:
         _train(start(wanted))
+    except KeyboardInterrupt as error:  # later the loop itself heeds signals
+        raise StoppedError("interrupted before the first step") from error
 
 
 def _train(wanted: list[str]) -> None:
@@ -68,10 +71,12 @@ def _start_backend() -> None:
     """Lets JAX find its devices, and says in one line why it cannot.
 
     Raises:
-      ConfigError: JAX_PLATFORMS names what is not here, or the runtime of the devices fails.
+      ConfigError: JAX_PLATFORMS names what is not here, the runtime of the devices fails, or
+        threads cannot be started.
     """
     import jax
 
+    _check_threads()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, without words, where none is left
@@ -83,10 +88,47 @@ def _start_backend() -> None:
         ) from error
 
 
+def _check_threads() -> None:
+    """Tries whether there can be as many threads as a command needs, where a limit is low.
+
+    XLA and ArrayRecord hang or abort where they cannot start theirs.
+
+    Raises:
+      ConfigError: There cannot.
+    """
+    needed = 96 + 2 * (os.cpu_count() or 1)  # a run on two cores has had 96
+    if _most_threads() > 10 * needed:
+        return
+    done = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(needed):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"only {len(started)} of {needed} threads can be started here: raise `ulimit -u`, or "
+            "--pids-limit of the container, or end other processes"
+        ) from error
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
+
+
+def _most_threads() -> float:
+    """The limit of processes and threads for this user or container."""
+    limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
+    with contextlib.suppress(OSError, ValueError):  # "max"
+        limits.append(int(Path("/sys/fs/cgroup/pids.max").read_text()))
+    return min((each for each in limits if each != resource.RLIM_INFINITY), default=float("inf"))
+
+
 def _report_at_the_end(workdir: Path) -> None:
     """Writes report.html of a run that has ended well, and still has when this fails."""
-    say("writing report.html")
     try:
+        say("writing report.html")
         from resnet_jax.report.page import write_report
 
         write_report([workdir], force=True)
@@ -110,6 +152,7 @@ def report(options: argparse.Namespace) -> None:
     from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.report.page import write_report
 
+    _start_backend()
     use_compile_cache()
     page = write_report(
         options.workdirs,
@@ -124,6 +167,9 @@ def report(options: argparse.Namespace) -> None:
 
 def summary(options: argparse.Namespace) -> None:
     """Prints a network's layers."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # no device is needed, so none is taken
     from resnet_jax.models.registry import create_model, model_info
     from resnet_jax.models.summary import summary
 
@@ -187,16 +233,15 @@ def predict(options: argparse.Namespace) -> int:
     from resnet_jax.inference.images import list_images
     from resnet_jax.inference.predictions import write_predictions
 
-    with _stoppable():
-        files = list_images(options.inputs)
-        skipped = write_predictions(
-            lambda: Classifier(_open_network(options), batch_size=options.batch_size),
-            files,
-            top=options.top,
-            form=options.format,
-            output=options.output,
-            force=options.force,
-        )
+    files = list_images(options.inputs)
+    skipped = write_predictions(
+        lambda: Classifier(_open_network(options), batch_size=options.batch_size),
+        files,
+        top=options.top,
+        form=options.format,
+        output=options.output,
+        force=options.force,
+    )
     return _say_skipped(skipped, len(files))
 
 
@@ -205,17 +250,16 @@ def features(options: argparse.Namespace) -> int:
     from resnet_jax.inference.features import write_features
     from resnet_jax.inference.images import list_images
 
-    with _stoppable():
-        files = list_images(options.inputs)
-        skipped = write_features(
-            lambda: _open_network(options),
-            files,
-            options.output,
-            layer=options.layer,
-            maps=options.maps,
-            batch_size=options.batch_size,
-            force=options.force,
-        )
+    files = list_images(options.inputs)
+    skipped = write_features(
+        lambda: _open_network(options),
+        files,
+        options.output,
+        layer=options.layer,
+        maps=options.maps,
+        batch_size=options.batch_size,
+        force=options.force,
+    )
     return _say_skipped(skipped, len(files))
 
 
@@ -283,23 +327,3 @@ def _say_skipped(skipped: int, images: int) -> int:
     if skipped:
         say(f"{skipped} of {images} images could not be read")
     return SKIPPED if skipped else 0
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end a command in one line, after it has cleaned up."""
-    with _sigterm_interrupts():
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            raise StoppedError("interrupted; run the command again") from error
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,7 +3,7 @@
 JAX's own store trusts what it finds: a file that a full disk or a killed process cut short is never
 replaced, its size limit stops all writing once one of its files is missing, and XLA may crash on
 damaged content. The store below renames whole files into place, checks their checksums, and
-replaces what is damaged.
+removes what is damaged.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax._src import compilation_cache  # JAX has no public way to bring a store of one's own
+
+from resnet_jax.files import read_bytes
 
 FOLDER = "~/.cache/resnet_jax/xla"
 MOST_BYTES = 2 * 10**9
@@ -96,7 +99,7 @@ class ProgramStore:
         """The program of a key; None if it is not there, or damaged."""
         path = self._file(key)
         try:
-            data = path.read_bytes()
+            data = read_bytes(path, _DIGEST + self._most_bytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -106,7 +109,10 @@ class ProgramStore:
             return None
         digest, program = data[:_DIGEST], data[_DIGEST:]
         if digest != hashlib.sha256(program).digest():
-            self._warn(f"{path} is damaged; its program is compiled again, and replaces it")
+            self._warn(f"{path} is damaged; its program is compiled again")
+            # What compiles faster this time is not written again, and would stay damaged.
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         with contextlib.suppress(OSError):  # the folder may be read-only
             os.utime(path)  # used last
@@ -140,7 +146,7 @@ class ProgramStore:
 
     def _make_room(self) -> None:
         found = []
-        for path in self.folder.glob(f"*{_SUFFIX}"):
+        for path in filter(_is_ours, self.folder.glob(f"*{_SUFFIX}")):
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process has removed it
@@ -157,6 +163,10 @@ class ProgramStore:
         if not self._warned:
             _log.warning("compile cache: %s", text)
         self._warned = True
+
+
+def _is_ours(path: Path) -> bool:
+    return re.fullmatch(r"(partial-.+|.+-[0-9a-f]{32})\.xla", path.name) is not None
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import sys
 
 import resnet_jax as rj
 
-HEAVY = ["tensorflow", "torch", "tensorflow_datasets", "orbax", "grain", "huggingface_hub", "chex"]
+HEAVY = ["tensorflow", "torch", "tensorflow_datasets", "orbax", "huggingface_hub", "chex"]
 
 
 def test_import_loads_nothing_heavy():

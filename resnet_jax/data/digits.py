@@ -7,7 +7,9 @@ prepares them, as it imports TFDS.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,9 @@ def prepare(root: Path) -> None:
     Args:
       root: Folder of TFDS data sets.
 
+    Raises:
+      OSError: The folder cannot be written, or the disk is full; no file of it is left.
+
     Example:
       >>> import pathlib, tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -100,4 +105,10 @@ def prepare(root: Path) -> None:
     builder = Digits(data_dir=str(root), file_format="array_record")
     # A tenth of a second needs no progress bars.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except RuntimeError as error:  # of riegeli, which writes the files
+            for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                if os.strerror(code) in str(error):
+                    raise OSError(code, os.strerror(code), str(root)) from error
+            raise

@@ -1,7 +1,7 @@
 """Batches that are read, decoded and cropped while the run goes on.
 
 Threads of this process share each batch's images out among themselves and write them straight
-into the batch; with worker processes each makes whole batches, which Grain passes on.
+into the batch. With worker processes (workers.py) each makes whole batches.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ import abc
 import collections
 import concurrent.futures
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from resnet_jax.data import decode
-from resnet_jax.data.base import Batch, fault
+from resnet_jax.data.base import Batch
 from resnet_jax.data.corrupt import Corrupt
 from resnet_jax.data.order import Order, host_positions
 from resnet_jax.data.sources import Source
+from resnet_jax.data.workers import by_processes
 from resnet_jax.errors import DataError
 from resnet_jax.training.config import Data
 
@@ -56,11 +52,18 @@ class Batches(abc.ABC):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Batch:
-        batch, images = self.begin(int(step))
+    def make(self, step: int, pixels: np.ndarray) -> Batch:
+        """A batch whose images are in `pixels`."""
+        batch, images = self.begin(step)
+        batch["images"] = pixels
         for place in range(self.share):
             self.fill(batch, images, place)
         return batch
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a batch's images, which are uint8."""
+        return self.share, self.size, self.size, self.channels
 
     @abc.abstractmethod
     def begin(self, step: int) -> tuple[Batch, Any]:
@@ -74,7 +77,7 @@ class Batches(abc.ABC):
         """Decodes the image at one place of a batch."""
 
     def _pixels(self) -> np.ndarray:
-        return np.empty((self.share, self.size, self.size, self.channels), np.uint8)
+        return np.empty(self.shape, np.uint8)
 
 
 class _Training(Batches):
@@ -205,7 +208,7 @@ def stream_batches(
       As `memory_batches`.
     """
     batches = _Training(source, order, config, batch_size, start, stop, mirror, host, hosts)
-    made = _by_processes(batches, config) if config.workers else by_threads(batches, config)
+    made = by_processes(batches, config) if config.workers else by_threads(batches, config)
     return reported(made, source, corrupt)
 
 
@@ -267,70 +270,6 @@ def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
         for part in itertools.chain.from_iterable(parts for _, parts in begun):
             part.cancel()
         pool.shutdown()
-
-
-def _by_processes(batches: Batches, config: Data) -> Generator[Batch, None, None]:
-    """Each process makes whole batches, in turn; each of its threads one of them."""
-    import grain
-
-    _mark_flags_parsed()
-    threads = min(config.threads, config.prefetch)
-    options = grain.ReadOptions(threads, prefetch_buffer_size=config.prefetch)
-    dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
-    made = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers), _start_worker))
-    batch: Batch = {}
-    kind: type = np.ndarray
-    try:
-        for batch in made:  # copied, for memory that is shared outlives a process that forgets it
-            kind = type(batch["images"])
-            yield {name: np.array(x) for name, x in batch.items()}
-    except RuntimeError as error:
-        if "Worker process" not in str(error):  # Grain has no class of its own for it
-            raise
-        raise fault(
-            "data.workers",
-            config.workers,
-            "a worker process was killed, perhaps for want of memory; the same command goes on "
-            "from the last checkpoint, and fewer workers or a smaller data.prefetch need less",
-        ) from error
-    finally:
-        made.close()
-        del made, batch  # the last that holds shared memory
-        _await_deletions(kind)
-
-
-def _await_deletions(kind: type) -> None:
-    """Waits for the thread in which Grain gives shared memory back.
-
-    Python stops that thread at its end, and warns of leaks where it has not come to all.
-    """
-    thread = getattr(kind, "_del_thread_pool", None)
-    if thread is not None:
-        thread.apply(int)  # it does one thing after the other, so all before this is done then
-
-
-def _start_worker(index: int, count: int) -> None:
-    """In a worker process: it leaves signals to its parent, ends with it, and uses no device."""
-    del index, count
-    jax.config.update("jax_platforms", "cpu")  # or JAX would take memory of the parent's GPU
-    for number in (signal.SIGINT, signal.SIGTERM):  # both may be sent to the whole group
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _mark_flags_parsed() -> None:
-    """Grain's worker processes read absl flags; in a notebook nobody has parsed them."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def reported(

@@ -74,6 +74,8 @@ def tfds_root(data_dir: str) -> Path:
 
         default = tfds.core.constants.DATA_DIR  # TFDS imports its parts when they are first used
     path = epath.Path(data_dir or default).expanduser()
+    if path.parts[:1] == ("~",):  # etils leaves it
+        raise fault("data.data_dir", data_dir, f"{path}: there is no home directory; name a folder")
     return path if path.is_absolute() else epath.Path(Path.cwd()) / path  # for workers elsewhere
 
 

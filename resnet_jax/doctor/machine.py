@@ -38,7 +38,6 @@ _TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 _LEAST_DRIVER = {"jax-cuda12-plugin": "525", "jax-cuda13-plugin": "580"}
 # A run is short of space below these limits.
 _LEAST_MEMORY = 4 * _GIB
-_LEAST_SHARED = 1 * _GIB
 _LEAST_DISK = 2 * _GIB
 
 
@@ -297,21 +296,6 @@ def memory(machine: Machine) -> Finding:
     if free < _LEAST_MEMORY:
         return Finding(WARNING, f"{text}: a run needs some GB; lower data.memory_gib", facts)
     return Finding(OK, text, facts)
-
-
-def shared_memory(machine: Machine) -> Finding | None:
-    """Whether the workers of `data.workers` can pass on images in shared memory; None if so."""
-    try:
-        total = shutil.disk_usage(machine.root / "dev/shm").total
-    except OSError:
-        return Finding(WARNING, "there is no /dev/shm: leave data.workers at 0")
-    if total >= _LEAST_SHARED:
-        return None
-    text = (
-        f"{size(total)} in /dev/shm, too little for data.workers: leave that at 0, or start the "
-        "container with --shm-size=8g"
-    )
-    return Finding(WARNING, text, {"total": total})
 
 
 def disks(machine: Machine) -> Finding:

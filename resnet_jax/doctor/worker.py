@@ -215,7 +215,6 @@ def _check_machine(runner: Runner, machine: Machine) -> None:
         "card memory": on(here.card_memory),
         "CPU cores": on(here.cores),
         "memory": on(here.memory),
-        "shared memory": on(here.shared_memory),
         "disk": on(here.disks),
     }
     for name, check in software.items():

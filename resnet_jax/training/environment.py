@@ -21,7 +21,7 @@ from resnet_jax.packages import declared, installed_versions
 from resnet_jax.training.workdir import write_whole
 
 # Whose versions can change a result on any platform.
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 # The packages that JAX's own metadata lists for accelerators, with theirs in turn.
 _PLUGIN = re.compile(r"libtpu|jax-(?:cuda|rocm)\d+-(?:plugin|pjrt)|nvidia-[\w-]+")
 

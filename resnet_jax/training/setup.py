@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +168,47 @@ def check_batches(config: Config, devices: int = 0) -> None:
     if config.evaluate.batch_size:
         sizes = {"evaluate.batch_size": config.evaluate.batch_size}
         parallel.check_divisible(sizes, devices=devices)
+
+
+def check_host_memory(config: Config, channels: int, hosts: int) -> None:
+    """Checks that the batches that are made ahead are not larger than this host's memory.
+
+    Args:
+      config: The configuration of a run.
+      channels: Of its images.
+      hosts: How many share a batch.
+
+    Raises:
+      ConfigError: They are, whatever else is in memory.
+
+    Example:
+      >>> check_host_memory(Config(), channels=3, hosts=1)
+    """
+    train, data = config.train, config.data
+    if train.steps_per_call > 1:  # batches are made on the devices
+        return
+    memory = host_memory()
+    side = data.image_size
+    batch = train.batch_size // hosts * side * side * channels
+    ahead = (data.prefetch + 1) * (1 + data.workers)
+    if batch * ahead > memory:
+        more = ", data.prefetch or data.workers" if batch < memory else ""
+        raise ConfigError(
+            f"train.batch_size = {train.batch_size}: {ahead} batches of {batch / 1e9:,.1f} GB are "
+            f"made ahead, and this host has {memory / 1e9:,.1f} GB of memory; take a smaller "
+            f"train.batch_size{more}"
+        )
+
+
+def host_memory() -> int:
+    """Bytes that this process could take if it were alone: of the machine, container and limit."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        found.append(address_space)
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
 
 
 def batch_parts(config: Config) -> int:

@@ -1,40 +1,98 @@
-"""Stopping between two steps, when a signal asks for it."""
+"""Stopping when a signal asks for it: training between two steps, other commands at once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+# SIGHUP: the terminal was closed, or the connection to it is lost.
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# What comes within these seconds is a held key, or one signal sent twice, and no second request.
+_SAME_REQUEST = 1.0
+_AGAIN = 0.05  # seconds until a signal that was lost is sent again
+
 
 class Signals:
-    """Notes SIGTERM and SIGINT, so that the loop can save and stop between two steps."""
+    """Notes that a signal asks to stop, so that the loop can save and stop between two steps."""
 
     def __init__(self) -> None:
         self.received = False
-        self._first = 0.0
-        self._before: dict[int, Any] = {}
+        self._handled = contextlib.ExitStack()
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+        self._handled.enter_context(_on_first_signal(self._note))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handled.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self) -> None:
+        self.received = True
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"stopping after this step; all will be saved\n")
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """In the block, any signal that asks to stop raises KeyboardInterrupt, once."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with _on_first_signal(interrupt) as first, contextlib.ExitStack() as stack:
+        said = sys.unraisablehook
+
+        def raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+            """Python drops what is raised in callbacks of its memory management, such as JAX's."""
+            if unraisable.exc_type is not KeyboardInterrupt:
+                said(unraisable)
+                return
+            first.clear()
+            main = threading.main_thread().ident
+            timer = threading.Timer(_AGAIN, signal.pthread_kill, [main, signal.SIGTERM])
+            stack.callback(timer.join)
+            stack.callback(timer.cancel)
+            timer.start()
+
+        stack.callback(setattr, sys, "unraisablehook", said)
+        sys.unraisablehook = raise_again
+        yield
+
+
+@contextlib.contextmanager
+def _on_first_signal(act: Callable[[], None]) -> Iterator[list[float]]:
+    """Calls a function at the first signal; a second request ends the process.
+
+    Yields:
+      The time of the first, or nothing.
+    """
+    first: list[float] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
         del frame
         now = time.monotonic()
-        # A second request ends the process; a held key, or one signal sent twice, is no second.
-        if self.received and now - self._first > 1:
+        if not first:
+            first.append(now)
+            act()
+        elif now - first[0] > _SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if not self.received:
-            self.received, self._first = True, now
-            os.write(2, b"stopping after this step; all will be saved\n")
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for number in _STOPPING:
+            handler = signal.getsignal(number)
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # as nohup wants it
+                before[number] = signal.signal(number, handle)
+    try:
+        yield first
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,6 +1,7 @@
 """What goes wrong with images, data files and worker processes while a run goes on."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pathlib
@@ -16,9 +17,10 @@ from PIL import Image
 
 from resnet_jax.data import loader
 from resnet_jax.data.sources import open_source
-from resnet_jax.errors import DataError
+from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.metrics import evaluate
-from resnet_jax.training.config import Data
+from resnet_jax.training import setup
+from resnet_jax.training.config import Config, Data, Train
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
 from tests.conftest import FAST_COMPILE
@@ -78,32 +80,68 @@ def test_a_killed_worker_ends_the_stream():
         assert not multiprocessing.active_children()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="looks shared memory up in a folder")
-def test_a_closed_stream_has_given_its_shared_memory_back(monkeypatch):
-    """Else Python warns of leaks at its end, after the run's own last line."""
-    from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
+def maps_of(pid):
+    """The mapped images of a process."""
+    lines = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [line for line in lines if "memfd:resnet_jax" in line]
 
+
+def open_files():
+    paths = list(pathlib.Path("/proc/self/fd").iterdir())
+    return [os.readlink(path) for path in paths if path.is_symlink()]
+
+
+def names_in_shared_memory():
+    return {path.name for path in SHARED.iterdir() if path.stat().st_uid == os.getuid()}
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="looks memory up as Linux shows it")
+def test_a_closed_stream_has_given_its_memory_back():
+    """While it is open it has no name that could outlive it."""
+    before = names_in_shared_memory()
     batches = stream(Photos(), reports()[1], workers=1)
     with limit(120):
-        next(batches)
-        opened = []
-        open_one, close_one = SharedMemoryArray.from_metadata, SharedMemoryArray.close_shm_async
-
-        def opening(metadata):
-            opened.append(metadata.name)
-            return open_one(metadata)
-
-        def closing(shm, unlink):
-            time.sleep(0.05)
-            close_one(shm, unlink)
-
-        monkeypatch.setattr(SharedMemoryArray, "from_metadata", opening)
-        monkeypatch.setattr(SharedMemoryArray, "close_shm_async", closing)
-        for _ in range(3):
-            next(batches)
+        kept = next(batches)
+        [worker] = multiprocessing.active_children()
+        assert len(maps_of("self")) == len(maps_of(worker.pid)) == 1
+        assert names_in_shared_memory() <= before
         batches.close()
-    assert len(opened) >= 9
-    assert not [name for name in opened if (SHARED / name).exists()]
+    assert not maps_of("self")
+    assert not multiprocessing.active_children()
+    assert not [each for each in open_files() if "memfd:resnet_jax" in each]
+    assert kept["images"].any()  # a copy
+
+
+def test_an_error_in_a_worker_is_raised_with_its_traceback():
+    with limit(120), pytest.raises(ZeroDivisionError) as caught:
+        next(stream(Faulty(), reports()[1], workers=1))
+    assert "in __getitem__" in caught.value.__notes__[0]
+
+
+class Faulty(Photos):
+    def __getitem__(self, index):
+        return index // 0
+
+
+class Ending(Photos):
+    def __getitem__(self, index):
+        os._exit(3)
+
+
+def test_a_worker_that_ends_by_itself_is_told_from_a_killed_one():
+    with limit(120), pytest.raises(DataError, match=r"workers = 1: .* ended with exit code 3"):
+        next(stream(Ending(), reports()[1], workers=1))
+
+
+def test_a_worker_that_cannot_start(monkeypatch):
+    """As at the limits of processes and of memory."""
+
+    def start(*_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", start)
+    with pytest.raises(DataError, match=r"data\.workers = 1: .*cannot be started \(Resource temp"):
+        next(stream(Photos(), reports()[1], workers=1))
 
 
 @pytest.mark.slow
@@ -159,6 +197,8 @@ def wait_for(condition, seconds):
 
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks processes up in /proc")
 def test_workers_end_with_a_killed_parent(tmp_path):
+    """And nothing of them stays in /dev/shm, which no later start would clear."""
+    before = names_in_shared_memory()
     path = tmp_path / "parent.py"
     path.write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -173,6 +213,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     assert len(workers) == 2
     try:
         assert wait_for(lambda: not any(map(is_running, workers)), 20)
+        assert names_in_shared_memory() <= before
     finally:
         for pid in filter(is_running, workers):
             os.kill(pid, signal.SIGKILL)
@@ -218,6 +259,21 @@ def test_a_signal_to_all_processes_saves_without_a_traceback(number, tmp_path):
     assert output.splitlines()[-1].startswith("stopped: ")
     step = int(output.rpartition("after step ")[2].split(";")[0])
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.parametrize("size", [10**10, 10**14])
+def test_batches_that_no_memory_holds(size, tmp_path, monkeypatch):
+    config = configuration(train__batch_size=size)
+    with pytest.raises(ConfigError, match=rf"train\.batch_size = {size}: 5 batches of [\d,.]+ GB"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(setup, "host_memory", lambda: 5 * 64 * 100)
+    config = Config(train=Train(batch_size=100), data=Data(image_size=8, crop="random_resized"))
+    setup.check_host_memory(config, channels=1, hosts=1)
+    config.data.workers = 1
+    with pytest.raises(ConfigError, match=r"10 batches .* train\.batch_size, data\.prefetch or"):
+        setup.check_host_memory(config, channels=1, hosts=1)
+    setup.check_host_memory(config, channels=1, hosts=2)
 
 
 # Images and files.
@@ -302,6 +358,18 @@ def test_a_record_file_that_is_lost(deed, workers, tmp_path):
 def open_again(source):
     source._set_up()
     return source
+
+
+@pytest.mark.parametrize(
+    "small_disk", ["40k", pytest.param("400k", marks=pytest.mark.slow)], indirect=True
+)
+def test_a_disk_that_is_full_at_the_first_use_of_the_digits(small_disk):
+    with pytest.raises(DataError) as caught:
+        open_source("digits", "train", str(small_disk))
+    assert str(caught.value) == (
+        f"data.data_dir = '{small_disk}': cannot write the digits there (No space left on device)"
+    )
+    assert not [path for path in small_disk.rglob("*") if not path.is_dir()]
 
 
 def test_no_image_to_evaluate():

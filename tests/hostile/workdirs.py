@@ -95,7 +95,7 @@ def images_of_somebody_else(places):
     change_config(places.copy_of_run(), data__name=f"folder:{places.victim}")
 
 
-@case("report {run}", codes=(0,))
+@case("report {run}", "report {run} --force", codes=(0, 2))
 def pictures_that_are_links(places):
     run = places.copy_of_run()
     (run / "report").mkdir()
