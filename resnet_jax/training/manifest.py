@@ -8,10 +8,12 @@ checkpoint without this package; it runs in the background, beside steps that ta
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import stat
 import sys
 from pathlib import Path
+from typing import cast
 
 from resnet_jax import files
 from resnet_jax.training.workdir import sync, write_whole
@@ -125,7 +127,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _digest(path: Path) -> str:
     try:
         with files.open_regular(path, limit=sys.maxsize) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
     except OSError as error:  # of a read, which names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
 
