@@ -12,6 +12,7 @@ push wrote is neither removed nor overwritten.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -30,7 +31,9 @@ from resnet_jax.training.workdir import saved_steps, writing
 
 # What a run needs beside its states to go on as if nothing had happened.
 _CONFIG, _METRICS = "config.json", "metrics.jsonl"
-_FILES = (_CONFIG, "classes.json", "data.json", "environment.json", _METRICS)
+_JSON = (_CONFIG, "classes.json", "data.json", "environment.json")
+_SEAL = manifest.NAME  # of config.json, classes.json and data.json, beside them
+_FILES = (*_JSON, _SEAL, _METRICS)
 _SECTIONS = ("model", "data", "augment", "optimizer", "schedule", "train")  # of any run's config
 _STATES = "checkpoints"
 _STATE_FILE = re.compile(
@@ -38,7 +41,7 @@ _STATE_FILE = re.compile(
     re.DOTALL,
 )
 _TRIAL = re.compile(r"\.writable|\.resnet_jax\.[0-9a-f]+\.partial")  # of a start that was killed
-_JSON_LIMIT, _METRICS_LIMIT = 64 * files.MIB, 1024 * files.MIB  # bytes
+_JSON_LIMIT, _METRICS_LIMIT = 64 * files.MIB, 256 * files.MIB  # bytes
 
 
 class Bucket:
@@ -208,14 +211,25 @@ class Bucket:
             return "is missing"
         if names[_CONFIG] > _JSON_LIMIT:
             return f"has {names[_CONFIG]:,} bytes"
+        data = self._read(_CONFIG, names, _JSON_LIMIT)
         try:
-            stored = json.loads(self._files.cat_file(self._at(_CONFIG)).decode("utf-8"))
+            stored = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             return f"cannot be read ({one_line(error)[:200]})"
-        is_run = isinstance(stored, dict) and all(
-            isinstance(stored.get(x), dict) for x in _SECTIONS
-        )
-        return stored if is_run else "is none that a run writes"
+        parts = [stored.get(x) for x in _SECTIONS] if isinstance(stored, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            return "is none that a run writes"
+        # A push that was cut off leaves the checksums of the one before.
+        if differences(self._config, stored) and not self._is_sealed(_CONFIG, data, names):
+            return "does not match its checksum"
+        return dict(stored)
+
+    def _is_sealed(self, name: str, data: bytes, names: dict[str, int]) -> bool:
+        """Whether a file there has its checksum; runs of the version before have none."""
+        if _SEAL not in names:
+            return True
+        sums = manifest.parse(self._read(_SEAL, names, manifest.LIMIT))
+        return sums.get(name, "") in ("", hashlib.sha256(data).hexdigest())
 
     def _check_writable(self) -> None:
         """Better now than after the first save."""
@@ -253,9 +267,9 @@ class Bucket:
     def _seal(self, step: int) -> str:
         return f"{_STATES}/{step}/{manifest.NAME}"
 
-    def _read(self, name: str, size: int, limit: int) -> bytes:
-        if size > limit:
-            raise OSError(f"{name} has {size:,} bytes, more than the limit of {limit:,}")
+    def _read(self, name: str, names: dict[str, int], limit: int) -> bytes:
+        if names[name] > limit:
+            raise OSError(f"{name} has {names[name]:,} bytes, more than the limit of {limit:,}")
         return bytes(self._files.cat_file(self._at(name)))
 
     @contextlib.contextmanager
@@ -297,7 +311,7 @@ class Bucket:
         if names[seal] > manifest.LIMIT:
             return f"{manifest.NAME} has {names[seal]:,} bytes, which no run writes"
         with self._reading():
-            sealed = self._read(seal, names[seal], manifest.LIMIT)
+            sealed = self._read(seal, names, manifest.LIMIT)
         expected = manifest.parse(sealed).keys() | {manifest.NAME}
         found = {name.removeprefix(start) for name in names if name.startswith(start)}
         for name in sorted(expected ^ found):
@@ -319,10 +333,10 @@ class Bucket:
 
     def _fetch_files(self, names: dict[str, int], here: int, there: int) -> list[str]:
         """What lies beside the states, whose newest are given, where it is newer or missing."""
-        for name in _FILES[:-1]:
+        for name in (*_JSON, _SEAL):
             if there > here or not os.path.lexists(self.workdir / name):
                 with self._reading():
-                    data = self._json(name, names)
+                    data = self._whole(name, names)
                 if data is None and name == _CONFIG and there >= 0:
                     data = to_json(self._config).encode()
                 if data is not None:  # if it is damaged there, the start writes it anew
@@ -330,15 +344,16 @@ class Bucket:
                         files.atomic_write(self.workdir / name, data)
         return self._fetch_records(names, max(here, there, 0))
 
-    def _json(self, name: str, names: dict[str, int]) -> bytes | None:
+    def _whole(self, name: str, names: dict[str, int]) -> bytes | None:
         if name not in names or names[name] > _JSON_LIMIT:
             return None
-        data = self._read(name, names[name], _JSON_LIMIT)
+        data = self._read(name, names, _JSON_LIMIT)
         try:
-            json.loads(data.decode("utf-8"))
+            if name in _JSON:
+                json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError):
             return None
-        return data
+        return data if self._is_sealed(name, data, names) else None
 
     def _fetch_records(self, names: dict[str, int], newest: int) -> list[str]:
         """The records up to a step that are there and not here."""
@@ -346,7 +361,7 @@ class Bucket:
         if _METRICS not in names or not newest:
             return []
         with self._reading():
-            there = self._read(_METRICS, names[_METRICS], _METRICS_LIMIT)
+            there = self._read(_METRICS, names, _METRICS_LIMIT)
         try:
             here = files.read_bytes(path, _METRICS_LIMIT)
         except FileNotFoundError:
@@ -380,7 +395,7 @@ class Bucket:
             with contextlib.suppress(FileNotFoundError):
                 data = files.read_bytes(self.workdir / name, limit)
                 if name == _METRICS and len(data) < names.get(name, 0):  # some were lost here
-                    there = self._read(name, names[name], _METRICS_LIMIT)
+                    there = self._read(name, names, _METRICS_LIMIT)
                     data, _ = _merged(data, there, newest)
                 self._write(name, data)
 

@@ -1,6 +1,7 @@
 """The copy of a run that outlives its machine; a folder and fsspec's memory stand for a bucket."""
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -249,6 +250,26 @@ def test_a_configuration_there_that_cannot_be_read(places):
     config = several_states(copy)
     config.checkpoint.allow_change = True
     assert train(config, run.with_name("elsewhere")).steps == 6
+
+
+def test_a_flipped_bit_in_a_configuration_that_is_sealed(places):
+    run, copy = places
+    sums = [
+        f"{hashlib.sha256((copy / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("config.json", "data.json")
+    ]
+    (copy / "SHA256SUMS").write_text("".join(sums))
+    for name in ("config.json", "data.json"):
+        text = (copy / name).read_text()
+        (copy / name).write_text(text.replace('"seed": 0', '"seed": 1').replace('"eval"', '"oval"'))
+        assert (copy / name).read_text() != text
+    Bucket(several_states(copy), run)
+    with pytest.raises(ConfigError, match=r"config\.json does not match its checksum, so nobody"):
+        Bucket(several_states(copy), run.with_name("elsewhere"))
+    (run / "data.json").unlink()
+    Bucket(several_states(copy), run).fetch()
+    assert not (run / "data.json").exists()  # the start writes it
+    assert (run / "SHA256SUMS").exists()
 
 
 # What is not ours.
