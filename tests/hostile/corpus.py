@@ -33,25 +33,29 @@ class Case(NamedTuple):
 
     Args:
       make: Makes it.
-      commands: Command lines that read it; {here}, {victim}, {image} and {run} (the case's copy)
-        are put in.
+      commands: Command lines that read it; {here}, {victim}, {image}, {run} (the case's copy)
+        and {root} (of the checkout) are put in.
       codes: Exit codes that are right; whatever the code, nothing else may happen.
+      slow: Runs with `pytest -m slow` only.
     """
 
     name: str
     make: Callable[[Places], object]
     commands: tuple[str, ...]
     codes: tuple[int, ...]
+    slow: bool
 
 
 CASES: list[Case] = []
 
 
-def case(*commands: str, codes: tuple[int, ...] = (2,)) -> Callable[[Callable], Callable]:
+def case(
+    *commands: str, codes: tuple[int, ...] = (2,), slow: bool = False
+) -> Callable[[Callable], Callable]:
     """Adds the function that makes a case, under its name."""
 
     def add(make: Callable[[Places], object]) -> Callable[[Places], object]:
-        CASES.append(Case(make.__name__, make, commands, codes))
+        CASES.append(Case(make.__name__, make, commands, codes, slow))
         return make
 
     return add

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import pathlib
 import resource
 import signal
 import sys
@@ -15,10 +16,11 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
-from tests.hostile import workdirs  # noqa: F401 - fills the corpus
+from tests.hostile import states, workdirs  # noqa: F401 - fills the corpus
 from tests.hostile.corpus import CASES, Places
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
+ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 60
 MEMORY = 600 * 2**20  # bytes that a case may add to the most that the process has ever held
 MARKER = "HOSTILE_CODE_RAN"  # what hostile code does: sets this in os.environ
@@ -97,7 +99,12 @@ def main(arguments):
 @pytest.mark.parametrize(
     ("case", "command"),
     [
-        pytest.param(case, command, id=f"{case.name}-{command.split()[0]}{number or ''}")
+        pytest.param(
+            case,
+            command,
+            id=f"{case.name}-{command.split()[0]}{number or ''}",
+            marks=[pytest.mark.slow] if case.slow else [],
+        )
         for case in CASES
         for number, command in enumerate(case.commands)
     ],
@@ -106,7 +113,7 @@ def test_a_hostile_input_does_no_harm(case, command, places):
     case.make(places)
     before = contents(places.victim)
     modules = set(sys.modules)
-    words = {**places._asdict(), "run": places.here / "run"}
+    words = {**places._asdict(), "run": places.here / "run", "root": ROOT}
     arguments = [word.format(**words) for word in command.split()]
     with limits():
         code, output, errors = main(arguments)
