@@ -36,11 +36,12 @@ _SEAL = manifest.NAME  # of config.json, classes.json and data.json, beside them
 _FILES = (*_JSON, _SEAL, _METRICS)
 _SECTIONS = ("model", "data", "augment", "optimizer", "schedule", "train")  # of any run's config
 _STATES = "checkpoints"
-_STATE_FILE = re.compile(
-    rf"{_STATES}/(0|[1-9][0-9]{{0,17}})/({manifest.NAME}|progress\.json|default/[^\\\0]+)",
-    re.DOTALL,
+_PARTIAL = r"\.resnet_jax\.[0-9a-f]+\.partial"  # of a start or a push that was killed
+_TRIAL = re.compile(rf"\.writable|{_PARTIAL}")
+_STATE_FILE = re.compile(  # visible ASCII without backslashes
+    rf"{_STATES}/(0|[1-9][0-9]{{0,17}})/"
+    rf"({manifest.NAME}|progress\.json|default/[!-\[\]-~]+|{_PARTIAL})"
 )
-_TRIAL = re.compile(r"\.writable|\.resnet_jax\.[0-9a-f]+\.partial")  # of a start that was killed
 _JSON_LIMIT, _METRICS_LIMIT = 64 * files.MIB, 256 * files.MIB  # bytes
 
 
@@ -142,7 +143,7 @@ class Bucket:
             names = self._names()
             there = _complete(names)
             local = saved_steps(self.workdir)
-            new = [step for step in local if step not in there or self._replaces(step)]
+            new = [step for step in local if step not in there or self._replaces(step, names)]
             for step in new:
                 self._remove(step, names)  # half a state, or one that was damaged there
                 for path in self._files_of(step):
@@ -192,14 +193,14 @@ class Bucket:
                     f"take another place, {go_on}"
                 )
             return
-        others = sorted(name for name in names if not _is_known(name))
-        if names and (others or not _steps(names)):
-            found = ascii((others or sorted(names))[0])
+        found = sorted(name for name in names if not _TRIAL.fullmatch(name))
+        others = [name for name in found if name not in _FILES and _step_of(name) is None]
+        if found and (others or not _steps(names)):
             raise ConfigError(
-                f"{self._name}: holds files that are not a run of resnet_jax, such as {found}; "
-                "take another place"
+                f"{self._name}: holds files that are not a run of resnet_jax, such as "
+                f"{(others or found)[0]!a}; take another place"
             )
-        if states and not allowed and not any(map(self._is_same, states)):
+        if states and not allowed and not any(self._is_same(x, names) for x in states):
             raise ConfigError(
                 f"{self._name}: its config.json {stored}, so nobody knows whether its states are "
                 f"of this run; put it back, take another place, {go_on}"
@@ -291,17 +292,18 @@ class Bucket:
     def _sealed(self, step: int) -> bytes:
         return files.read_bytes(self.workdir / self._seal(step), manifest.LIMIT)
 
-    def _is_same(self, step: int) -> bool:
+    def _is_same(self, step: int, names: dict[str, int]) -> bool:
+        seal = self._seal(step)
         try:
             here = self._sealed(step)
         except OSError:
             return False
-        return bool(self._files.cat_file(self._at(self._seal(step))) == here)
+        return len(here) == names[seal] and self._read(seal, names, manifest.LIMIT) == here
 
-    def _replaces(self, step: int) -> bool:
+    def _replaces(self, step: int, names: dict[str, int]) -> bool:
         """Whether the state here is another one than there, and whole."""
         folder = self.workdir / _STATES / str(step)
-        return not self._is_same(step) and manifest.damage(folder) is None
+        return not self._is_same(step, names) and manifest.damage(folder) is None
 
     # From there.
 
@@ -432,10 +434,6 @@ def _step_of(name: str) -> int | None:
     return int(found[1]) if found and is_plain else None
 
 
-def _is_known(name: str) -> bool:
-    return name in _FILES or bool(_TRIAL.fullmatch(name)) or _step_of(name) is not None
-
-
 def _local_names(folder: Path) -> dict[str, int]:
     """Bytes of the files of a run in a folder; a folder of somebody else's is named and not read.
 
@@ -451,7 +449,7 @@ def _local_names(folder: Path) -> dict[str, int]:
                 for each in _entries(Path(parent)):
                     if not stat.S_ISDIR(each.lstat().st_mode):
                         found[each.relative_to(folder).as_posix()] = _size(each)
-        elif path.name == _STATES or _is_known(path.name):
+        elif path.name == _STATES or path.name in _FILES or _TRIAL.fullmatch(path.name):
             found[path.name] = 0 if stat.S_ISDIR(mode) else _size(path)
         else:
             found[f"{path.name}/" if stat.S_ISDIR(mode) else path.name] = 0

@@ -312,6 +312,13 @@ def test_a_place_of_somebody_else(make, with_states, several, tmp_path):
     assert run.exists() == with_states
 
 
+def test_what_a_start_that_was_killed_leaves_is_ours(tmp_path):
+    (tmp_path / "copy").mkdir()
+    for name in (".writable", ".resnet_jax.0123456789abcdef.partial"):
+        (tmp_path / "copy" / name).write_text("")
+    assert bucket(tmp_path / "copy", tmp_path / "run").steps() == []
+
+
 def test_files_of_somebody_else_in_a_copy_stay(places):
     run, copy = places
     letters = [
@@ -337,6 +344,7 @@ def test_half_a_state_there_does_not_stay_in_the_whole_one(places, several):
     run, copy = places
     (copy / "checkpoints" / "6" / "SHA256SUMS").unlink()
     (copy / "checkpoints" / "6" / "default" / "d" / "0123").write_text("of a push that was cut off")
+    (copy / "checkpoints" / "6" / ".resnet_jax.0123.partial").write_text("likewise")
     Bucket(several_states(copy), run).push()
     chex.assert_trees_all_equal(state_of(copy), state_of(several[0]))
 
