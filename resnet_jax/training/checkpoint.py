@@ -1,14 +1,17 @@
 """The states of a run on disk: written by Orbax, sealed by checksums, named when complete.
 
     checkpoints/STEP/default/         the state, as Orbax writes it
-    checkpoints/STEP/progress.json    its evaluation, and what the next record has so far
+    checkpoints/STEP/progress.json    its step, evaluation, and what the next record has so far
     checkpoints/STEP/SHA256SUMS       of both, written last
-    checkpoints/STEP.damaged/         a state that was not as it was written
+    checkpoints/STEP.damaged/         a state that was not as it was written, or of another step
     checkpoints/.unfinished/          what is being written or removed
 
 A state is made in .unfinished and gets its name in one rename, so that a STEP is complete or not
 there; an older one goes only after that. Orbax's manager would remove it before our checksums
 exist, and ranks a NaN as the best. This is the only file that imports orbax.
+
+A state is damaged if its checksums say so, or if it holds another step than its name says. Any
+other error while it is read (no permission, no memory, no device) says nothing about the state.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import logging
 import math
@@ -31,7 +35,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from resnet_jax.errors import ConfigError
+from resnet_jax import files
+from resnet_jax.errors import ConfigError, library_errors, one_line
 from resnet_jax.output import visible
 from resnet_jax.training import manifest
 from resnet_jax.training.state import TrainState
@@ -55,6 +60,9 @@ class Checkpoints:
       keep: Newest states kept.
       read_only: Only look: another process may be writing here.
 
+    Raises:
+      ConfigError: "checkpoints", or what is being written in it, is a link, which is not followed.
+
     Attributes:
       after_save: Called in the background when a state is on disk and older ones are gone.
     """
@@ -70,8 +78,10 @@ class Checkpoints:
         self.after_save: Callable[[], None] = lambda: None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._check_own(self._folder)
         if not read_only:
             shutil.rmtree(self._unfinished, ignore_errors=True)  # of a process that was killed
+            self._check_own(self._unfinished)
 
     @property
     def latest(self) -> int | None:
@@ -101,7 +111,7 @@ class Checkpoints:
         self.wait()  # beside this copy, writing holds the one that is read back
         step = int(state.step)
         if step not in self._steps():
-            progress = {"metrics": metrics, "records": records}
+            progress = {"step": step, "metrics": metrics, "records": records}
             self._pending = self._writer.submit(self._write, step, _copy(state), progress)
 
     def check(self) -> None:
@@ -130,6 +140,15 @@ class Checkpoints:
         finally:
             self._writer.shutdown()
 
+    def damaged(self) -> dict[int, str]:
+        """What is wrong with the states that are not as they were written, by step.
+
+        Raises:
+          ConfigError: One cannot be read, so nobody knows.
+        """
+        problems = {step: self._damage(step) for step in self._steps()}
+        return {step: problem for step, problem in problems.items() if problem}
+
     def set_damaged_aside(self) -> list[str]:
         """Renames the states that are not as they were written, so that the others are used.
 
@@ -138,25 +157,40 @@ class Checkpoints:
 
         Raises:
           ConfigError: Not one is whole; none was renamed, or the next start would be a new run.
-            Or one cannot be renamed.
+            Or one cannot be read, or renamed.
         """
-        problems = {step: self._damage(step) for step in self._steps()}
-        damaged = {step: problem for step, problem in problems.items() if problem}
-        if damaged and len(damaged) == len(problems):
+        damaged = self.damaged()
+        if damaged and len(damaged) == len(self._steps()):
             raise self._none_is_whole(damaged)
-        lines = []
-        for step, problem in damaged.items():
-            aside = self._free_name(f"{step}.damaged")
-            found = f"the state at step {step} is damaged: {problem}; it"
-            try:
-                os.rename(self._folder / str(step), aside)
-            except OSError as error:
-                raise ConfigError(
-                    f"--workdir={self.workdir}: {found} cannot be renamed to {aside} "
-                    f"({error.strerror or error}); move it away, and the same command goes on"
-                ) from error
-            lines.append(f"{found} is now {aside}")
-        return lines
+        return [self.set_aside(step, problem) for step, problem in damaged.items()]
+
+    def set_aside(self, step: int, problem: str) -> str:
+        """Renames a damaged state.
+
+        Args:
+          step: Which.
+          problem: What is wrong with it.
+
+        Returns:
+          A line that says so.
+
+        Raises:
+          ConfigError: It cannot be renamed.
+        """
+        aside = self._folder / f"{step}.damaged"
+        for number in itertools.count(1):
+            if not os.path.lexists(aside):
+                break
+            aside = self._folder / f"{step}.damaged.{number}"
+        found = f"the state at step {step} is damaged: {problem}; it"
+        try:
+            os.rename(self._folder / str(step), aside)
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir={self.workdir}: {found} cannot be renamed to {aside} "
+                f"({error.strerror or error}); move it away, and the same command goes on"
+            ) from error
+        return f"{found} is now {aside}"
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """Reads a state.
@@ -172,23 +206,17 @@ class Checkpoints:
           ConfigError: It is damaged, cannot be read, or is of another model or optimizer.
         """
         step = self._or_latest(step)
-        if step not in self._whole and (problem := self._damage(step)):
-            raise self._none_is_whole({step: problem})
-        try:
-            return self._read(step, like)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"--workdir={self.workdir}: its state at step {step}"
-            if words := _disk_words(error):
-                raise ConfigError(
-                    f"{what} cannot be read ({words}); mend that, and the same command goes on"
-                ) from error
+        self._check(step)
+        found = self._read(step)
+        if problem := _difference(like, found):
             raise ConfigError(
-                f"{what} is of another model or optimizer; take another workdir"
-            ) from error
-        except (ImportError, MemoryError):  # no signs of damage
-            raise
-        except Exception as error:  # what else Orbax raises has no common class
-            raise self._none_is_whole({step: _reason(error)}) from error
+                f"{self._name(step)} is of another model or optimizer ({problem}); take another "
+                "workdir"
+            )
+        arrays = _by_name(found)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: np.asarray(arrays[_leaf_name(path)], leaf.dtype), like
+        )
 
     def records(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given of the records.
@@ -200,6 +228,7 @@ class Checkpoints:
           What `Recorder` takes.
         """
         step = self._or_latest(step)
+        self._check(step)
         found = self._progress(step).get("records")
         if not isinstance(found, dict):
             raise ConfigError(f"{self._folder}/{step}/progress.json has no records; restore it")
@@ -215,28 +244,26 @@ class Checkpoints:
           The state as a dictionary of NumPy arrays.
 
         Raises:
-          ConfigError: None is whole.
+          ConfigError: None is whole, or one cannot be read.
         """
         damaged: dict[int, str] = {}
-        while True:
-            steps = [step for step in self._ranked(best) if step not in damaged]
-            if not steps:
-                raise self._none_is_whole(damaged)
-            problem = self._damage(steps[0])
-            if not problem:
-                try:
-                    return self._read(steps[0])
-                except (ImportError, MemoryError):  # no signs of damage
+        while steps := [step for step in self._ranked(best) if step not in damaged]:
+            step = steps[0]
+            try:
+                self._check(step)
+                return self._read(step)
+            except ConfigError as error:
+                # A run that trains here removes a state once there is a newer one: look again.
+                if not os.path.lexists(self._folder / str(step)):
+                    continue
+                if not isinstance(error, _DamagedError):
                     raise
-                except Exception as error:  # what Orbax raises has no common class
-                    problem = _reason(error)
-            # A run that trains here removes a state once there is a newer one: look again then.
-            if (self._folder / str(steps[0])).exists():
-                damaged[steps[0]] = problem
+                damaged[step] = error.problem
                 logging.getLogger(__name__).warning(
                     "%s: the state at step %d is damaged: %s; taking another",
-                    *(visible(self.workdir), steps[0], visible(damaged[steps[0]])),
+                    *(visible(self.workdir), step, visible(error.problem)),
                 )
+        raise self._none_is_whole(damaged)
 
     # What is on the disk.
 
@@ -254,13 +281,17 @@ class Checkpoints:
 
     def _top1(self, step: int) -> float:
         try:
-            top1 = float(self._progress(step)["metrics"]["top1"])
-        except (ConfigError, KeyError, TypeError, ValueError, OverflowError):
+            top1 = self._progress(step)["metrics"]["top1"]
+            return -1.0 if math.isnan(top1) else float(top1)
+        except (ConfigError, KeyError, TypeError, OverflowError):
             return -math.inf  # not evaluated; or damaged, which its checksums will tell
-        return -1.0 if math.isnan(top1) else top1
 
     def _progress(self, step: int) -> dict[str, Any]:
-        return read_json(self._folder / str(step) / "progress.json")
+        path = self._folder / str(step) / "progress.json"
+        try:
+            return _read_progress(path.parent)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read ({one_line(error)}); restore it") from error
 
     def _or_latest(self, step: int | None) -> int:
         step = self.latest if step is None else step
@@ -268,11 +299,33 @@ class Checkpoints:
             raise ConfigError(f"{self.workdir} has no checkpoint yet")
         return step
 
+    def _check_own(self, folder: Path) -> None:
+        try:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                files.check_own_folder(folder)
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir={self.workdir}: {folder} is {error.strerror}; put a folder there"
+            ) from error
+
+    def _name(self, step: int) -> str:
+        return f"--workdir={self.workdir}: its state at step {step}"
+
     def _damage(self, step: int) -> str | None:
-        problem = manifest.damage(self._folder / str(step))
+        try:
+            problem = damage(self._folder / str(step), step)
+        except OSError as error:
+            raise ConfigError(
+                f"{self._name(step)} cannot be read ({error.filename}: {error.strerror}); mend "
+                "that, and the same command goes on"
+            ) from error
         if problem is None:
             self._whole.add(step)
         return problem
+
+    def _check(self, step: int) -> None:
+        if step not in self._whole and (problem := self._damage(step)):
+            raise _DamagedError(self._name(step), problem)
 
     def _none_is_whole(self, damaged: dict[int, str]) -> ConfigError:
         folder = self._folder
@@ -284,24 +337,20 @@ class Checkpoints:
             "away to begin anew"
         )
 
-    def _free_name(self, name: str) -> Path:
-        names = [name, *(f"{name}.{number}" for number in range(1, 1000))]
-        return next(path for each in names if not (path := self._folder / each).exists())
-
     # Orbax.
 
-    def _read(self, step: int, like: Any = None) -> Any:
-        arguments = ocp.args.StandardRestore(like)
-        with _orbax() as checkpointer:
-            path = (self._folder / str(step) / _STATE).absolute()
-            return jax.tree.map(np.asarray, checkpointer.restore(path, args=arguments))
+    def _read(self, step: int) -> dict[str, Any]:
+        found = _read_arrays(self._folder / str(step), self._name(step))
+        if (held := _step_in(found)) != step:  # the sums are right: a stranger made them
+            raise _DamagedError(self._name(step), _holds(held, step))
+        return found
 
     def _write(self, step: int, tree: Any, progress: dict[str, Any]) -> None:
         """In the background: makes a state, gives it its name, and removes what is too many."""
         unfinished, final = self._unfinished / str(step), self._folder / str(step)
         try:
-            self._folder.mkdir(exist_ok=True)  # but not the workdir, if someone removed it
-            self._unfinished.mkdir(exist_ok=True)
+            files.make_folder(self._folder)  # but not the workdir, if someone removed it
+            files.make_folder(self._unfinished)
             unfinished.mkdir()
             _write_arrays((unfinished / _STATE).absolute(), tree)
             write_whole(unfinished / "progress.json", json.dumps(progress))
@@ -327,10 +376,118 @@ class Checkpoints:
         best = self._best()
         for step in self._steps()[: -self._keep]:
             if step != best:
-                # Half a state must not look like one. What cannot go now is tried again later.
+                # Half a state must not look like one. What cannot go now is tried again later, and
+                # what is not as a run wrote it never goes.
                 with contextlib.suppress(OSError):
+                    if step not in self._whole and manifest.damage(self._folder / str(step)):
+                        continue
                     os.rename(self._folder / str(step), self._unfinished / f"{step}.old")
                     shutil.rmtree(self._unfinished / f"{step}.old")
+
+
+class _DamagedError(ConfigError):
+    """What is wrong with one state, where that is asked for."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name} is damaged: {problem}; put a copy of it back")
+        self.problem = problem
+
+
+def damage(folder: Path, step: int) -> str | None:
+    """What is wrong with a state.
+
+    Args:
+      folder: Of the state.
+      step: Completed steps that it should hold.
+
+    Returns:
+      In words; None: it is as it was written.
+
+    Raises:
+      OSError, ConfigError: It cannot be read, so nobody knows.
+    """
+    if problem := manifest.damage(folder):
+        return problem
+    try:
+        progress = _read_progress(folder)
+    except (FileNotFoundError, ValueError) as error:
+        return f"progress.json is not as a run writes it ({one_line(error)})"
+    if "step" in progress:
+        held = progress["step"] if type(progress["step"]) is int else None
+    else:  # a version before this one wrote it
+        held = _step_in(_read_arrays(folder, f"the state in {folder}"))
+    return None if held == step else _holds(held, step)
+
+
+def _holds(held: int | None, step: int) -> str:
+    is_step = held is not None and 0 <= held < 2**31
+    return f"it holds {f'step {held}' if is_step else 'no step'}, not {step}"
+
+
+def _step_in(state: dict[str, Any]) -> int | None:
+    step = np.asarray(state.get("step"))
+    return int(step) if step.shape == () and step.dtype.kind in "iu" else None
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    found = files.read_json(folder / "progress.json")
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
+def _read_arrays(folder: Path, name: str) -> dict[str, Any]:
+    """A state whose checksums are right, as dictionaries and lists of NumPy arrays.
+
+    Raises:
+      ConfigError: It cannot be read. What Orbax raises has no common class.
+    """
+
+    def explain(error: Exception) -> ConfigError:
+        return ConfigError(
+            f"{name} cannot be read ({_reason(error)}) though its checksums are right; mend that, "
+            "and the same command goes on"
+        )
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter says nothing
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ConfigError(
+            f"{name} cannot be read: JAX finds no device with JAX_PLATFORMS={platforms!r} "
+            f"({one_line(error)[:200]})"
+        ) from error
+    try:
+        with library_errors(explain), _orbax() as checkpointer:
+            path = (folder / _STATE).absolute()
+            found = checkpointer.restore(path, args=ocp.args.StandardRestore())
+            if isinstance(found, dict):
+                return jax.tree.map(np.asarray, found)
+    except MemoryError as error:
+        raise explain(error) from error
+    raise ConfigError(f"{name} is none that a run writes")
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a state; as Orbax reads it, or as `TrainState`."""
+    return {_leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _leaf_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _difference(like: TrainState, found: dict[str, Any]) -> str:
+    """The first array that one of both lacks, or that has another shape; "" where there is none."""
+    wanted, stored = _by_name(like), _by_name(found)
+    for name in sorted(wanted.keys() | stored.keys()):
+        if name not in stored:
+            return f"it has no {name}"
+        if name not in wanted:
+            return f"its {ascii(name)[1:-1]} has no place here"
+        if wanted[name].shape != stored[name].shape:
+            return f"its {name} is {stored[name].shape}, not {wanted[name].shape}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -393,9 +550,10 @@ def _copy(state: TrainState) -> TrainState:
 
 
 def _reason(error: Exception) -> str:
-    """Why a state was not written; the error itself where it is none of the disk's."""
+    """Why a state was not read or written; the error itself where it is none of the disk's."""
     first_line = f"{error}".partition("\n")[0][:200]
-    return _disk_words(error) or f"{type(error).__name__}: {first_line}"
+    named = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    return _disk_words(error) or named
 
 
 def _disk_words(error: Exception) -> str:

@@ -292,8 +292,8 @@ class Checkpoint:
       reset_head: Start with a new head, for other classes than those of init_from.
       allow_change: Resume although the configuration differs from the workdir's.
       copy_to: A bucket ("gs://BUCKET/RUN"; needs gcsfs) or any other place that fsspec opens, where
-        states and records are copied after each save; where it has a newer state than the workdir,
-        the run goes on from that; "": none.
+        states and records are copied after each save. A start first takes from there what the
+        workdir lacks, such as newer states; "": none.
     """
 
     every_steps: int = 0

@@ -129,6 +129,8 @@ def train(config: Config, workdir: str | Path) -> Result:
             with explain_out_of_memory("the state of the run", remedy):
                 run = _Run(config, folder, model, sources, initial, signals, peers)
             if bucket and run.checkpoints:
+                for line in bucket.fetched:
+                    run.telemetry.say(line)
                 run.checkpoints.after_save = bucket.pusher(run.telemetry.say)
                 if run.checkpoints.latest is not None:  # what the last start could not copy
                     run.checkpoints.after_save()
@@ -136,11 +138,14 @@ def train(config: Config, workdir: str | Path) -> Result:
 
 
 def _open_bucket(config: Config, workdir: Path, data: dict[str, str]) -> Bucket | None:
-    """The copy of the run, after what is newer there has been brought here."""
+    """The copy of the run, after what the workdir lacks has been brought here.
+
+    Before damaged states are set aside: the copy may have them whole.
+    """
     if not config.checkpoint.copy_to:
         return None
     bucket = Bucket(config, workdir)
-    if bucket.steps():
+    if bucket.steps() or has_states(workdir):
         with locked(open_workdir(workdir, config, data)):  # which may hold another run
             bucket.fetch()
     return bucket

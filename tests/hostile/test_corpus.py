@@ -16,7 +16,7 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
-from tests.hostile import names, workdirs  # noqa: F401 - fills the corpus
+from tests.hostile import names, states, workdirs  # noqa: F401 - fills the corpus
 from tests.hostile.corpus import CASES, Places
 
 pytestmark = pytest.mark.usefixtures("tiny_model")

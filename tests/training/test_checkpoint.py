@@ -209,19 +209,234 @@ def test_a_sealed_state_that_is_none(copy, caplog):
                 file.write_text("[]")
         manifest.seal(folder)
     (copy / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"no state in .* is whole"):
-        load_variables(copy)
-    with pytest.raises(ConfigError, match=r"state at step 2|no state in"):
-        restored(copy)
+    for read in (load_variables, restored, lambda path: Checkpoints(path).restore(LIKE, 1)):
+        with pytest.raises(ConfigError, match=r"state at step [12] cannot be read \(.*checksums"):
+            read(copy)
 
 
-def test_a_file_that_the_disk_does_not_give(two, monkeypatch):
+def test_a_file_that_the_disk_does_not_give(copy, monkeypatch):
+    """Nobody knows then whether it is damaged: nothing is renamed, and no other state is taken."""
+
     def fails(file, name):
-        raise OSError(errno.EIO, "Input/output error", file.name)
+        raise OSError(errno.EIO, "Input/output error")
 
+    before = sorted(copy.rglob("*"))
     monkeypatch.setattr(manifest.hashlib, "file_digest", fails)
-    found = manifest.damage(two / "checkpoints" / "2")
-    assert found.endswith("cannot be read: Input/output error")
+    message = (
+        r"state at step 2 cannot be read \(.*/default/_CHECKPOINT_METADATA: Input/output error\)"
+    )
+    for read in (
+        lambda path: Checkpoints(path).set_damaged_aside(),
+        lambda path: Checkpoints(path).restore(LIKE),
+        lambda path: Checkpoints(path).records(),
+        lambda path: load_variables(path, best=False),
+    ):
+        with pytest.raises(ConfigError, match=message.replace("step 2", "step [12]")) as caught:
+            read(copy)
+        assert "\n" not in str(caught.value)
+        assert "move" not in str(caught.value)
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_a_folder_that_may_not_be_listed(copy, monkeypatch):
+    """`Path.rglob` passes over it, and its files would count as missing."""
+    scandir = os.scandir
+
+    def scanning(path):
+        if os.fspath(path).endswith("/d"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scanning)
+    with pytest.raises(ConfigError, match=r"cannot be read \(.*/d: Permission denied\)"):
+        Checkpoints(copy).set_damaged_aside()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError(),
+        RuntimeError("UNAVAILABLE: the chip is in use"),
+        ValueError("RESOURCE_EXHAUSTED"),
+        MemoryError("8 GB"),
+        OSError(errno.EACCES, os.strerror(errno.EACCES)),
+    ],
+)
+def test_what_no_checksum_says_is_no_damage(error, copy, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    before = sorted(copy.rglob("*"))
+    monkeypatch.setattr(ocp.Checkpointer, "restore", fails)
+    words = error.strerror if isinstance(error, OSError) else type(error).__name__
+    for read in (restored, load_variables):
+        with pytest.raises(ConfigError, match=rf"step [12] cannot be read \({words}") as caught:
+            read(copy)
+        assert "move" not in str(caught.value)
+        assert "another model" not in str(caught.value)
+    assert sorted(copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize\nbackend"), AssertionError()])
+def test_no_device(error, copy, monkeypatch):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fails)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    message = "step 1 cannot be read: JAX finds no device with JAX_PLATFORMS='cuda' "
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_variables(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_another_model_says_what_differs(two):
+    wrong = {"stem": {"kernel": jax.ShapeDtypeStruct((3, 5), np.float32)}}
+    with pytest.raises(
+        ConfigError, match=r"another model .*\(its params\.head has no place here\)"
+    ):
+        Checkpoints(two).restore(LIKE.replace(params=wrong))
+    with pytest.raises(ConfigError, match=r"params\.stem\.kernel is \(3, 4\), not \(3, 5\)"):
+        Checkpoints(two).restore(LIKE.replace(params={**LIKE.params, **wrong}))
+    more = {"tail": LIKE.params["head"]}
+    with pytest.raises(ConfigError, match=r"it has no params\.tail"):
+        Checkpoints(two).restore(LIKE.replace(params={**LIKE.params, **more}))
+
+
+# A state under another number.
+
+
+def as_before(folder):
+    """A state as the version before wrote it: without its step in progress.json."""
+    (folder / manifest.NAME).unlink()
+    progress = json.loads((folder / "progress.json").read_text())
+    del progress["step"]
+    (folder / "progress.json").write_text(json.dumps(progress))
+    manifest.seal(folder)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_state_under_another_number_is_damaged(before, copy):
+    folder = copy / "checkpoints"
+    if before:
+        as_before(folder / "1")
+        as_before(folder / "2")
+    chex.assert_trees_all_equal(restored(copy), state(2))
+    (folder / "2").rename(folder / "12")
+    for read in (restored, lambda path: Checkpoints(path).records()):
+        with pytest.raises(ConfigError, match="step 12 is damaged: it holds step 2, not 12"):
+            read(copy)
+    assert load_variables(copy, best=False).step == 1
+    (line,) = Checkpoints(copy).set_damaged_aside()
+    assert line == (
+        "the state at step 12 is damaged: it holds step 2, not 12; it is now "
+        f"{folder / '12.damaged'}"
+    )
+    chex.assert_trees_all_equal(restored(copy), state(1))
+    (folder / "1").rename(folder / "7")
+    with pytest.raises(ConfigError, match=r"no state .* is whole \(step 7: it holds step 1, not 7"):
+        load_variables(copy)
+
+
+def test_a_step_that_is_only_written_there(copy):
+    """The number in progress.json is sealed too, and the array still tells."""
+    folder = copy / "checkpoints" / "2"
+    (folder / manifest.NAME).unlink()
+    progress = json.loads((folder / "progress.json").read_text())
+    (folder / "progress.json").write_text(json.dumps({**progress, "step": 12}))
+    manifest.seal(folder)
+    folder.rename(folder.with_name("12"))
+    with pytest.raises(ConfigError, match="step 12 is damaged: it holds step 2, not 12"):
+        restored(copy)
+    assert load_variables(copy, best=False).step == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        '{"step": 2}'.encode("utf-16"),
+        b'{"step": ' + b"9" * 5_000 + b"}",
+        b'{"step": NaN, "metrics": {"top1": NaN}}',
+        b'{"step": "2"}',
+        b'{"step": true}',
+        b'{"step": 2.0}',
+        b'{"step": -2}',
+        b'{"step": 2, "metrics": 5, "records": [1]}',
+        b'{"step": 2, "metrics": {"top1": "\\ud800"}, "records": null}',
+        b'{"step": 2, "metrics": {"top1": ' + b"9" * 400 + b"}}",
+        b'{"step": 2, "metrics": {"top1": []}}',
+    ],
+)
+def test_a_sealed_progress_of_a_stranger(content, copy):
+    folder = copy / "checkpoints" / "2"
+    (folder / manifest.NAME).unlink()
+    (folder / "progress.json").write_bytes(content)
+    manifest.seal(folder)
+    assert load_variables(copy).step in (1, 2)
+    checkpoints = Checkpoints(copy)
+    assert checkpoints.best in (1, 2)
+    with pytest.raises(ConfigError) as caught:
+        checkpoints.records()
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1_000
+    for line in checkpoints.set_damaged_aside():
+        assert "\n" not in line
+
+
+# Links and special files.
+
+
+@pytest.mark.parametrize("name", ["checkpoints", ".unfinished"])
+def test_a_folder_that_is_a_link_is_refused(name, copy, tmp_path):
+    victim = tmp_path / "victim"
+    (victim / "2").mkdir(parents=True)
+    (victim / "2" / "letter.txt").write_text("keep me")
+    link = copy / name if name == "checkpoints" else copy / "checkpoints" / name
+    shutil.rmtree(link, ignore_errors=True)
+    link.symlink_to(victim)
+    with pytest.raises(ConfigError, match=rf"{name} is a symbolic link, which is not followed"):
+        Checkpoints(copy)
+    assert [str(x.relative_to(victim)) for x in sorted(victim.rglob("*"))] == ["2", "2/letter.txt"]
+
+
+def test_a_state_that_is_a_link_is_never_followed(copy, tmp_path):
+    folder = copy / "checkpoints"
+    (folder / "2").rename(tmp_path / "elsewhere")
+    (folder / "2").symlink_to(tmp_path / "elsewhere")
+    assert load_variables(copy, best=False).step == 1
+    (line,) = Checkpoints(copy).set_damaged_aside()
+    assert "step 2 is damaged: it is a link or no folder" in line
+    assert (tmp_path / "elsewhere" / manifest.NAME).exists()
+    assert (folder / "2.damaged").is_symlink()
+
+
+@pytest.mark.parametrize("name", [manifest.NAME, "progress.json", "default/manifest.ocdbt"])
+def test_special_files_in_a_state(name, copy):
+    path = copy / "checkpoints" / "2" / name
+    makes = [
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to(path),
+        lambda: path.mkdir(),
+        lambda: (path.write_bytes(b""), os.truncate(path, 2**40)),
+    ]
+    for make in makes[: 4 if name != manifest.NAME else 5]:  # a terabyte of an array is summed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        make()
+        assert manifest.damage(copy / "checkpoints" / "2")
+        assert load_variables(copy, best=False).step == 1
+
+
+def test_what_is_no_state_is_not_removed(copy):
+    """Somebody's folder with a number for a name, which came while the run was going on."""
+    (copy / "checkpoints" / "0").mkdir()
+    (copy / "checkpoints" / "0" / "letter.txt").write_text("keep me")
+    save(copy, 0.1, first=3, keep=1)
+    assert steps(copy) == [0, 1, 3]
 
 
 def test_damaged_states_step_aside(copy):
@@ -287,7 +502,7 @@ def test_a_state_that_is_lost_after_its_checksums_were_right(copy):
 
 def test_restore_itself_looks_at_the_checksums(copy):
     truncate(copy / "checkpoints" / "2" / "progress.json")
-    with pytest.raises(ConfigError, match="step 2: progress"):
+    with pytest.raises(ConfigError, match="step 2 is damaged: progress"):
         restored(copy)
 
 
@@ -310,10 +525,10 @@ def test_a_state_that_is_removed_while_it_is_read(copy, monkeypatch):
     """By the run that trains there, which has a newer one."""
     read = Checkpoints._read
 
-    def reading(self, step, like=None):
+    def reading(self, step):
         if step == 1:
             shutil.rmtree(copy / "checkpoints" / "1")
-        return read(self, step, like)
+        return read(self, step)
 
     monkeypatch.setattr(Checkpoints, "_read", reading)
     _, variables, _ = load_variables(copy)
