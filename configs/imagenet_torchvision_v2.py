@@ -21,6 +21,9 @@ from resnet_jax.training.config import (
 
 def get_config(model: str = "resnet50") -> Config:
     """600 epochs with everything: TrivialAugment, mixing, erasing, EMA, repeats."""
+    epochs, batch_size, ema_every = 600.0, 1024, 32
+    # The recipe's 0.99998 is not what an update keeps: torchvision scales its complement.
+    ema_decay = 1 - (1 - 0.99998) * batch_size * ema_every / epochs
     return Config(
         model=Model(name=model, dtype="bfloat16"),
         data=Data(
@@ -45,6 +48,6 @@ def get_config(model: str = "resnet50") -> Config:
         optimizer=Optimizer(learning_rate=0.5, weight_decay=2e-5),
         schedule=Schedule(name="cosine", warmup_epochs=5.0, warmup_start=0.01),
         loss=Loss(label_smoothing=0.1),
-        train=Train(epochs=600.0, batch_size=1024, ema_decay=0.99998, ema_every=32),
+        train=Train(epochs=epochs, batch_size=batch_size, ema_decay=ema_decay, ema_every=ema_every),
         evaluate=Evaluate(every_epochs=5.0),
     )

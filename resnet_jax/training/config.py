@@ -248,7 +248,10 @@ class Train:
         whose steps are shorter than the host's work for them. Another number is another program,
         which rounds differently: a run keeps it, unless checkpoint.allow_change is set.
       seed: Of initial parameters, order, crops and augmentation.
-      ema_decay: Of the moving average of parameters and statistics; 0: none.
+      ema_decay: Share that the moving average of parameters and statistics keeps at an update; 0:
+        no average. It is over about ema_every / (1 - ema_decay) steps, and the initial weights are
+        no part of it. (torchvision's --model-ema-decay is another number: an update there keeps
+        1 - (1 - DECAY) * batch * every / epochs.)
       ema_every: Steps between its updates.
       max_skipped: Steps in a row that are skipped, because loss, gradients or what would come of
         them are not finite, before the run ends as diverged.

@@ -63,6 +63,9 @@ from resnet_jax.training.step import make_steps, make_train_step
 from resnet_jax.training.telemetry import Telemetry
 from resnet_jax.training.workdir import has_states, locked, open_workdir, write_config
 
+# Top-1 by which a moving average below its weights is more than noise.
+_FAR_BELOW = 0.1
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -380,8 +383,19 @@ class _Run:
                 record["weights"] = weights
             if write:
                 self.telemetry.record(record)
+            if weights and metrics["top1"] < measured["top1"] - _FAR_BELOW:
+                self._say_average_lags(done)
             measured = metrics
         return measured
+
+    def _say_average_lags(self, done: int) -> None:
+        train = self.config.train
+        span = train.ema_every / (1 - train.ema_decay)
+        self.telemetry.say(
+            f"the moving average is far below the weights: train.ema_decay = {train.ema_decay} and "
+            f"train.ema_every = {train.ema_every} average over {span:,.0f} steps, and {done:,} are "
+            "done; a smaller train.ema_decay follows the weights sooner"
+        )
 
     def _evaluation_batches(self) -> Iterator[Batch]:
         config, data = self.config, self.eval_data

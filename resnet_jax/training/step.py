@@ -8,6 +8,7 @@ It is a pure function that names the devices' axis and nothing else of them;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -276,7 +277,15 @@ def _unless_skipped(
 
 
 def _average(state: TrainState, config: Config) -> dict[str, Any]:
-    """Moves the averages towards the state, every `ema_every` steps."""
-    moved = optax.incremental_update(state.variables, state.ema, 1 - config.train.ema_decay)
-    due = state.step % config.train.ema_every == 0
+    """Moves the averages towards the state, every `ema_every` steps.
+
+    The start is no part of them: the shares of the n states so far, (1 - decay) decay^(n - i) of
+    state i, are divided by their sum 1 - decay^n, as Adam divides its moments (Kingma & Ba 2014,
+    section 3). With a decay of nearly 1, the average of random weights would stay nearly random.
+    """
+    decay, every = config.train.ema_decay, config.train.ema_every
+    updates = jnp.maximum(state.step // every, 1)
+    rate = (1 - decay) / -jnp.expm1(updates * math.log(decay))
+    moved = optax.incremental_update(state.variables, state.ema, rate)
+    due = state.step % every == 0
     return jax.tree.map(lambda m, o: jnp.where(due, m, o), moved, state.ema)

@@ -15,8 +15,8 @@ import resnet_jax as rj
 from resnet_jax.training import config as c
 from resnet_jax.training import parallel
 from resnet_jax.training.optimizer import Length, make_optimizer
-from resnet_jax.training.state import LossScale, create_state
-from resnet_jax.training.step import loss_per_image, make_train_step, top_k_hits
+from resnet_jax.training.state import LossScale, TrainState, create_state
+from resnet_jax.training.step import _average, loss_per_image, make_train_step, top_k_hits
 
 LENGTH = Length(steps=100, steps_per_epoch=10.0)
 
@@ -140,14 +140,38 @@ def test_other_platforms_loop_over_the_parts():
     chex.assert_trees_all_close(results["tpu"], results["cpu"], rtol=1e-5, atol=1e-6)
 
 
-def test_moving_average():
-    config = configuration(train=c.Train(ema_decay=0.75, ema_every=2))
+@pytest.mark.parametrize("decay", [0.75, 0.99998])
+def test_moving_average(decay):
+    """A mean of the states so far, by decaying shares that sum to one: the start has none."""
+    config = configuration(train=c.Train(ema_decay=decay, ema_every=2))
     model = tiny()
     start = create_state(model, make_optimizer(config, LENGTH), config, channels=3)
-    one, two = run(model, config, steps=1)[0], run(model, config, steps=2)[0]
-    chex.assert_trees_all_equal(one.ema, start.ema)
-    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.variables, two.variables)
-    chex.assert_trees_all_close(two.ema, expected, rtol=1e-5, atol=1e-7)
+    states = [run(model, config, steps=steps)[0] for steps in range(1, 7)]
+    chex.assert_trees_all_equal(states[0].ema, start.ema)
+    shares = np.array([decay**2, decay, 1.0])
+    expected = jax.tree.map(
+        lambda *each: np.average(np.stack(each), axis=0, weights=shares),
+        *(states[step - 1].variables for step in (2, 4, 6)),
+    )
+    chex.assert_trees_all_close(states[5].ema, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(states[4].ema, states[3].ema)
+
+
+def test_the_average_of_a_long_run():
+    """Of torchvision's recipe: 23,458 updates, of which none keeps what the first one had."""
+    decay = 1 - 2e-5 * 1024 * 32 / 600
+    config = configuration(train=c.Train(ema_decay=decay, ema_every=32))
+
+    def update(ema, step):
+        state = TrainState(step, {"w": step / 1e4}, {}, None, ema, None)
+        return _average(state, config), None
+
+    start = {"params": {"w": jnp.float32(1e6)}, "batch_stats": {}}
+    steps = 32 * jnp.arange(1, 23_459)
+    ema, _ = jax.lax.scan(update, start, steps)
+    shares = decay ** np.arange(23_457, -1, -1.0)
+    expected = np.average(np.asarray(steps) / 1e4, weights=shares)
+    np.testing.assert_allclose(ema["params"]["w"], expected, rtol=1e-5)
 
 
 def test_a_frozen_backbone_keeps_everything_but_the_head():
