@@ -27,6 +27,7 @@ from resnet_jax.errors import ConfigError, ResNetJaxError, importing, library_er
 from resnet_jax.training import manifest
 from resnet_jax.training.checkpoint import Checkpoints, damage
 from resnet_jax.training.config import Config, differences, to_json
+from resnet_jax.training.records import parse_record
 from resnet_jax.training.workdir import saved_steps, writing
 
 # What a run needs beside its states to go on as if nothing had happened.
@@ -481,8 +482,12 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _merged(here: bytes, there: bytes, newest: int) -> tuple[bytes, int]:
-    """The records of both up to a step, in their order, and how many were missing here."""
-    known = {key: line for line in here.splitlines(keepends=True) if (key := _key(line))}
+    """The records of both up to a step, in their order, and how many were missing here.
+
+    Lines here that are no records come last; who goes on with the run sets them aside.
+    """
+    lines = here.splitlines(keepends=True)
+    known = {key: line for line in lines if (key := _key(line))}
     missing = {
         key: line
         for line in there.splitlines(keepends=True)
@@ -491,22 +496,17 @@ def _merged(here: bytes, there: bytes, newest: int) -> tuple[bytes, int]:
     if not missing:
         return here, 0
     both = {**known, **missing}
-    return b"".join(both[key] for key in sorted(both)), len(missing)
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    others = [line for line in lines if not _key(line)]
+    return b"".join([*(both[key] for key in sorted(both)), *others]), len(missing)
 
 
 def _key(line: bytes) -> tuple[int, bool, str, str] | None:
     """What tells a record from others, in a run's order of them; None: it is no record."""
-    try:
-        record = json.loads(line.decode("utf-8"), parse_constant=_no_number)
-        step, split, weights = record["step"], record["split"], record.get("weights", "")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    record = parse_record(line)
+    if record is None:
         return None
-    is_record = type(step) is int and isinstance(split, str) and isinstance(weights, str)
-    return (step, split != "train", split, weights) if is_record and line.endswith(b"\n") else None
+    split = record["split"]
+    return record["step"], split != "train", split, str(record.get("weights", ""))
 
 
 class _FilesError(ResNetJaxError):

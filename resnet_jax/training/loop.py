@@ -363,7 +363,7 @@ class _Run:
 
     def _evaluate(self, done: int, write: bool) -> dict[str, float]:
         """Measures the state, and its average where there is one; returns the latter's measures."""
-        measured = {}
+        measured: dict[str, float] = {}
         for weights, variables in {"": self.state.variables, "ema": self.state.ema}.items():
             if not variables:
                 continue
