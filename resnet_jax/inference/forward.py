@@ -10,11 +10,10 @@ import jax
 import numpy as np
 
 from resnet_jax.data.augment import normalize
-from resnet_jax.data.decode import crop_pixels
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.network import Network
-from resnet_jax.inference.images import in_threads, read_pixels
+from resnet_jax.inference.images import in_threads, read_crop
 from resnet_jax.training.config import INTERPOLATIONS
 from resnet_jax.training.parallel import data_parallel_outputs, place, put
 
@@ -79,7 +78,7 @@ class Forward:
                 yield from _rows(*waiting.popleft())
 
     def _crop(self, image: Any) -> np.ndarray:
-        return crop_pixels(read_pixels(image, self._network.channels), self._network.crop)
+        return read_crop(image, self._network.channels, self._network.crop)
 
     def _batches(self, images: Iterable[Any]) -> Iterator[tuple[_Entries, np.ndarray]]:
         shape = (self.batch_size, self._side, self._side, self._network.channels)
