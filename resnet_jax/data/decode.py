@@ -414,10 +414,10 @@ def train_crop(
         frame.height,
         frame.width,
         lambda shrink: limits.jpeg_bytes(frame, channels, shrink, beside),
-        [each for each in _SHRINKS if each >= _shrink_of(region, size)],
+        _SHRINKS[_SHRINKS.index(_shrink_of(region, size)) :],
     )
     with limits.BUDGET.take(amount):
-        pixels = _decode_region(data, frame, channels, region, size, least_shrink=shrink)
+        pixels = _decode_region(data, frame, channels, region, size, shrink)
         return _resize(pixels, size, config.interpolation, out)
 
 
@@ -538,7 +538,8 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 
 def _array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).reshape(image.height, image.width, -1)
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def _resize(
@@ -585,11 +586,11 @@ def _decode_region(
     channels: int,
     region: Region,
     size: int,
-    least_shrink: int = 1,
+    shrink: int = 0,
 ) -> np.ndarray:
     """Decodes a region, shrunk by a power of 2 as long as no side gets shorter than `size`."""
     rows, columns = region
-    shrink = max(least_shrink, _shrink_of(region, size))
+    shrink = shrink or _shrink_of(region, size)
     pixels = None
     if simplejpeg is not None:
         # One row more than the region has, from which its last row's colour is interpolated.

@@ -12,7 +12,7 @@ import collections
 import contextlib
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from resnet_jax.data.jpeg import Frame
@@ -56,11 +56,11 @@ class Budget:
     def __init__(self, total: int) -> None:
         self.total = total
         self.free = total
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._waiting: collections.deque[object] = collections.deque()
-        self._changed = threading.Condition()
 
-    @contextlib.contextmanager
-    def take(self, amount: int) -> Iterator[None]:
+    def take(self, amount: int) -> contextlib.AbstractContextManager[None]:
         """Waits until so many bytes are free, and uses them inside the block.
 
         A block must not take more inside itself: two that wait for each other would wait for ever.
@@ -68,22 +68,40 @@ class Budget:
         Args:
           amount: In bytes, at most `total`.
         """
-        turn = object()
-        with self._changed:
-            self._waiting.append(turn)
-            try:
-                while self._waiting[0] is not turn or amount > self.free:
-                    self._changed.wait()
-                self.free -= amount
-            finally:
-                self._waiting.remove(turn)
+        return _Share(self, amount)
+
+    def _begin(self, amount: int) -> None:
+        with self._lock:
+            if amount > self.free or self._waiting:
+                turn = object()
+                self._waiting.append(turn)
+                try:
+                    while self._waiting[0] is not turn or amount > self.free:
+                        self._changed.wait()
+                finally:
+                    self._waiting.remove(turn)
+                    self._changed.notify_all()
+            self.free -= amount
+
+    def _end(self, amount: int) -> None:
+        with self._lock:
+            self.free += amount
+            if self._waiting:
                 self._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self.free += amount
-                self._changed.notify_all()
+
+
+class _Share:  # a class, for a generator takes longer and this is done for each image
+    __slots__ = ("_amount", "_budget")
+
+    def __init__(self, budget: Budget, amount: int) -> None:
+        self._budget = budget
+        self._amount = amount
+
+    def __enter__(self) -> None:
+        self._budget._begin(self._amount)
+
+    def __exit__(self, *exception: object) -> None:
+        self._budget._end(self._amount)
 
 
 BUDGET = Budget(512 * MIB)
@@ -120,11 +138,6 @@ def fitting(
     )
 
 
-def shrunk(length: int, shrink: int) -> int:
-    """A side of an image that is decoded at 1 / shrink of its size."""
-    return -(-length // shrink)
-
-
 def jpeg_bytes(frame: Frame, channels: int, shrink: int, beside: Beside) -> int:
     """The most memory that decoding a JPEG takes.
 
@@ -137,7 +150,7 @@ def jpeg_bytes(frame: Frame, channels: int, shrink: int, beside: Beside) -> int:
     Returns:
       Bytes.
     """
-    height, width = shrunk(frame.height, shrink), shrunk(frame.width, shrink)
+    height, width = -(-frame.height // shrink), -(-frame.width // shrink)
     coefficients = 0
     if not frame.one_scan:  # those of the whole image, 2 bytes each, in blocks of 8 to 32 pixels
         blocks = (frame.height + 31) // 32 * ((frame.width + 31) // 32)
@@ -160,7 +173,7 @@ def pillow_bytes(
     Returns:
       Bytes.
     """
-    height, width = shrunk(image.height, shrink), shrunk(image.width, shrink)
+    height, width = -(-image.height // shrink), -(-image.width // shrink)
     stored = _stored_bytes(image.mode)
     loading, fixed = _LOADING.get(image.format or "", _plain)(image, data, shrink)
     pixels = height * width

@@ -140,23 +140,24 @@ def _expand(name: str) -> list[ImageFile]:
 
 def _walk(folder: str) -> Iterator[tuple[str, str]]:
     """Paths and the names of their folders, depth first; links are followed, circles are not."""
-    todo = [(folder, "", frozenset[str]())]  # the next one last
-    visits: collections.Counter[str] = collections.Counter()
+    todo = [(folder, "", frozenset[tuple[int, int]]())]  # the next one last
+    visits: collections.Counter[tuple[int, int]] = collections.Counter()
     while todo:
         path, label, above = todo.pop()
         if not os.path.isdir(path):
             yield path, label
             continue
-        place = os.path.realpath(path)
+        try:
+            found = os.stat(path)
+            names = sorted(each for each in os.listdir(path) if not each.startswith("."))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        place = found.st_dev, found.st_ino
         if place in above:
             continue
         visits[place] += 1
         if visits[place] > _MOST_VISITS:  # links to links double with each folder
-            raise DataError(f"{folder}: more than {_MOST_VISITS} links in it lead to {place}")
-        try:
-            names = sorted(each for each in os.listdir(path) if not each.startswith("."))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+            raise DataError(f"{path}: reached by more than {_MOST_VISITS} ways, by links")
         inside = [os.path.join(path, each) for each in names]
         label = "" if path == folder else os.path.basename(path)
         todo += [

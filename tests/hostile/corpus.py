@@ -36,22 +36,26 @@ class Case(NamedTuple):
       commands: Command lines that read it; {here}, {victim}, {image} and {run} (the case's copy)
         are put in.
       codes: Exit codes that are right; whatever the code, nothing else may happen.
+      slow: It is not part of the default run.
     """
 
     name: str
     make: Callable[[Places], object]
     commands: tuple[str, ...]
     codes: tuple[int, ...]
+    slow: bool
 
 
 CASES: list[Case] = []
 
 
-def case(*commands: str, codes: tuple[int, ...] = (2,)) -> Callable[[Callable], Callable]:
+def case(
+    *commands: str, codes: tuple[int, ...] = (2,), slow: bool = False
+) -> Callable[[Callable], Callable]:
     """Adds the function that makes a case, under its name."""
 
     def add(make: Callable[[Places], object]) -> Callable[[Places], object]:
-        CASES.append(Case(make.__name__, make, commands, codes))
+        CASES.append(Case(make.__name__, make, commands, codes, slow))
         return make
 
     return add
