@@ -185,7 +185,7 @@ def _data_set(places, spoil):
     spoil(path)
 
 
-EVALUATE = "evaluate {run} --data=folder:{here}/set"
+EVALUATE = "evaluate {run} --data=folder:{here}/set --split=test"
 
 
 @case(EVALUATE, codes=(0,))
