@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:  # who lists a folder of images needs no decoder
 
 # Largest file of an image. A JPEG of 200 million pixels has 50 to 100 MB.
 FILE_BYTES = 128 * MIB
+# After an image that takes more, freed memory is given back to the system.
+_TRIMMED = 64 * MIB
 # What Pillow converts or resizes at a time; larger images are taken in bands of rows.
 BAND_PIXELS = 2**20
 # Memory for a band, and for a pointer and the padding of each row in Pillow.
@@ -84,6 +87,8 @@ class Budget:
             self.free -= amount
 
     def _end(self, amount: int) -> None:
+        if amount > _TRIMMED:
+            _give_back()
         with self._lock:
             self.free += amount
             if self._waiting:
@@ -102,6 +107,13 @@ class _Share:  # a class, for a generator takes longer and this is done for each
 
     def __exit__(self, *exception: object) -> None:
         self._budget._end(self._amount)
+
+
+def _give_back() -> None:
+    """Gives freed memory back to the system; glibc keeps what each thread has freed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 BUDGET = Budget(512 * MIB)

@@ -317,4 +317,4 @@ def _or_error(read: Callable[[T], np.ndarray], item: T) -> np.ndarray | DataErro
     try:
         return read(item)
     except DataError as error:
-        return error
+        return DataError(str(error))  # its traceback would keep the image that was being decoded
