@@ -7,24 +7,31 @@ data and leaves the interpreter lock while it decodes and resizes, so threads ru
 
 Orientation tags (EXIF) are not applied: the published accuracies are of images as stored.
 
-Images may come from strangers. What a header claims is checked before memory is taken for it, and
-only decoders that are asked for look at the bytes; whatever is wrong is a DataError.
+Images may come from strangers. Only regular files of limited size are read, what a header claims is
+checked before memory is taken for it and counted in a budget that all threads share (limits.py),
+and only decoders that are asked for look at the bytes. Whatever is wrong is a DataError.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import logging
 import math
+import os
 import warnings
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, Jpeg2KImagePlugin, UnidentifiedImageError
 
+from resnet_jax.data import limits
 from resnet_jax.data.jpeg import Frame, jpeg_frame
 from resnet_jax.errors import DataError, import_failure, library_errors
+from resnet_jax.files import open_regular, read_bytes
 from resnet_jax.training.config import Data
 
 try:  # faster than Pillow; the same pixels in evaluation, in training within a few levels
@@ -40,8 +47,10 @@ except ImportError as error:
 Region = tuple[slice, slice]
 
 # Most pixels of an image, as stored and as resized before a crop: as many as the largest sensors
-# have, 0.6 GB in colour. A header of a few bytes can claim more than any memory holds.
+# have. The budget in limits.py allows fewer where the format cannot be decoded at a smaller scale.
 MAX_PIXELS = 200_000_000
+# Of files from here on, the header is judged before the rest is read.
+_LARGE_FILE = 2**24
 # What Pillow may try. It knows 40 formats, runs Ghostscript for one of them, and looks at the bytes
 # instead of the name, so each of them would be open to any file.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -50,6 +59,8 @@ _PILLOW_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+# Scales 1 / n at which JPEG and JPEG 2000 are decoded.
+_SHRINKS = (1, 2, 4, 8)
 _OPENCV_FILTERS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -66,7 +77,26 @@ def _limit_pillow() -> None:
 _limit_pillow()
 
 
-def open_image(file: io.BytesIO | Path) -> Image.Image:
+def read_encoded(path: str | os.PathLike[str]) -> bytes:
+    """Reads the file of an image.
+
+    Args:
+      path: A regular file of at most `limits.FILE_BYTES`.
+
+    Returns:
+      The encoded image.
+
+    Raises:
+      OSError: It is missing, unreadable, no regular file, or too large.
+      DataError: It is large, and its first bytes are those of no image that is decoded here.
+    """
+    if os.path.getsize(path) > _LARGE_FILE:
+        with open_regular(path, limits.FILE_BYTES) as file:
+            read_header(file)
+    return read_bytes(path, limits.FILE_BYTES)
+
+
+def open_image(file: BinaryIO) -> Image.Image:
     """Reads the header of an image with Pillow.
 
     Args:
@@ -88,6 +118,48 @@ def open_image(file: io.BytesIO | Path) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     check_size(image.height, image.width)
     return image
+
+
+class Header(NamedTuple):
+    """What the header of an image says.
+
+    Args:
+      height: In pixels.
+      width: In pixels.
+      mode: Pillow's name of its channels, such as "L" and "RGB".
+    """
+
+    height: int
+    width: int
+    mode: str
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Reads the header of an image, which takes no memory for its pixels.
+
+    Args:
+      file: The encoded image.
+
+    Returns:
+      Its size and mode.
+
+    Raises:
+      DataError: As `open_image`.
+
+    Example:
+      >>> file = io.BytesIO()
+      >>> Image.new("L", (8, 4)).save(file, "PNG")
+      >>> read_header(file)
+      Header(height=4, width=8, mode='L')
+    """
+    file.seek(0)
+    size = limits.webp_size(file.read(30))
+    file.seek(0)
+    if size is not None:  # Pillow would take the memory
+        check_size(*size)
+        return Header(*size, "RGB")
+    with open_image(file) as image:
+        return Header(image.height, image.width, image.mode)
 
 
 def check_size(height: int, width: int) -> None:
@@ -113,7 +185,8 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     """Decodes an image of any of FORMATS; of an animation, the first frame.
 
     Palettes are looked up, transparency is dropped, CMYK becomes RGB, and of 16 bits the upper 8
-    are kept. Colour becomes grey by Rec. 601 luma.
+    are kept. Colour becomes grey by Rec. 601 luma. A JPEG or JPEG 2000 that would take more than
+    the whole budget of memory is decoded at 1/2, 1/4 or 1/8 of its size.
 
     Args:
       data: The encoded image.
@@ -131,12 +204,82 @@ def decode(data: bytes, channels: int) -> np.ndarray:
       >>> decode(file.getvalue(), channels=3).shape
       (4, 8, 3)
     """
+    with decoded(data, channels) as pixels:
+        return pixels
+
+
+def no_bytes(height: int, width: int) -> int:
+    """What a block takes that only looks at the pixels."""
+    return 0
+
+
+@contextlib.contextmanager
+def decoded(
+    data: bytes,
+    channels: int,
+    beside: limits.Beside = no_bytes,
+    look: Callable[[Image.Image], object] | None = None,
+) -> Iterator[np.ndarray]:
+    """Decodes as `decode`, and counts the image's memory in the budget until the block ends.
+
+    Args:
+      data: The encoded image.
+      channels: 3 (RGB) or 1 (grey).
+      beside: Bytes that the block takes beside pixels of that height and width.
+      look: Called with the image once Pillow has loaded it, unless it is a JPEG.
+
+    Yields:
+      uint8 pixels [H, W, channels].
+
+    Raises:
+      DataError: The data is damaged, cut short, too large, or no image.
+    """
     frame = _small_frame(data)
     if frame is not None and simplejpeg is not None:
-        pixels = _decode_jpeg(data, frame, channels, rows=frame.height, shrink=1, exact=True)
-        if pixels is not None:
-            return pixels
-    return _decode_pillow(data, channels)
+        amount, shrink = limits.fitting(
+            frame.height,
+            frame.width,
+            lambda shrink: limits.jpeg_bytes(frame, channels, shrink, beside),
+            _SHRINKS,
+        )
+        with limits.BUDGET.take(amount):
+            pixels = _decode_jpeg(data, frame, channels, frame.height, shrink, exact=True)
+            if pixels is not None:
+                yield pixels
+                return
+    with _decoded_by_pillow(data, channels, beside, look) as pixels:
+        yield pixels
+
+
+@contextlib.contextmanager
+def _decoded_by_pillow(
+    data: bytes,
+    channels: int,
+    beside: limits.Beside,
+    look: Callable[[Image.Image], object] | None = None,
+) -> Iterator[np.ndarray]:
+    with contextlib.ExitStack() as taken:
+        early = limits.bytes_to_open(data, channels, beside)
+        if early is not None:
+            amount, size = early
+            check_size(*size)
+            limits.fitting(*size, lambda _: amount, (1,))
+            taken.enter_context(limits.BUDGET.take(amount))
+        image = open_image(io.BytesIO(data))
+        shrink = 1
+        if early is None:
+            amount, shrink = limits.fitting(
+                image.height,
+                image.width,
+                functools.partial(limits.pillow_bytes, image, data, channels, beside=beside),
+                _SHRINKS if image.format in ("JPEG", "JPEG2000") else (1,),
+            )
+            taken.enter_context(limits.BUDGET.take(amount))
+        pixels = _load(image, channels, shrink)
+        if look is not None and image.format not in ("JPEG", "MPO"):
+            look(image)
+        del image  # its memory is counted until here
+        yield pixels
 
 
 def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
@@ -162,7 +305,8 @@ def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
       >>> eval_crop(file.getvalue(), config, channels=3).shape
       (224, 224, 3)
     """
-    return crop_pixels(decode(data, channels), config)
+    with decoded(data, channels, crop_bytes(config)) as pixels:
+        return crop_pixels(pixels, config)
 
 
 def crop_pixels(pixels: np.ndarray, config: Data) -> np.ndarray:
@@ -182,9 +326,40 @@ def crop_pixels(pixels: np.ndarray, config: Data) -> np.ndarray:
       >>> crop_pixels(np.zeros((30, 40, 1), np.uint8), Data(eval_size=24)).shape
       (24, 24, 1)
     """
-    size = config.eval_size or config.image_size
-    shorter = config.eval_resize or size
+    shorter, size = _eval_sides(config)
     return _centre_crop(pixels, shorter, size, config.interpolation)
+
+
+def _eval_sides(config: Data) -> tuple[int, int]:
+    size = config.eval_size or config.image_size
+    return config.eval_resize or size, size
+
+
+def crop_bytes(config: Data) -> limits.Beside:
+    """What `crop_pixels` takes beside an image.
+
+    Args:
+      config: As for `eval_crop`.
+
+    Returns:
+      Bytes, as a function of the image's height and width in pixels.
+
+    Example:
+      >>> crop_bytes(Data(eval_resize=256))(256, 1000)
+      0
+    """
+    return _centre_bytes(_eval_sides(config)[0])
+
+
+def _centre_bytes(shorter: int) -> limits.Beside:
+    def beside(height: int, width: int) -> int:
+        if min(height, width) == shorter:
+            return 0
+        size = _resized(height, width, shorter)
+        check_size(*size)
+        return resize_bytes(height, *size)
+
+    return beside
 
 
 def train_crop(
@@ -221,24 +396,38 @@ def train_crop(
     """
     size = config.image_size
     if config.crop == "center":
-        pixels = _centre_crop(decode(data, channels), size, size, config.interpolation)
-        return _resize(pixels, size, config.interpolation, out)
+        with decoded(data, channels, _centre_bytes(size)) as pixels:
+            pixels = _centre_crop(pixels, size, size, config.interpolation)
+            return _resize(pixels, size, config.interpolation, out)
     draw = {"random_resized": _random_region, "scale_jitter": _jittered_region}[config.crop]
+
+    def beside(height: int, width: int) -> int:  # blurred; or as Pillow has it
+        return (4 + channels) * height * width
+
     frame = _small_frame(data)
     if frame is None:
-        pixels = _decode_pillow(data, channels)
-        pixels = pixels[draw(pixels.shape[0], pixels.shape[1], config, rng)]
-    else:
-        region = draw(frame.height, frame.width, config, rng)
-        pixels = _decode_region(data, frame, channels, region, size)
-    return _resize(pixels, size, config.interpolation, out)
+        with _decoded_by_pillow(data, channels, beside) as pixels:
+            region = draw(pixels.shape[0], pixels.shape[1], config, rng)
+            return _resize(pixels[region], size, config.interpolation, out)
+    region = draw(frame.height, frame.width, config, rng)
+    amount, shrink = limits.fitting(
+        frame.height,
+        frame.width,
+        lambda shrink: limits.jpeg_bytes(frame, channels, shrink, beside),
+        _SHRINKS[_SHRINKS.index(_shrink_of(region, size)) :],
+    )
+    with limits.BUDGET.take(amount):
+        pixels = _decode_region(data, frame, channels, region, size, shrink)
+        return _resize(pixels, size, config.interpolation, out)
 
 
 def _small_frame(data: bytes) -> Frame | None:
-    """`jpeg_frame`, whose sizes are checked."""
+    """`jpeg_frame`, whose sizes and scans are checked."""
     frame = jpeg_frame(data)
     if frame is not None:
         check_size(frame.height, frame.width)
+        if not frame.one_scan:
+            limits.check_scans(data, frame.height * frame.width)
     return frame
 
 
@@ -294,12 +483,63 @@ def _centre_crop(pixels: np.ndarray, shorter: int, size: int, interpolation: str
     if min(height, width) != shorter:
         height, width = _resized(height, width, shorter)
         check_size(height, width)
-        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        image = image.resize((width, height), _PILLOW_FILTERS[interpolation])
-        pixels = np.asarray(image).reshape(height, width, -1)
-    # round() of a half goes to the even number, in torchvision too.
-    top, left = round((height - size) / 2), round((width - size) / 2)
+        image = _resized_image(pixels, height, width, interpolation)
+        if height * width > limits.BAND_PIXELS:  # of a strip, only the crop becomes an array
+            left, top = _centred(width, size), _centred(height, size)
+            return _array(image.crop((left, top, left + size, top + size)))
+        pixels = _array(image)
+    top, left = _centred(height, size), _centred(width, size)
     return np.ascontiguousarray(pixels[top : top + size, left : left + size])
+
+
+def _centred(length: int, size: int) -> int:
+    return round((length - size) / 2)  # of a half, to the even number, in torchvision too
+
+
+def resize(pixels: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+    """Resizes an image with Pillow's antialiased filters.
+
+    Args:
+      pixels: uint8 [H, W, C], C = 1 or 3.
+      height: New one in pixels.
+      width: New one in pixels.
+      interpolation: "bilinear" or "bicubic".
+
+    Returns:
+      uint8 [height, width, C].
+
+    Example:
+      >>> resize(np.zeros((375, 500, 3), np.uint8), 224, 299, "bilinear").shape
+      (224, 299, 3)
+    """
+    return _array(_resized_image(pixels, height, width, interpolation))
+
+
+def resize_bytes(stored_height: int, height: int, width: int) -> int:
+    """What `resize` takes beside its image: rows resized across, twice, and the result."""
+    return 7 * stored_height * width + 10 * height * width
+
+
+def _resized_image(pixels: np.ndarray, height: int, width: int, interpolation: str) -> Image.Image:
+    kind = _PILLOW_FILTERS[interpolation]
+    if pixels.shape[0] * pixels.shape[1] > limits.BAND_PIXELS:
+        # Pillow resizes across first, each row by itself, so that bands of rows give the same.
+        rows = max(1, limits.BAND_PIXELS // pixels.shape[1])
+        across = np.empty((pixels.shape[0], width, pixels.shape[2]), np.uint8)
+        for top in range(0, pixels.shape[0], rows):
+            band = pixels[top : top + rows]
+            across[top : top + rows] = _array(_image(band).resize((width, band.shape[0]), kind))
+        pixels = across
+    return _image(pixels).resize((width, height), kind)
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def _resize(
@@ -333,21 +573,31 @@ def _gaussian(variance: float) -> tuple[int, float]:
     return 3, math.sqrt(-0.5 / math.log(beside / (1 - 2 * beside)))
 
 
+def _shrink_of(region: Region, size: int) -> int:
+    """The largest scale at which no side of a region gets shorter than `size`."""
+    shortest = min(side.stop - side.start for side in region)
+    # 16: the few pixels of a tiny image could be had at a scale between those powers as well.
+    return next((each for each in (8, 4, 2) if shortest // each >= max(size, 16)), 1)
+
+
 def _decode_region(
-    data: bytes, frame: Frame, channels: int, region: Region, size: int
+    data: bytes,
+    frame: Frame,
+    channels: int,
+    region: Region,
+    size: int,
+    shrink: int = 0,
 ) -> np.ndarray:
     """Decodes a region, shrunk by a power of 2 as long as no side gets shorter than `size`."""
     rows, columns = region
-    shortest = min(rows.stop - rows.start, columns.stop - columns.start)
-    # 16: the few pixels of a tiny image could be had at a scale between those powers as well.
-    shrink = next((each for each in (8, 4, 2) if shortest // each >= max(size, 16)), 1)
+    shrink = shrink or _shrink_of(region, size)
     pixels = None
     if simplejpeg is not None:
         # One row more than the region has, from which its last row's colour is interpolated.
         last = min(frame.height, rows.stop + shrink)
         pixels = _decode_jpeg(data, frame, channels, last, shrink, exact=False)
     if pixels is None:
-        pixels = _decode_pillow(data, channels, shrink)
+        pixels = _load(open_image(io.BytesIO(data)), channels, shrink)
     return pixels[
         round(rows.start / shrink) : round(rows.stop / shrink),
         round(columns.start / shrink) : round(columns.stop / shrink),
@@ -388,14 +638,15 @@ def _decode_jpeg(
     return pixels
 
 
-def _decode_pillow(data: bytes, channels: int, shrink: int = 1) -> np.ndarray:
-    with open_image(io.BytesIO(data)) as image:
-        width, height = image.size
+def _load(image: Image.Image, channels: int, shrink: int) -> np.ndarray:
+    """The pixels of an image that was opened, at 1 / shrink of its size."""
+    with library_errors(not_whole):
         if image.format == "JPEG":  # of grey images, decode no colour
             mode = "RGB" if channels == 3 else "L"
-            with library_errors(not_whole):
-                image.draft(mode, (width // shrink, height // shrink))
-        return image_pixels(image, channels)
+            image.draft(mode, (image.width // shrink, image.height // shrink))
+        elif isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
+            image.reduce = shrink.bit_length() - 1
+    return image_pixels(image, channels)
 
 
 def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -417,13 +668,26 @@ def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
     """
     with library_errors(not_whole):
         image.load()
+    width, height = image.size
+    if height * width <= limits.BAND_PIXELS:
+        return _converted(image, channels)
+    pixels = np.empty((height, width, channels), np.uint8)
+    rows = max(1, limits.BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        with library_errors(not_whole):
+            band = image.crop((0, top, width, bottom))
+        pixels[top:bottom] = _converted(band, channels)
+    return pixels
+
+
+def _converted(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     with library_errors(not_whole):
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
-        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    return pixels.reshape(*pixels.shape[:2], channels)
+        return _array(image.convert("RGB" if channels == 3 else "L"))
 
 
 def not_whole(error: Exception) -> DataError:

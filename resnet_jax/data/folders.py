@@ -8,9 +8,13 @@ import os
 from pathlib import Path
 
 from resnet_jax.data.base import Source, digest, fault
+from resnet_jax.data.limits import FILE_BYTES
 from resnet_jax.errors import DataError
+from resnet_jax.files import open_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Images of each class whose headers are tried, to learn whether the data set is grey.
+_LOOKED_AT = 16
 
 
 class FolderSource(Source):
@@ -22,7 +26,7 @@ class FolderSource(Source):
         classes = _class_folders(self._folder, field, split)
         self.class_names = tuple(classes)
         reference = root / train_split
-        if split != train_split and train_split and reference.is_dir():
+        if split != train_split and train_split and os.path.isdir(reference):
             trained = _class_folders(reference, "data.train_split", train_split)
             _check_classes(field, split, classes, train_split, trained)
         if len(classes) < 2:
@@ -48,21 +52,23 @@ class FolderSource(Source):
 
     def _read(self, position: int) -> tuple[bytes, int]:
         path, label = self._place(position)
+        from resnet_jax.data.decode import read_encoded
+
         try:
-            return path.read_bytes(), label
+            return read_encoded(path), label
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _split_folder(name: str, root: Path, split: str, field: str) -> Path:
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise fault("data.name", name, f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS")
     folder = root / split
     if ".." in Path(split).parts or Path(split).is_absolute():
         raise fault(field, split, f"must be the name of a folder in {root}")
-    if split and folder.is_dir() and folder.resolve() != root.resolve():
+    if split and os.path.isdir(folder) and folder.resolve() != root.resolve():
         return folder
-    there = [each for each in _scan(root, "data.name", name) if (root / each).is_dir()]
+    there = [each for each in _scan(root, "data.name", name) if os.path.isdir(root / each)]
     if not there:
         raise fault("data.name", name, f"{root} has no folders; it needs {split}/CLASS/image.jpg")
     shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
@@ -71,7 +77,7 @@ def _split_folder(name: str, root: Path, split: str, field: str) -> Path:
 
 
 def _class_folders(folder: Path, field: str, split: str) -> list[str]:
-    classes = [each for each in _scan(folder, field, split) if (folder / each).is_dir()]
+    classes = [each for each in _scan(folder, field, split) if os.path.isdir(folder / each)]
     if not classes:
         raise fault(field, split, f"{folder} has no class folders; it needs CLASS/image.jpg")
     return classes
@@ -93,15 +99,18 @@ def _check_classes(
 
 
 def _image_files(folder: Path, field: str, split: str) -> list[tuple[str, int]]:
-    """Names and sizes in bytes, in the order of the names."""
+    """Names and sizes in bytes, in the order of the names.
+
+    Broken links and special files are among them: whoever reads one, names and counts it.
+    """
     try:
         with os.scandir(folder) as entries:
             files = [
-                (entry.name, entry.stat().st_size)
+                (entry.name, _size(entry))
                 for entry in entries
                 if not entry.name.startswith(".")
                 and entry.name.lower().endswith(IMAGE_SUFFIXES)
-                and entry.is_file()
+                and not os.path.isdir(entry)
             ]
     except OSError as error:
         raise fault(field, split, f"cannot read {folder} ({error.strerror or error})") from error
@@ -110,6 +119,13 @@ def _image_files(folder: Path, field: str, split: str) -> list[tuple[str, int]]:
             field, split, f"class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)})"
         )
     return sorted(files)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a link to nothing, or to itself
+        return -1
 
 
 def _scan(folder: Path, field: str, value: str) -> list[str]:
@@ -123,16 +139,21 @@ def _scan(folder: Path, field: str, value: str) -> list[str]:
 def _stored_channels(
     folder: Path, classes: list[str], files: list[list[str]], field: str, split: str
 ) -> int:
-    """1 if the first image of every class is grey, else 3; damaged ones do not count."""
-    from resnet_jax.data.decode import open_image
+    """1 if the first whole image of every class is grey, else 3."""
+    from resnet_jax.data.decode import read_header
 
-    modes = set()
-    for each, names in zip(classes, files):
+    def mode(name: Path) -> str:
         try:
-            with open_image(folder / each / names[0]) as image:
-                modes.add(image.mode)
-        except DataError:
-            continue
+            with open_regular(name, FILE_BYTES) as file:
+                return read_header(file).mode
+        except (DataError, OSError):
+            return ""
+
+    found = (
+        next(filter(None, (mode(folder / each / name) for name in names[:_LOOKED_AT])), "")
+        for each, names in zip(classes, files)
+    )
+    modes = set(found) - {""}
     if not modes:
-        raise fault(field, split, f"the first image of no class of {folder} can be opened")
+        raise fault(field, split, f"the first images of no class of {folder} can be opened")
     return 1 if modes == {"L"} else 3

@@ -19,12 +19,15 @@ class Frame:
       width: In pixels.
       height_at: Where in the data the two bytes of the height are.
       one_scan: All of the image is in one pass from top to bottom.
+      samples: For each pixel, of all components: 3, or 1.5 where colour has half the resolution.
+        Not read where all is in one scan.
     """
 
     height: int
     width: int
     height_at: int
     one_scan: bool
+    samples: float = 3.0
 
 
 def jpeg_frame(data: bytes) -> Frame | None:
@@ -54,8 +57,16 @@ def jpeg_frame(data: bytes) -> Frame | None:
         elif marker == 0xDA:
             if found is not None and in_rows and data[at + 4] == components:
                 return dataclasses.replace(found, one_scan=True)
-            return found
+            return found and dataclasses.replace(found, samples=_samples(data, found))
         elif not (0xC4 <= marker <= 0xFE) or 0xD0 <= marker <= 0xD9 or length < 2:
             return None
         at += 2 + length
     return None
+
+
+def _samples(data: bytes, frame: Frame) -> float:
+    count, at = data[frame.height_at + 4], frame.height_at + 5
+    # Of each component there are three bytes: name, factors across and down, table.
+    factors = [(max(each >> 4, 1), max(each & 15, 1)) for each in data[at : at + 3 * count][1::3]]
+    most = max(across for across, _ in factors) * max(down for _, down in factors)
+    return sum(across * down for across, down in factors) / most

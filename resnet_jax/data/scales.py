@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from resnet_jax.data import decode
 from resnet_jax.data.base import Batch, Source
@@ -98,8 +97,8 @@ def _ratio(source: Source, index: int) -> Ratio:
     if source.image_shape is not None:
         return Ratio.of(*source.image_shape)
     try:
-        with decode.open_image(io.BytesIO(source[index][0])) as image:
-            return Ratio.of(image.height, image.width)
+        header = decode.read_header(io.BytesIO(source[index][0]))
+        return Ratio.of(header.height, header.width)
     except (DataError, OSError):  # whatever is wrong with it, decoding will say
         return Ratio(_PARTS, upright=False)
 
@@ -137,14 +136,18 @@ class _Scaled(Batches):
         if index < 0:
             return
         data, batch["labels"][place] = self.source[index]
+        shapes = [scaled.shape[1:3] for scaled in batch["images"]]
+
+        def beside(height: int, width: int) -> int:
+            return max(decode.resize_bytes(height, *shape) for shape in shapes)
+
         try:
-            pixels = decode.decode(data, self.channels)
+            with decode.decoded(data, self.channels, beside) as pixels:
+                for scaled, shape in zip(batch["images"], shapes):
+                    scaled[place] = resize(pixels, shape, self.config.interpolation)
+            batch["weights"][place] = 1.0
         except DataError:
             batch["faulty"][place] = index
-            return
-        for scaled in batch["images"]:
-            scaled[place] = resize(pixels, scaled.shape[1:3], self.config.interpolation)
-        batch["weights"][place] = 1.0
 
 
 def resize(pixels: np.ndarray, shape: tuple[int, int], interpolation: str) -> np.ndarray:
@@ -164,9 +167,7 @@ def resize(pixels: np.ndarray, shape: tuple[int, int], interpolation: str) -> np
     """
     if pixels.shape[:2] == tuple(shape):
         return pixels
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    image = image.resize(shape[::-1], Image.Resampling[interpolation.upper()])
-    return np.asarray(image).reshape(*shape, -1)
+    return decode.resize(pixels, *shape, interpolation)
 
 
 def scaled_batches(

@@ -243,8 +243,12 @@ def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
     begun = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
 
+    stopped = threading.Event()
+
     def fill(batch: Batch, images: Any, places: range) -> None:
         for place in places:
+            if stopped.is_set():  # a large image takes seconds
+                return
             batches.fill(batch, images, place)
 
     def begin(step: int) -> None:
@@ -267,6 +271,7 @@ def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
         while begun:
             yield finish()
     finally:  # also where nobody wants the rest
+        stopped.set()
         for part in itertools.chain.from_iterable(parts for _, parts in begun):
             part.cancel()
         pool.shutdown()

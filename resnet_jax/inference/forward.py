@@ -11,11 +11,10 @@ import jax
 import numpy as np
 
 from resnet_jax.data.augment import normalize
-from resnet_jax.data.decode import crop_pixels
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.evaluation.network import Network
-from resnet_jax.inference.images import in_threads, read_pixels
+from resnet_jax.inference.images import in_threads, read_crop
 from resnet_jax.training.config import INTERPOLATIONS
 from resnet_jax.training.parallel import data_parallel_outputs, place, put
 
@@ -107,7 +106,7 @@ class Forward:
         yield from waiting
 
     def _crop(self, image: Any) -> np.ndarray:
-        return crop_pixels(read_pixels(image, self._network.channels), self._network.crop)
+        return read_crop(image, self._network.channels, self._network.crop)
 
     def _batches(self, images: Iterable[Any]) -> Iterator[tuple[_Entries, np.ndarray]]:
         shape = (self.batch_size, self._side, self._side, self._network.channels)

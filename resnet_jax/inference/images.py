@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import io
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from resnet_jax.data.decode import decode, image_pixels, not_whole, open_image
+from resnet_jax.data.decode import (
+    crop_bytes,
+    crop_pixels,
+    decoded,
+    image_pixels,
+    no_bytes,
+    not_whole,
+    open_image,
+    read_encoded,
+    read_header,
+)
 from resnet_jax.data.folders import IMAGE_SUFFIXES as DATA_SET_SUFFIXES
+from resnet_jax.data.limits import FILE_BYTES, Beside
 from resnet_jax.errors import DataError, library_errors
+from resnet_jax.training.config import Data
 
 # What is an image in a folder; a file that is named itself may be called anything.
 IMAGE_SUFFIXES = (*DATA_SET_SUFFIXES, ".avif", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff")
 STDIN = "-"
+# Ways to one folder, by links.
+_MOST_VISITS = 100
 # Images that a thread takes at a time: waking it costs as much as decoding a small one.
 _AT_A_TIME = 4
 # How stored pixels [H, W, C] become upright ones, by the value of the orientation tag.
@@ -72,11 +87,11 @@ def list_images(inputs: Sequence[str | os.PathLike[str]]) -> list[ImageFile]:
       DataError: An input is missing, a folder has no images, or standard input is empty.
 
     Example:
-      >>> import tempfile
+      >>> import pathlib, tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     os.makedirs(f"{folder}/cats")
-      ...     _ = Path(folder, "cats", "1.JPG").write_bytes(b"")
-      ...     _ = Path(folder, "notes.txt").write_bytes(b"")
+      ...     _ = pathlib.Path(folder, "cats", "1.JPG").write_bytes(b"")
+      ...     _ = pathlib.Path(folder, "notes.txt").write_bytes(b"")
       ...     [image.label for image in list_images([folder])]
       ['cats']
     """
@@ -88,11 +103,15 @@ def list_images(inputs: Sequence[str | os.PathLike[str]]) -> list[ImageFile]:
             raise DataError(f"{name}: there is no such file or folder")
     found: list[ImageFile] = []
     for name in names:
-        found += _from_stdin(sys.stdin.buffer.read()) if name == STDIN else _expand(name)
+        found += (
+            _from_stdin(sys.stdin.buffer.read(FILE_BYTES + 1)) if name == STDIN else _expand(name)
+        )
     return found
 
 
 def _from_stdin(data: bytes) -> list[ImageFile]:
+    if len(data) > FILE_BYTES:
+        raise DataError(f"-: standard input has more than the limit of {FILE_BYTES:,} bytes")
     if not data.strip():
         raise DataError("-: standard input is empty; it takes an image, or paths one a line")
     # No path has a zero byte, and few images have none: only those need a look.
@@ -105,8 +124,7 @@ def _from_stdin(data: bytes) -> list[ImageFile]:
 
 def _is_image(data: bytes) -> bool:
     try:
-        with open_image(io.BytesIO(data)):
-            return True
+        return bool(read_header(io.BytesIO(data)))
     except DataError:
         return False
 
@@ -114,26 +132,39 @@ def _is_image(data: bytes) -> bool:
 def _expand(name: str) -> list[ImageFile]:
     if not os.path.isdir(name):
         return [ImageFile(name)]
-    found = [ImageFile(path, label) for path, label in _walk(name, "", frozenset())]
+    found = [ImageFile(path, label) for path, label in _walk(name)]
     if not found:
         raise DataError(f"{name}: the folder has no images ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
-def _walk(folder: str, label: str, above: frozenset[str]) -> Iterator[tuple[str, str]]:
+def _walk(folder: str) -> Iterator[tuple[str, str]]:
     """Paths and the names of their folders, depth first; links are followed, circles are not."""
-    above |= {os.path.realpath(folder)}
-    try:
-        entries = sorted(each for each in os.listdir(folder) if not each.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
-    for entry in entries:
-        path = os.path.join(folder, entry)
-        if os.path.isdir(path):
-            if os.path.realpath(path) not in above:
-                yield from _walk(path, entry, above)
-        elif entry.lower().endswith(IMAGE_SUFFIXES):
+    todo = [(folder, "", frozenset[tuple[int, int]]())]  # the next one last
+    visits: collections.Counter[tuple[int, int]] = collections.Counter()
+    while todo:
+        path, label, above = todo.pop()
+        if not os.path.isdir(path):
             yield path, label
+            continue
+        try:
+            found = os.stat(path)
+            names = sorted(each for each in os.listdir(path) if not each.startswith("."))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        place = found.st_dev, found.st_ino
+        if place in above:
+            continue
+        visits[place] += 1
+        if visits[place] > _MOST_VISITS:  # links to links double with each folder
+            raise DataError(f"{path}: reached by more than {_MOST_VISITS} ways, by links")
+        inside = [os.path.join(path, each) for each in names]
+        label = "" if path == folder else os.path.basename(path)
+        todo += [
+            (each, label, above | {place})
+            for each in reversed(inside)
+            if each.lower().endswith(IMAGE_SUFFIXES) or os.path.isdir(each)
+        ]
 
 
 def read_pixels(image: Any, channels: int) -> np.ndarray:
@@ -154,42 +185,84 @@ def read_pixels(image: Any, channels: int) -> np.ndarray:
       >>> read_pixels(Image.new("LA", (8, 4)), channels=3).shape
       (4, 8, 3)
     """
+    with upright(image, channels) as pixels:
+        return pixels
+
+
+def read_crop(image: Any, channels: int, config: Data) -> np.ndarray:
+    """The crop of an image that a network is to see.
+
+    Args:
+      image: As for `read_pixels`.
+      channels: 3 (RGB) or 1 (grey).
+      config: As for `data.decode.eval_crop`.
+
+    Returns:
+      uint8 pixels [S, S, channels].
+
+    Raises:
+      DataError: As `read_pixels` and `data.decode.crop_pixels`.
+    """
+    with upright(image, channels, crop_bytes(config)) as pixels:
+        return crop_pixels(pixels, config)
+
+
+@contextlib.contextmanager
+def upright(image: Any, channels: int, beside: Beside = no_bytes) -> Iterator[np.ndarray]:
+    """`read_pixels`; of a file, the memory is counted until the block ends.
+
+    Args:
+      image: As for `read_pixels`.
+      channels: 3 (RGB) or 1 (grey).
+      beside: Bytes that the block takes beside pixels of that height and width.
+
+    Yields:
+      uint8 pixels [H, W, channels].
+
+    Raises:
+      DataError: As `read_pixels`; one of the block's is given the image's name.
+    """
     if isinstance(image, np.ndarray):
         # By way of Pillow, so that an array is converted as the same image in a file.
         grey = image.ndim == 3 and image.shape[2] == 1
-        return image_pixels(Image.fromarray(image[:, :, 0] if grey else image), channels)
+        yield image_pixels(Image.fromarray(image[:, :, 0] if grey else image), channels)
+        return
     name = getattr(image, "filename", "") or "an image in memory"
     try:
         if isinstance(image, Image.Image):
-            return _upright(image, channels)
+            # The tag comes second: loading a TIFF, Pillow turns it and takes its tag away.
+            pixels = image_pixels(image, channels)
+            yield _turned(pixels, _orientation(image))
+            return
         file = image if isinstance(image, ImageFile) else ImageFile(os.fspath(image))
         name = file.name
-        data = Path(name).read_bytes() if file.data is None else file.data
-        return _decode_upright(data, channels)
+        data = read_encoded(name) if file.data is None else file.data
+        with _decoded_upright(data, channels, beside) as pixels:
+            yield pixels
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
 
-def _decode_upright(data: bytes, channels: int) -> np.ndarray:
-    if data[:2] == b"\xff\xd8":  # a JPEG, of which Pillow reads the tag only
-        pixels = decode(data, channels)
-        return _turned(pixels, _orientation(lambda: open_image(io.BytesIO(data))))
-    with open_image(io.BytesIO(data)) as image:
-        return _upright(image, channels)
+@contextlib.contextmanager
+def _decoded_upright(data: bytes, channels: int, beside: Beside) -> Iterator[np.ndarray]:
+    orientation = 1
+
+    def look(image: Image.Image) -> None:
+        nonlocal orientation
+        orientation = _orientation(image)
+
+    with decoded(data, channels, beside, look) as pixels:
+        if data[:2] == b"\xff\xd8":  # a JPEG, of which Pillow reads the tag only
+            look(open_image(io.BytesIO(data)))
+        yield _turned(pixels, orientation)
 
 
-def _upright(image: Image.Image, channels: int) -> np.ndarray:
-    pixels = image_pixels(image, channels)
-    # The tag comes second: loading a TIFF, Pillow turns it by itself and takes its tag away.
-    return _turned(pixels, _orientation(lambda: image))
-
-
-def _orientation(opened: Callable[[], Image.Image]) -> int:
+def _orientation(image: Image.Image) -> int:
     try:
         with library_errors(not_whole):
-            return int(opened().getexif().get(ExifTags.Base.Orientation, 1))
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except DataError:  # damaged tags are no reason to refuse whole pixels
         return 1
 
@@ -204,6 +277,8 @@ def in_threads(
 ) -> Iterator[np.ndarray | DataError]:
     """Reads items with a thread a core, beside whatever the caller does.
 
+    A caller that stops early waits for none but the images that are being decoded.
+
     Args:
       read: Makes an array of an item.
       items: As many as there are.
@@ -217,8 +292,10 @@ def in_threads(
       [0, 1, 4, 9, 16]
     """
 
+    stopped = threading.Event()
+
     def read_part(part: list[T]) -> list[np.ndarray | DataError]:
-        return [_or_error(read, item) for item in part]
+        return [_or_error(read, item) for item in part if not stopped.is_set()]
 
     waiting: collections.deque[concurrent.futures.Future[list[np.ndarray | DataError]]]
     waiting = collections.deque()
@@ -232,6 +309,7 @@ def in_threads(
         while waiting:
             yield from waiting.popleft().result()
     finally:
+        stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -239,4 +317,4 @@ def _or_error(read: Callable[[T], np.ndarray], item: T) -> np.ndarray | DataErro
     try:
         return read(item)
     except DataError as error:
-        return error
+        return DataError(str(error))  # its traceback would keep the image that was being decoded

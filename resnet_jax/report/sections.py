@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.data.augment import normalize
-from resnet_jax.data.decode import eval_crop
-from resnet_jax.errors import ConfigError, ResNetJaxError
+from resnet_jax.data.decode import eval_crop, read_encoded
+from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
 from resnet_jax.evaluation.network import Network, open_network
 from resnet_jax.evaluation.results import Report
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
@@ -294,9 +294,11 @@ def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]
     examples = []
     for path in paths:
         try:
-            pixels = eval_crop(Path(path).read_bytes(), network.crop, network.channels)
+            pixels = eval_crop(read_encoded(path), network.crop, network.channels)
         except OSError as error:
             raise ConfigError(f"--images: {path} cannot be read: {error.strerror}") from error
+        except DataError as error:
+            raise ConfigError(f"--images: {path}: {error}") from error
         images = normalize(jnp.asarray(pixels[None]), network.colours)
         logits: Any = network.model.apply(network.variables, images, train=False)
         shares = np.asarray(jnp.exp(logits - logits.max()))[0]

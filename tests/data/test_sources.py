@@ -562,7 +562,29 @@ def test_folder_of_grey_images(images):
     (images / "test" / "dog" / "0.jpg").write_bytes(b"damaged")
     assert open_source(f"folder:{images}", "test").channels == 1
     (images / "test" / "cat" / "0.jpg").write_bytes(b"damaged")
+    assert open_source(f"folder:{images}", "test").channels == 1  # by those after them
+    for name in ("cat/1.jpg", "dog/1.jpg"):
+        (images / "test" / name).write_bytes(b"damaged")
     assert "can be opened" in message(f"folder:{images}", "test")
+
+
+@pytest.mark.parametrize("bad", ["loop", "nothing", "fifo", "device", "sparse", "unreadable"])
+def test_a_bad_entry_is_named_when_it_is_read(images, bad):
+    path = images / "test" / "cat" / "0.jpg"
+    path.unlink()
+    if bad == "fifo":
+        os.mkfifo(path)
+    elif bad in ("sparse", "unreadable"):
+        path.touch(0o000 if bad == "unreadable" else 0o600)
+        os.truncate(path, 10**11 if bad == "sparse" else 10)
+        if bad == "unreadable" and os.access(path, os.R_OK):
+            pytest.skip("this user may read everything")
+    else:
+        path.symlink_to({"loop": path, "nothing": "nowhere", "device": "/dev/zero"}[bad])
+    source = open_source(f"folder:{images}", "test")
+    assert len(source) == 4  # it keeps its place, so that the others keep theirs
+    assert f"cannot read {path}: " in message(0, call=source.__getitem__)
+    assert source[1][0]
 
 
 def test_folder_under_home(images, monkeypatch):

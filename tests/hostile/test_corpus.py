@@ -16,7 +16,7 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
-from tests.hostile import names, states, workdirs  # noqa: F401 - fills the corpus
+from tests.hostile import images, names, states, workdirs  # noqa: F401 - fills the corpus
 from tests.hostile.corpus import CASES, Places
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -113,7 +113,8 @@ def test_a_hostile_input_does_no_harm(case, command, places):
     case.make(places)
     before = contents(places.victim)
     modules = set(sys.modules)
-    words = {**places._asdict(), "run": places.here / "run", "root": ROOT}
+    own = places.here / "run"
+    words = {**places._asdict(), "run": own if own.exists() else places.run, "root": ROOT}
     arguments = [word.format(**words) for word in command.split()]
     with limits():
         code, output, errors = main(arguments)
