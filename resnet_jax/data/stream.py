@@ -10,6 +10,7 @@ import abc
 import collections
 import concurrent.futures
 import itertools
+import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -242,7 +243,6 @@ def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
     begun: collections.deque[tuple[Batch, list[concurrent.futures.Future[None]]]]
     begun = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
-
     stopped = threading.Event()
 
     def fill(batch: Batch, images: Any, places: range) -> None:
