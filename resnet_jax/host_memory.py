@@ -1,0 +1,68 @@
+"""How much memory this process may take, so that too much is refused before it is taken.
+
+Linux grants more than there is and kills the process when it is used, without a message.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from resnet_jax.errors import ConfigError
+
+
+def host_memory(root: str | os.PathLike[str] = "/") -> int:
+    """The memory of this machine, or of the container that the process runs in.
+
+    Args:
+      root: Folder with "proc" and "sys".
+
+    Returns:
+      Bytes.
+
+    Example:
+      >>> host_memory() > 2**20
+      True
+    """
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    groups = Path(root, "sys/fs/cgroup")
+    found = re.search(r"^0::/(.*)$", _read(Path(root, "proc/self/cgroup")), re.MULTILINE)
+    below = Path(found[1]) if found else Path()
+    limits = [groups / each / "memory.max" for each in (below, *below.parents)]
+    for limit in (*limits, groups / "memory/memory.limit_in_bytes"):  # the latter: version 1
+        if (text := _read(limit).strip()).isdecimal():  # else "max"
+            sizes.append(int(text))
+    return min(sizes)
+
+
+def check_host_memory(needed: float, what: str, remedy: str) -> None:
+    """Refuses what needs more memory than there is.
+
+    Args:
+      needed: A lower bound of it, in bytes.
+      what: What needs it, with the name of its field or flag.
+      remedy: What makes it smaller.
+
+    Raises:
+      ConfigError: It is more than the memory of the host.
+
+    Example:
+      >>> check_host_memory(2e18, "--batch_size=1000000", "take less")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: --batch_size=1000000: needs at least 2,000,000,000.0 GB of \
+memory, and there are ...; take less
+    """
+    there = host_memory()
+    if needed > there:
+        raise ConfigError(
+            f"{what}: needs at least {needed / 1e9:,.1f} GB of memory, and there are "
+            f"{there / 1e9:,.1f}; {remedy}"
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
