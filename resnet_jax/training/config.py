@@ -382,7 +382,7 @@ def registered_overrides(model: Model) -> dict[str, Any]:
 def profile_steps(text: str) -> tuple[int, int] | None:
     """ "10:15" -> (10, 15): the steps of a trace; None where the text says something else."""
     first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+    if len(text) > 40 or not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         return None
     return int(first), int(last)
 

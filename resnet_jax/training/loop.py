@@ -51,6 +51,7 @@ from resnet_jax.training.setup import (
     channels_of,
     check_batches,
     check_calls,
+    check_memory,
     facts,
     fingerprints,
     make_model,
@@ -109,6 +110,7 @@ def train(config: Config, workdir: str | Path) -> Result:
         model = make_model(config, sources["train"].num_classes)
         check_batches(config)
         check_calls(config, sources["train"])
+        check_memory(config, model, sources["train"])
         peers.agree(facts(config, sources))
         # On GPUs the processes share the timing of kernels while they compile, so one that found
         # its program in the cache would leave the others waiting for its part.

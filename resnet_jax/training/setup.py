@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from resnet_jax.data.loader import fits_memory
 from resnet_jax.data.sources import Source, open_source
+from resnet_jax.distributed.device_memory import check_batch_memory
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
@@ -164,6 +165,30 @@ def check_batches(config: Config, devices: int = 0) -> None:
     if config.evaluate.batch_size:
         sizes = {"evaluate.batch_size": config.evaluate.batch_size}
         parallel.check_divisible(sizes, devices=devices)
+
+
+def check_memory(config: Config, model: ResNet, source: Source) -> None:
+    """Checks that this process's share of a batch does not by far exceed the host's memory.
+
+    Args:
+      config: The configuration of a run.
+      model: Its network.
+      source: Its training images.
+
+    Raises:
+      ConfigError: Names the field, and what a batch needs at least.
+    """
+    data, train, hosts = config.data, config.train, jax.process_count()
+    trained, evaluated = train.batch_size, config.evaluate.batch_size or train.batch_size
+    name = "evaluate.batch_size" if config.evaluate.batch_size else "train.batch_size"
+    side = data.eval_size or data.image_size
+    keeps = config.optimizer.backbone_rate > 0  # what a backward pass needs
+    for field, images, size, training in (
+        (f"train.batch_size = {trained}", trained // train.accumulate, data.image_size, keeps),
+        (f"{name} = {evaluated}", evaluated, side, False),
+    ):
+        shape = (images // hosts, size, size, channels_of(config, source))
+        check_batch_memory(model, shape, f"{field} of {size}x{size} pixels", training=training)
 
 
 def batch_parts(config: Config) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 
 from resnet_jax.errors import ResNetJaxError, WeightsError, importing, library_errors
 from resnet_jax.files import read_bytes
-from resnet_jax.host_memory import host_memory
+from resnet_jax.limits import host_memory
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import (
     Variables,
@@ -315,9 +315,8 @@ def _check_torch(data: bytes) -> None:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise WeightsError(f"{member.filename} is packed, which torch.save never does")
             if member.filename.endswith(".pkl") and member.file_size > _MOST_HEADER:
-                raise WeightsError(
-                    f"{member.filename} has {member.file_size:,} bytes, more than that of any weights"
-                )
+                size = f"{member.file_size:,} bytes"
+                raise WeightsError(f"{member.filename} has {size}, more than that of any weights")
 
 
 def _plain(torch: Any, content: dict[Any, Any]) -> tuple[dict[Any, Any], int]:

@@ -1,6 +1,6 @@
-"""How much memory this process may take, so that too much is refused before it is taken.
+"""Numbers that are too large for any use, and what is refused before memory is taken for it.
 
-Linux grants more than there is and kills the process when it is used, without a message.
+Linux grants more memory than there is, and kills the process when it is used, without a message.
 """
 
 from __future__ import annotations
@@ -10,6 +10,17 @@ import re
 from pathlib import Path
 
 from resnet_jax.errors import ConfigError
+
+# Sides of images in pixels. ResNet-50's first stage makes 4 GB of one image of this size.
+MAX_SIDE = 8192
+# Channels of images; hyperspectral cameras have some hundreds of bands.
+MAX_CHANNELS = 1024
+# The largest sets of faces have some four million people.
+MAX_CLASSES = 10_000_000
+# Images of a batch: where they are counted in float32, which larger whole numbers are not exact in.
+MAX_BATCH = 2**24
+# Everything else that is counted, which devices do in int32.
+MAX_COUNT = 2**31 - 1
 
 
 def host_memory(root: str | os.PathLike[str] = "/") -> int:
