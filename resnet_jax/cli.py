@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, MISTAKE)
     except ImportError as error:
         return _fail(Exception(import_failure(error)), MISTAKE)
+    except OSError as error:
+        # The one that any use of a path raises, where the path is a flag's: also to ask if it is.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _fail(Exception(f"{error.filename}: {error.strerror}"), MISTAKE)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -109,7 +109,7 @@ def open_network(
     """
     if model:
         model_info(model)  # says which names there are
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # unlike Path's, as it is where ~ is nobody's
     if (path / "checkpoints").is_dir():
         network = _from_workdir(path, best, ema)
     elif path.is_file() or path.suffix in WEIGHT_SUFFIXES:

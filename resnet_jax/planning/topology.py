@@ -160,7 +160,7 @@ def parse_topology(name: str, network_gbits: float = 0.0) -> Topology:
 
 
 def check_rate(flag: str, rate: float) -> None:
-    """Raises ConfigError unless a rate is 0, for the usual one, or within what hardware may have."""
+    """Raises ConfigError unless a rate is 0, for the usual one, or one of real hardware."""
     if rate != 0 and not _LEAST_RATE <= rate <= _MOST_RATE:
         raise ConfigError(f"--{flag}={rate}: must be from {_LEAST_RATE} to {_MOST_RATE:,.0f}")
 

@@ -15,7 +15,7 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
-from tests.hostile import workdirs  # noqa: F401 - fills the corpus
+from tests.hostile import numbers, weights, workdirs  # noqa: F401 - they fill the corpus
 from tests.hostile.corpus import CASES, Places
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
