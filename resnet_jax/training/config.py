@@ -359,7 +359,7 @@ def check(config: Config) -> None:
     Example:
       >>> check(Config(train=Train(batch_size=0)))
       Traceback (most recent call last):
-      resnet_jax.errors.ConfigError: train.batch_size = 0: must be 1 or more
+      resnet_jax.errors.ConfigError: train.batch_size = 0: must be 1 or more, up to 16,777,216
     """
     from resnet_jax.training.rules import find_faults  # which is about the fields above
 

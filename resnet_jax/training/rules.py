@@ -49,7 +49,7 @@ _RANGE: Rule = (
 
 
 def _from_to(least: int, most: int) -> Rule:
-    return (lambda x: least <= x <= most, f"must be from {least:,} to {most:,}")
+    return (lambda x: least <= x <= most, f"must be {least} or more, up to {most:,}")
 
 
 def _one_of(allowed: tuple[str, ...]) -> Rule:
@@ -175,7 +175,7 @@ def find_faults(config: Config) -> list[str]:
     Example:
       >>> from resnet_jax.training.config import Train
       >>> find_faults(Config(train=Train(batch_size=0)))
-      ['train.batch_size = 0: must be 1 or more']
+      ['train.batch_size = 0: must be 1 or more, up to 16,777,216']
     """
     # Values of the wrong type cannot be compared.
     faults = list(_type_faults(config)) or list(_value_faults(config))
