@@ -292,7 +292,7 @@ def test_a_name_that_is_there_twice(tmp_path):
             file = io.BytesIO()
             np.save(file, np.full(2, value, np.float32))
             archive.writestr("fc.bias.npy", file.getvalue())
-    with pytest.raises(rj.WeightsError, match="holds fc.bias twice"):
+    with pytest.raises(rj.WeightsError, match=r"holds fc\.bias twice"):
         read_state_dict(tmp_path / "w.npz")
 
 
