@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -19,13 +21,15 @@ from resnet_jax.errors import (
     DIVERGED,
     MISTAKE,
     STOPPED,
+    ConfigError,
     DivergedError,
     ResNetJaxError,
     StoppedError,
     import_failure,
     one_line,
 )
-from resnet_jax.output import say, visible
+from resnet_jax.limits import MAX_COUNT
+from resnet_jax.output import say
 from resnet_jax.training.flags import parse_train_flags
 from resnet_jax.training.signals import interrupts
 
@@ -47,17 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    # `train` takes any --config.field=value, which only its own flags know.
-    # So does `plan`, beside flags of its own; `doctor` takes those by which processes are joined.
-    if arguments[:1] in (["plan"], ["doctor"]):
-        options, rest = parser.parse_known_args(arguments)
-    else:
-        known = arguments[:1] if arguments[:1] == ["train"] else arguments
-        options, rest = parser.parse_args(known), arguments[1:]
-    options.rest = rest
     try:
         with interrupts():
+            options = _parse(arguments)
             return options.command(options) or 0
     except DivergedError as error:
         return _fail(error, DIVERGED)
@@ -74,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = "a path begins with ~ and there is no home directory: set HOME, or write it in full"
         return _fail(Exception(text), MISTAKE)
+    except OSError as error:
+        # The one that any use of a path raises, where the path is a flag's: also to ask if it is.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _fail(Exception(f"{error.filename}: {error.strerror}"), MISTAKE)
 
 
 def _open_closed_streams() -> None:
@@ -91,15 +92,48 @@ def _open_closed_streams() -> None:
         setattr(sys, name, stream)
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    if any("\0" in each for each in arguments):  # no shell gives one; a program that calls this may
+        raise ConfigError("an argument holds the character NUL, which no name may have")
+    parser = _parser()
+    # `train` takes any --config.field=value, which only its own flags know.
+    # So does `plan`, beside flags of its own; `doctor` takes those by which processes are joined.
+    if arguments[:1] in (["plan"], ["doctor"]):
+        options, rest = parser.parse_known_args(arguments)
+    else:
+        known = arguments[:1] if arguments[:1] == ["train"] else arguments
+        options, rest = parser.parse_args(known), arguments[1:]
+    options.rest = rest
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does, instead of after the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def _count(text: str) -> int:
+    """The type of whole numbers; their commands know what each may be, at most `MAX_COUNT`."""
+    if not re.fullmatch(r"\s*[-+]?\d{1,20}\s*", text) or abs(int(text)) > MAX_COUNT:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r}: must be a whole number of at most {MAX_COUNT:,}"
+        )
+    return int(text)
+
+
+def _images(text: str) -> int:
+    """The type of `plan --images`, which are more than `_count` takes."""
+    if not re.fullmatch(r"[-+]?\d{1,20}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: must be a whole number")
+    return int(text)
+
+
 def _fail(error: Exception, code: int, word: str = "error") -> int:
     with contextlib.suppress(OSError):  # a log on a full disk; the exit code still tells
         say(f"{word}: {one_line(error)}")
     return code
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(visible(message))  # it quotes what a shell may have expanded from a folder
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,9 +158,9 @@ def _add_summary(parsers: Any) -> None:
     parser = parsers.add_parser("summary", help="print a network's layers")
     add = parser.add_argument
     add("model", help="one of resnet_jax.list_models()")
-    add("--num_classes", type=int, help="classes of the head")
-    add("--image_size", type=int, help="side of the images in pixels")
-    add("--channels", type=int, default=3, help="of the images")
+    add("--num_classes", type=_count, help="classes of the head")
+    add("--image_size", type=_count, help="side of the images in pixels")
+    add("--channels", type=_count, default=3, help="of the images")
     parser.set_defaults(command=commands.summary)
 
 
@@ -150,13 +184,13 @@ def _add_plan(parsers: Any) -> None:
     )
     add(
         "--batch_per_chip",
-        type=int,
+        type=_count,
         default=0,
         help="images per step on each TPU chip or GPU (default: the recipe's batch over all)",
     )
     add("--find_batch", action="store_true", help="plan for the largest batch that fits")
-    add("--images", type=int, default=0, help="training images of a data set that is not known")
-    add("--num_classes", type=int, default=0, help="classes of a data set that is not known")
+    add("--images", type=_images, default=0, help="training images of a data set that is not known")
+    add("--num_classes", type=_count, default=0, help="classes of a data set that is not known")
     add(
         "--images_per_core",
         type=float,
@@ -213,7 +247,7 @@ def _add_predict(parsers: Any) -> None:
     _add_network(parser)
     _add_images(parser)
     add = parser.add_argument
-    add("--top", type=int, default=5, help="classes of each image")
+    add("--top", type=_count, default=5, help="classes of each image")
     add(
         "--format",
         choices=("table", "jsonl", "csv"),
@@ -248,8 +282,8 @@ def _add_evaluate(parsers: Any) -> None:
         help="one_crop, flip, ten_crop or multi_scale (default: as the run was evaluated)",
     )
     add("--scales", default="", help="shorter sides for multi_scale, such as 224,256,384,480,640")
-    add("--batch_size", type=int, default=0, help="images a step, on all devices together")
-    add("--max_corrupt", type=int, help="undecodable images that are skipped (default: 10)")
+    add("--batch_size", type=_count, default=0, help="images a step, on all devices together")
+    add("--max_corrupt", type=_count, help="undecodable images that are skipped (default: 10)")
     add("--json", default="", help="write everything to this file; -: print it")
     add("--per_class", action="store_true", help="print each class's accuracy")
     add("--force", action="store_true", help="replace a file that is there")
@@ -284,7 +318,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="the moving average, where a workdir has one",
     )
-    add("--image_size", type=int, default=0, help="side of the crop in pixels")
+    add("--image_size", type=_count, default=0, help="side of the crop in pixels")
     add(
         "--crop_fraction",
         type=float,
@@ -302,5 +336,5 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT",
         help="an image, a folder of images, or - (from standard input an image, or paths)",
     )
-    add("--batch_size", type=int, default=0, help="images at a time")
+    add("--batch_size", type=_count, default=0, help="images at a time")
     add("--force", action="store_true", help="replace the output")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import resource
 import threading
 from pathlib import Path
@@ -22,6 +23,7 @@ from resnet_jax.errors import (
     import_failure,
     one_line,
 )
+from resnet_jax.limits import MAX_CHANNELS, MAX_SIDE
 from resnet_jax.output import json_text, print_copy, printing, say, show
 from resnet_jax.training.flags import parse_train_flags, train_help
 
@@ -174,6 +176,12 @@ def summary(options: argparse.Namespace) -> None:
     from resnet_jax.models.summary import summary
 
     side = options.image_size or model_info(options.model).image_size
+    for flag, value, most in (
+        ("image_size", side, MAX_SIDE),
+        ("channels", options.channels, MAX_CHANNELS),
+    ):
+        if not 1 <= value <= most:
+            raise ConfigError(f"--{flag}={value}: must be from 1 to {most:,}")
     overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
     model = create_model(options.model, **overrides)
     with printing():
@@ -270,8 +278,9 @@ def evaluate(options: argparse.Namespace) -> None:
     from resnet_jax.inference.files import new_file
 
     scales = options.scales.split(",") if options.scales else []
-    if not all(each.strip().isdecimal() for each in scales):
-        raise ConfigError(f"--scales={options.scales}: pixels with commas, such as 224,256,384")
+    if not all(re.fullmatch(r"\s*\d{1,6}\s*", each) for each in scales) or len(scales) > 100:
+        shown = options.scales[:100]
+        raise ConfigError(f"--scales={shown}: pixels with commas, such as 224,256,384")
     file: Any = contextlib.nullcontext()
     if options.json not in ("", "-"):
         file = new_file(options.json, options.force, "--json", stream=True)

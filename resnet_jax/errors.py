@@ -87,10 +87,11 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
       "unknown model 'resnet5O'; did you mean 'resnet50'?"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
+    shown = name if len(str(name)) <= 100 else f"{str(name)[:100]}..."
+    close = difflib.get_close_matches(str(shown), known, n=3, cutoff=0.6)
     if close:
-        return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, close))}?"
-    return f"unknown {kind} {name!r}; known: {', '.join(known)}"
+        return f"unknown {kind} {shown!r}; did you mean {' or '.join(map(repr, close))}?"
+    return f"unknown {kind} {shown!r}; known: {', '.join(known)}"
 
 
 def one_line(text: object) -> str:

@@ -65,7 +65,8 @@ JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
-    | st.sampled_from([10**400, -1, 2**63, 0, float("inf"), float("nan")])
+    | st.sampled_from([10**400, -1, 2**63, 2**70, 10**6, 0, float("inf"), float("nan"), 5e-324])
+    | st.sampled_from(["\0", "\ud800", "x" * 250, "9" * 5000])
     | st.floats()
     | st.text(max_size=8),
     lambda each: (
@@ -193,7 +194,8 @@ def safetensors(draw):
     tensor = st.fixed_dictionaries(
         {"dtype": st.sampled_from(DTYPES), "shape": SIDES, "data_offsets": OFFSETS}
     )
-    header = json.dumps(draw(st.dictionaries(st.text(max_size=5), tensor, max_size=3))).encode()
+    names = st.text(max_size=5) | st.sampled_from(["\0", "x" * 10**4])
+    header = json.dumps(draw(st.dictionaries(names, tensor, max_size=3))).encode()
     length = draw(st.sampled_from([len(header), len(header), 0, len(header) + 9, 2**64 - 1]))
     return struct.pack("<Q", length) + header + draw(st.binary(max_size=16))
 
@@ -264,6 +266,9 @@ VALUES = st.sampled_from(
         *(np.zeros(shape, np.float32) for shape in [(), (0,), (3,), (3, 0), (16, 0, 3, 3)]),
         *(np.zeros(shape, np.float32) for shape in [(16, 7, 3, 3), (16, 2**40, 0, 3), (2**40, 0)]),
         *(np.int32(3), np.array(["x"]), None, "x", [[1], [2, 3]], {}, {"a.b": np.zeros(3)}),
+        *(np.broadcast_to(np.float32(1), shape) for shape in [(2**40, 64), (16, 2**30, 3, 3)]),
+        *(np.zeros(3, kind) for kind in ("c8", "?", "O", "M8[s]", "f4,i4", "f2", "f8")),
+        functools.reduce(lambda each, _: [each] * 99, range(9), [1.0]),
     ]
 )
 
@@ -318,8 +323,9 @@ def test_published_configurations(examples, tmp_path):
 # Configurations.
 
 FIELDS = sorted(c.to_flat(c.Config()))
-TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=()), max_size=12)
-WORDS = st.sampled_from(["None", "nan", "1e999", "-1", "(1,", "()", "[1, 'a']", "true", "1" * 5000])
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=12)
+NUMBERS = ["nan", "1e999", "5e-324", "-1", "1" * 5000, str(2**70), str(10**6), "8193"]
+WORDS = st.sampled_from(["None", "(1,", "()", "[1, 'a']", "true", "x" * 250, *NUMBERS])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
@@ -339,6 +345,34 @@ def test_flags(examples):
         assert folder.name
 
     for_all(examples, holds, st.lists(flag | TEXTS, max_size=3))
+
+
+COMMANDS = [
+    *(["summary", "resnet20", f"--{flag}"] for flag in ("image_size", "num_classes", "channels")),
+    *(["plan", f"--{flag}"] for flag in ("batch_per_chip", "images", "num_classes", "topology")),
+    *(["plan", f"--{flag}"] for flag in ("images_per_core", "network_gbits")),
+    *(["predict", "none.npz", "a.png", f"--{flag}"] for flag in ("top", "batch_size", "model")),
+    *(["predict", "none.npz", "a.png", f"--{flag}"] for flag in ("image_size", "crop_fraction")),
+    *(["evaluate", "none.npz", f"--{flag}"] for flag in ("scales", "batch_size", "max_corrupt")),
+]
+
+
+@SIZES
+def test_flags_of_commands(examples, monkeypatch, capsys):
+    def planned(*_):
+        raise ConfigError("planned")  # all flags are good: what follows compiles
+
+    monkeypatch.setattr("resnet_jax.planning.plan.training_size", planned)
+
+    def holds(command, value):
+        *words, flag = command
+        code = cli.main([*words, f"{flag}={value}"])
+        errors = capsys.readouterr().err
+        told = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert (code, len(told)) in ((0, 0), (2, 1)), errors
+        assert len(errors) < 5000
+
+    for_all(examples // 4, holds, st.sampled_from(COMMANDS), TEXTS | WORDS)
 
 
 STATE = {

@@ -8,7 +8,7 @@ data and leaves the interpreter lock while it decodes and resizes, so threads ru
 Orientation tags (EXIF) are not applied: the published accuracies are of images as stored.
 
 Images may come from strangers. Only regular files of limited size are read, what a header claims is
-checked before memory is taken for it and counted in a budget that all threads share (limits.py),
+checked before memory is taken for it and counted in a budget that all threads share (budget.py),
 and only decoders that are asked for look at the bytes. Whatever is wrong is a DataError.
 """
 
@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 from PIL import Image, Jpeg2KImagePlugin, UnidentifiedImageError
 
-from resnet_jax.data import limits
+from resnet_jax.data import budget
 from resnet_jax.data.jpeg import Frame, jpeg_frame
 from resnet_jax.errors import DataError, import_failure, library_errors
 from resnet_jax.files import open_regular, read_bytes
@@ -47,7 +47,7 @@ except ImportError as error:
 Region = tuple[slice, slice]
 
 # Most pixels of an image, as stored and as resized before a crop: as many as the largest sensors
-# have. The budget in limits.py allows fewer where the format cannot be decoded at a smaller scale.
+# have. budget.py allows fewer where the format cannot be decoded at a smaller scale.
 MAX_PIXELS = 200_000_000
 # Of files from here on, the header is judged before the rest is read.
 _LARGE_FILE = 2**24
@@ -81,7 +81,7 @@ def read_encoded(path: str | os.PathLike[str]) -> bytes:
     """Reads the file of an image.
 
     Args:
-      path: A regular file of at most `limits.FILE_BYTES`.
+      path: A regular file of at most `budget.FILE_BYTES`.
 
     Returns:
       The encoded image.
@@ -91,9 +91,9 @@ def read_encoded(path: str | os.PathLike[str]) -> bytes:
       DataError: It is large, and its first bytes are those of no image that is decoded here.
     """
     if os.path.getsize(path) > _LARGE_FILE:
-        with open_regular(path, limits.FILE_BYTES) as file:
+        with open_regular(path, budget.FILE_BYTES) as file:
             read_header(file)
-    return read_bytes(path, limits.FILE_BYTES)
+    return read_bytes(path, budget.FILE_BYTES)
 
 
 def open_image(file: BinaryIO) -> Image.Image:
@@ -153,7 +153,7 @@ def read_header(file: BinaryIO) -> Header:
       Header(height=4, width=8, mode='L')
     """
     file.seek(0)
-    size = limits.webp_size(file.read(30))
+    size = budget.webp_size(file.read(30))
     file.seek(0)
     if size is not None:  # Pillow would take the memory
         check_size(*size)
@@ -217,7 +217,7 @@ def no_bytes(height: int, width: int) -> int:
 def decoded(
     data: bytes,
     channels: int,
-    beside: limits.Beside = no_bytes,
+    beside: budget.Beside = no_bytes,
     look: Callable[[Image.Image], object] | None = None,
 ) -> Iterator[np.ndarray]:
     """Decodes as `decode`, and counts the image's memory in the budget until the block ends.
@@ -236,13 +236,13 @@ def decoded(
     """
     frame = _small_frame(data)
     if frame is not None and simplejpeg is not None:
-        amount, shrink = limits.fitting(
+        amount, shrink = budget.fitting(
             frame.height,
             frame.width,
-            lambda shrink: limits.jpeg_bytes(frame, channels, shrink, beside),
+            lambda shrink: budget.jpeg_bytes(frame, channels, shrink, beside),
             _SHRINKS,
         )
-        with limits.BUDGET.take(amount):
+        with budget.BUDGET.take(amount):
             pixels = _decode_jpeg(data, frame, channels, frame.height, shrink, exact=True)
             if pixels is not None:
                 yield pixels
@@ -255,26 +255,26 @@ def decoded(
 def _decoded_by_pillow(
     data: bytes,
     channels: int,
-    beside: limits.Beside,
+    beside: budget.Beside,
     look: Callable[[Image.Image], object] | None = None,
 ) -> Iterator[np.ndarray]:
     with contextlib.ExitStack() as taken:
-        early = limits.bytes_to_open(data, channels, beside)
+        early = budget.bytes_to_open(data, channels, beside)
         if early is not None:
             amount, size = early
             check_size(*size)
-            limits.fitting(*size, lambda _: amount, (1,))
-            taken.enter_context(limits.BUDGET.take(amount))
+            budget.fitting(*size, lambda _: amount, (1,))
+            taken.enter_context(budget.BUDGET.take(amount))
         image = open_image(io.BytesIO(data))
         shrink = 1
         if early is None:
-            amount, shrink = limits.fitting(
+            amount, shrink = budget.fitting(
                 image.height,
                 image.width,
-                functools.partial(limits.pillow_bytes, image, data, channels, beside=beside),
+                functools.partial(budget.pillow_bytes, image, data, channels, beside=beside),
                 _SHRINKS if image.format in ("JPEG", "JPEG2000") else (1,),
             )
-            taken.enter_context(limits.BUDGET.take(amount))
+            taken.enter_context(budget.BUDGET.take(amount))
         pixels = _load(image, channels, shrink)
         if look is not None and image.format not in ("JPEG", "MPO"):
             look(image)
@@ -335,7 +335,7 @@ def _eval_sides(config: Data) -> tuple[int, int]:
     return config.eval_resize or size, size
 
 
-def crop_bytes(config: Data) -> limits.Beside:
+def crop_bytes(config: Data) -> budget.Beside:
     """What `crop_pixels` takes beside an image.
 
     Args:
@@ -351,7 +351,7 @@ def crop_bytes(config: Data) -> limits.Beside:
     return _centre_bytes(_eval_sides(config)[0])
 
 
-def _centre_bytes(shorter: int) -> limits.Beside:
+def _centre_bytes(shorter: int) -> budget.Beside:
     def beside(height: int, width: int) -> int:
         if min(height, width) == shorter:
             return 0
@@ -410,13 +410,13 @@ def train_crop(
             region = draw(pixels.shape[0], pixels.shape[1], config, rng)
             return _resize(pixels[region], size, config.interpolation, out)
     region = draw(frame.height, frame.width, config, rng)
-    amount, shrink = limits.fitting(
+    amount, shrink = budget.fitting(
         frame.height,
         frame.width,
-        lambda shrink: limits.jpeg_bytes(frame, channels, shrink, beside),
+        lambda shrink: budget.jpeg_bytes(frame, channels, shrink, beside),
         _SHRINKS[_SHRINKS.index(_shrink_of(region, size)) :],
     )
-    with limits.BUDGET.take(amount):
+    with budget.BUDGET.take(amount):
         pixels = _decode_region(data, frame, channels, region, size, shrink)
         return _resize(pixels, size, config.interpolation, out)
 
@@ -427,7 +427,7 @@ def _small_frame(data: bytes) -> Frame | None:
     if frame is not None:
         check_size(frame.height, frame.width)
         if not frame.one_scan:
-            limits.check_scans(data, frame.height * frame.width)
+            budget.check_scans(data, frame.height * frame.width)
     return frame
 
 
@@ -484,7 +484,7 @@ def _centre_crop(pixels: np.ndarray, shorter: int, size: int, interpolation: str
         height, width = _resized(height, width, shorter)
         check_size(height, width)
         image = _resized_image(pixels, height, width, interpolation)
-        if height * width > limits.BAND_PIXELS:  # of a strip, only the crop becomes an array
+        if height * width > budget.BAND_PIXELS:  # of a strip, only the crop becomes an array
             left, top = _centred(width, size), _centred(height, size)
             return _array(image.crop((left, top, left + size, top + size)))
         pixels = _array(image)
@@ -522,9 +522,9 @@ def resize_bytes(stored_height: int, height: int, width: int) -> int:
 
 def _resized_image(pixels: np.ndarray, height: int, width: int, interpolation: str) -> Image.Image:
     kind = _PILLOW_FILTERS[interpolation]
-    if pixels.shape[0] * pixels.shape[1] > limits.BAND_PIXELS:
+    if pixels.shape[0] * pixels.shape[1] > budget.BAND_PIXELS:
         # Pillow resizes across first, each row by itself, so that bands of rows give the same.
-        rows = max(1, limits.BAND_PIXELS // pixels.shape[1])
+        rows = max(1, budget.BAND_PIXELS // pixels.shape[1])
         across = np.empty((pixels.shape[0], width, pixels.shape[2]), np.uint8)
         for top in range(0, pixels.shape[0], rows):
             band = pixels[top : top + rows]
@@ -669,10 +669,10 @@ def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
     with library_errors(not_whole):
         image.load()
     width, height = image.size
-    if height * width <= limits.BAND_PIXELS:
+    if height * width <= budget.BAND_PIXELS:
         return _converted(image, channels)
     pixels = np.empty((height, width, channels), np.uint8)
-    rows = max(1, limits.BAND_PIXELS // width)
+    rows = max(1, budget.BAND_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         with library_errors(not_whole):

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from resnet_jax.data.base import Source, digest, fault
-from resnet_jax.data.limits import FILE_BYTES
+from resnet_jax.data.budget import FILE_BYTES
 from resnet_jax.errors import DataError
 from resnet_jax.files import open_regular
 

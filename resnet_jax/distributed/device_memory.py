@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from resnet_jax.errors import ConfigError, one_line
+from resnet_jax.limits import check_host_memory
+from resnet_jax.models.resnet import ResNet
 
 # XLA's words for a full device, whatever the status is that they come under.
 _FULL = re.compile(
@@ -57,6 +60,44 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
         raise ConfigError(
             f"{what} does not fit in the memory of a device ({reason}); {remedy}"
         ) from error
+
+
+def check_batch_memory(
+    model: ResNet, shape: Sequence[int], what: str, *, training: bool = False
+) -> None:
+    """Refuses a batch that the memory of this host cannot hold, before any is taken.
+
+    On a CPU nothing else would say so: the process is killed. Other devices say it themselves, but
+    their batches lie on the host first.
+
+    Args:
+      model: The network.
+      shape: Of this host's share of a batch, [N, H, W, C].
+      what: The batch's field or flag with its value.
+      training: The outputs of all blocks are kept, for the backward pass.
+
+    Raises:
+      ConfigError: By far too many images.
+
+    Example:
+      >>> from resnet_jax.models.registry import ResNet50
+      >>> shape = (10**9, 224, 224, 3)
+      >>> check_batch_memory(ResNet50(), shape, "batch_size")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: batch_size: needs at least ... GB of memory, and there are ...
+    """
+    images, height, width, channels = shape
+    size = height * width * channels  # uint8
+    if jax.default_backend() == "cpu":
+        # A block's output in each stage; in the first there are two at a time, as it has the input.
+        maps = [
+            -(-height // stride) * -(-width // stride) * stage_width * model.block_cls.expansion
+            for stride, stage_width in zip(model.strides(), model.stage_widths)
+        ]
+        counts = model.stage_sizes if training else (2,)
+        numbers = sum(count * numbers for count, numbers in zip(counts, maps))
+        size += numbers * jnp.dtype(model.dtype).itemsize
+    check_host_memory(images * size, what, "take a smaller one")
 
 
 # The current name of the variable, and the deprecated one.

@@ -25,12 +25,13 @@ from resnet_jax.data.loader import (
 )
 from resnet_jax.data.scales import plan_batches, scaled_batches
 from resnet_jax.data.sources import Source
-from resnet_jax.distributed.device_memory import explain_out_of_memory
+from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
 from resnet_jax.evaluation.label_sets import CORRUPTED, Classes, data_set_name, match_classes
 from resnet_jax.evaluation.network import Network
 from resnet_jax.evaluation.results import Report
 from resnet_jax.evaluation.views import VIEWS, default_scales, make_measuring_step
+from resnet_jax.limits import MAX_BATCH, MAX_SIDE
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Data
 
@@ -78,15 +79,26 @@ class Evaluator:
             raise ConfigError(
                 f"--scales={_joined(self.scales)}: {network.name} needs at least {least} pixels"
             )
+        if any(scale > MAX_SIDE for scale in self.scales):
+            raise ConfigError(f"--scales={_joined(self.scales)}: at most {MAX_SIDE:,} pixels each")
         self.batch_size = self._batch_size(batch_size)
+        side = max(self.size, *self.scales, 1)
+        share = self.batch_size if alone else -(-self.batch_size // jax.process_count())
+        check_batch_memory(
+            network.model,
+            (share, side, side, network.channels),
+            f"--batch_size={self.batch_size} of {side}x{side} pixels",
+        )
         self.max_corrupt = max_corrupt
         self.variables = parallel.place(network.variables)
         self._steps: dict[bytes, Any] = {}
 
     def _batch_size(self, wanted: int) -> int:
         if wanted:
-            if wanted < 0:
-                raise ConfigError(f"--batch_size={wanted}: a number of images, 1 or more")
+            if not 0 < wanted <= MAX_BATCH:
+                raise ConfigError(
+                    f"--batch_size={wanted}: a number of images, from 1 to {MAX_BATCH:,}"
+                )
             parallel.check_divisible({"--batch_size": wanted}, devices=len(self.devices))
             return wanted
         config = self.network.config

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from flax import traverse_util
 
-from resnet_jax.errors import ConfigError, ResNetJaxError, WeightsError
+from resnet_jax.errors import ConfigError, ModelError, ResNetJaxError, WeightsError
+from resnet_jax.limits import MAX_SIDE
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.config import INTERPOLATIONS, Augment, Config, Data
@@ -142,7 +143,7 @@ def open_network(
     """
     if model:
         model_info(model)  # says which names there are
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # unlike Path's, as it is where ~ is nobody's
     if (path / "checkpoints").is_dir():
         network = _from_workdir(path, best, ema)
     elif path.is_file() or path.suffix in WEIGHT_SUFFIXES:
@@ -215,7 +216,7 @@ def _from_file(path: Path, name: str) -> Network:
         overrides = {} if classes is None else {"num_classes": classes}
         model = create_model(name, **overrides)
         variables = from_torch(model, state_dict)
-    except WeightsError as error:
+    except (ModelError, WeightsError) as error:  # a head of too many classes
         raise WeightsError(f"{path}: {error}") from error
     # Small images are not resized before the crop; those of ImageNet by torchvision's 256 / 224.
     size = model_info(name).image_size
@@ -316,5 +317,11 @@ def _resized(network: Network, image_size: int, crop_fraction: float) -> Network
     if changed.image_size < least:
         raise ConfigError(
             f"--image_size={image_size}: {network.name} needs at least {least} pixels a side"
+        )
+    resized = changed.image_size / changed.crop_fraction
+    if max(changed.image_size, resized) > MAX_SIDE:
+        raise ConfigError(
+            f"--image_size={changed.image_size} --crop_fraction={changed.crop_fraction}: images "
+            f"would be resized to {resized:,.0f} pixels, where {MAX_SIDE:,} are the most"
         )
     return dataclasses.replace(network, preprocessing=changed)

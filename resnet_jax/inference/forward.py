@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from resnet_jax.data.augment import normalize
-from resnet_jax.distributed.device_memory import explain_out_of_memory
+from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.evaluation.network import Network
 from resnet_jax.inference.images import in_threads, read_crop
+from resnet_jax.limits import MAX_BATCH
 from resnet_jax.training.config import INTERPOLATIONS
 from resnet_jax.training.parallel import data_parallel_outputs, place, put
 
@@ -52,8 +53,10 @@ class Forward:
     def __init__(
         self, network: Network, function: Callable[[Any, jax.Array], Any], batch_size: int = 0
     ) -> None:
-        if batch_size < 0:
-            raise ConfigError(f"--batch_size={batch_size}: must be 1 or more, or 0 to choose")
+        if not 0 <= batch_size <= MAX_BATCH:
+            raise ConfigError(
+                f"--batch_size={batch_size}: must be from 1 to {MAX_BATCH:,}, or 0 to choose"
+            )
         if network.crop.interpolation not in INTERPOLATIONS:
             raise ConfigError(
                 f"{network.source}: its images are resized by {network.crop.interpolation!r}; here "
@@ -63,6 +66,11 @@ class Forward:
         self._side = network.preprocessing.image_size
         devices = jax.local_device_count()
         self.batch_size = -(-(batch_size or _fast_batch(self._side)) // devices) * devices
+        check_batch_memory(
+            network.model,
+            (self.batch_size, self._side, self._side, network.channels),
+            f"--batch_size={self.batch_size} of {self._side}x{self._side} pixels",
+        )
         colours = network.colours
         self._compiled = data_parallel_outputs(
             lambda variables, images: function(variables, normalize(images, colours))

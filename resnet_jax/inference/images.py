@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
+from resnet_jax.data.budget import FILE_BYTES, Beside
 from resnet_jax.data.decode import (
     crop_bytes,
     crop_pixels,
@@ -32,7 +33,6 @@ from resnet_jax.data.decode import (
     read_header,
 )
 from resnet_jax.data.folders import IMAGE_SUFFIXES as DATA_SET_SUFFIXES
-from resnet_jax.data.limits import FILE_BYTES, Beside
 from resnet_jax.errors import DataError, library_errors
 from resnet_jax.training.config import Data
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from resnet_jax.errors import ModelError
+from resnet_jax.limits import MAX_CLASSES
 from resnet_jax.models.blocks import (
     SHORTCUT_OPTIONS,
     BottleneckBlock,
@@ -394,7 +395,10 @@ def _check_fields(model: ResNet) -> None:
     rules = {
         "stage_sizes": (stages > 0 and min(model.stage_sizes) > 0, "positive block counts"),
         "stage_widths": (len(model.stage_widths) == stages, f"{stages} widths, one a stage"),
-        "num_classes": (_is_count(model.num_classes), "0 (no head) or more"),
+        "num_classes": (
+            _is_count(model.num_classes) and model.num_classes <= MAX_CLASSES,
+            f"0 (no head) to {MAX_CLASSES:,}",
+        ),
         "dtype": (_is_floating(model.dtype), "a floating-point type such as jnp.bfloat16"),
         "precision": (_is_precision(model.precision), f"None or one of {PRECISIONS}"),
         "shortcut": (model.shortcut in SHORTCUT_OPTIONS, f"one of {SHORTCUT_OPTIONS}"),

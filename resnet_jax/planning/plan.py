@@ -17,9 +17,10 @@ from resnet_jax.data.known import training_size
 from resnet_jax.data.memory import fits_memory
 from resnet_jax.data.sources import Source
 from resnet_jax.errors import ConfigError
+from resnet_jax.limits import MAX_BATCH, MAX_CLASSES
 from resnet_jax.packages import installed_versions
 from resnet_jax.planning.ahead import Program, step_compiler
-from resnet_jax.planning.topology import Topology, parse_topology
+from resnet_jax.planning.topology import Topology, check_rate, parse_topology
 from resnet_jax.training.config import Config, check
 from resnet_jax.training.optimizer import Length
 from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
@@ -27,6 +28,8 @@ from resnet_jax.training.setup import batch_parts, check_batches, check_calls, c
 # Images/s that one core of a host reads, decodes and crops, or gathers from memory, as
 # docs/decoding.md measured them.
 DECODED_PER_CORE, GATHERED_PER_CORE = 1_200, 3_000_000
+
+_MOST_IMAGES = 10**12
 
 Compile = Callable[[Config], Program]
 # The packages that compile for a platform.
@@ -72,11 +75,14 @@ def make_plan(
     """
     check(config)
     place = parse_topology(topology, network_gbits)
-    for name, value in (("images", images), ("num_classes", num_classes)):
-        if value < 0:
-            raise ConfigError(f"--{name}={value}: must be 1 or more")
-    if not 0 <= images_per_core < math.inf:
-        raise ConfigError(f"--images_per_core={images_per_core}: must be more than 0")
+    for name, value, most in (
+        ("images", images, _MOST_IMAGES),
+        ("num_classes", num_classes, MAX_CLASSES),
+        ("batch_per_chip", batch_per_chip, MAX_BATCH),
+    ):
+        if not 0 <= value <= most:
+            raise ConfigError(f"--{name}={value}: must be from 1 to {most:,}")
+    check_rate("images_per_core", images_per_core)
     classes = num_classes or (config.model.num_classes if images else 0)
     source = training_size(config.data, images, classes)
     check_source(config, source)
@@ -84,12 +90,13 @@ def make_plan(
     per_chip = place.accelerator.devices_per_chip
     if batch_per_chip:
         unit = per_chip * batch_parts(config)
-        if batch_per_chip < 1 or batch_per_chip % unit:
+        if batch_per_chip % unit:
             raise ConfigError(
                 f"--batch_per_chip={batch_per_chip}: must be a multiple of {unit} (devices a chip, "
                 "train.accumulate, and pairs to mix)"
             )
         config = with_batch(config, batch_per_chip * place.chips)
+        check(config)
     check_batches(config, place.devices)
     compile_step = compiler(place, source)
     tried: dict[int, Program] = {}

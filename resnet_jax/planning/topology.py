@@ -95,8 +95,12 @@ _NETWORK_PER_GPU = {
     **dict.fromkeys(("v100", "v100-32"), 6.25e9),
 }
 _NETWORK_PER_HOST = 12.5e9
+_MOST_LETTERS = 40
+# Images/s of a core, and Gbit/s of a host.
+_LEAST_RATE, _MOST_RATE = 0.001, 1e9
 # As many as the largest hosts of NVLink (HGX-2, a2-megagpu-16g) and of PCIe have.
 _MOST_GPUS = 16
+_MOST_HOSTS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +145,8 @@ def parse_topology(name: str, network_gbits: float = 0.0) -> Topology:
       ((16, 4), (16, 2))
     """
     kind, _, shape = name.partition(":")
+    if len(name) > _MOST_LETTERS:
+        raise ConfigError(f"--topology={name[:_MOST_LETTERS]}...: is not the name of any")
     accelerator = ACCELERATORS.get(kind)
     if accelerator is not None and kind in _TORUS:
         return _slice(name, accelerator, shape)
@@ -151,6 +157,12 @@ def parse_topology(name: str, network_gbits: float = 0.0) -> Topology:
         f"--topology={name}: must begin with a TPU ({', '.join(_TORUS)}), as in v5e:4x4, or with a "
         f"GPU ({gpus}), as in h100:8"
     )
+
+
+def check_rate(flag: str, rate: float) -> None:
+    """Raises ConfigError unless a rate is 0, for the usual one, or one of real hardware."""
+    if rate != 0 and not _LEAST_RATE <= rate <= _MOST_RATE:
+        raise ConfigError(f"--{flag}={rate}: must be from {_LEAST_RATE} to {_MOST_RATE:,.0f}")
 
 
 def _slice(name: str, accelerator: Accelerator, shape: str) -> Slice:
@@ -178,13 +190,14 @@ def _gpu_hosts(name: str, accelerator: Accelerator, shape: str, network_gbits: f
         )
     *many, gpus = map(int, shape.split("x"))
     hosts = many[0] if many else 1
+    if hosts > _MOST_HOSTS:
+        raise ConfigError(f"--topology={name}: has {hosts:,} hosts; at most {_MOST_HOSTS:,}")
     if gpus > _MOST_GPUS:
         raise ConfigError(
             f"--topology={name}: has {gpus} GPUs on a host; at most {_MOST_GPUS}, so for more give "
             f"{kind}:HOSTSxGPUS"
         )
-    if not 0 <= network_gbits < math.inf:
-        raise ConfigError(f"--network_gbits={network_gbits}: must be more than 0")
+    check_rate("network_gbits", network_gbits)
     usual = _NETWORK_PER_GPU.get(kind, _NETWORK_PER_HOST / gpus) * gpus
     network = network_gbits * 1e9 / 8 or usual
     return GpuHosts(name, accelerator, hosts * gpus, hosts, network)

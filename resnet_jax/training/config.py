@@ -363,7 +363,7 @@ def check(config: Config) -> None:
     Example:
       >>> check(Config(train=Train(batch_size=0)))
       Traceback (most recent call last):
-      resnet_jax.errors.ConfigError: train.batch_size = 0: must be 1 or more
+      resnet_jax.errors.ConfigError: train.batch_size = 0: must be 1 or more, up to 16,777,216
     """
     from resnet_jax.training.rules import find_faults  # which is about the fields above
 
@@ -386,7 +386,7 @@ def registered_overrides(model: Model) -> dict[str, Any]:
 def profile_steps(text: str) -> tuple[int, int] | None:
     """ "10:15" -> (10, 15): the steps of a trace; None where the text says something else."""
     first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+    if len(text) > 40 or not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         return None
     return int(first), int(last)
 

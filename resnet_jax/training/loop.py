@@ -51,7 +51,7 @@ from resnet_jax.training.setup import (
     channels_of,
     check_batches,
     check_calls,
-    check_host_memory,
+    check_memory,
     facts,
     fingerprints,
     make_model,
@@ -113,7 +113,7 @@ def train(config: Config, workdir: str | Path) -> Result:
         model = make_model(config, sources["train"].num_classes)
         check_batches(config)
         check_calls(config, sources["train"])
-        check_host_memory(config, channels_of(config, sources["train"]), peers.count)
+        check_memory(config, model, channels_of(config, sources["train"]), peers.count)
         peers.agree(facts(config, sources))
         # On GPUs the processes share the timing of kernels while they compile, so one that found
         # its program in the cache would leave the others waiting for its part.

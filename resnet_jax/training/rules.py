@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from resnet_jax.errors import ModelError
+from resnet_jax.limits import MAX_BATCH, MAX_CLASSES, MAX_COUNT, MAX_SIDE
 from resnet_jax.models.blocks import SHORTCUT_OPTIONS
 from resnet_jax.models.registry import create_model
 from resnet_jax.training.config import (
@@ -26,6 +28,13 @@ from resnet_jax.training.config import (
     to_flat,
 )
 
+# Each is a thread, a process or a batch in memory.
+_MOST_WORKERS = 1024
+# Each is a part of the program that is compiled.
+_MOST_UNROLLED = 100
+_MOST_LETTERS = 4096  # of a path, on Linux
+_FLOAT32 = 3.4e38
+
 # Whether a value is allowed, and what is.
 Rule = tuple[Callable[[Any], bool], str]
 _POSITIVE: Rule = (lambda x: x > 0, "must be more than 0")
@@ -39,12 +48,16 @@ _RANGE: Rule = (
 )
 
 
+def _from_to(least: int, most: int) -> Rule:
+    return (lambda x: least <= x <= most, f"must be {least} or more, up to {most:,}")
+
+
 def _one_of(allowed: tuple[str, ...]) -> Rule:
     return (lambda x: x in allowed, f"must be one of {', '.join(allowed)}")
 
 
 _RULES: dict[str, Rule] = {
-    "model.num_classes": _NOT_NEGATIVE,
+    "model.num_classes": _from_to(0, MAX_CLASSES),
     "model.dtype": _one_of(DTYPES),
     "model.precision": _one_of(PRECISIONS),
     "model.shortcut": (
@@ -61,26 +74,29 @@ _RULES: dict[str, Rule] = {
         "must be digits, tfds:NAME[:VERSION] or folder:PATH",
     ),
     "data.channels": (lambda x: x in (0, 1, 3), "must be 0 (the data set's own), 1 or 3"),
-    "data.image_size": _AT_LEAST_1,
+    "data.image_size": _from_to(1, MAX_SIDE),
     "data.crop": _one_of(CROPS),
     "data.crop_area": (
         lambda x: _RANGE[0](x) and x[1] <= 1,
         "must be two shares in (0, 1], the smaller first",
     ),
     "data.crop_ratio": _RANGE,
-    "data.jitter_sides": _RANGE,
+    "data.jitter_sides": (
+        lambda x: _RANGE[0](x) and x[1] <= MAX_SIDE,
+        f"must be two numbers of pixels up to {MAX_SIDE:,}, the smaller first",
+    ),
     "data.interpolation": _one_of(INTERPOLATIONS),
-    "data.eval_size": _NOT_NEGATIVE,
-    "data.eval_resize": _NOT_NEGATIVE,
+    "data.eval_size": _from_to(0, MAX_SIDE),
+    "data.eval_resize": _from_to(0, MAX_SIDE),
     "data.memory_gib": _NOT_NEGATIVE,
-    "data.workers": _NOT_NEGATIVE,
-    "data.threads": _AT_LEAST_1,
-    "data.prefetch": _AT_LEAST_1,
+    "data.workers": _from_to(0, _MOST_WORKERS),
+    "data.threads": _from_to(1, _MOST_WORKERS),
+    "data.prefetch": _from_to(1, _MOST_WORKERS),
     "data.max_corrupt": _NOT_NEGATIVE,
     "data.repeats": _AT_LEAST_1,
-    "augment.pad": _NOT_NEGATIVE,
+    "augment.pad": _from_to(0, MAX_SIDE),
     "augment.rotate": (lambda x: 0 <= x <= 180, "must be in [0, 180] degrees"),
-    "augment.rand_layers": _NOT_NEGATIVE,
+    "augment.rand_layers": _from_to(0, _MOST_UNROLLED),
     "augment.rand_magnitude": (lambda x: 0 <= x <= 10, "must be in [0, 10]"),
     "augment.rand_magnitude_std": _NOT_NEGATIVE,
     "augment.brightness": _SHARE,
@@ -93,7 +109,10 @@ _RULES: dict[str, Rule] = {
     "augment.mixup": _NOT_NEGATIVE,
     "augment.cutmix": _NOT_NEGATIVE,
     "augment.mean": (lambda x: len(x) in (1, 3), "must have 1 or 3 numbers"),
-    "augment.std": (lambda x: len(x) in (1, 3) and min(x) > 0, "must have 1 or 3 positive numbers"),
+    "augment.std": (
+        lambda x: len(x) in (1, 3) and min(x) >= 1e-6,
+        "must have 1 or 3 positive numbers, 1e-6 or more",
+    ),
     "optimizer.name": _one_of(OPTIMIZERS),
     "optimizer.learning_rate": _NOT_NEGATIVE,
     "optimizer.base_batch": _NOT_NEGATIVE,
@@ -110,8 +129,12 @@ _RULES: dict[str, Rule] = {
     "schedule.warmup_epochs": _NOT_NEGATIVE,
     "schedule.warmup_start": _SHARE,
     "schedule.boundaries": (
-        lambda x: all(0 < each < 1 for each in x) and list(x) == sorted(set(x)),
-        "must be growing shares of the run in (0, 1)",
+        lambda x: (
+            all(0 < each < 1 for each in x)
+            and list(x) == sorted(set(x))
+            and len(x) <= _MOST_UNROLLED
+        ),
+        f"must be at most {_MOST_UNROLLED} growing shares of the run in (0, 1)",
     ),
     "schedule.factor": (lambda x: 0 < x < 1, "must be in (0, 1)"),
     "schedule.final": _SHARE,
@@ -121,15 +144,15 @@ _RULES: dict[str, Rule] = {
     "loss.bce_threshold": _RATE,
     "train.epochs": _POSITIVE,
     "train.steps": _NOT_NEGATIVE,
-    "train.batch_size": _AT_LEAST_1,
-    "train.accumulate": _AT_LEAST_1,
+    "train.batch_size": _from_to(1, MAX_BATCH),
+    "train.accumulate": _from_to(1, MAX_BATCH),
     "train.steps_per_call": _AT_LEAST_1,
     "train.seed": (lambda x: 0 <= x < 2**31, "must be in [0, 2^31)"),
     "train.ema_decay": _RATE,
     "train.ema_every": _AT_LEAST_1,
     "train.max_skipped": _NOT_NEGATIVE,
     "evaluate.every_epochs": _POSITIVE,
-    "evaluate.batch_size": _NOT_NEGATIVE,
+    "evaluate.batch_size": _from_to(0, MAX_BATCH),
     "checkpoint.every_steps": _NOT_NEGATIVE,
     "checkpoint.keep": _AT_LEAST_1,
     "log.every_steps": _AT_LEAST_1,
@@ -152,7 +175,7 @@ def find_faults(config: Config) -> list[str]:
     Example:
       >>> from resnet_jax.training.config import Train
       >>> find_faults(Config(train=Train(batch_size=0)))
-      ['train.batch_size = 0: must be 1 or more']
+      ['train.batch_size = 0: must be 1 or more, up to 16,777,216']
     """
     # Values of the wrong type cannot be compared.
     faults = list(_type_faults(config)) or list(_value_faults(config))
@@ -169,7 +192,38 @@ def _type_faults(config: Config) -> Iterator[str]:
             if not _has_type(value, hint):
                 kind = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
                 finite = "finite " if hint is float else ""
-                yield f"{part.name}.{name} = {value!r}: must be of type {finite}{kind}"
+                yield f"{part.name}.{name} = {_shown(value)}: must be of type {finite}{kind}"
+            elif allowed := _size_fault(value):
+                yield f"{part.name}.{name} = {_shown(value)}: {allowed}"
+
+
+def _size_fault(value: Any) -> str:
+    """What a value of the right type should be where it is too large for any use; else ""."""
+    if isinstance(value, tuple | list):
+        return next(filter(None, map(_size_fault, value)), "")
+    if isinstance(value, str):
+        return "" if _is_text(value) else "must be text that a path may have, without NUL"
+    if isinstance(value, int) and abs(value) > MAX_COUNT:
+        return f"must not be more than {MAX_COUNT:,}"
+    if isinstance(value, float) and abs(value) > _FLOAT32:
+        return f"must not be more than {_FLOAT32:g}"
+    return ""
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return "\0" not in os.fsdecode(os.fsencode(value)) and len(value) <= _MOST_LETTERS
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -193,7 +247,7 @@ def _value_faults(config: Config) -> Iterator[str]:
     values = to_flat(config)
     for name, (holds, allowed) in _RULES.items():
         if not holds(values[name]):
-            yield f"{name} = {values[name]!r}: {allowed}"
+            yield f"{name} = {_shown(values[name])}: {allowed}"
     yield from _joint_faults(config)
 
 
@@ -201,7 +255,7 @@ def _model_faults(config: Config) -> Iterator[str]:
     try:
         create_model(config.model.name, **registered_overrides(config.model))
     except ModelError as error:
-        yield f"model.name = {config.model.name!r}: {error}"
+        yield f"model.name = {_shown(config.model.name)}: {error}"
 
 
 def _joint_faults(config: Config) -> Iterator[str]:
@@ -214,6 +268,8 @@ def _joint_faults(config: Config) -> Iterator[str]:
         )
     if data.eval_resize and data.eval_resize < (data.eval_size or data.image_size):
         yield f"data.eval_resize = {data.eval_resize}: must not be less than the evaluated side"
+    if config.augment.pad > data.image_size:
+        yield f"augment.pad = {config.augment.pad}: must not be more than data.image_size"
     if data.crop == "scale_jitter" and data.jitter_sides[0] < data.image_size:
         yield f"data.jitter_sides = {data.jitter_sides}: must not be less than data.image_size"
     if len(config.augment.mean) != len(config.augment.std):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import resource
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from resnet_jax.data.loader import fits_memory
 from resnet_jax.data.sources import Source, open_source
+from resnet_jax.distributed.device_memory import check_batch_memory
 from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.limits import check_host_memory
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
@@ -170,45 +168,33 @@ def check_batches(config: Config, devices: int = 0) -> None:
         parallel.check_divisible(sizes, devices=devices)
 
 
-def check_host_memory(config: Config, channels: int, hosts: int) -> None:
-    """Checks that the batches that are made ahead are not larger than this host's memory.
+def check_memory(config: Config, model: ResNet, channels: int, hosts: int) -> None:
+    """Checks that this host's share of a batch does not by far exceed the host's memory.
 
     Args:
       config: The configuration of a run.
+      model: Its network.
       channels: Of its images.
       hosts: How many share a batch.
 
     Raises:
-      ConfigError: They are, whatever else is in memory.
-
-    Example:
-      >>> check_host_memory(Config(), channels=3, hosts=1)
+      ConfigError: Names the field, and what a batch needs at least.
     """
-    train, data = config.train, config.data
-    if train.steps_per_call > 1:  # batches are made on the devices
-        return
-    memory = host_memory()
-    side = data.image_size
-    batch = train.batch_size // hosts * side * side * channels
-    ahead = (data.prefetch + 1) * (1 + data.workers)
-    if batch * ahead > memory:
-        more = ", data.prefetch or data.workers" if batch < memory else ""
-        raise ConfigError(
-            f"train.batch_size = {train.batch_size}: {ahead} batches of {batch / 1e9:,.1f} GB are "
-            f"made ahead, and this host has {memory / 1e9:,.1f} GB of memory; take a smaller "
-            f"train.batch_size{more}"
-        )
-
-
-def host_memory() -> int:
-    """Bytes that this process could take if it were alone: of the machine, container and limit."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if address_space != resource.RLIM_INFINITY:
-        found.append(address_space)
-    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found)
+    data, train = config.data, config.train
+    trained, evaluated = train.batch_size, config.evaluate.batch_size or train.batch_size
+    name = "evaluate.batch_size" if config.evaluate.batch_size else "train.batch_size"
+    keeps = config.optimizer.backbone_rate > 0  # what a backward pass needs
+    for field, images, size, training in (
+        (f"train.batch_size = {trained}", trained // train.accumulate, data.image_size, keeps),
+        (f"{name} = {evaluated}", evaluated, data.eval_size or data.image_size, False),
+    ):
+        shape = (images // hosts, size, size, channels)
+        check_batch_memory(model, shape, f"{field} of {size}x{size} pixels", training=training)
+    if train.steps_per_call == 1:  # else batches are made on the devices
+        ahead = (data.prefetch + 1) * (1 + data.workers)
+        what = f"train.batch_size = {trained}, of which {ahead} batches are made ahead,"
+        batch = trained // hosts * data.image_size**2 * channels
+        check_host_memory(ahead * batch, what, "take less, of data.prefetch or data.workers too")
 
 
 def batch_parts(config: Config) -> int:

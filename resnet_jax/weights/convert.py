@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from resnet_jax.errors import WeightsError
+from resnet_jax.errors import WeightsError, one_line
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.naming import Path, Scheme, schemes_for
 
@@ -20,6 +22,7 @@ Variables = dict[str, Any]
 # Training scripts save the state dict beside epoch, optimizer and the like.
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _MOST_WRAPPERS = 8  # of dictionaries and prefixes around the tensors; a stranger's may never end
+_MOST_NAMES, _MOST_LETTERS = 200, 200  # in one message
 
 
 def from_torch(
@@ -58,14 +61,15 @@ def from_torch(
     if reset_head:
         prefix = f"{scheme.head}."
         tensors = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-    arrays = {name: _to_numpy(name, value) for name, value in tensors.items()}
+    arrays = {name: _check_kind(name, value) for name, value in tensors.items()}
     wanted = expected = _expected(model, scheme, arrays)
     if reset_head:
         wanted = {path: shape for path, shape in expected.items() if path[1] != "head"}
     _check_fit(scheme, wanted, arrays, model.stage_sizes, reset_head)
     leaves = {}
     for path, shape in wanted.items():
-        leaves[path] = _from_torch_layout(arrays[scheme.torch_name(path)], len(shape))
+        name = scheme.torch_name(path)  # memory is taken for what fits only
+        leaves[path] = _from_torch_layout(_to_numpy(name, arrays[name]), len(shape))
     if reset_head:
         leaves |= {
             path: _initial_head(model, path, shape)
@@ -126,8 +130,8 @@ def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int | None:
       7
     """
     tensors = _unwrap(state_dict)
-    head = tensors.get(f"{_closest_scheme(model, tensors).head}.weight")
-    shape = tuple(getattr(head, "shape", ()))
+    name = f"{_closest_scheme(model, tensors).head}.weight"
+    shape = _check_kind(name, tensors[name]).shape if name in tensors else ()
     return int(shape[0]) if shape else None
 
 
@@ -217,7 +221,7 @@ def _inside(state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not all(isinstance(name, str) for name in state_dict):
         raise WeightsError("no state dict: some of its keys are not names")
     if not any(hasattr(value, "shape") and "." in name for name, value in state_dict.items()):
-        raise WeightsError(f"no state dict among its keys: {', '.join(state_dict) or 'none'}")
+        raise WeightsError(f"no state dict among its keys: {_listed(state_dict) or 'none'}")
     # "module." of DataParallel, "_orig_mod." of torch.compile, "model." of trainers: a ResNet's
     # own names never share their first part.
     first, _, _ = next(iter(state_dict)).partition(".")
@@ -237,24 +241,26 @@ def _closest_scheme(model: ResNet, tensors: Mapping[str, Any]) -> Scheme:
 
 
 def _expected(
-    model: ResNet, scheme: Scheme, arrays: Mapping[str, np.ndarray]
+    model: ResNet, scheme: Scheme, arrays: Mapping[str, Any]
 ) -> dict[Path, tuple[int, ...]]:
     """Our shapes, with as many image channels as the file's first convolution has."""
     first = arrays.get(scheme.torch_name(("params", "stem", "conv1", "kernel")))
     return variable_shapes(model, _channels(first, axis=1))
 
 
-def _channels(kernel: np.ndarray | None, axis: int) -> int:
+def _channels(kernel: Any, axis: int) -> int:
     """Image channels of a first convolution; 3 where it is none, which its shape will tell."""
-    if kernel is None or kernel.ndim != 4 or not kernel.size:  # without numbers, any shape is free
+    if (
+        kernel is None or len(kernel.shape) != 4 or not math.prod(kernel.shape)
+    ):  # without numbers, any shape is free
         return 3
-    return kernel.shape[axis]
+    return int(kernel.shape[axis])
 
 
 def _check_fit(
     scheme: Scheme,
     wanted: Mapping[Path, tuple[int, ...]],
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Any],
     stage_sizes: Sequence[int],
     reset_head: bool,
 ) -> None:
@@ -265,11 +271,13 @@ def _check_fit(
     misshapen = [
         name
         for name, shape in names.items()
-        if name in arrays and _ours(arrays[name].shape, len(shape)) != shape
+        if name in arrays and _ours(tuple(arrays[name].shape), len(shape)) != shape
     ]
-    shapes = [f"{name} {arrays[name].shape} for {_theirs(names[name])}" for name in misshapen]
+    shapes = [
+        f"{name} {tuple(arrays[name].shape)} for {_theirs(names[name])}" for name in misshapen
+    ]
     faults = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
-    parts = [f"{len(each)} {what}: {', '.join(each)}" for what, each in faults if each]
+    parts = [f"{len(each)} {what}: {_listed(each)}" for what, each in faults if each]
     if not parts:
         return
     wrong = (*missing, *unexpected, *misshapen)
@@ -282,6 +290,16 @@ def _check_fit(
     raise WeightsError(
         f"the weights ({scheme.name} names) do not fit the model{hint}; {'; '.join(parts)}"
     )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names in a message: all that a network has, but not a million, nor one of a megabyte."""
+    shown = [_short(name) for name in itertools.islice(names, _MOST_NAMES + 1)]
+    return ", ".join(shown if len(shown) <= _MOST_NAMES else [*shown[:-1], "..."])
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _MOST_LETTERS else f"{name[:_MOST_LETTERS]}..."
 
 
 def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
@@ -298,18 +316,44 @@ def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
         raise WeightsError(f"the variables are not this model's; {len(wrong)} differ: {shown}")
 
 
-def _to_numpy(name: str, value: Any) -> np.ndarray:
-    """A tensor or array of any floating-point type as a float32 array."""
-    if hasattr(value, "detach"):  # a torch tensor; NumPy has no bfloat16 to give it as
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.is_floating_point() else value.numpy()
-    try:
+def _check_kind(name: str, value: Any) -> Any:
+    """A tensor or array as it is, once its kind is one that has numbers to read."""
+    name = _short(name)
+    if not hasattr(value, "detach"):  # no tensor of PyTorch's
+        if not (hasattr(value, "shape") or isinstance(value, float | int)):
+            # Lists too: a stranger's may have itself, or billions of numbers, inside.
+            raise WeightsError(f"{name} is not an array but a {type(value).__name__}")
         array = np.asarray(value)
-    except ValueError as error:  # lists of lists, where anything may lie in a checkpoint
-        raise WeightsError(f"{name} is not an array ({error})") from error
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise WeightsError(f"{name} holds {array.dtype}, not floating-point numbers")
-    return array.astype(np.float32)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise WeightsError(f"{name} holds {array.dtype}, not floating-point numbers")
+        return array
+    kind = str(value.dtype).removeprefix("torch.")
+    if value.is_nested:
+        raise WeightsError(f"{name} is a nested tensor, which has no shape")
+    if is_sparse(value):
+        raise WeightsError(f"{name} is sparse ({value.layout}); save it .to_dense()")
+    if value.is_meta:
+        raise WeightsError(f"{name} is on PyTorch's meta device, where tensors have no numbers")
+    if value.is_quantized:
+        raise WeightsError(f"{name} is quantized ({kind}); save it .dequantize()")
+    if not value.is_floating_point():
+        raise WeightsError(f"{name} holds {kind}, not floating-point numbers")
+    return value
+
+
+def is_sparse(tensor: Any) -> bool:
+    """Whether a PyTorch tensor has another layout than one number an element."""
+    return str(tensor.layout) != "torch.strided"
+
+
+def _to_numpy(name: str, value: Any) -> np.ndarray:
+    """A tensor or array of any floating-point type as a new float32 array."""
+    if hasattr(value, "detach"):  # a torch tensor; NumPy has no bfloat16 to give it as
+        try:
+            value = value.detach().cpu().resolve_neg().float().numpy()
+        except (RuntimeError, TypeError) as error:  # packed types, and subclasses of tensors
+            raise WeightsError(f"{name} has no numbers to read ({one_line(error)})") from error
+    return np.asarray(value).astype(np.float32)
 
 
 def _ours(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Weight files: .safetensors, .pth and .npz; read whole or not at all, never unpickled.
 
 They may come from strangers: what a header claims is compared with the bytes that are there before
-memory is taken for it, and whatever is wrong is a WeightsError.
+memory is taken for it, and whatever is wrong is a WeightsError. Reading a file takes a few times
+its own size, and never more than a few times `_SMALL` beyond that.
 """
 
 from __future__ import annotations
@@ -21,14 +22,31 @@ import ml_dtypes
 import numpy as np
 
 from resnet_jax.errors import ResNetJaxError, WeightsError, importing, library_errors
-from resnet_jax.files import atomic_write
+from resnet_jax.files import atomic_write, read_bytes
+from resnet_jax.limits import host_memory
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.convert import Variables, check_model, fit_variables, from_torch, to_torch
+from resnet_jax.weights.convert import (
+    Variables,
+    check_model,
+    fit_variables,
+    from_torch,
+    is_sparse,
+    to_torch,
+)
 
+# The largest network here has 0.5 GB of float32 weights; with the averages of AdamW and EMA, in
+# float64, a checkpoint of it has 4 GB.
+_MOST_BYTES = 2**33
 # What an archive may unpack to, in times its own size, and in bytes whatever its size. Trained
 # weights hardly shrink by packing; zeros shrink a thousand times, and so do bombs.
 _MOST_UNPACKED = 16
 _SMALL = 2**26
+# What the tensors of a .pth file may add up to, in times its size: several names may share numbers,
+# such as those of a network and its average before the first step, and each is counted.
+_MOST_SHARED = 4
+# The deepest network here (ResNet-1202) has 7,000 tensors, in a header of 1 MB.
+_MOST_TENSORS = 100_000
+_MOST_HEADER = 2**24
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -112,11 +130,12 @@ def read_state_dict(
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise WeightsError(f"sha256 = {sha256!r} is not a checksum of 64 hexadecimal digits")
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, min(_MOST_BYTES, host_memory()))
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256.lower():
+    except ValueError as error:  # a path with NUL in it
+        raise WeightsError(f"cannot read {str(path)!r}: {error}") from error
+    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256.lower():
         raise WeightsError(f"{path} has sha256 {found}, not {sha256}; fetch it again")
     try:
         return read(path, data)
@@ -180,6 +199,9 @@ def _choose(path: Path, functions: Mapping[str, Any]) -> Any:
 def _read_safetensors(path: Path, data: bytes) -> dict[str, np.ndarray]:
     import safetensors
 
+    header = int.from_bytes(data[:8], "little")
+    if _MOST_HEADER < header <= len(data):
+        raise WeightsError(f"its header has {header:,} bytes, more than that of any weights")
     try:
         tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
@@ -202,15 +224,20 @@ def _read_npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
     def broken(error: Exception) -> WeightsError:
         return WeightsError(f"not a whole .npz file of arrays ({_reason(error)})")
 
+    arrays: dict[str, np.ndarray] = {}
     with library_errors(broken), _open_zip(data) as archive:
-        return {
-            member.filename.removesuffix(".npy"): _read_array(archive.read(member))
-            for member in archive.infolist()
-        }
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in arrays:
+                raise WeightsError(f"holds {name} twice")
+            arrays[name] = _read_array(archive.read(member))
+    return arrays
 
 
 def _open_zip(data: bytes) -> zipfile.ZipFile:
     """Opens an archive that stays in bounds: no member gives more bytes than it says here."""
+    if data.count(b"PK\1\2") > _MOST_TENSORS:  # entries of its directory
+        raise WeightsError(f"has more than {_MOST_TENSORS:,} members, as no weights have")
     archive = zipfile.ZipFile(io.BytesIO(data))
     size = sum(member.file_size for member in archive.infolist())
     if size > max(_MOST_UNPACKED * len(data), _SMALL):
@@ -255,12 +282,63 @@ def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
         )
 
     with library_errors(explain):
-        if data.startswith(b"PK"):
-            _open_zip(data).close()
+        _check_torch(data)
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise WeightsError(f"holds a {type(content).__name__}, not a state dict")
+    content, size = _plain(torch, content)
+    if size > max(_MOST_SHARED * len(data), _SMALL):
+        raise WeightsError(
+            f"its tensors would be {size:,} bytes, and the file has {len(data):,}; if you "
+            "trust it, save each tensor's .clone()"
+        )
     return content
+
+
+def _check_torch(data: bytes) -> None:
+    """Refuses what torch.load(weights_only=True) allows and what takes more memory than a file has.
+
+    Its pickles may make bytes of any length, and a pickle's objects are 70 times its size.
+    """
+    for word in (b"_codecs\nencode\n", b"bytearray\n"):
+        if word in data:
+            raise WeightsError("holds bytes beside its tensors; save the state dict alone")
+    if not data.startswith(b"PK"):
+        return
+    with _open_zip(data) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise WeightsError(f"{member.filename} is packed, which torch.save never does")
+            if member.filename.endswith(".pkl") and member.file_size > _MOST_HEADER:
+                size = f"{member.file_size:,} bytes"
+                raise WeightsError(f"{member.filename} has {size}, more than that of any weights")
+
+
+def _plain(torch: Any, content: dict[Any, Any]) -> tuple[dict[Any, Any], int]:
+    """Copies what torch.load returns into plain dictionaries of plain tensors.
+
+    The pickle of a tensor or OrderedDict may give it attributes in the place of its methods, and a
+    dictionary may be at many places, and in itself.
+
+    Returns:
+      (the copy, bytes of its tensors, where one that is at several places counts for each).
+    """
+    copies: dict[int, dict[Any, Any]] = {id(content): {}}
+    waiting, size = [content], 0
+    while waiting:
+        found = waiting.pop()
+        for key, value in dict.items(found):
+            if isinstance(value, dict):
+                if id(value) not in copies:
+                    copies[id(value)] = {}
+                    waiting.append(value)
+                value = copies[id(value)]
+            elif isinstance(value, torch.Tensor):
+                value = torch.Tensor.detach(value)
+                if not (value.is_nested or value.is_meta or is_sparse(value)):
+                    size += value.numel() * value.element_size()
+            copies[id(found)][key] = value
+    return copies[id(content)], size
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -13,13 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.errors import ModelError, WeightsError, importing
+from resnet_jax.files import MIB, read_json
+from resnet_jax.limits import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables
 from resnet_jax.weights.files import load_weights
 
-# timm's arguments -> our fields and their types; a network built with any other is refused.
-_MODEL_ARGUMENTS = {"output_stride": ("output_stride", int), "drop_rate": ("dropout_rate", float)}
+# Of ImageNet-21k's classes, the names take 1 MB.
+_MOST_CONFIG = 16 * MIB
 # Networks of timm's with one of our names and another function.
 _OTHER_NETWORKS = {
     name: (
@@ -201,10 +202,10 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
 def _read_config(path: Path) -> _Config:
     """Reads timm's config.json: facts of the weights stand in "pretrained_cfg"."""
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json(path, _MOST_CONFIG)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise WeightsError(f"{path} is not JSON ({error})") from error
     try:
         return _parse_config(config)
@@ -218,37 +219,75 @@ def _parse_config(config: dict[str, Any]) -> _Config:
     if architecture in _OTHER_NETWORKS:
         raise WeightsError(f"timm's {architecture} {_OTHER_NETWORKS[architecture]}")
     facts = {**config, **config.get("pretrained_cfg", {})}
-    fields = {"num_classes": int(config.get("num_classes", facts.get("num_classes", 1000)))}
+    classes = config.get("num_classes", facts.get("num_classes", 1000))
+    fields: dict[str, Any] = {"num_classes": _count("num_classes", classes, 0, MAX_CLASSES)}
     for argument, value in (config.get("model_args") or {}).items():
         if argument == "in_chans":  # the weights say it
             continue
-        if argument not in _MODEL_ARGUMENTS:
-            raise WeightsError(f"model_args.{argument} = {value!r} has no counterpart here")
-        name, kind = _MODEL_ARGUMENTS[argument]
-        fields[name] = kind(value)
+        if argument == "output_stride":
+            fields["output_stride"] = _count("model_args.output_stride", value, 1, MAX_SIDE)
+        elif argument == "drop_rate":
+            fields["dropout_rate"] = _number("model_args.drop_rate", value)
+        else:
+            shown = f"model_args.{argument} = {value!r}"[:200]
+            raise WeightsError(f"{shown} has no counterpart here")
     default = Preprocessing()
+    channels, side, _ = facts.get("input_size", [3, default.image_size, default.image_size])
+    _count("input_size", channels, 1, MAX_CHANNELS)
     preprocessing = Preprocessing(
-        image_size=int(facts.get("input_size", [3, default.image_size])[1]),
-        crop_fraction=float(facts.get("crop_pct", default.crop_fraction)),
+        image_size=_count("input_size", side, 1, 4096),
+        crop_fraction=_number("crop_pct", facts.get("crop_pct", default.crop_fraction)),
         interpolation=str(facts.get("interpolation", default.interpolation)),
-        mean=tuple(map(float, facts.get("mean", default.mean))),
-        std=tuple(map(float, facts.get("std", default.std))),
+        mean=_numbers("mean", facts.get("mean", default.mean)),
+        std=_numbers("std", facts.get("std", default.std)),
     )
     _check_preprocessing(preprocessing)
-    labels = facts.get("label_names") or ()
-    known = labels if len(labels) == fields["num_classes"] else ()
-    return _Config(architecture, fields, preprocessing, tuple(map(str, known)))
+    return _Config(architecture, fields, preprocessing, _labels(facts, classes))
+
+
+def _labels(facts: dict[str, Any], classes: int) -> tuple[str, ...]:
+    """The classes' names; () where there are none, or those of other classes."""
+    names = facts.get("label_names") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise WeightsError("label_names: must be a list of names")
+    return tuple(names) if len(names) == classes else ()
+
+
+def _number(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise WeightsError(f"{field} = {str(value)[:100]}: must be a number")
+    return float(value)
+
+
+def _numbers(field: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple):
+        raise WeightsError(f"{field} = {str(values)[:100]}: must be a list of numbers")
+    return tuple(_number(field, value) for value in values)
+
+
+def _count(field: str, value: Any, least: int, most: int) -> int:
+    """A whole number in the file, once it is one and in range."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise WeightsError(f"{field} = {str(value)[:100]}: must be a whole number")
+    if not least <= value <= most:
+        raise WeightsError(f"{field} = {value}: must be from {least:,} to {most:,}")
+    return value
 
 
 def _check_preprocessing(preprocessing: Preprocessing) -> None:
     """Refuses numbers that no image can be prepared by."""
     size, crop = preprocessing.image_size, preprocessing.crop_fraction
     mean, std = preprocessing.mean, preprocessing.std
-    if not 1 <= size <= 4096:
-        raise WeightsError(f"input_size = {size}: must be from 1 to 4096 pixels a side")
     if not 0 < crop <= 1:
         raise WeightsError(f"crop_pct = {crop}: must be a share in (0, 1]")
+    if size / crop > MAX_SIDE:
+        raise WeightsError(
+            f"crop_pct = {crop}: images would be resized to {size / crop:,.0f} pixels, where "
+            f"{MAX_SIDE:,} are the most"
+        )
     if len(mean) not in (1, 3) or not all(map(math.isfinite, mean)):
         raise WeightsError(f"mean = {mean}: must be 1 or 3 numbers")
-    if len(std) != len(mean) or not all(0 < each < math.inf for each in std):
-        raise WeightsError(f"std = {std}: must be as many positive numbers as mean has")
+    if len(std) != len(mean) or not all(1e-6 <= each < math.inf for each in std):
+        raise WeightsError(
+            f"std = {std}: must be as many positive numbers as mean has, 1e-6 or more"
+        )

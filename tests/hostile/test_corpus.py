@@ -16,7 +16,7 @@ from PIL import Image
 from resnet_jax import cli
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
-from tests.hostile import images, names, states, workdirs  # noqa: F401 - fills the corpus
+from tests.hostile import images, names, numbers, states, weights, workdirs  # noqa: F401
 from tests.hostile.corpus import CASES, Places
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -121,6 +121,7 @@ def test_a_hostile_input_does_no_harm(case, command, places):
     assert code in case.codes, errors
     told = [line for line in errors.splitlines() if line.startswith(("error: ", "stopped: "))]
     assert len(told) == (code not in (0, 1)), errors
+    assert all(len(line) < 5000 for line in told)
     assert "Traceback" not in output + errors
     assert all(each.isprintable() or each in "\n\r\t" for each in output + errors), output + errors
     assert contents(places.victim) == before

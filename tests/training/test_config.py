@@ -85,6 +85,38 @@ def test_a_fault_names_field_value_and_what_is_allowed(name, value, allowed):
         c.check(changed(name, value))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("data.image_size", 2**70, "must not be more than 2,147,483,647"),
+        ("data.eval_size", 8193, "0 or more, up to 8,192"),
+        ("data.eval_resize", 10**6, "0 or more, up to 8,192"),
+        ("data.jitter_sides", (256, 10**6), "pixels up to 8,192"),
+        ("data.threads", 10**6, "1 or more, up to 1,024"),
+        ("data.workers", 10**6, "up to 1,024"),
+        ("data.prefetch", 10**6, "up to 1,024"),
+        ("data.name", "folder:\0", "without NUL"),
+        ("data.data_dir", "\ud800", "text that a path may have"),
+        ("checkpoint.copy_to", "x" * 10**5, "text that a path may have"),
+        ("augment.std", (5e-324,), "1e-6 or more"),
+        ("augment.mean", (1e300,), "must not be more than 3.4e"),
+        ("augment.pad", 33, "not be more than data.image_size"),
+        ("augment.rand_layers", 10**6, "up to 100"),
+        ("model.num_classes", 10**9, "up to 10,000,000"),
+        ("optimizer.learning_rate", 10**30, "must not be more than 2,147,483,647"),
+        ("schedule.boundaries", tuple(n / 200 for n in range(1, 150)), "at most 100 growing"),
+        ("train.epochs", 1e308, "must not be more than 3.4e"),
+        ("train.batch_size", 2**24 + 1, "up to 16,777,216"),
+        pytest.param("train.seed", 10**5000, "thousands of digits: must not be mo", id="digits"),
+        ("log.profile", f"1:{'9' * 5000}", "must be text|FIRST:LAST"),
+    ],
+)
+def test_numbers_too_large_for_any_use(name, value, allowed):
+    with pytest.raises(ConfigError, match=rf"{name} = .*{allowed}") as caught:
+        c.check(changed(name, value))
+    assert len(str(caught.value)) < 500
+
+
 def test_all_faults_at_once():
     config = c.Config(train=c.Train(epochs=-1.0, accumulate=0), data=c.Data(crop="five"))
     with pytest.raises(ConfigError) as caught:

@@ -260,6 +260,12 @@ def safetensors_of(shape, data=b""):
         ("w.safetensors", struct.pack("<Q", 2**63) + b"{}", "not a whole safetensors"),
         ("w.safetensors", safetensors_of([3], bytes(8)), "not a whole safetensors"),
         ("w.safetensors", safetensors_of([0, 2**63]), "a has no array's shape"),
+        (
+            "w.safetensors",
+            struct.pack("<Q", 2**24 + 1) + bytes(2**24 + 1),
+            "its header has 16,777,",
+        ),
+        ("w.npz", npz_of({}, bytes(8)) + b"PK\1\2" * 100_001, "has more than 100,000 members"),
     ],
 )
 def test_claims_take_no_memory(name, data, message, tmp_path):
@@ -279,6 +285,17 @@ def test_names_with_folders_are_names(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["w.npz"]
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_name_that_is_there_twice(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
+        for value in (0, 1):
+            file = io.BytesIO()
+            np.save(file, np.full(2, value, np.float32))
+            archive.writestr("fc.bias.npy", file.getvalue())
+    with pytest.raises(rj.WeightsError, match=r"holds fc\.bias twice"):
+        read_state_dict(tmp_path / "w.npz")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -287,12 +304,26 @@ def test_names_with_folders_are_names(tmp_path):
         ({"conv1.weight": 3.0}, "of the wrong shape: conv1.weight"),
         ({"fc.bias": [[1], [2, 3]]}, "fc.bias is not an array"),
         ({5: np.zeros(3)}, "some of its keys are not names"),
+        ({"fc.bias": [1.0] * 10}, "fc.bias is not an array but a list"),
+        ({"x" * 10**6: np.zeros(3, np.float32)}, r"unexpected: x{200}\.\.\.$"),
+        (
+            {f"x.{n}": np.zeros(1, np.float32) for n in range(10**4)},
+            r"10000 unexp.*x.1178, \.\.\.$",
+        ),
     ],
 )
 def test_state_dicts_of_strangers(change, message):
     state_dict = {**rj.to_torch(*network()), **change}
-    with pytest.raises(rj.WeightsError, match=message):
+    with pytest.raises(rj.WeightsError, match=message) as caught:
         rj.from_torch(rj.ResNet20(), state_dict)
+    assert len(str(caught.value)) < 5000
+
+
+def test_memory_is_taken_for_what_fits_only():
+    """A tensor may say that it is larger than the numbers it has."""
+    ones = np.broadcast_to(np.float32(1), (2**20, 2**16))
+    with pytest.raises(rj.WeightsError, match=r"fc.weight \(1048576, 65536\) for \(10, 64\)"):
+        rj.from_torch(rj.ResNet20(), {**rj.to_torch(*network()), "fc.weight": ones})
 
 
 def test_wrappers_end():
@@ -389,6 +420,16 @@ def test_pretrained_from_the_cache(tmp_path, monkeypatch):
         ({"pretrained_cfg": {"input_size": [3, 10**9, 10**9]}}, "input_size = 1000000000: must be"),
         ({"pretrained_cfg": {"mean": [0.5, 0.5]}}, "mean = .* must be 1 or 3"),
         ({"pretrained_cfg": {"std": [0, 0, 0]}}, "std = .* positive"),
+        ({"pretrained_cfg": {"std": [5e-324] * 3}}, "std = .* positive"),
+        ({"pretrained_cfg": {"mean": "555"}}, "mean = 555: must be a list of numbers"),
+        ({"pretrained_cfg": {"crop_pct": 5e-324}}, "resized to inf pixels, where 8,192"),
+        ({"pretrained_cfg": {"crop_pct": True}}, "crop_pct = True: must be a number"),
+        ({"pretrained_cfg": {"input_size": [0, 32, 32]}}, "input_size = 0: must be from 1 to 1,02"),
+        ({"pretrained_cfg": {"input_size": [3, 32.5, 32]}}, "input_size = 32.5: must be a whole"),
+        ({"pretrained_cfg": {"label_names": "0123456789"}}, "label_names: must be a list of names"),
+        ({"num_classes": 10**9}, "num_classes = 1000000000: must be from 0 to 10,000,000"),
+        ({"num_classes": 10.5}, "num_classes = 10.5: must be a whole number"),
+        ({"model_args": {"output_stride": 8.5}}, "output_stride = 8.5: must be a whole number"),
     ],
 )
 def test_other_repositories_are_refused(change, message, tmp_path):

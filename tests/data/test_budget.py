@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet_jax.data import budget
 from resnet_jax.data import decode as module
-from resnet_jax.data import limits
 from resnet_jax.data.decode import decode, decoded, eval_crop, read_encoded, train_crop
 from resnet_jax.errors import DataError
 from resnet_jax.files import MIB
@@ -75,9 +75,9 @@ def estimates(data: bytes, call: str, monkeypatch) -> int:
 
     def take(budget, amount):
         taken.append(amount)
-        return limits._Share(budget, amount)
+        return budget._Share(budget, amount)
 
-    monkeypatch.setattr(limits.Budget, "take", take)
+    monkeypatch.setattr(budget.Budget, "take", take)
     rng = np.random.default_rng(0)
     {
         "decode": lambda: decode(data, 3),
@@ -142,38 +142,38 @@ def test_what_is_accepted_takes_half_a_gigabyte(call, tmp_path):
 
 
 def test_a_share_waits_for_room_and_nobody_overtakes():
-    budget, order = limits.Budget(100), []
+    shared, order = budget.Budget(100), []
 
     def take(name, amount):
-        with budget.take(amount):
+        with shared.take(amount):
             order.append(name)
 
-    with budget.take(80):
+    with shared.take(80):
         threads = []
         for name, amount in (("large", 90), ("small", 10)):  # the second would fit beside 80
             threads.append(threading.Thread(target=take, args=(name, amount)))
             threads[-1].start()
-            while len(budget._waiting) < len(threads):
+            while len(shared._waiting) < len(threads):
                 time.sleep(0.001)
         assert not order
     for thread in threads:
         thread.join(10)
     assert order == ["large", "small"]
-    assert budget.free == 100
+    assert shared.free == 100
 
 
 def test_an_interrupted_wait_leaves_no_trace(monkeypatch):
-    budget = limits.Budget(100)
+    shared = budget.Budget(100)
 
     def interrupted(timeout=None):
         raise KeyboardInterrupt
 
-    with budget.take(80):
-        monkeypatch.setattr(budget._changed, "wait", interrupted)
+    with shared.take(80):
+        monkeypatch.setattr(shared._changed, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            budget.take(30).__enter__()
-        assert not budget._waiting
-    assert budget.free == 100
+            shared.take(30).__enter__()
+        assert not shared._waiting
+    assert shared.free == 100
 
 
 def test_threads_share_the_budget(monkeypatch):
@@ -181,7 +181,7 @@ def test_threads_share_the_budget(monkeypatch):
     data = encode(photo(60, 40), "PNG")
     amount = estimates(data, "decode", monkeypatch)
     monkeypatch.undo()
-    monkeypatch.setattr(limits, "BUDGET", limits.Budget(3 * amount))
+    monkeypatch.setattr(budget, "BUDGET", budget.Budget(3 * amount))
     now, most = [], []
 
     def work(_):
@@ -194,7 +194,7 @@ def test_threads_share_the_budget(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(24)))
     assert max(most) == 3
-    assert limits.BUDGET.free == 3 * amount
+    assert budget.BUDGET.free == 3 * amount
 
 
 # What does not fit.
@@ -202,7 +202,7 @@ def test_threads_share_the_budget(monkeypatch):
 
 def test_an_image_that_does_not_fit_is_refused_by_its_header(monkeypatch):
     data = encode(Image.new("RGB", (4000, 3000)), "PNG")
-    monkeypatch.setattr(limits, "BUDGET", limits.Budget(64 * MIB))
+    monkeypatch.setattr(budget, "BUDGET", budget.Budget(64 * MIB))
     with pytest.raises(DataError, match=r"^4000 x 3000: .* 12,000,000 pixels .* limit of 64 MiB$"):
         decode(data, 3)
 
@@ -215,7 +215,7 @@ def test_formats_with_scales_are_decoded_smaller(kind, decoder, monkeypatch):
     # Smooth, for the low-pass of each format is another.
     data = encode(photo(50, 38).resize((400, 304), Image.Resampling.BICUBIC), kind)
     whole = decode(data, 3)
-    monkeypatch.setattr(limits, "BUDGET", limits.Budget(limits.BUDGET.total // 300))
+    monkeypatch.setattr(budget, "BUDGET", budget.Budget(budget.BUDGET.total // 300))
     part = decode(data, 3)
     shrink = 304 // part.shape[0]
     assert shrink in (2, 4, 8)
@@ -255,7 +255,7 @@ def test_bands_are_converted_alike(mode, channels, monkeypatch):
     options = {"transparency": bytes(range(64))} if mode == "P" else {}
     data = encode(image if mode == "I;16" else image.convert(mode), MODES[mode], **options)
     whole = decode(data, channels)
-    monkeypatch.setattr(limits, "BAND_PIXELS", 300)
+    monkeypatch.setattr(budget, "BAND_PIXELS", 300)
     np.testing.assert_array_equal(decode(data, channels), whole)
 
 
@@ -268,7 +268,7 @@ def test_bands_are_resized_alike(sides, kind, shorter, monkeypatch):
         data = encode(photo(*sides), "PNG")
         whole = eval_crop(data, config, channels)
         with monkeypatch.context() as patch:
-            patch.setattr(limits, "BAND_PIXELS", 300)
+            patch.setattr(budget, "BAND_PIXELS", 300)
             np.testing.assert_array_equal(eval_crop(data, config, channels), whole)
 
 
@@ -281,7 +281,7 @@ def test_large_files_are_judged_by_their_header(tmp_path):
     os.truncate(path, 2**26)
     with pytest.raises(DataError, match="of no known format"):
         read_encoded(path)
-    os.truncate(path, limits.FILE_BYTES + 1)
+    os.truncate(path, budget.FILE_BYTES + 1)
     with pytest.raises(OSError, match="more than the limit of 134,217,728"):
         read_encoded(path)
 
@@ -290,5 +290,5 @@ def test_headers_of_webp_take_no_memory():
     """Pillow takes that of two canvases when it opens one."""
     for options in ({}, {"lossless": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}):
         data = encode(photo(61, 47), "WEBP", **options)
-        assert limits.webp_size(data[:30]) == (47, 61)
+        assert budget.webp_size(data[:30]) == (47, 61)
         assert module.read_header(io.BytesIO(data))[:2] == (47, 61)
