@@ -105,7 +105,7 @@ class Appender:
         self._path = path
         with writing(path):
             # No buffer: it would keep what could not be written, and fail once more on closing.
-            self._descriptor = files.open_to_append(path)
+            self._file = open(files.open_to_append(path), "ab", buffering=0)  # noqa: SIM115
 
     def write(self, data: bytes) -> None:
         """Adds a record.
@@ -115,15 +115,15 @@ class Appender:
             without a word, and nobody would ever read it.
         """
         with writing(self._path):
-            if not os.fstat(self._descriptor).st_nlink:
+            if not os.fstat(self._file.fileno()).st_nlink:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
             while data:  # a disk that is nearly full takes a part first, and then fails
-                data = data[os.write(self._descriptor, data) :]
+                data = data[self._file.write(data) :]
 
     def close(self) -> None:
         """Closes the file."""
         with writing(self._path):
-            os.close(self._descriptor)
+            self._file.close()
 
 
 def open_workdir(workdir: str | os.PathLike[str], config: Config, data: Mapping[str, str]) -> Path:

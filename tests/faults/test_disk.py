@@ -184,7 +184,8 @@ def test_metrics_that_cannot_be_written_are_told(harm, words, tmp_path, monkeypa
 def test_a_damaged_line_of_metrics_is_dropped(tmp_path):
     """What was written before and after it stays."""
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step}).encode() + b"\n" for step in (1, 2, 3, 4)]
+    record = {"split": "test", "loss": 0.5, "top1": 0.5}
+    lines = [json.dumps({"step": step, **record}).encode() + b"\n" for step in (1, 2, 3, 4)]
     path.write_bytes(lines[0] + b'{"step\xff": 2}\n' + lines[2] + lines[3])
     telemetry_of_three = Telemetry(
         c.Config(log=c.Log(tensorboard=False)), tmp_path, 3, 9, 3.0, io.StringIO()
