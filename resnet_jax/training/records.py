@@ -62,7 +62,7 @@ def _is_valid(record: Record) -> bool:
     step, split = record.get("step"), record.get("split")
     if type(step) is not int or not 1 <= step <= LARGEST_STEP:
         return False
-    if not isinstance(split, str) or not split or not split.isprintable():
+    if not isinstance(split, str) or not split:
         return False
     needed = [*_ALWAYS, *(_IN_TRAINING if split == "train" else ())]
     numbers = {*needed, *(name for name in _SOMETIMES if name in record)}
