@@ -145,6 +145,7 @@ def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
         (line,) = errors(tmp_path, 0)
         assert "process 1 gave no sign of life" in line
 
+    flags.append("--config.checkpoint.allow_change=true")  # of the steps a call
     with (
         started(tmp_path, *several(2, "--config.train.steps_per_call=2", *flags)) as processes,
         started(straight_output, alone, devices=2) as lone,
