@@ -496,7 +496,7 @@ def _merged(here: bytes, there: bytes, newest: int) -> tuple[bytes, int]:
     if not missing:
         return here, 0
     both = {**known, **missing}
-    others = [line for line in lines if not _key(line)]
+    others = [line for line in lines if not _key(line) and line.endswith(b"\n")]
     return b"".join([*(both[key] for key in sorted(both)), *others]), len(missing)
 
 

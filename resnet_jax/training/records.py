@@ -63,7 +63,7 @@ def _is_valid(record: Record) -> bool:
     step, split = record.get("step"), record.get("split")
     if type(step) is not int or not 1 <= step <= LARGEST_STEP:
         return False
-    if not isinstance(split, str) or not split or not split.isprintable():
+    if not isinstance(split, str) or not split:
         return False
     if record.get("kind", TRAINING) not in (TRAINING, EVALUATION):
         return False

@@ -192,9 +192,11 @@ def check_memory(config: Config, model: ResNet, channels: int, hosts: int) -> No
         check_batch_memory(model, shape, f"{field} of {size}x{size} pixels", training=training)
     if train.steps_per_call == 1:  # else batches are made on the devices
         ahead = (data.prefetch + 1) * (1 + data.workers)
-        what = f"train.batch_size = {trained}, of which {ahead} batches are made ahead,"
+        what = f"train.batch_size = {trained}, of which {ahead} batches are made ahead"
         batch = trained // hosts * data.image_size**2 * channels
-        check_host_memory(ahead * batch, what, "take less, of data.prefetch or data.workers too")
+        check_host_memory(
+            ahead * batch, what, "take a smaller one, or less data.prefetch or data.workers"
+        )
 
 
 def batch_parts(config: Config) -> int:

@@ -73,9 +73,9 @@ def estimates(data: bytes, call: str, monkeypatch) -> int:
     """The most that a call takes from the budget."""
     taken = [0]
 
-    def take(budget, amount):
+    def take(shared, amount):
         taken.append(amount)
-        return budget._Share(budget, amount)
+        return budget._Share(shared, amount)
 
     monkeypatch.setattr(budget.Budget, "take", take)
     rng = np.random.default_rng(0)

@@ -16,13 +16,13 @@ from tests.variables import random_variables
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tiny_model):
-    """One step on digits, with statistics shared over devices and a moving average."""
+    """Two steps on digits, with statistics shared over devices and a moving average."""
     folder = tmp_path_factory.mktemp("run")
     config = c.Config(
         model=c.Model(name="tiny", bn_sync="all", num_classes=12),
         data=c.Data(image_size=8, eval_size=12, eval_resize=15, interpolation="bicubic"),
         augment=c.Augment(mean=(0.3,), std=(0.38,)),
-        train=c.Train(steps=1, batch_size=16, ema_decay=0.5),
+        train=c.Train(steps=2, batch_size=16, ema_decay=0.5),
         log=c.Log(tensorboard=False),
     )
     train(config, folder)
@@ -42,7 +42,7 @@ def test_workdir(workdir):
     assert (network.crop.eval_size, network.crop.eval_resize) == (12, 15)
     assert network.colours.mean == (0.3,)
     chex.assert_trees_all_equal(network.variables, load_variables(workdir)[1])
-    assert (network.step, network.ema) == (1, True)
+    assert (network.step, network.ema) == (2, True)
     plain = open_network(workdir, ema=False)
     assert not plain.ema
     assert plain.config.train.ema_decay == 0.5

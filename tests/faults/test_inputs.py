@@ -276,7 +276,7 @@ def test_batches_that_are_made_ahead(monkeypatch):
     model = rj.create_model("tiny")
     setup.check_memory(config, model, channels=1, hosts=1)
     config.data.workers = 100
-    with pytest.raises(ConfigError, match=r"batches are made ahead, needs .* data\.workers"):
+    with pytest.raises(ConfigError, match=r"batches are made ahead: needs .* data\.workers"):
         setup.check_memory(config, model, channels=1, hosts=1)
     setup.check_memory(config, model, channels=1, hosts=4)
 

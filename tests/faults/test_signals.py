@@ -1,7 +1,6 @@
 """Signals, closed streams, and a machine without a home directory, in real processes."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import pty
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 import jax
@@ -69,9 +67,10 @@ def handles(pid, number):
     return int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1
 
 
-def take_terminal():
-    """In a new process: its standard output is the terminal of its session."""
-    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+# Programs that run another one: in the terminal that is their standard output, or without SIGHUP.
+RUN = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+IN_TERMINAL = f"import fcntl, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); {RUN}"
+WITHOUT_HANGUP = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {RUN}"
 
 
 def read_until(terminal, words):
@@ -83,9 +82,9 @@ def read_until(terminal, words):
 def test_a_closed_terminal_saves_the_run(tmp_path):
     """SIGHUP comes, and every line that is written from then on fails."""
     terminal, end = pty.openpty()
-    command = [*FOR_EVER, f"--workdir={tmp_path}"]
+    command = ["-c", IN_TERMINAL, sys.executable, *FOR_EVER, f"--workdir={tmp_path}"]
     streams = {"stdin": end, "stdout": end, "stderr": end}
-    with started(command, **streams, preexec_fn=take_terminal) as run:
+    with started(command, **streams) as run:
         os.close(end)
         read_until(terminal, b"step 5/")
         os.close(terminal)
@@ -93,15 +92,11 @@ def test_a_closed_terminal_saves_the_run(tmp_path):
     assert newest(tmp_path) > 0
 
 
-def ignore_hangup():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
 @pytest.mark.slow
 def test_nohup_goes_on_and_other_signals_still_stop_it(tmp_path):
-    command = [*FOR_EVER, f"--workdir={tmp_path / 'run'}"]
+    command = ["-c", WITHOUT_HANGUP, sys.executable, *FOR_EVER, f"--workdir={tmp_path / 'run'}"]
     streams = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-    with started(command, **streams, preexec_fn=ignore_hangup) as run:
+    with started(command, **streams) as run:
         await_records(tmp_path / "run")
         run.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):

@@ -41,7 +41,7 @@ workdir("model.name", "x" * 10**6)
     "predict {here}/run {image} --image_size=1000000",
     "predict {here}/run {image} --image_size=4096 --batch_size=100000",
     "predict {here}/run {image} --crop_fraction=5e-324",
-    f"predict {{here}}/run {{image}} --output={{here}}/{LONG}x.csv",
+    f"predict {{here}}/run {{image}} --output={{here}}/{LONG}{LONG}.csv",
     f"predict {{here}}/{LONG}{LONG} {{image}}",
     f"predict ~{LONG}/run {{image}}",
     f"predict {{here}}/{LONG}x.safetensors {{image}} --model=tiny",

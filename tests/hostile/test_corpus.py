@@ -6,7 +6,9 @@ import io
 import os
 import pathlib
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -51,7 +53,9 @@ def places(run, tmp_path, monkeypatch):
     (victim / "config.json").write_text("{}")
     Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(image)
     monkeypatch.chdir(here)
-    return Places(here, victim, run, image)
+    yield Places(here, victim, run, image)
+    # Python's rmtree, and so pytest, cannot remove a thousand folders inside of each other.
+    subprocess.run([shutil.which("rm"), "-rf", here], check=True)
 
 
 def contents(folder):

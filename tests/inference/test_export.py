@@ -237,12 +237,14 @@ def test_what_cannot_be_folded_is_refused(network):
 
 def test_hub_folder_is_read_back_whole(network, tmp_path, monkeypatch):
     names = tuple(f"class {k}" for k in range(7))
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 9, "split": "train", "top1": 0.1}\n'
-        '{"step": 9, "split": "test", "top1": 0.125, "top5": 0.5, "images": 360}\n'
-        '{"step": 9, "weights": "ema", "split": "test", "top1": 0.25, "top5": 0.75, "images": 9}\n'
-        '{"step": 10, "weights": "ema", "split": "test", "top1": 1.0, "top5": 1.0, "images": 9}\n'
-    )
+    lines = [
+        {"step": 9, "split": "train", "top1": 0.1, "learning_rate": 0.1, "images_per_second": 1.0},
+        {"step": 9, "split": "test", "top1": 0.125, "top5": 0.5, "images": 360},
+        {"step": 9, "split": "test", "top1": 0.25, "top5": 0.75, "images": 9, "weights": "ema"},
+        {"step": 10, "split": "test", "top1": 1.0, "top5": 1.0, "images": 9, "weights": "ema"},
+    ]
+    text = "".join(json.dumps({"loss": 1.0, **line}) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
     config = Config(data=Data(name="folder:/home/someone/pets"))
     facts = {"source": str(tmp_path), "config": config, "step": 9, "ema": True}
     network = dataclasses.replace(network, class_names=names, **facts)
@@ -263,7 +265,7 @@ def test_hub_folder_is_read_back_whole(network, tmp_path, monkeypatch):
 
 
 def test_a_model_card_shows_names_and_obeys_none(network, tmp_path):
-    line = {"step": 9, "split": "<i>|\u202e", "top1": 0.5, "top5": 1.0, "images": 1}
+    line = {"step": 9, "split": "<i>|\u202e", "loss": 1.0, "top1": 0.5, "top5": 1.0, "images": 1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     config = Config(data=Data(name="folder:/x/<b>[a](b)|\x1b\udcff"))
     names = ("\x1b[2J", "\u202e", "\ud800", "\u6f22", "4", "5", "6")

@@ -449,6 +449,7 @@ def test_another_run_in_the_workdir_is_not_mixed_with_it(copy, straight, tmp_pat
     (run / "checkpoints" / "6").rename(run / "checkpoints" / "2")
     text = (run / "config.json").read_text()
     (run / "config.json").write_text(text.replace('"seed": 0', '"seed": 5'))
+    (run / "SHA256SUMS").unlink()
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"workdir=.*another configuration .*seed: 5 -> 0"):
         train(configuration(checkpoint__copy_to=str(copy)), run)

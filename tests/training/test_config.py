@@ -289,7 +289,7 @@ def test_help_lists_every_field(capsys):
 
 def test_errors_hold_no_codes_for_a_terminal(capsys):
     assert cli._fail(ConfigError("no \x1b]0;title\x07 of\nours"), 2) == 2
-    assert capsys.readouterr().err == "error: no ]0;title of ours\n"
+    assert capsys.readouterr().err == "error: no \\x1b]0;title\\x07 of ours\n"
 
 
 def test_help_says_that_a_configuration_is_a_program(capsys):
