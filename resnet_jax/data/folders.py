@@ -13,8 +13,10 @@ from resnet_jax.errors import DataError
 from resnet_jax.files import open_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Images of each class whose headers are tried, to learn whether the data set is grey.
-_LOOKED_AT = 16
+# Images whose headers are read, evenly from all of a split and at least 16 of each class, to learn
+# whether there is color. In most data sets the first one has it.
+_LOOKED_AT = 1000
+_GREY = {"1", "L", "LA", "La", "I", "F"}  # of Pillow's modes, and "I;16" with its byte orders
 
 
 class FolderSource(Source):
@@ -139,21 +141,21 @@ def _scan(folder: Path, field: str, value: str) -> list[str]:
 def _stored_channels(
     folder: Path, classes: list[str], files: list[list[str]], field: str, split: str
 ) -> int:
-    """1 if the first whole image of every class is grey, else 3."""
+    """3 if any of the images that are looked at has color, else 1."""
     from resnet_jax.data.decode import read_header
 
-    def mode(name: Path) -> str:
-        try:
-            with open_regular(name, FILE_BYTES) as file:
-                return read_header(file).mode
-        except (DataError, OSError):
-            return ""
-
-    found = (
-        next(filter(None, (mode(folder / each / name) for name in names[:_LOOKED_AT])), "")
-        for each, names in zip(classes, files)
-    )
-    modes = set(found) - {""}
-    if not modes:
-        raise fault(field, split, f"the first images of no class of {folder} can be opened")
-    return 1 if modes == {"L"} else 3
+    share = max(_LOOKED_AT // len(classes), 16)
+    any_grey = False
+    for each, names in zip(classes, files):
+        for name in names[:: -(-len(names) // share)]:
+            try:
+                with open_regular(folder / each / name, FILE_BYTES) as file:
+                    mode = read_header(file).mode
+            except (DataError, OSError):  # is named when it is read as an image of the run
+                continue
+            if mode not in _GREY and not mode.startswith("I;"):
+                return 3
+            any_grey = True
+    if not any_grey:
+        raise fault(field, split, f"none of the images looked at in {folder} can be opened")
+    return 1

@@ -12,7 +12,7 @@ from resnet_jax.evaluation.network import Network
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.summary import summary
 from resnet_jax.output import json_text, visible
-from resnet_jax.training.records import read_records
+from resnet_jax.training.records import is_training, read_records
 from resnet_jax.weights.files import save_weights
 from resnet_jax.weights.naming import schemes_for
 
@@ -129,7 +129,7 @@ def measured(network: Network) -> dict[str, Any] | None:
         record
         for record in read_records(path).good
         if record["step"] == network.step
-        and record["split"] != "train"
+        and not is_training(record)
         and (record.get("weights") == "ema") == network.ema
     ]
     return own[-1] if own else None

@@ -9,7 +9,7 @@ from typing import Any
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import read_json
 from resnet_jax.training.config import Config, to_flat
-from resnet_jax.training.records import Record, read_records
+from resnet_jax.training.records import Record, is_training, read_records
 from resnet_jax.training.workdir import read_config
 
 
@@ -97,12 +97,12 @@ def read_run(workdir: str | Path) -> Run:
     if not records:
         lines = f", and {bad} lines that are not what a run writes" if bad else ""
         raise ConfigError(f"{workdir / 'metrics.jsonl'} has no record yet{lines}; train first")
-    evaluations = [record for record in records if record["split"] != "train"]
+    evaluations = [record for record in records if not is_training(record)]
     return Run(
         workdir=workdir,
         title=workdir.absolute().name,
         config=config,
-        training=[record for record in records if record["split"] == "train"],
+        training=[record for record in records if is_training(record)],
         evaluations=[record for record in evaluations if "weights" not in record],
         ema_evaluations=[record for record in evaluations if record.get("weights") == "ema"],
         bad_lines=bad,

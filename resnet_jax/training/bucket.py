@@ -27,7 +27,7 @@ from resnet_jax.errors import ConfigError, ResNetJaxError, importing, library_er
 from resnet_jax.training import manifest
 from resnet_jax.training.checkpoint import Checkpoints, damage
 from resnet_jax.training.config import Config, differences, to_json
-from resnet_jax.training.records import parse_record
+from resnet_jax.training.records import is_training, parse_record
 from resnet_jax.training.workdir import saved_steps, writing
 
 # What a run needs beside its states to go on as if nothing had happened.
@@ -505,8 +505,8 @@ def _key(line: bytes) -> tuple[int, bool, str, str] | None:
     record = parse_record(line)
     if record is None:
         return None
-    split = record["split"]
-    return record["step"], split != "train", split, str(record.get("weights", ""))
+    weights = str(record.get("weights", ""))
+    return record["step"], not is_training(record), record["split"], weights
 
 
 class _FilesError(ResNetJaxError):

@@ -7,6 +7,8 @@ What the fields may be is in rules.py.
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import Any, Optional
 
 from resnet_jax.compile_cache import FOLDER
@@ -479,9 +481,54 @@ def differences(config: Config, stored: dict[str, Any]) -> list[str]:
         section, _, field = name.partition(".")
         part = stored.get(section)
         before = part.get(field, defaults[name]) if isinstance(part, dict) else None
-        if before != value and section != "log" and name not in _FREE:
+        is_free = section == "log" or name in _FREE or _is_same_place(name, before, value)
+        if before != value and not is_free:
             found.append(f"{name}: {before!r} -> {value!r}")
     return found
+
+
+def _is_same_place(field: str, before: Any, now: Any) -> bool:
+    """Whether two values name one place in two ways, or places whose contents are compared.
+
+    A folder of images may have moved: its fingerprint tells whether it is the same.
+    """
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    if field == "data.name":
+        return before.startswith("folder:") and now.startswith("folder:")
+    return field == "checkpoint.init_from" and place(before) == place(now)
+
+
+def place(path: str) -> str:
+    """A path as it is from any folder; what is not there may be another kind of name, and stays."""
+    try:
+        found = Path(path).expanduser()
+    except RuntimeError:  # ~ without a home
+        return path
+    return os.path.realpath(found) if path and found.exists() else path
+
+
+def with_places(config: Config) -> Config:
+    """The configuration with paths that are right from any folder.
+
+    Args:
+      config: The configuration of a run.
+
+    Returns:
+      A copy.
+
+    Example:
+      >>> with_places(Config(data=Data(name="folder:.."))).data.name != "folder:.."
+      True
+    """
+    data, checkpoint = config.data, config.checkpoint
+    kind, _, path = data.name.partition(":")
+    name = f"folder:{place(path)}" if kind == "folder" else data.name
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, name=name, data_dir=place(data.data_dir)),
+        checkpoint=dataclasses.replace(checkpoint, init_from=place(checkpoint.init_from)),
+    )
 
 
 # How fast batches come, where data lies and what is kept may change from one start to the next.

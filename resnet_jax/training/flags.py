@@ -15,14 +15,15 @@ from typing import Any
 
 from resnet_jax.errors import ConfigError, import_failure, one_line
 
-_ROOT = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).parents[1]
 
-_HELP = """usage: python train.py [--config=FILE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]
+_HELP = """usage: python train.py [--config=RECIPE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]
 
 Trains the network that a configuration describes; the same command goes on with a stopped run.
 
-  --config   a file with get_config(), such as configs/cifar10.py:resnet56 (default: digits); it is
-             run as Python code, so take one from a stranger only after reading it
+  --config   a recipe of this package by its name, such as cifar10:resnet56 (default: digits), or a
+             file with get_config(), such as mine.py; a file is run as Python code, so take one from
+             a stranger only after reading it
   --workdir  where the run is kept (default: runs/ and the configuration's name)
 {several}
 Fields of this configuration:
@@ -33,7 +34,7 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
     """The flags of train.py.
 
     Args:
-      arguments: Such as ["--config=configs/digits.py", "--config.train.epochs=3"].
+      arguments: Such as ["--config=cifar10:resnet56", "--config.train.epochs=3"].
 
     Returns:
       (Config, workdir).
@@ -50,14 +51,14 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
 
     from resnet_jax.training.config import Config
 
-    default = _ROOT / "configs" / "digits.py"
+    arguments = _with_recipe(arguments)
     # The library wants the file before its fields, wherever a person wrote it.
     argv = ["train.py", *sorted(arguments, key=lambda each: not each.startswith("--config="))]
     values = flags.FlagValues()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # it prints before it raises
             config_flags.DEFINE_config_file(
-                "config", str(default), flag_values=values, sys_argv=argv
+                "config", _recipe_path("digits"), flag_values=values, sys_argv=argv
             )
             flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
             left = values(argv)
@@ -81,10 +82,37 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
     return config, Path(values.workdir or Path("runs") / name)
 
 
+def _with_recipe(arguments: Sequence[str]) -> list[str]:
+    """The flags with --config as one word that names a file."""
+    found, rest = [], iter(arguments)
+    for each in rest:
+        if each in ("--config", "-config"):
+            each = f"--config={next(rest, '')}"
+        if each.startswith("--config="):
+            name, _, argument = each.removeprefix("--config=").partition(":")
+            path = _recipe_path(name)
+            each = f"--config={path}:{argument}" if argument else f"--config={path}"
+        found.append(each)
+    return found
+
+
+def _recipe_path(name: str) -> str:
+    """The file of a recipe's name, as "cifar10" or "configs/cifar10.py"; else the name itself."""
+    path = _recipes() / f"{name.removeprefix('configs/').removesuffix('.py')}.py"
+    inside = path.resolve().is_relative_to(_recipes().resolve())
+    return str(path) if not Path(name).is_file() and inside and path.is_file() else name
+
+
+def _recipes() -> Path:
+    """The folder of the recipes: in the package, or in the checkout that is being worked on."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
 def _file_fault(file: Path) -> str:
     if file.is_file():
         return "its get_config() does not return a resnet_jax.training.config.Config"
-    recipes = sorted(_ROOT.glob("configs/*.py"))
+    recipes = sorted(_recipes().glob("*.py"))
     return f"no such file; there are {', '.join(f'configs/{path.name}' for path in recipes)}"
 
 

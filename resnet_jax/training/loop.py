@@ -47,6 +47,7 @@ from resnet_jax.training.environment import computes_on, write_environment
 from resnet_jax.training.initial import initial_variables
 from resnet_jax.training.optimizer import Length, make_optimizer
 from resnet_jax.training.recorder import Recorder, Trace
+from resnet_jax.training.records import EVALUATION
 from resnet_jax.training.setup import (
     channels_of,
     check_batches,
@@ -376,7 +377,8 @@ class _Run:
             images = metrics.pop("images")
             if not math.isfinite(metrics["loss"]):  # and no record: JSON has no NaN
                 raise DivergedError(self._divergence("evaluated loss", done))
-            record: dict[str, Any] = {"step": done, "split": self.config.data.eval_split, **metrics}
+            record: dict[str, Any] = {"step": done, "split": self.config.data.eval_split}
+            record |= {"kind": EVALUATION, **metrics}
             record["images_per_second"] = images / seconds
             record["images"] = int(images)
             if weights:

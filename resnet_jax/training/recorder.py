@@ -16,7 +16,7 @@ import numpy as np
 
 from resnet_jax.errors import ConfigError, DivergedError, one_line
 from resnet_jax.training.config import Config, profile_steps
-from resnet_jax.training.records import LARGEST_STEP, is_number
+from resnet_jax.training.records import LARGEST_STEP, TRAINING, is_number
 from resnet_jax.training.telemetry import Telemetry
 
 # Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
@@ -210,7 +210,8 @@ class Recorder:
 
     def _write(self) -> None:
         images_per_second = self._clock.steps_per_second() * self._config.train.batch_size
-        record: dict[str, Any] = {"step": self._done, "split": "train", **self._sums.means()}
+        record: dict[str, Any] = {"step": self._done, "split": "train", "kind": TRAINING}
+        record |= self._sums.means()
         record["epoch"] = self._done / self._steps_per_epoch
         record["images_per_second"] = images_per_second
         record["skipped"] = self._sums.skipped

@@ -16,6 +16,7 @@ Record = dict[str, Any]
 _LARGEST_FILE = 256 * MIB
 LARGEST_STEP = 2**53  # beyond it floats skip integers
 _LARGEST_NUMBER = 2.0**128  # beyond what float32 holds
+TRAINING, EVALUATION = "training", "evaluation"  # values of "kind"
 _ALWAYS = ("loss", "top1")
 _IN_TRAINING = ("learning_rate", "images_per_second")
 _SOMETIMES = ("top5", "epoch", "images", "mfu", "skipped", *_IN_TRAINING)
@@ -64,11 +65,43 @@ def _is_valid(record: Record) -> bool:
         return False
     if not isinstance(split, str) or not split:
         return False
-    needed = [*_ALWAYS, *(_IN_TRAINING if split == "train" else ())]
+    if record.get("kind", TRAINING) not in (TRAINING, EVALUATION):
+        return False
+    training = is_training(record)
+    needed = [*_ALWAYS, *(_IN_TRAINING if training else ())]
     numbers = {*needed, *(name for name in _SOMETIMES if name in record)}
     if not all(is_number(record.get(name)) for name in numbers):
         return False
-    return split != "train" or record["images_per_second"] > 0
+    return not training or record["images_per_second"] > 0
+
+
+def is_training(record: Record) -> bool:
+    """Whether a record is of training steps; otherwise it is of an evaluation.
+
+    A run may be evaluated on the split that it trains on. Records of before "kind" was written
+    are told by their split.
+
+    Example:
+      >>> is_training({"split": "train"}), is_training({"split": "train", "kind": "evaluation"})
+      (True, False)
+    """
+    kind = record.get("kind") or (TRAINING if record["split"] == "train" else EVALUATION)
+    return bool(kind == TRAINING)
+
+
+def series(record: Record) -> str:
+    """The name of the curve that a record belongs to, in TensorBoard and the like.
+
+    Example:
+      >>> series({"split": "test", "weights": "ema"})
+      'test_ema'
+      >>> series({"split": "train", "kind": "evaluation"})
+      'train_evaluation'
+    """
+    name = record["split"]
+    if name == "train" and not is_training(record):
+        name += "_evaluation"
+    return f"{name}_ema" if record.get("weights") == "ema" else str(name)
 
 
 def is_number(value: Any) -> bool:

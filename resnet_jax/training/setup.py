@@ -46,6 +46,8 @@ def open_sources(config: Config) -> dict[str, Source]:
             f"{data.train_split!r}"
         )
     check_source(config, sources["train"])
+    # Decided once: a split of grey images may belong to a data set of color, and the reverse.
+    sources["eval"].channels = sources["train"].channels
     return sources
 
 

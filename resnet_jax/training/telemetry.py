@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -18,7 +20,7 @@ from resnet_jax.errors import ConfigError, importing, library_errors, one_line
 from resnet_jax.files import atomic_write, make_folder
 from resnet_jax.output import json_text, say, visible
 from resnet_jax.training.config import Config
-from resnet_jax.training.records import Record, split_at
+from resnet_jax.training.records import Record, is_training, series, split_at
 from resnet_jax.training.workdir import Appender, writing
 
 
@@ -94,7 +96,7 @@ class Telemetry:
         self._batch_size = config.train.batch_size
         self._stream = stream or sys.stderr
         self._file: MetricsFile | None = None
-        self._copies: list[_TensorBoard | _WeightsAndBiases] = []
+        self._copies: list[_Copy] = []
         self._bar: tqdm | None = None
         self._first: tuple[int, float] | None = None  # step and time of the first record
         self._recorded = False
@@ -106,9 +108,9 @@ class Telemetry:
                 f"lines of metrics.jsonl that are no records are now in {self._file.set_aside}"
             )
         if config.log.tensorboard:
-            self._copies.append(_TensorBoard(workdir / "tensorboard", completed_steps))
+            self._add(_TensorBoard, lambda: _TensorBoard(workdir / "tensorboard", completed_steps))
         if config.log.wandb:
-            self._copies.append(_WeightsAndBiases(config, workdir))
+            self._add(_WeightsAndBiases, lambda: _WeightsAndBiases(config, workdir))
         # In a narrow terminal, and in one that does not tell its width, lines are easier to read.
         if self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns >= 80:
             self._bar = tqdm(
@@ -119,6 +121,15 @@ class Telemetry:
                 leave=False,
                 file=self._stream,
             )
+
+    def _add(self, kind: type[_Copy], make: Callable[[], _Copy]) -> None:
+        """Begins a copy, or says why the run has none; a package that is missing is an error."""
+        try:
+            self._copies.append(make())
+        except _MissingError:
+            raise
+        except ConfigError as error:
+            self.say(f"{kind.name} is left out: {error}")
 
     def advance(self, step: int) -> None:
         """Moves the bar to the number of completed steps."""
@@ -148,7 +159,7 @@ class Telemetry:
                 self.say(f"{copy.name} is left out from here on: {error}")
                 with contextlib.suppress(ConfigError):
                     copy.close()
-        if record["split"] != "train":
+        if not is_training(record):
             self.say(_evaluation_line(record))
         elif self._bar is not None:
             self._recorded = True
@@ -226,6 +237,20 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+class _MissingError(ConfigError):
+    """A package that the configuration asks for is not installed."""
+
+
+class _Copy(Protocol):
+    """Where records go beside metrics.jsonl."""
+
+    name: ClassVar[str]
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _TensorBoard:
     """An event file, written on the spot.
 
@@ -233,10 +258,10 @@ class _TensorBoard:
     blocks the run for ever.
     """
 
-    name = "TensorBoard"
+    name: ClassVar[str] = "TensorBoard"
 
     def __init__(self, folder: Path, completed_steps: int) -> None:
-        with importing("log.tensorboard = True", ConfigError):
+        with importing("log.tensorboard = True", _MissingError):
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.record_writer import masked_crc32c
             from tensorboardX.summary import scalar
@@ -253,7 +278,7 @@ class _TensorBoard:
         self._write(step=completed_steps + 1, session_log=start)
 
     def write(self, record: Record) -> None:
-        name = record["split"] + ("_ema" if record.get("weights") == "ema" else "")
+        name = series(record)
         for key, value in record.items():
             if isinstance(value, float):
                 self._write(step=record["step"], summary=self._scalar(f"{name}/{key}", value))
@@ -270,27 +295,29 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    name = "Weights & Biases"
+    name: ClassVar[str] = "Weights & Biases"
 
     def __init__(self, config: Config, workdir: Path) -> None:
         project = f"log.wandb = {config.log.wandb!r}"
-        with importing(project, ConfigError):
+        with importing(project, _MissingError):
             import wandb
-        # The id of a workdir is its name, so that a resumed run goes on where it was.
-        name = workdir.absolute().name
+        # The id follows from the path, so that a resumed run goes on where it was, and two folders
+        # of one name are two runs. It has no characters that W&B refuses.
+        path = str(workdir.resolve())
+        id = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]
         settings = dataclasses.asdict(config)
         with library_errors(lambda error: ConfigError(f"{project}: {_wandb_error(error)}")):
             self._run = wandb.init(
                 project=config.log.wandb,
-                id=name,
-                name=name,
+                id=id,
+                name=visible(workdir.resolve().name),
                 dir=str(workdir),
                 config=settings,
                 resume="allow",
             )
 
     def write(self, record: Record) -> None:
-        name = record["split"] + ("_ema" if record.get("weights") == "ema" else "")
+        name = series(record)
         values = {f"{name}/{k}": v for k, v in record.items() if isinstance(v, float)}
         with library_errors(_wandb_error):
             self._run.log(values, step=record["step"])

@@ -25,7 +25,7 @@ from resnet_jax.errors import ConfigError
 from resnet_jax.files import MIB
 from resnet_jax.files import sync as sync
 from resnet_jax.training import ownership
-from resnet_jax.training.config import Config, check, differences, from_json, to_json
+from resnet_jax.training.config import Config, check, differences, from_json, to_json, with_places
 
 SEAL = "SHA256SUMS"
 _LARGEST = 64 * MIB  # bytes of a description
@@ -168,14 +168,18 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config, data: Mapping[
 
 def _check_same(workdir: Path, config: Config, data: Mapping[str, str]) -> None:
     go_on = "take another workdir, or go on with it by --config.checkpoint.allow_change=true"
-    changed = differences(config, read_json(workdir / "config.json"))
+    stored = read_json(workdir / "config.json")
+    changed = differences(config, stored)
+    has_fingerprints = (workdir / "data.json").exists()
+    if not has_fingerprints and (before := stored["data"]["name"]) != config.data.name:
+        changed.append(f"data.name: {before!r} -> {config.data.name!r}")
     if changed:
         read_description(workdir, "config.json")  # damaged, rather than another's
         raise ConfigError(
             f"--workdir={workdir} holds a run with another configuration "
             f"({'; '.join(changed)}); {go_on}"
         )
-    if not (workdir / "data.json").exists():
+    if not has_fingerprints:
         return
     before = read_json(workdir / "data.json")
     changed = [
@@ -271,7 +275,7 @@ def write_config(
     contents = {
         "classes.json": json.dumps(list(classes), indent=2) + "\n",
         "data.json": json.dumps(dict(data), indent=2) + "\n",
-        "config.json": to_json(config),
+        "config.json": to_json(with_places(config)),
     }
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
     contents[SEAL] = "".join(f"{digest}  {name}\n" for name, digest in digests.items())

@@ -22,6 +22,8 @@ from sklearn.datasets import load_digits
 from resnet_jax.data import digits, folders, prepare, tfds_files
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
+from resnet_jax.training.config import Augment, Config, Data
+from resnet_jax.training.setup import open_sources
 
 
 def encoded(array, kind="JPEG"):
@@ -566,6 +568,32 @@ def test_folder_of_grey_images(images):
     for name in ("cat/1.jpg", "dog/1.jpg"):
         (images / "test" / name).write_bytes(b"damaged")
     assert "can be opened" in message(f"folder:{images}", "test")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
+def test_every_kind_of_grey(mode, tmp_path):
+    for name in ("cat/0.png", "dog/0.png"):
+        path = tmp_path / "test" / name
+        path.parent.mkdir(parents=True)
+        Image.new("L", (4, 4)).convert(mode).save(path)
+    assert open_source(f"folder:{tmp_path}", "test").channels == 1
+
+
+def test_grey_images_first_do_not_make_a_grey_data_set(images):
+    for label in ("cat", "dog"):
+        for number in range(20):
+            path = images / "train" / label / f"!{number:02}.jpg"
+            path.write_bytes(encoded(PHOTOS[0][..., 0]))
+    assert open_source(f"folder:{images}", "train").channels == 3
+
+
+def test_channels_are_those_of_the_training_split(images):
+    """Else the evaluation ends after an epoch, because the network takes others."""
+    for path in (images / "test").rglob("*.jpg"):
+        path.write_bytes(encoded(PHOTOS[0][..., 0]))
+    assert open_source(f"folder:{images}", "test").channels == 1
+    config = Config(data=Data(name=f"folder:{images}"), augment=Augment(mean=(0.5,), std=(0.2,)))
+    assert {each.channels for each in open_sources(config).values()} == {3}
 
 
 @pytest.mark.parametrize("bad", ["loop", "nothing", "fifo", "device", "sparse", "unreadable"])

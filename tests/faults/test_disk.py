@@ -126,6 +126,34 @@ def test_weights_and_biases_is_left_out(when, tmp_path, monkeypatch):
     assert "Input/output error" in line
 
 
+def test_a_copy_that_cannot_begin_is_left_out(tmp_path, monkeypatch):
+    """Training does not depend on a server, a key, or a file in the place of a folder."""
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = failing(errno.ECONNREFUSED)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    (tmp_path / "tensorboard").touch()
+    stream = io.StringIO()
+    told = telemetry(tmp_path, stream, wandb="digits")
+    told.record({"step": 1, "split": "train", **NUMBERS})
+    told.close()
+    assert len(records(tmp_path)) == 1
+    lines = stream.getvalue().splitlines()
+    found = [line.partition(":")[0] for line in lines if "left out" in line]
+    assert found == ["TensorBoard is left out", "Weights & Biases is left out"]
+
+
+def test_the_same_name_in_two_folders_is_two_runs(tmp_path, monkeypatch):
+    ids = []
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = lambda id, **_: ids.append(id) or types.SimpleNamespace(finish=int)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for name in ("a/lr=0.1 #2", "b/lr=0.1 #2", "a/lr=0.1 #2"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        telemetry(tmp_path / name, io.StringIO(), tensorboard=False, wandb="digits").close()
+    assert ids[0] == ids[2] != ids[1]
+    assert all(each.isalnum() for each in ids)
+
+
 class FullTerminal(io.StringIO):
     write = failing(errno.ENOSPC)
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
+import zipfile
 from typing import get_type_hints
 
 import pytest
@@ -13,7 +16,8 @@ from resnet_jax import cli
 from resnet_jax.errors import ConfigError
 from resnet_jax.training import config as c
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.py"))
 
 
@@ -155,6 +159,69 @@ def test_a_config_of_a_version_without_a_field_means_its_default():
     assert c.differences(exact, stored) == ["model.precision: 'default' -> 'highest'"]
     del stored["model"]  # no version wrote such a file
     assert c.differences(c.Config(), stored)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config=cifar10:resnet56"],
+        ["--config=configs/cifar10.py:resnet56"],
+        ["--config", "cifar10.py:resnet56"],
+    ],
+)
+def test_a_recipe_by_its_name_from_any_folder(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, workdir = cli.parse_train_flags(["--config.train.steps=3", *flags])
+    assert (config.model.name, config.train.steps) == ("resnet56", 3)
+    assert str(workdir) == "runs/cifar10-resnet56"
+
+
+def test_a_file_comes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").write_text(
+        "from resnet_jax.training.config import Config, Train\n"
+        "get_config = lambda: Config(train=Train(seed=7))\n"
+    )
+    assert cli.parse_train_flags(["--config=configs/digits.py"])[0].train.seed == 7
+    assert cli.parse_train_flags(["--config=digits"])[0].train.seed == 0
+
+
+def test_a_recipe_in_a_folder():
+    config, _ = cli.parse_train_flags(["--config=degradation/fashion_mnist:plain20"])
+    assert config.model.name == "plain20"
+
+
+@pytest.mark.parametrize("name", ["../setup", "configs/../../x", ".", ""])
+def test_a_name_that_is_no_recipe(name, capsys):
+    assert cli.main(["train", f"--config={name}"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_from_any_folder(tmp_path):
+    """As after `pip install resnet_jax`: no checkout, and nothing but the package."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={tmp_path}"]
+    if subprocess.run([*pip, str(ROOT)], capture_output=True).returncode:
+        pytest.skip("pip cannot build a wheel here; it needs hatchling")
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "here").mkdir()
+    flags = ["--config=digits", "--config.train.steps=2", "--config.log.report=false"]
+    for command in (
+        ["train", "--help"],
+        ["train", "--config=cifar10", "--help"],
+        ["train", *flags],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "resnet_jax", *command],
+            cwd=tmp_path / "here",
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here/runs/digits/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import resnet_jax as rj
 from resnet_jax import cli
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
+from resnet_jax.report.runs import read_run
 from resnet_jax.training import config as c
 from resnet_jax.training import loop
 from resnet_jax.training import step as step_module
@@ -351,7 +352,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     train(configuration(log__wandb="digits"), tmp_path)
     options, (step, values), *_, last = calls
     assert options["project"] == "digits"
-    assert options["id"] == tmp_path.name
+    assert (len(options["id"]), options["name"]) == (16, tmp_path.name)
     assert (step, set(values) >= {"train/loss", "train/top1"}, last) == (2, True, "finished")
 
 
@@ -399,3 +400,17 @@ def test_exit_codes(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert cli.main(["train", *flags, "--config.train.batch_size=-1"]) == 2
     assert "train.batch_size = -1" in capsys.readouterr().err
+
+
+def test_a_run_that_is_evaluated_on_its_training_images(tmp_path):
+    """Its records say what they are, whatever the split is called."""
+    config = configuration(data__eval_split="train", log__tensorboard=True)
+    metrics = train(config, tmp_path / "run").metrics
+    run = read_run(tmp_path / "run")
+    assert [record["step"] for record in run.training] == [2, 3, 4, 6]
+    assert [record["step"] for record in run.evaluations] == [3, 6]
+    assert run.ema_evaluations[-1]["top1"] == metrics["top1"]
+    assert {record["split"] for record in records(tmp_path / "run")} == {"train"}
+    written = b"".join(path.read_bytes() for path in (tmp_path / "run/tensorboard").iterdir())
+    for name in (b"train/loss", b"train_evaluation/loss", b"train_evaluation_ema/loss"):
+        assert name in written

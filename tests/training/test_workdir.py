@@ -8,7 +8,7 @@ import pytest
 
 from resnet_jax.errors import ConfigError
 from resnet_jax.training import ownership, workdir
-from resnet_jax.training.config import Config, Data, Train
+from resnet_jax.training.config import Checkpoint, Config, Data, Train
 from tests.training.runs import records
 
 DESCRIPTIONS = ("config.json", "classes.json", "data.json")
@@ -135,3 +135,36 @@ def test_lines_that_are_no_records_are_set_aside(tmp_path):
     assert file.set_aside.read_text() == bad
     MetricsFile(path, completed_steps=5).close()
     assert file.set_aside.read_text() == bad
+
+
+def test_data_may_move(tmp_path, monkeypatch):
+    """What it is, its fingerprints tell; where it is may be written in many ways."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    workdir.write_config(run, Config(data=Data(name="folder:data")), ["cat"], {"train": "abc"})
+    assert workdir.read_config(run).data.name == f"folder:{tmp_path}/data"
+    for path in ("data", "./data/", f"{tmp_path}/data", "/elsewhere"):
+        workdir.open_workdir(run, Config(data=Data(name=f"folder:{path}")), {"train": "abc"})
+        with pytest.raises(ConfigError, match=r"has changed since .fingerprints: train: abc"):
+            workdir.open_workdir(run, Config(data=Data(name=f"folder:{path}")), {"train": "x"})
+    with pytest.raises(ConfigError, match=r"data.name: 'folder:.*' -> 'digits'"):
+        workdir.open_workdir(run, Config(data=Data(name="digits")), {"train": "abc"})
+    (run / "data.json").unlink()
+    with pytest.raises(ConfigError, match=r"data.name: 'folder:.*' -> 'folder:/elsewhere'"):
+        workdir.open_workdir(run, Config(data=Data(name="folder:/elsewhere")), {"train": "abc"})
+
+
+def test_first_weights_in_another_spelling(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "w.npz").touch()
+    monkeypatch.chdir(tmp_path)
+    first = Config(checkpoint=Checkpoint(init_from="w.npz"))
+    workdir.write_config(run, first, ["cat"], {})
+    workdir.open_workdir(run, first, {})
+    again = f"../{tmp_path.name}/w.npz"
+    workdir.open_workdir(run, Config(checkpoint=Checkpoint(init_from=again)), {})
+    with pytest.raises(ConfigError, match=r"checkpoint.init_from: "):
+        workdir.open_workdir(run, Config(checkpoint=Checkpoint(init_from="v.npz")), {})
