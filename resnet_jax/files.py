@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO
 MIB = 2**20
 # Names of what is being written. Only these are ever removed as left over.
 _PREFIX, _SUFFIX = ".resnet_jax.", ".partial"
+_MADE_HERE = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}{re.escape(_SUFFIX)}")
 _LEFT_OVER_SECONDS = 60.0  # younger ones may not have been locked yet
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
@@ -252,7 +254,7 @@ def remove_left_over(folder: str | os.PathLike[str]) -> None:
     """
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
-            if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            if _MADE_HERE.fullmatch(name):
                 with contextlib.suppress(OSError):
                     _remove_if_unused(Path(folder, name))
 

@@ -96,7 +96,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     old = time.time() - 100
     for name in left:
         os.utime(tmp_path / name, (old, old))
-    own = tmp_path / ".resnet_jax.notes"
+    own = tmp_path / ".resnet_jax.thesis.partial"
     own.write_text("not what new_file makes")
     os.utime(own, (old, old))
     with files.new_file(tmp_path / "other"):  # is being written, so it is locked

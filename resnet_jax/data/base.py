@@ -110,4 +110,6 @@ def digest(parts: Sequence[object]) -> str:
       >>> digest(["digits", "train", 1437]) == digest(["digits", "test", 360])
       False
     """
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(str, parts)).encode(errors="surrogateescape")).hexdigest()[
+        :16
+    ]

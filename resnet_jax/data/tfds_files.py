@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 from resnet_jax.data.base import fault
 from resnet_jax.errors import DataError, importing, library_errors, one_line
-from resnet_jax.files import MIB, read_bytes
+from resnet_jax.files import MIB, open_regular
+from resnet_jax.limits import MAX_CLASSES
 
 # A name may come from a stranger's config.json, and is a path below the folder of data sets.
 _NAME = re.compile(r"(?P<base>\w[\w.+-]*(/\w[\w.+-]*)?)(:(?P<version>\w[\w.+-]*))?")
@@ -21,6 +23,10 @@ _NAME = re.compile(r"(?P<base>\w[\w.+-]*(/\w[\w.+-]*)?)(:(?P<version>\w[\w.+-]*)
 # the current folder included.
 _TFDS_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+(\.\w+)*")
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+# Other arguments of features: what would be read, and what is made a list of.
+_PATHS = ("names_file", "namesFile")
+_COUNTS = ("numClasses", "num_classes")
+_RECORDS = ("array_record", "tfrecord", "riegeli", "parquet")  # in the names of files of records
 _LARGEST_DESCRIPTION = 64 * MIB
 
 
@@ -225,8 +231,8 @@ def open_prepared(folder: Path, name: str) -> Any:
       TFDS's read-only builder.
 
     Raises:
-      DataError: A description is missing, damaged or very old, or names a class that is not one
-        of TFDS.
+      DataError: A description is missing, damaged or very old, names a class that is not one of
+        TFDS, or files outside of the folder.
     """
 
     def unreadable(error: Exception) -> DataError:
@@ -235,42 +241,58 @@ def open_prepared(folder: Path, name: str) -> Any:
 
     tfds = import_tfds()
     try:
-        _description(folder / "dataset_info.json")
-        features = json.loads(_description(folder / "features.json"))
-        foreign = next(filter(None, map(_foreign_class, _class_names(features))), None)
+        _check_files(folder)
+        reason = _fault_of(json.loads((folder / "features.json").read_text()))
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(error) from error
-    if foreign is not None:
-        reason = f"{folder / 'features.json'} names the class {foreign!r}, which is not one of TFDS"
-        raise fault("data.name", name, f"{reason} and is not loaded")
+    if reason:
+        raise fault("data.name", name, f"{folder / 'features.json'} {reason}, and is not loaded")
     with library_errors(unreadable):
-        return tfds.builder_from_directory(folder)
+        builder = tfds.builder_from_directory(folder)
+        paths = [path for split in builder.info.splits.values() for path in split.filepaths]
+    outside = [path for path in paths if _parent(path) != _parent(folder / "x")]
+    if outside:
+        raise fault("data.name", name, f"its file {outside[0]} lies outside of {folder}")
+    return builder
 
 
-def _description(path: Any) -> bytes:
-    if "://" in str(path):  # in a bucket, whose objects are always regular
-        return path.read_bytes()
-    return read_bytes(path, _LARGEST_DESCRIPTION)
+def _check_files(folder: Path) -> None:
+    """Raises OSError unless what TFDS reads at once is regular and small."""
+    if "://" in str(folder):  # in a bucket, whose objects are always regular
+        return
+    for name in os.listdir(folder):
+        if not any(kind in name for kind in _RECORDS):  # these are read piece by piece
+            open_regular(folder / name, _LARGEST_DESCRIPTION).close()
 
 
-def _class_names(description: Any) -> Iterator[Any]:
-    """Names of Python classes in features.json, which may hold JSON inside of strings."""
-    if isinstance(description, dict):
-        for key, value in description.items():
-            if key in _CLASS_KEYS and not isinstance(value, dict | list):
-                yield value
-            elif key == "json" and isinstance(value, str):
-                yield from _class_names(json.loads(value))
-            else:
-                yield from _class_names(value)
-    elif isinstance(description, list):
-        for value in description:
-            yield from _class_names(value)
+def _parent(path: Any) -> str:
+    folder = str(path.parent)
+    return folder if "://" in folder else os.path.realpath(folder)
 
 
-def _foreign_class(name: Any) -> str | None:
-    own = isinstance(name, str) and _TFDS_FEATURE.fullmatch(name)
-    return None if own else str(name)
+def _fault_of(description: Any) -> str:
+    """What is wrong with a features.json, which may hold JSON inside of strings; "" if nothing."""
+    if isinstance(description, list):
+        return next(filter(None, map(_fault_of, description)), "")
+    if not isinstance(description, dict):
+        return ""
+    for key, value in description.items():
+        if "/" in key:  # a feature's name is part of a file's
+            return f"has a feature with the name {key!r}"
+        if key in _CLASS_KEYS and not isinstance(value, dict | list):
+            if not isinstance(value, str) or not _TFDS_FEATURE.fullmatch(value):
+                return f"names the class {value!r}, which is not one of TFDS"
+        elif key in _PATHS and isinstance(value, str):
+            return f"names the file {value!r}"
+        elif key in _COUNTS and not isinstance(value, dict) and int(value or 0) > MAX_CLASSES:
+            return f"has {value} classes, of which {MAX_CLASSES:,} are the most"
+        if reason := _fault_of(json.loads(value) if _is_json(key, value) else value):
+            return reason
+    return ""
+
+
+def _is_json(key: str, value: Any) -> bool:
+    return key == "json" and isinstance(value, str)
 
 
 def prepare_digits(data_dir: str) -> Path:

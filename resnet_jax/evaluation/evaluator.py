@@ -6,6 +6,7 @@ Here is said what is measured on what; how it goes is in measuring.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from resnet_jax.data.sources import Source, open_source
@@ -15,6 +16,7 @@ from resnet_jax.evaluation.label_sets import CORRUPTED, data_set_name
 from resnet_jax.evaluation.measuring import Evaluator
 from resnet_jax.evaluation.network import Network, evaluated_data
 from resnet_jax.evaluation.results import CorruptionReport, Report
+from resnet_jax.training.workdir import read_json
 
 # Splits that are measured where nobody says which.
 _SPLITS = {
@@ -160,4 +162,15 @@ def evaluate_data(
         source = open_source(data, split, data_dir, train_split=train_split, several_labels=True)
     except DataError as error:
         raise DataError(f"--data={data} --split={split}: {error}") from error
+    if own and split == own.eval_split and _has_changed(network, source):
+        options.get("say", print)(f"{source.name} has changed since the run was evaluated on it")
     return evaluate_network(network, source, **options)
+
+
+def _has_changed(network: Network, source: Source) -> bool:
+    """Whether a run's images are others than at its training, by the fingerprint that it noted."""
+    try:
+        stored = read_json(Path(network.source, "data.json"))
+    except ConfigError:  # nothing was noted, or it is damaged
+        return False
+    return stored.get("eval", source.fingerprint) != source.fingerprint

@@ -27,6 +27,7 @@ from resnet_jax.errors import ConfigError, ResNetJaxError, importing, library_er
 from resnet_jax.training import manifest
 from resnet_jax.training.checkpoint import Checkpoints, damage
 from resnet_jax.training.config import Config, differences, to_json
+from resnet_jax.training.ownership import SIGNATURE
 from resnet_jax.training.records import is_training, parse_record
 from resnet_jax.training.workdir import saved_steps, writing
 
@@ -34,7 +35,7 @@ from resnet_jax.training.workdir import saved_steps, writing
 _CONFIG, _METRICS = "config.json", "metrics.jsonl"
 _JSON = (_CONFIG, "classes.json", "data.json", "environment.json")
 _SEAL = manifest.NAME  # of config.json, classes.json and data.json, beside them
-_FILES = (*_JSON, _SEAL, _METRICS)
+_FILES = (*_JSON, _SEAL, SIGNATURE, _METRICS)
 _SECTIONS = ("model", "data", "augment", "optimizer", "schedule", "train")  # of any run's config
 _STATES = "checkpoints"
 _PARTIAL = r"\.resnet_jax\.[0-9a-f]+\.partial"  # of a start or a push that was killed
@@ -89,8 +90,10 @@ class Bucket:
         if isinstance(system, LocalFileSystem):
             system.auto_mkdir = True
             self._folder = Path(root)
-            if os.path.realpath(root) == os.path.realpath(workdir):
-                raise ConfigError(f"{self._name}: is the workdir itself; take another place")
+            if Path(os.path.realpath(root)).is_relative_to(os.path.realpath(workdir)):
+                raise ConfigError(
+                    f"{self._name}: is the workdir itself, or in it; take another place"
+                )
         with self._reading():
             self._check_ours(self._names())
         self._check_writable()
@@ -142,6 +145,7 @@ class Bucket:
         """
         try:
             names = self._names()
+            self._check_ours(names)  # another run may have begun to copy there meanwhile
             there = _complete(names)
             local = saved_steps(self.workdir)
             new = [step for step in local if step not in there or self._replaces(step, names)]

@@ -68,6 +68,9 @@ def _key(make: bool) -> bytes | None:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _write_key(path)
         key = read_bytes(path, _LARGEST)
+        if make and len(key) != _BYTES:  # damaged: what it signed is nobody's any more
+            path.unlink()
+            return _key(make)
     except (OSError, RuntimeError):  # the latter from a user without a home
         return None
     return key if len(key) == _BYTES else None
@@ -87,5 +90,7 @@ def _write_key(path: Path) -> None:
 
 
 def _state_folder() -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):  # the specification says to ignore it; it would be anyone's folder
+        base = str(Path.home() / ".local" / "state")
     return Path(base, "resnet_jax")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from resnet_jax.errors import ConfigError
-from resnet_jax.files import MIB, read_bytes
+from resnet_jax.files import MIB, open_regular
 
 Record = dict[str, Any]
 
 _LARGEST_FILE = 256 * MIB
+_MOST_RECORDS, _MOST_BAD = 2**20, 10_000
 LARGEST_STEP = 2**53  # beyond it floats skip integers
 _LARGEST_NUMBER = 2.0**128  # beyond what float32 holds
 TRAINING, EVALUATION = "training", "evaluation"  # values of "kind"
@@ -122,13 +123,20 @@ def read_records(path: str | os.PathLike[str]) -> Records:
     Raises:
       ConfigError: It cannot be read.
     """
+    good, bad = [], 0
     try:
-        lines = read_bytes(path, _LARGEST_FILE).splitlines(keepends=True)
+        with open_regular(path, _LARGEST_FILE) as file:
+            for line in file:
+                record = parse_record(line)
+                if record is not None:
+                    good.append(record)
+                elif line.endswith(b"\n"):
+                    bad += 1
+                if len(good) > _MOST_RECORDS or bad > _MOST_BAD:
+                    raise ConfigError(f"{path} has more lines than any run writes; restore it")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; train first") from error
-    whole = [line for line in lines if line.endswith(b"\n")]
-    good = [record for line in whole if (record := parse_record(line)) is not None]
-    return Records(sorted(good, key=lambda record: record["step"]), len(whole) - len(good))
+    return Records(sorted(good, key=lambda record: record["step"]), bad)
 
 
 def split_at(path: Path, step: int) -> tuple[bytes, bytes]:
@@ -145,10 +153,11 @@ def split_at(path: Path, step: int) -> tuple[bytes, bytes]:
       OSError: It cannot be read.
     """
     kept, bad = [], []
-    for line in read_bytes(path, _LARGEST_FILE).splitlines(keepends=True):
-        record = parse_record(line)
-        if record is None:
-            bad += [line] if line.endswith(b"\n") else []
-        elif record["step"] <= step:
-            kept.append(line)
+    with open_regular(path, _LARGEST_FILE) as file:
+        for line in file:
+            record = parse_record(line)
+            if record is None:
+                bad += [line] if line.endswith(b"\n") else []
+            elif record["step"] <= step:
+                kept.append(line)
     return b"".join(kept), b"".join(bad)

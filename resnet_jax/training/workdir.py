@@ -29,6 +29,8 @@ from resnet_jax.training.config import Config, check, differences, from_json, to
 
 SEAL = "SHA256SUMS"
 _LARGEST = 64 * MIB  # bytes of a description
+# Of ImageNet-21k's classes, the names take 1 MB.
+_LARGEST_NAMES, _LONGEST_NAME = 16 * MIB, 10_000
 # Folders in a workdir that runs and reports write into.
 _FOLDERS = (
     *("checkpoints", "tensorboard", "report", "wandb"),
@@ -153,6 +155,8 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config, data: Mapping[
                 f"--workdir={workdir}: its {name} is a symbolic link, which is not followed; move "
                 "the folder here, or make the whole workdir a link"
             )
+    if any("\ud800" <= each <= "\udfff" for each in str(workdir.absolute())):
+        raise ConfigError(f"--workdir={workdir}: its name is not UTF-8, as Orbax needs it")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with files.new_folder(workdir):  # says at once whether it can be written
@@ -360,9 +364,14 @@ def read_class_names(workdir: Path) -> tuple[str, ...]:
       ConfigError: They are missing or damaged.
     """
     try:
-        names = json.loads(read_description(workdir, "classes.json").decode("utf-8"))
+        content = read_description(workdir, "classes.json")
+        if len(content) > _LARGEST_NAMES:
+            raise ValueError(f"{len(content):,} bytes, of which {_LARGEST_NAMES:,} are the most")
+        names = json.loads(content.decode("utf-8"))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("no list of names")
+        if (longest := max(map(len, names), default=0)) > _LONGEST_NAME:
+            raise ValueError(f"a name has {longest:,} characters")
     except (ValueError, RecursionError) as error:
         path = workdir / "classes.json"
         raise ConfigError(f"{path} cannot be read ({error}); restore it") from error

@@ -144,6 +144,9 @@ FOREIGN = {"pythonClassName": "stranger.payload.X", "jsonFeature": {"json": "{}"
         {"pythonClassName": "tensorflow_datasets.core.features.__import__"},
         {"pythonClassName": "tensorflow_datasets.core.features"},
         {"pythonClassName": "tensorflow_datasets.core.features.x\n.stranger"},
+        {"content": {"label": {"content": {"names_file": "/etc/passwd"}}}},
+        {"featuresDict": {"features": {"../../label": {}}}},
+        {"featuresDict": {"features": {"x": {"classLabel": {"numClasses": "2000000000"}}}}},
     ],
 )
 def test_no_description_loads_code(description, digits_dir, tmp_path, monkeypatch):
@@ -160,6 +163,33 @@ def test_no_description_loads_code(description, digits_dir, tmp_path, monkeypatc
     assert "\n" not in text
     assert "RAN" not in os.environ
     assert not [name for name in sys.modules if name.startswith("stranger")]
+
+
+@pytest.mark.parametrize("name", ["label.labels.txt", "dataset_info.json", "extra.txt"])
+@pytest.mark.parametrize("kind", ["fifo", "zeros", "sparse"])
+def test_special_files_beside_the_records(name, kind, digits_dir, tmp_path):
+    """TFDS would read them to their end."""
+    shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "digits" / "1.0.0" / name
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "zeros":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 10**11)
+    text = message("digits", "test", str(tmp_path))
+    assert "cannot read its description" in text or "not whole" in text
+
+
+def test_records_outside_of_the_data_set_are_not_read(digits_dir, tmp_path):
+    shutil.copytree(digits_dir, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "digits" / "1.0.0" / "dataset_info.json"
+    text = path.read_text()
+    assert "{DATASET}-{SPLIT}" in text
+    path.write_text(text.replace("{DATASET}-{SPLIT}", "../../other/{DATASET}-{SPLIT}"))
+    assert "lies outside of" in message("digits", "test", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -550,6 +580,15 @@ def test_folder_suffixes(images):
     for suffix in ("jpeg", "webp", "bmp", "JPG"):
         (images / "test" / "cat" / f"more.{suffix}").write_bytes(b"image")
     assert len(open_source(f"folder:{images}", "test")) == 8
+
+
+def test_names_that_are_not_utf8(images):
+    path = os.fsencode(images / "test" / "dog") + b"/\xe9.jpg"
+    with open(path, "wb") as file:
+        file.write(encoded(PHOTOS[0]))
+    source = open_source(f"folder:{images}", "test")
+    assert len(source.fingerprint) == 16
+    assert "\udce9.jpg" in source.image_name(len(source) - 1)
 
 
 def test_folder_of_grey_images(images):

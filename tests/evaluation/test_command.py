@@ -152,4 +152,9 @@ def test_the_data_of_a_run_is_opened_for_its_user_only(tiny_model, tmp_path, cap
     assert main(command) == 2
     assert capsys.readouterr().err.endswith(f"to use it, pass --data={data}\n")
     assert main([*command, f"--data={data}"]) == 0
-    assert json.loads(capsys.readouterr().out)["top1"] == top1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["top1"] == top1
+    assert "has changed" not in printed.err
+    (tmp_path / "data/test/class0/0000.png").rename(tmp_path / "data/test/class1/moved.png")
+    assert main([*command, f"--data={data}"]) == 0
+    assert f"{data} has changed since the run was evaluated on it" in capsys.readouterr().err

@@ -194,6 +194,11 @@ def records_of_every_kind_among_good_ones(places):
 
 
 @case("report {run}")
+def millions_of_lines_that_are_no_records(places):
+    (places.copy_of_run() / "metrics.jsonl").write_bytes(b"a\n" * 2**24)
+
+
+@case("report {run}")
 def no_record_but_bad_ones(places):
     lines = [line + b"\n" for line in RECORDS.values()]
     (places.copy_of_run() / "metrics.jsonl").write_bytes(b"".join(lines))

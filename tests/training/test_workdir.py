@@ -47,7 +47,9 @@ def test_without_a_seal_nothing_is_compared(described):
     assert workdir.read_class_names(described) == ("cow",)
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", "[" * 10_000, "nonsense"])
+@pytest.mark.parametrize(
+    "content", [f'["{"x" * 20_000}"]', "{", '{"a": 1}', "[1]", "[" * 10_000, "nonsense"]
+)
 def test_names_that_are_none(content, described):
     (described / workdir.SEAL).unlink()
     (described / "classes.json").write_text(content)
@@ -98,6 +100,35 @@ def test_whose_workdir_it_is(described, tmp_path, monkeypatch):
     as_another_process(monkeypatch)
     assert ownership.is_own(described)
     assert oct((tmp_path / "another user/resnet_jax/key").stat().st_mode & 0o777) == "0o600"
+
+
+def test_a_damaged_key_is_replaced(described, tmp_path, monkeypatch):
+    key = tmp_path / "state" / "resnet_jax" / "key"
+    key.parent.mkdir(parents=True)
+    key.write_bytes(b"short")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    workdir.write_config(described, Config(data=Data(threads=3)), ["cat"], {})
+    as_another_process(monkeypatch)
+    assert ownership.is_own(described)
+
+
+def test_a_relative_state_folder_is_ignored(described, tmp_path, monkeypatch):
+    """Else the key would be that of whoever made the current folder."""
+    key = tmp_path / "st" / "resnet_jax" / "key"
+    key.parent.mkdir(parents=True)
+    key.write_bytes(bytes(32))
+    content = (described / "config.json").read_bytes()
+    (described / ownership.SIGNATURE).write_bytes(ownership._signature(bytes(32), content))
+    as_another_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", "st")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert not ownership.is_own(described)
+
+
+def test_a_workdir_whose_name_is_not_utf8(tmp_path):
+    with pytest.raises(ConfigError, match=r"its name is not UTF-8"):
+        workdir.open_workdir(f"{tmp_path}/w\udcff", Config(), {})
 
 
 @pytest.mark.parametrize("place", ["file", "/dev/null", "/proc"])
