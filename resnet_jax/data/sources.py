@@ -6,6 +6,9 @@ while it decodes. Nothing here needs TensorFlow: TFDS reads ArrayRecord files wi
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ from resnet_jax.data.tfds_files import (
 from resnet_jax.errors import DataError, library_errors, one_line
 
 __all__ = ["Source", "open_source"]
+
+_FILES = 65_536  # as many as data sets of several thousand shards need
+_DAMAGED = "the file is damaged; restore it, or move the folder away and prepare it again"
+_NO_DAMAGE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOMEM)
 
 
 def open_source(
@@ -80,6 +87,7 @@ class _TfdsSource(Source):
         self.name, self.split = name, split
         self._folder = str(folder)
         self._set_up()
+        _raise_file_limit()
         info = _open_builder(name, folder).info
         self._image_key, self._label_key, label = _keys(name, info, several_labels)
         shape = info.features[self._image_key].shape
@@ -112,14 +120,12 @@ class _TfdsSource(Source):
         return f"{self.split}[{position}]"
 
     def _read(self, position: int) -> tuple[bytes, Label]:
-        with library_errors(  # of riegeli and protobuf
-            lambda error: self._damage(position, f"cannot be read ({one_line(error)})")
-        ):
+        with library_errors(lambda error: self._unreadable(position, error)):
             record = self._open()[position]
             image, label = record[self._image_key], record[self._label_key]
         # A file that was cut off at a block's end gives records without content.
         if not image or label is None:
-            raise self._damage(position, "is empty")
+            raise self._fault(position, f"is empty; {_DAMAGED}")
         for each in np.ravel(label).tolist():
             if not 0 <= each < self.num_classes:
                 raise DataError(
@@ -132,11 +138,20 @@ class _TfdsSource(Source):
         several[np.asarray(label, int)] = 1
         return bytes(image), several
 
-    def _damage(self, position: int, what: str) -> DataError:
-        return DataError(
-            f"{self._name(position)} of {self._folder} {what}; the file is damaged: delete the "
-            "folder and prepare it again"
-        )
+    def _unreadable(self, position: int, error: Exception) -> DataError:
+        """What riegeli and protobuf raise: the system's own errors are no damage."""
+        text = one_line(error)
+        if os.strerror(errno.EMFILE) in text or os.strerror(errno.ENFILE) in text:
+            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            advice = f"at most {most:,} files may be open at a time; raise `ulimit -n`"
+        elif any(os.strerror(code) in text for code in _NO_DAMAGE):
+            advice = "mend that, and the same command goes on"
+        else:
+            advice = _DAMAGED
+        return self._fault(position, f"cannot be read ({text}); {advice}")
+
+    def _fault(self, position: int, what: str) -> DataError:
+        return DataError(f"{self._name(position)} of {self._folder} {what}")
 
     def _open(self) -> Any:
         if self._records is None:
@@ -144,6 +159,14 @@ class _TfdsSource(Source):
                 if self._records is None:
                     self._records = _data_source(self._folder, self.split)
         return self._records
+
+
+def _raise_file_limit() -> None:
+    """Lets the process open more files: each of a data set's shards stays open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _open_builder(name: str, folder: Path) -> Any:
@@ -209,6 +232,6 @@ def _check_split(name: str, info: Any, split: str, field: str) -> int:
             "data.name",
             name,
             f"half-prepared: {len(missing)} files of split {split} are missing, such as "
-            f"{missing[0]}; delete {info.data_dir} and prepare it again",
+            f"{missing[0]}; restore them, or move {info.data_dir} away and prepare it again",
         )
     return part.num_examples

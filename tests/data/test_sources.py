@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import struct
 import subprocess
@@ -404,6 +405,40 @@ def test_tfds_files_that_were_cut_off(photos_dir, size):
     text = message("tfds:photos", "train", str(photos_dir))
     assert "train[0] of" in text
     assert "the file is damaged" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("open() failed: Too many open files; opening x", "raise `ulimit -n`"),
+        ("open() failed: Permission denied; opening x", "mend that"),
+        ("read() failed: Input/output error", "mend that"),
+        ("Invalid chunk header hash", "the file is damaged"),
+    ],
+)
+def test_only_damage_is_called_damage(words, advice, photos_dir, monkeypatch):
+    """Whoever deletes ImageNet because too many files are open has lost it."""
+    source = open_source("tfds:photos", "train", str(photos_dir))
+
+    class Records:
+        def __getitem__(self, position):
+            raise RuntimeError(words)
+
+    source._records = Records()
+    text = message(0, call=source.__getitem__)
+    assert advice in text
+    assert "delete" not in text
+    assert ("damaged" in text) == (advice == "the file is damaged")
+
+
+def test_the_limit_of_open_files_is_raised(photos_dir):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1000, hard))
+        open_source("tfds:photos", "train", str(photos_dir))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, 65_536)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_tfds_description_that_is_damaged(photos_dir):
