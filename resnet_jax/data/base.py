@@ -30,6 +30,7 @@ class Source(abc.ABC):
       name: As in `data.name`.
       split: As in `data.eval_split`.
       fingerprint: 16 hexadecimal digits that change when the data set or its split does.
+      left_out: What lies among the images and is not read, in words; "" where there is nothing.
 
     Example:
       >>> import tempfile
@@ -45,6 +46,7 @@ class Source(abc.ABC):
     channels: int
     image_shape: tuple[int, int] | None
     fingerprint: str
+    left_out: str = ""
     label_shape: tuple[int, ...] = ()
     name: str = ""
     split: str = ""

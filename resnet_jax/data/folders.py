@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import itertools
 import os
 from pathlib import Path
@@ -12,10 +13,15 @@ from resnet_jax.data.budget import FILE_BYTES
 from resnet_jax.errors import DataError
 from resnet_jax.files import open_regular
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# What is an image in a folder, by the formats that are decoded.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".ppm", ".pgm", ".pbm"),
+)
 # Images whose headers are read, evenly from all of a split and at least 16 of each class, to learn
 # whether there is color. In most data sets the first one has it.
 _LOOKED_AT = 1000
+_FOLDERS = "/"  # counted among suffixes, none of which can be this
 _GREY = {"1", "L", "LA", "La", "I", "F"}  # of Pillow's modes, and "I;16" with its byte orders
 
 
@@ -33,7 +39,9 @@ class FolderSource(Source):
             _check_classes(field, split, classes, train_split, trained)
         if len(classes) < 2:
             raise fault(field, split, f"{self._folder} has one class, {classes[0]}; needs two")
-        files = {each: _image_files(self._folder / each, field, split) for each in classes}
+        others: collections.Counter[str] = collections.Counter()
+        files = {each: _image_files(self._folder / each, field, split, others) for each in classes}
+        self.left_out = _left_out(others)
         self._files = [[file for file, _ in files[each]] for each in classes]
         self._ends = list(itertools.accumulate(map(len, self._files)))
         self.channels = _stored_channels(self._folder, classes, self._files, field, split)
@@ -100,20 +108,25 @@ def _check_classes(
             )
 
 
-def _image_files(folder: Path, field: str, split: str) -> list[tuple[str, int]]:
-    """Names and sizes in bytes, in the order of the names.
+def _image_files(
+    folder: Path, field: str, split: str, others: collections.Counter[str]
+) -> list[tuple[str, int]]:
+    """Names and sizes in bytes, in the order of the names; what else is there is counted.
 
     Broken links and special files are among them: whoever reads one, names and counts it.
     """
+    files = []
     try:
         with os.scandir(folder) as entries:
-            files = [
-                (entry.name, _size(entry))
-                for entry in entries
-                if not entry.name.startswith(".")
-                and entry.name.lower().endswith(IMAGE_SUFFIXES)
-                and not os.path.isdir(entry)
-            ]
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if os.path.isdir(entry):
+                    others[_FOLDERS] += 1
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    files.append((entry.name, _size(entry)))
+                else:
+                    others[os.path.splitext(entry.name)[1] or entry.name] += 1
     except OSError as error:
         raise fault(field, split, f"cannot read {folder} ({error.strerror or error})") from error
     if not files:
@@ -121,6 +134,16 @@ def _image_files(folder: Path, field: str, split: str) -> list[tuple[str, int]]:
             field, split, f"class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)})"
         )
     return sorted(files)
+
+
+def _left_out(others: collections.Counter[str]) -> str:
+    """What is in class folders and is no image by its name; "" where there is nothing."""
+    folders = others.pop(_FOLDERS, 0)
+    kinds = [kind for kind, _ in others.most_common(5)]
+    more = ", ..." if len(others) > 5 else ""
+    parts = [f"{others.total():,} files ({', '.join(kinds)}{more})"] if others else []
+    parts += [f"{folders:,} folders in class folders"] if folders else []
+    return " and ".join(parts)
 
 
 def _size(entry: os.DirEntry[str]) -> int:

@@ -162,6 +162,8 @@ def evaluate_data(
         source = open_source(data, split, data_dir, train_split=train_split, several_labels=True)
     except DataError as error:
         raise DataError(f"--data={data} --split={split}: {error}") from error
+    if source.left_out:
+        options.get("say", print)(f"not images by their names, in {split}: {source.left_out}")
     if own and split == own.eval_split and _has_changed(network, source):
         options.get("say", print)(f"{source.name} has changed since the run was evaluated on it")
     return evaluate_network(network, source, **options)

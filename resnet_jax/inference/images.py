@@ -32,12 +32,10 @@ from resnet_jax.data.decode import (
     read_encoded,
     read_header,
 )
-from resnet_jax.data.folders import IMAGE_SUFFIXES as DATA_SET_SUFFIXES
+from resnet_jax.data.folders import IMAGE_SUFFIXES
 from resnet_jax.errors import DataError, library_errors
 from resnet_jax.training.config import Data
 
-# What is an image in a folder; a file that is named itself may be called anything.
-IMAGE_SUFFIXES = (*DATA_SET_SUFFIXES, ".avif", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff")
 STDIN = "-"
 # Ways to one folder, by links.
 _MOST_VISITS = 100

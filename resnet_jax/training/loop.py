@@ -219,7 +219,7 @@ class _Run:
         self.evaluation_step = parallel.data_parallel_sums(
             make_evaluation_step(model, config.augment, config.evaluate.flip)
         )
-        self._say_start()
+        self._say_start(sources)
 
     def finish(self) -> Result:
         """Takes the steps that are left and closes everything, whatever happens."""
@@ -439,7 +439,7 @@ class _Run:
             "optimizer.learning_rate, a longer schedule.warmup_epochs or optimizer.clip_norm help"
         )
 
-    def _say_start(self) -> None:
+    def _say_start(self, sources: dict[str, Source]) -> None:
         config, side = self.config, self.config.data.image_size
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
         self.telemetry.say(
@@ -448,5 +448,10 @@ class _Run:
             f"{self.model.num_classes} classes; {self.length.steps} steps of "
             f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {self.workdir}"
         )
+        for source in sources.values():
+            if source.left_out:
+                self.telemetry.say(
+                    f"not images by their names, in {source.split}: {source.left_out}"
+                )
         if int(self.state.step):
             self.telemetry.say(f"going on after step {int(self.state.step)}")

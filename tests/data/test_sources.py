@@ -611,6 +611,15 @@ def test_folder_order_and_labels(images):
     assert (source.num_classes, source.channels, source.image_shape) == (2, 3, None)
 
 
+def test_what_is_left_out_is_said(images):
+    assert open_source(f"folder:{images}", "test").left_out == "2 files (.txt)"
+    for name in ("a.txt", "b.txt", "README", ".hidden"):
+        (images / "test" / "cat" / name).touch()
+    (images / "test" / "dog" / "more").mkdir()
+    source = open_source(f"folder:{images}", "test")
+    assert source.left_out == "5 files (.txt, README) and 1 folders in class folders"
+
+
 def test_folder_suffixes(images):
     for suffix in ("jpeg", "webp", "bmp", "JPG"):
         (images / "test" / "cat" / f"more.{suffix}").write_bytes(b"image")
