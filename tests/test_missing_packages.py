@@ -272,7 +272,8 @@ def test_a_package_that_is_missing_is_no_damaged_record(monkeypatch):
 
 
 def test_a_bug_in_the_copy_of_a_run_is_no_refusal_of_the_bucket(tmp_path, monkeypatch):
-    place = Bucket(Config(checkpoint=Checkpoint(copy_to=f"file://{tmp_path}/copy")), tmp_path)
+    config = Config(checkpoint=Checkpoint(copy_to=f"file://{tmp_path}/copy"))
+    place = Bucket(config, tmp_path / "run")
 
     def bug(self):
         return None + 1

@@ -126,9 +126,9 @@ class Telemetry:
         """Begins a copy, or says why the run has none; a package that is missing is an error."""
         try:
             self._copies.append(make())
-        except _MissingError:
-            raise
         except ConfigError as error:
+            if isinstance(error.__cause__, ImportError):
+                raise
             self.say(f"{kind.name} is left out: {error}")
 
     def advance(self, step: int) -> None:
@@ -237,10 +237,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class _MissingError(ConfigError):
-    """A package that the configuration asks for is not installed."""
-
-
 class _Copy(Protocol):
     """Where records go beside metrics.jsonl."""
 
@@ -261,7 +257,7 @@ class _TensorBoard:
     name: ClassVar[str] = "TensorBoard"
 
     def __init__(self, folder: Path, completed_steps: int) -> None:
-        with importing("log.tensorboard = True", _MissingError):
+        with importing("log.tensorboard = True", ConfigError):
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.record_writer import masked_crc32c
             from tensorboardX.summary import scalar
@@ -299,7 +295,7 @@ class _WeightsAndBiases:
 
     def __init__(self, config: Config, workdir: Path) -> None:
         project = f"log.wandb = {config.log.wandb!r}"
-        with importing(project, _MissingError):
+        with importing(project, ConfigError):
             import wandb
         # The id follows from the path, so that a resumed run goes on where it was, and two folders
         # of one name are two runs. It has no characters that W&B refuses.
