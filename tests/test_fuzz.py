@@ -30,9 +30,12 @@ from resnet_jax.report.runs import read_run
 from resnet_jax.training import checkpoint, manifest, workdir
 from resnet_jax.training import config as c
 from resnet_jax.training.recorder import _Sums
+from resnet_jax.training.records import split_at
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.pretrained import pretrained_labels
+from tests.hostile.names import NAMES
+from tests.hostile.workdirs import RECORDS
 
 FEW, MANY = 100, 4000
 SIZES = pytest.mark.parametrize(
@@ -400,6 +403,7 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         lambda: [record["loss"] * record["top1"] for record in read_run(tmp_path).training],
         lambda: measured(SimpleNamespace(source=tmp_path, step=1, ema=False)),
         lambda: workdir.read_class_names(tmp_path),
+        lambda: split_at(tmp_path / "metrics.jsonl", 1),
         lambda: _Sums.of(store.records()),
         lambda: store.best,
     ]
@@ -408,7 +412,8 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "classes.json").write_text(json.dumps(classes))
         (tmp_path / "data.json").write_text(json.dumps(data))
-        (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        line = record if isinstance(record, bytes) else json.dumps(record).encode()
+        (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
         (state / "progress.json").write_text(json.dumps(progress))
         (state / manifest.NAME).write_text(sums)
         assert isinstance(manifest.damage(state), str)
@@ -422,9 +427,9 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         examples // 4,
         holds,
         changed(stored) | JSON,
+        JSON | st.lists(st.sampled_from(NAMES)),
         JSON,
-        JSON,
-        changed(RECORD) | JSON,
+        changed(RECORD) | JSON | mutated([*RECORDS.values(), json.dumps(RECORD).encode()]),
         changed(PROGRESS) | JSON,
         TEXTS.map(lambda text: f"{'0' * 64}  ../../{text.encode(errors='replace').decode()}\n"),
     )

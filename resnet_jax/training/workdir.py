@@ -175,8 +175,11 @@ def _check_same(workdir: Path, config: Config, data: Mapping[str, str]) -> None:
     stored = read_json(workdir / "config.json")
     changed = differences(config, stored)
     has_fingerprints = (workdir / "data.json").exists()
-    if not has_fingerprints and (before := stored["data"]["name"]) != config.data.name:
-        changed.append(f"data.name: {before!r} -> {config.data.name!r}")
+    # Without fingerprints only the path of a folder tells whether it is the same.
+    if not changed and not has_fingerprints:
+        before = stored["data"].get("name", config.data.name)
+        if before != config.data.name:
+            changed = [f"data.name: {before!r} -> {config.data.name!r}"]
     if changed:
         read_description(workdir, "config.json")  # damaged, rather than another's
         raise ConfigError(
@@ -185,9 +188,9 @@ def _check_same(workdir: Path, config: Config, data: Mapping[str, str]) -> None:
         )
     if not has_fingerprints:
         return
-    before = read_json(workdir / "data.json")
+    noted = read_json(workdir / "data.json")
     changed = [
-        f"{use}: {before.get(use)} -> {data[use]}" for use in data if before.get(use) != data[use]
+        f"{use}: {noted.get(use)} -> {data[use]}" for use in data if noted.get(use) != data[use]
     ]
     if changed:
         read_description(workdir, "data.json")
