@@ -140,7 +140,7 @@ def test_other_platforms_loop_over_the_parts():
     chex.assert_trees_all_close(results["tpu"], results["cpu"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("decay", [0.75, 0.99998])
+@pytest.mark.parametrize("decay", [0.75, pytest.param(0.99998, marks=pytest.mark.slow)])
 def test_moving_average(decay):
     """A mean of the states so far, by decaying shares that sum to one: the start has none."""
     config = configuration(train=c.Train(ema_decay=decay, ema_every=2))
