@@ -37,10 +37,11 @@ import orbax.checkpoint as ocp
 
 from resnet_jax import files
 from resnet_jax.errors import ConfigError, library_errors, one_line
+from resnet_jax.files import sync
 from resnet_jax.output import visible
 from resnet_jax.training import manifest
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.workdir import has_states, read_json, saved_steps, sync, write_whole
+from resnet_jax.training.workdir import has_states, read_json, saved_steps, write_whole
 
 # Orbax and its helpers tell of every file on the "absl" logger, and of errors once a thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)

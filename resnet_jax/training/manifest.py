@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import cast
 
 from resnet_jax import files
-from resnet_jax.training.workdir import sync, write_whole
+from resnet_jax.files import sync
+from resnet_jax.training.workdir import write_whole
 
 NAME = "SHA256SUMS"
 LIMIT = 64 * files.MIB  # bytes of a manifest

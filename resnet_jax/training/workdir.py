@@ -23,7 +23,6 @@ from typing import Any
 from resnet_jax import files
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import MIB
-from resnet_jax.files import sync as sync
 from resnet_jax.training import ownership
 from resnet_jax.training.config import Config, check, differences, from_json, to_json, with_places
 

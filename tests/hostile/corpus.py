@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -47,6 +48,14 @@ class Case(NamedTuple):
 
 
 CASES: list[Case] = []
+
+# Special files where a plain one is expected: each would be read for ever, or fill the memory.
+MAKERS = {
+    "fifo": os.mkfifo,
+    "zeros": lambda path: path.symlink_to("/dev/zero"),
+    "loop": lambda path: path.symlink_to(path),
+    "sparse": lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 10**11),
+}
 
 
 def case(

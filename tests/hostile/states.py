@@ -5,7 +5,7 @@ import os
 import shutil
 
 from resnet_jax.training import manifest
-from tests.hostile.corpus import case
+from tests.hostile.corpus import MAKERS, case
 
 READERS = ("evaluate {run} --data=digits", "predict {run} {image}")
 TRAIN = (
@@ -51,15 +51,6 @@ def a_folder_for_what_is_being_written_that_is_a_link(places):
 @case(*READERS, TRAIN)
 def a_name_in_a_state_that_a_terminal_obeys(places):
     (state_of(places) / "default" / "\x1b]0;mine\x07\n\u202e\x9b2J").write_text("")
-
-
-# Special files, each of which would be read for ever or fill the memory.
-MAKERS = {
-    "fifo": os.mkfifo,
-    "zeros": lambda path: path.symlink_to("/dev/zero"),
-    "loop": lambda path: path.symlink_to(path),
-    "sparse": lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 10**11),
-}
 
 
 def special(name, kind):

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 
-from tests.hostile.corpus import case
+from tests.hostile.corpus import MAKERS, case
 
 READERS = (
     "evaluate {run} --data=digits",
@@ -137,15 +137,6 @@ def states_in_a_folder_that_is_a_link(places):
     run = places.copy_of_run()
     (run / "checkpoints").rename(places.victim / "checkpoints")
     (run / "checkpoints").symlink_to(places.victim / "checkpoints")
-
-
-# Special files where a plain one is expected: each would be read for ever, or fill the memory.
-MAKERS = {
-    "fifo": os.mkfifo,
-    "zeros": lambda path: path.symlink_to("/dev/zero"),
-    "loop": lambda path: path.symlink_to(path),
-    "sparse": lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 10**11),
-}
 
 
 def special(name, kind):
