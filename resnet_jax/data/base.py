@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import concurrent.futures
 import hashlib
 import operator
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from resnet_jax.errors import DataError, one_line
 
 Batch = dict[str, Any]  # of arrays, by name
 Label = int | np.ndarray
+_READERS = 16  # threads, where labels lie beside the images
 
 
 class Source(abc.ABC):
@@ -61,6 +63,19 @@ class Source(abc.ABC):
 
     def __getitem__(self, index: int) -> tuple[bytes, Label]:
         return self._read(self._position(index))
+
+    def labels(self) -> np.ndarray:
+        """The label of each image, int32 [N] or [N, classes], which may take reading them all."""
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            each = [*pool.map(lambda position: self._read(position)[1], range(len(self)))]
+        return np.array(each, np.int32)
+
+    def class_counts(self) -> np.ndarray:
+        """Images of each class, int64 [classes]."""
+        labels = self.labels()
+        if self.label_shape:
+            return labels.sum(0, dtype=np.int64)
+        return np.bincount(labels, minlength=self.num_classes)
 
     def image_name(self, index: int) -> str:
         """The image's path, or its place in the split, for messages."""

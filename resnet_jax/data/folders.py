@@ -8,6 +8,8 @@ import itertools
 import os
 from pathlib import Path
 
+import numpy as np
+
 from resnet_jax.data.base import Source, digest, fault
 from resnet_jax.data.budget import FILE_BYTES
 from resnet_jax.errors import DataError
@@ -51,6 +53,10 @@ class FolderSource(Source):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def labels(self) -> np.ndarray:
+        counts = [len(files) for files in self._files]
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     def _place(self, position: int) -> tuple[Path, int]:
         label = bisect.bisect_right(self._ends, position)

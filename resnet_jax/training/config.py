@@ -22,7 +22,10 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 OPTIMIZERS = ("sgd", "lars", "lamb", "adamw")
 DECAYS = ("l2", "decoupled")
 SCHEDULES = ("constant", "step", "cosine", "linear", "one_cycle", "plateau")
-LOSSES = ("softmax", "bce")
+LOSSES = ("softmax", "bce", "focal")
+SAMPLERS = ("shuffled", "balanced")
+# Measures by which one state is better than another; of a loss the least is the best.
+MEASURES = ("top1", "top5", "loss", "map", "f1")
 
 
 @dataclasses.dataclass
@@ -66,10 +69,15 @@ class Data:
     """Images and labels, and what the host does with them.
 
     Args:
-      name: "digits", "tfds:NAME[:VERSION]", or "folder:PATH" with SPLIT/CLASS/image files.
+      name: "digits", "tfds:NAME[:VERSION]", "folder:PATH" with SPLIT/CLASS/image files, or
+        "csv:FILE" or "jsonl:FILE" with a path and labels a line.
       data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
-      train_split: Trained on; any TFDS split expression, such as "train[:90%]".
+      train_split: Trained on; a split or a part of one, such as "train[:90%]".
       eval_split: Evaluated on.
+      multi_label: Images have none, one or several labels each.
+      label_separator: Between the labels of an image in a CSV file.
+      allow_missing_classes: Accept splits that lack classes of the other one, and empty classes.
+      sampler: "shuffled": each image once an epoch; "balanced": each class equally often.
       channels: 1 or 3; 0: as the data set has.
       image_size: Side of the training images in pixels.
       crop: "center" (resize the shorter side, cut the centre), "random_resized" (Szegedy et al.
@@ -92,6 +100,10 @@ class Data:
     data_dir: str = ""
     train_split: str = "train"
     eval_split: str = "test"
+    multi_label: bool = False
+    label_separator: str = "|"
+    allow_missing_classes: bool = False
+    sampler: str = "shuffled"
     channels: int = 0
     image_size: int = 32
     crop: str = "center"
@@ -226,14 +238,20 @@ class Loss:
     """What is minimised.
 
     Args:
-      name: "softmax" cross-entropy, or "bce": a binary cross-entropy for each class.
+      name: "softmax" cross-entropy; "bce": a binary cross-entropy for each class; or "focal": the
+        same with less weight for what is easy (Lin et al. 2017).
       label_smoothing: Share of the label spread over all classes.
       bce_threshold: For bce: targets above it count as 1, others as 0; 0: targets as they are.
+      focal_gamma: For focal: the exponent of 1 - p.
+      class_weights: "balanced": inversely to the images of each class, 1 on average over the
+        images; or a number for each class, "1,2.5,1"; "": none.
     """
 
     name: str = "softmax"
     label_smoothing: float = 0.0
     bce_threshold: float = 0.0
+    focal_gamma: float = 2.0
+    class_weights: str = ""
 
 
 @dataclasses.dataclass
@@ -255,6 +273,9 @@ class Train:
         no part of it. (torchvision's --model-ema-decay is another number: an update there keeps
         1 - (1 - DECAY) * batch * every / epochs.)
       ema_every: Steps between its updates.
+      early_stopping: Evaluations in a row without a new best checkpoint.best_metric after which the
+        run ends; 0: it takes all its steps.
+      min_improvement: What the metric has to improve by to count as a new best one.
       max_skipped: Steps in a row that are skipped, because loss, gradients or what would come of
         them are not finite, before the run ends as diverged.
     """
@@ -267,6 +288,8 @@ class Train:
     seed: int = 0
     ema_decay: float = 0.0
     ema_every: int = 1
+    early_stopping: int = 0
+    min_improvement: float = 0.0
     max_skipped: int = 20
 
 
@@ -278,11 +301,13 @@ class Evaluate:
       every_epochs: Epochs between evaluations; the end is always evaluated.
       batch_size: Images a step, on all devices together; 0: that of training.
       flip: Average the logits of each image and its mirror image.
+      threshold: Probability from which a class counts as found, with data.multi_label.
     """
 
     every_epochs: float = 1.0
     batch_size: int = 0
     flip: bool = False
+    threshold: float = 0.5
 
 
 @dataclasses.dataclass
@@ -291,7 +316,10 @@ class Checkpoint:
 
     Args:
       every_steps: Steps between checkpoints, beside those at each evaluation; 0: only those.
-      keep: Newest checkpoints kept; the best by top-1 stays beside them.
+      keep: Newest checkpoints kept.
+      keep_best: Best checkpoints kept beside them.
+      best_metric: What the best ones are chosen by: top1, top5, map or f1, of which the highest is
+        the best, or loss, of which the lowest is.
       init_from: Weight file, workdir or Hub name ("timm/resnet50.a1_in1k") of the initial
         parameters; "": random ones.
       reset_head: Start with a new head, for other classes than those of init_from.
@@ -303,6 +331,8 @@ class Checkpoint:
 
     every_steps: int = 0
     keep: int = 1
+    keep_best: int = 1
+    best_metric: str = "top1"
     init_from: str = ""
     reset_head: bool = False
     allow_change: bool = False
@@ -539,9 +569,13 @@ _FREE = {
     "data.threads",
     "data.prefetch",
     "data.max_corrupt",
+    "train.early_stopping",
+    "train.min_improvement",
     "train.max_skipped",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.keep_best",
+    "checkpoint.best_metric",
     "checkpoint.allow_change",
     "checkpoint.copy_to",
 }

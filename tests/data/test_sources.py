@@ -76,6 +76,19 @@ def test_digits_are_described(digits_dir):
     assert source.image_name(7) == "test[7]"
 
 
+def test_sources_count_the_images_of_each_class(digits_dir, tmp_path):
+    source = open_source("digits", "test", digits_dir)
+    assert source.labels().tolist() == [label for _, label in source]
+    assert source.class_counts().sum() == 360
+    for number, name in enumerate("ab"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for image in range(number + 2):
+            Image.new("L", (4, 4)).save(tmp_path / "train" / name / f"{image}.png")
+    folder = open_source(f"folder:{tmp_path}", "train")
+    assert folder.labels().tolist() == [label for _, label in folder]
+    assert folder.class_counts().tolist() == [2, 3]
+
+
 def test_digits_splits_hold_every_class_alike():
     for images, labels in digits.load().values():
         assert images.shape[1:] == (8, 8)
