@@ -30,6 +30,7 @@ from resnet_jax.errors import (
 )
 from resnet_jax.limits import MAX_COUNT
 from resnet_jax.output import say
+from resnet_jax.training.config import DATA_NAMES
 from resnet_jax.training.flags import parse_train_flags
 from resnet_jax.training.signals import interrupts
 
@@ -273,8 +274,13 @@ def _add_evaluate(parsers: Any) -> None:
     parser = parsers.add_parser("evaluate", help="measure a network on a data set")
     _add_network(parser)
     add = parser.add_argument
-    add("--data", default="", help="digits, folder:PATH or tfds:NAME (default: a workdir's own)")
-    add("--split", default="", help="of the data (default: a workdir's own)")
+    add("--data", default="", help=f"{DATA_NAMES} (default: a workdir's own)")
+    add("--split", default="", help="or parts of it (default: a workdir's own)")
+    add(
+        "--allow_missing_classes",
+        action="store_true",
+        help="measure a run on its own data although some of its classes have no images there",
+    )
     add("--data_dir", default="", help="where TFDS keeps its data sets")
     add(
         "--views",

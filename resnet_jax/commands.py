@@ -290,6 +290,7 @@ def evaluate(options: argparse.Namespace) -> None:
             options.data,
             options.split,
             options.data_dir,
+            options.allow_missing_classes,
             views=options.views,
             scales=tuple(map(int, scales)),
             batch_size=options.batch_size,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import abc
+import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 import operator
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,8 @@ class Source(abc.ABC):
       name: As in `data.name`.
       split: As in `data.eval_split`.
       fingerprint: 16 hexadecimal digits that change when the data set or its split does.
-      left_out: What lies among the images and is not read, in words; "" where there is nothing.
+      left_out: What lies among the images and is not read, or cannot be, and classes without
+        images, in words; "" where there is nothing.
 
     Example:
       >>> import tempfile
@@ -94,6 +98,110 @@ class Source(abc.ABC):
         if not 0 <= position < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return position
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a split of image folders or of a list is opened for.
+
+    Args:
+      name: As in `data.name`.
+      split: As in `data.train_split`.
+      field: The field that says the split, for messages.
+      train_split: The split that is trained on, whose classes count; "": those of `split`.
+      classes: The classes, where they are known already; (): those of `train_split`.
+      multi_label: Whether an image has none or several labels; None: as the list says it.
+      label_separator: Between the labels of an image in a CSV file.
+      allow_missing_classes: Whether classes may be without images.
+    """
+
+    name: str
+    split: str
+    field: str
+    train_split: str = ""
+    classes: tuple[str, ...] = ()
+    multi_label: bool | None = None
+    label_separator: str = "|"
+    allow_missing_classes: bool = False
+
+    def fault(self, reason: object) -> DataError:
+        """An error about the split."""
+        return fault(self.field, self.split, reason)
+
+    def check_classes(self, found: Collection[str], classes: Sequence[str], notes: str = "") -> str:
+        """Compares the classes that a split has images of with those that there are.
+
+        Args:
+          found: Classes with images.
+          classes: All classes.
+          notes: What else is in the split and may be meant as images.
+
+        Returns:
+          The missing ones, in words; "" where there are none.
+
+        Raises:
+          DataError: There are unknown classes, or missing ones that are not allowed.
+        """
+        known, there = set(classes), set(found)
+        if unknown := there - known:
+            raise self.fault(
+                f"has {len(unknown)} classes more than data.train_split = {self.train_split!r} "
+                f"({named(unknown, known)}); both need the same classes"
+            )
+        if len(classes) < 2:
+            raise self.fault(f"has one class, {named(classes)}; needs two")
+        missing = known - there
+        if not missing:
+            return ""
+        what = f"no images of {len(missing)} of the {len(known)} classes ({named(missing, there)})"
+        if not self.allow_missing_classes or not there:
+            there_is = f" (it has {notes})" if notes else ""
+            raise self.fault(
+                f"has {what}{there_is}; add some, or set data.allow_missing_classes = true "
+                "(evaluate: --allow_missing_classes)"
+            )
+        return what
+
+
+def one_hot(labels: int | np.ndarray, classes: int) -> np.ndarray:
+    """Labels as those of images that may have several, int32 [..., classes] of 0 and 1.
+
+    Args:
+      labels: One for each image, or for the only one.
+      classes: How many there are.
+
+    Returns:
+      A single 1 for each image.
+
+    Example:
+      >>> one_hot(1, classes=3).tolist()
+      [0, 1, 0]
+    """
+    return np.equal.outer(labels, np.arange(classes)).astype(np.int32)
+
+
+def named(names: Iterable[str], others: Iterable[str] = ()) -> str:
+    """Up to three names for a message; those that look like another are written in ASCII.
+
+    Args:
+      names: The names.
+      others: Names that the reader may take them for.
+
+    Returns:
+      Names with commas, in their order.
+
+    Example:
+      >>> named(["cat ", "dog"], ["cat"]), named({"caf\u00e9"}, {"cafe\u0301"})
+      ("'cat ', dog", "'caf\\xe9'")
+    """
+    names = sorted(names)
+    looks = collections.Counter(map(_look, {*names, *others}))
+    shown = [ascii(each) if looks[_look(each)] > 1 else each for each in names[:3]]
+    return ", ".join(shown) + (", ..." if len(names) > 3 else "")
+
+
+def _look(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).split())
 
 
 def fault(field: str, value: object, reason: object) -> DataError:

@@ -6,12 +6,14 @@ import bisect
 import collections
 import itertools
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.data.base import Source, digest, fault
+from resnet_jax.data.base import Label, Request, Source, digest, fault, one_hot
 from resnet_jax.data.budget import FILE_BYTES
+from resnet_jax.data.splits import WHOLE, Span, parse, select
 from resnet_jax.errors import DataError
 from resnet_jax.files import open_regular
 
@@ -23,140 +25,239 @@ IMAGE_SUFFIXES = (
 # Images whose headers are read, evenly from all of a split and at least 16 of each class, to learn
 # whether there is color. In most data sets the first one has it.
 _LOOKED_AT = 1000
-_FOLDERS = "/"  # counted among suffixes, none of which can be this
 _GREY = {"1", "L", "LA", "La", "I", "F"}  # of Pillow's modes, and "I;16" with its byte orders
 
 
 class FolderSource(Source):
-    """PATH/SPLIT/CLASS/image files."""
+    """PATH/SPLIT/CLASS/image files, in the class folders or deeper.
 
-    def __init__(self, name: str, root: Path, split: str, train_split: str, field: str) -> None:
-        self.name, self.split = name, split
-        self._folder = _split_folder(name, root, split, field)
-        classes = _class_folders(self._folder, field, split)
-        self.class_names = tuple(classes)
-        reference = root / train_split
-        if split != train_split and train_split and os.path.isdir(reference):
-            trained = _class_folders(reference, "data.train_split", train_split)
-            _check_classes(field, split, classes, train_split, trained)
-        if len(classes) < 2:
-            raise fault(field, split, f"{self._folder} has one class, {classes[0]}; needs two")
-        others: collections.Counter[str] = collections.Counter()
-        files = {each: _image_files(self._folder / each, field, split, others) for each in classes}
-        self.left_out = _left_out(others)
-        self._files = [[file for file, _ in files[each]] for each in classes]
+    Args:
+      root: PATH.
+      request: What is opened.
+    """
+
+    def __init__(self, root: Path, request: Request) -> None:
+        self.name, self.split = request.name, request.split
+        parts = _find_splits(root, request)
+        self._root = root / next(iter(parts)) if len(parts) == 1 else root
+        self.class_names = request.classes or _training_classes(root, parts, request)
+        notes = _Notes()
+        files = _chosen_files(root, parts, request, notes)
+        missing = request.check_classes(
+            {label for label, _ in files}, self.class_names, notes.text()
+        )
+        self.left_out = notes.text(missing)
+        # The files of one class folder follow each other, in the order of the classes.
+        numbers = {label: number for number, label in enumerate(self.class_names)}
+        keys = sorted(files, key=lambda key: (numbers[key[0]], key[1]))
+        self._labels = [numbers[label] for label, _ in keys]
+        self._folders = [label if len(parts) == 1 else f"{name}/{label}" for label, name in keys]
+        self._files = [[file for file, _ in files[key]] for key in keys]
         self._ends = list(itertools.accumulate(map(len, self._files)))
-        self.channels = _stored_channels(self._folder, classes, self._files, field, split)
+        self.channels = _stored_channels(
+            self._root, self._folders, self._files, request.field, request.split
+        )
         self.image_shape = None
-        sizes = [f"{each}/{file} {size}" for each in classes for file, size in files[each]]
-        self.fingerprint = digest([split, len(self), *sizes])
+        if request.multi_label:
+            self.label_shape = (self.num_classes,)
+        sizes = [
+            f"{folder}/{file} {size}"
+            for folder, key in zip(self._folders, keys)
+            for file, size in files[key]
+        ]
+        self.fingerprint = digest([request.split, len(self), *sizes])
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def labels(self) -> np.ndarray:
         counts = [len(files) for files in self._files]
-        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        labels = np.repeat(np.array(self._labels, np.int32), counts)
+        return one_hot(labels, self.num_classes) if self.label_shape else labels
 
     def _place(self, position: int) -> tuple[Path, int]:
-        label = bisect.bisect_right(self._ends, position)
-        file = self._files[label][position - self._ends[label]]  # counted from the class's end
-        return self._folder / self.class_names[label] / file, label
+        run = bisect.bisect_right(self._ends, position)
+        file = self._files[run][position - self._ends[run]]  # counted from the run's end
+        return self._root / self._folders[run] / file, self._labels[run]
 
     def _name(self, position: int) -> str:
         return str(self._place(position)[0])
 
-    def _read(self, position: int) -> tuple[bytes, int]:
+    def _read(self, position: int) -> tuple[bytes, Label]:
         path, label = self._place(position)
-        from resnet_jax.data.decode import read_encoded
-
-        try:
-            return read_encoded(path), label
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        return read_image(path), one_hot(label, self.num_classes) if self.label_shape else label
 
 
-def _split_folder(name: str, root: Path, split: str, field: str) -> Path:
+def read_image(path: Path) -> bytes:
+    """Reads an encoded image.
+
+    Args:
+      path: Of the file.
+
+    Returns:
+      Its content.
+
+    Raises:
+      DataError: It cannot be read, or is no regular file.
+    """
+    from resnet_jax.data.decode import read_encoded
+
+    try:
+        return read_encoded(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _find_splits(root: Path, request: Request) -> dict[str, tuple[Span, ...]]:
+    """The split folders that are asked for, and which parts of each."""
     if not os.path.isdir(root):
-        raise fault("data.name", name, f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS")
-    folder = root / split
-    if ".." in Path(split).parts or Path(split).is_absolute():
-        raise fault(field, split, f"must be the name of a folder in {root}")
-    if split and os.path.isdir(folder) and folder.resolve() != root.resolve():
-        return folder
-    there = [each for each in _scan(root, "data.name", name) if os.path.isdir(root / each)]
+        reason = f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS"
+        raise fault("data.name", request.name, reason)
+    parts = _parts(root, request.split, request.field)
+    for name in parts:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise request.fault(f"must be the name of a folder in {root}")
+        if not _is_split(root, name):
+            raise _no_split(root, name, request)
+    return parts
+
+
+def _parts(root: Path, split: str, field: str) -> dict[str, tuple[Span, ...]]:
+    """An expression, unless it is the name of a folder itself."""
+    is_expression = set("[+") & set(split) and not _is_split(root, split)
+    return parse(split, field) if is_expression else {split: WHOLE}
+
+
+def _is_split(root: Path, name: str) -> bool:
+    if not name or ".." in Path(name).parts or Path(name).is_absolute():
+        return False
+    return os.path.isdir(root / name) and (root / name).resolve() != root.resolve()
+
+
+def _no_split(root: Path, split: str, request: Request) -> DataError:
+    there = _folders(root, "data.name", request.name)
     if not there:
-        raise fault("data.name", name, f"{root} has no folders; it needs {split}/CLASS/image.jpg")
+        reason = f"{root} has no folders; it needs {split}/CLASS/image.jpg"
+        return fault("data.name", request.name, reason)
     shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
-    part = "; a part of a folder cannot be chosen" if "[" in split else ""
-    raise fault(field, split, f"{root} has no folder of this name{part}; it has: {shown}")
+    reason = f"{root} has no folder {split!r}; it has: {shown}"
+    if any(each.lower().endswith(IMAGE_SUFFIXES) for each in _scan(root / there[0], "", split)):
+        reason += (
+            f". If these are classes, {root.name} is the split: data.name = "
+            f"'folder:{root.parent}', data.train_split = '{root.name}[:90%]' and "
+            f"data.eval_split = '{root.name}[90%:]'"
+        )
+    return request.fault(reason)
 
 
-def _class_folders(folder: Path, field: str, split: str) -> list[str]:
-    classes = [each for each in _scan(folder, field, split) if os.path.isdir(folder / each)]
+def _training_classes(
+    root: Path, parts: dict[str, tuple[Span, ...]], request: Request
+) -> tuple[str, ...]:
+    """The class folders of the training split, or of the split itself where there is no other."""
+    field, names = request.field, parts
+    if request.train_split not in ("", request.split):
+        trained = _parts(root, request.train_split, "data.train_split")
+        if all(_is_split(root, name) for name in trained):
+            field, names = "data.train_split", trained
+    return tuple(sorted({label for name in names for label in _classes(root / name, field, name)}))
+
+
+def _classes(folder: Path, field: str, split: str) -> list[str]:
+    classes = _folders(folder, field, split)
     if not classes:
         raise fault(field, split, f"{folder} has no class folders; it needs CLASS/image.jpg")
     return classes
 
 
-def _check_classes(
-    field: str, split: str, classes: list[str], train_split: str, trained: list[str]
-) -> None:
-    unknown, absent = set(classes) - set(trained), set(trained) - set(classes)
-    for which, names in (("more", unknown), ("fewer", absent)):
-        if names:
-            shown = ", ".join(sorted(names)[:3])
-            raise fault(
-                field,
-                split,
-                f"has {len(names)} classes {which} than data.train_split = {train_split!r} "
-                f"({shown}); both need the same class folders",
-            )
+def _chosen_files(
+    root: Path, parts: dict[str, tuple[Span, ...]], request: Request, notes: _Notes
+) -> dict[tuple[str, str], list[tuple[str, int]]]:
+    """Names below the class folder and sizes in bytes, by class and split; none is empty."""
+    chosen = {}
+    for name, spans in parts.items():
+        folder = root / name
+        classes = _classes(folder, request.field, request.split)
+        inside = set(_scan(folder, request.field, request.split)) - set(classes)
+        notes.outside += sum(each.lower().endswith(IMAGE_SUFFIXES) for each in inside)
+        for label in classes:
+            files = _image_files(folder / label, request, notes)
+            places = select([f"{label}/{file}" for file, _ in files], spans)
+            if places:
+                chosen[label, name] = [files[place] for place in places]
+    return chosen
 
 
-def _image_files(
-    folder: Path, field: str, split: str, others: collections.Counter[str]
-) -> list[tuple[str, int]]:
-    """Names and sizes in bytes, in the order of the names; what else is there is counted.
+def _image_files(folder: Path, request: Request, notes: _Notes) -> list[tuple[str, int]]:
+    """Names below a class folder and sizes in bytes, in the order of the names.
 
-    Broken links and special files are among them: whoever reads one, names and counts it.
+    Broken links and special files are among them: whoever reads one, names and counts it. Links to
+    folders are followed, but no folder is entered twice, nor one that the class folder is in.
     """
-    files = []
+    found, todo = [], [""]
+    entered: set[tuple[int, int]] = set()
+    while todo:
+        below = todo.pop()
+        try:
+            with os.scandir(folder / below) as entries:
+                each_entry = [each for each in entries if not each.name.startswith(".")]
+        except OSError as error:
+            raise request.fault(
+                f"cannot read {folder / below} ({error.strerror or error})"
+            ) from error
+        for entry in sorted(each_entry, key=lambda entry: entry.name):
+            status = _status(entry)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                entered = entered or _around(folder)
+                if (place := (status.st_dev, status.st_ino)) not in entered:
+                    entered.add(place)
+                    todo.append(f"{below}{entry.name}/")
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                found.append((below + entry.name, -1 if status is None else status.st_size))
+                notes.dangling += status is None
+            else:
+                notes.others[os.path.splitext(entry.name)[1] or entry.name] += 1
+    return sorted(found)
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if os.path.isdir(entry):
-                    others[_FOLDERS] += 1
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    files.append((entry.name, _size(entry)))
-                else:
-                    others[os.path.splitext(entry.name)[1] or entry.name] += 1
-    except OSError as error:
-        raise fault(field, split, f"cannot read {folder} ({error.strerror or error})") from error
-    if not files:
-        raise fault(
-            field, split, f"class folder {folder} has no images ({', '.join(IMAGE_SUFFIXES)})"
-        )
-    return sorted(files)
-
-
-def _left_out(others: collections.Counter[str]) -> str:
-    """What is in class folders and is no image by its name; "" where there is nothing."""
-    folders = others.pop(_FOLDERS, 0)
-    kinds = [kind for kind, _ in others.most_common(5)]
-    more = ", ..." if len(others) > 5 else ""
-    parts = [f"{others.total():,} files ({', '.join(kinds)}{more})"] if others else []
-    parts += [f"{folders:,} folders in class folders"] if folders else []
-    return " and ".join(parts)
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
+        return entry.stat()
     except OSError:  # a link to nothing, or to itself
-        return -1
+        return None
+
+
+def _around(folder: Path) -> set[tuple[int, int]]:
+    """A folder and all folders that it is in, by its name and in truth."""
+    real = Path(os.path.realpath(folder))
+    found = [os.stat(each) for each in (folder, *folder.parents, *real.parents)]
+    return {(each.st_dev, each.st_ino) for each in found}
+
+
+class _Notes:
+    """What is in a split and is not used."""
+
+    def __init__(self) -> None:
+        self.others: collections.Counter[str] = collections.Counter()  # files, by suffix
+        self.outside = 0  # images in no class folder
+        self.dangling = 0  # links
+
+    def text(self, missing: str = "") -> str:
+        """All of it, in words; "" where there is nothing."""
+        parts = [missing] if missing else []
+        if self.others:
+            kinds = [kind for kind, _ in self.others.most_common(5)]
+            more = ", ..." if len(self.others) > 5 else ""
+            count = f"{self.others.total():,} files"
+            parts.append(f"{count} that are not images by their names ({', '.join(kinds)}{more})")
+        if self.outside:
+            parts.append(f"{self.outside:,} images in no class folder")
+        if self.dangling:
+            parts.append(f"{self.dangling:,} links that lead nowhere, and count as corrupt")
+        return "; ".join(parts)
+
+
+def _folders(folder: Path, field: str, value: str) -> list[str]:
+    return [each for each in _scan(folder, field, value) if os.path.isdir(folder / each)]
 
 
 def _scan(folder: Path, field: str, value: str) -> list[str]:

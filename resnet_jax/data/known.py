@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from resnet_jax.data.base import Source, fault
-from resnet_jax.data.sources import open_source
+from resnet_jax.data.sources import open_split
 from resnet_jax.errors import DataError
 from resnet_jax.training.config import Data
 
@@ -87,7 +87,7 @@ def training_size(config: Data, images: int = 0, classes: int = 0) -> Source:
 
 def _prepared(config: Data) -> Source:
     try:
-        return open_source(config.name, config.train_split, config.data_dir)
+        return open_split(config, config.train_split)
     except DataError as error:
         raise fault(
             "data.name",

@@ -24,6 +24,7 @@ from resnet_jax.data.tfds_files import (
 )
 from resnet_jax.errors import DataError, library_errors, one_line
 from resnet_jax.files import atomic_write, new_folder
+from resnet_jax.training.config import DATA_PLACES
 
 # ImageNet's licence forbids TFDS to fetch these; TFDS itself asks for them after minutes only.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -64,8 +65,8 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> None:
     if name == "digits":
         prepare_digits(data_dir)
         return
-    if name.startswith("folder:"):
-        raise fault("data.name", name, "image folders are read as they are")
+    if name.partition(":")[0] in DATA_PLACES:
+        raise fault("data.name", name, "image folders and lists are read as they are")
     base, _ = split_name(name)
     try:
         folder = find_prepared(name, data_dir)

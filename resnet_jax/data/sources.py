@@ -1,4 +1,4 @@
-"""Where images and labels come from: TFDS data sets, folders of files, the embedded digits.
+"""Where images and labels come from: TFDS data sets, folders of files, lists, the embedded digits.
 
 Every source hands out *encoded* images: decoding is the loader's work, so that it can cut a crop
 while it decodes. Nothing here needs TensorFlow: TFDS reads ArrayRecord files without it.
@@ -10,13 +10,15 @@ import errno
 import os
 import resource
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from resnet_jax.data.base import Label, Source, digest, fault
+from resnet_jax.data.base import Label, Request, Source, digest, fault
 from resnet_jax.data.folders import FolderSource
+from resnet_jax.data.lists import ListSource
 from resnet_jax.data.tfds_files import (
     find_prepared,
     import_tfds,
@@ -25,6 +27,7 @@ from resnet_jax.data.tfds_files import (
     prepare_digits,
 )
 from resnet_jax.errors import DataError, library_errors, one_line
+from resnet_jax.training.config import DATA_NAMES, DATA_PLACES, Data
 
 __all__ = ["Source", "open_source"]
 
@@ -39,20 +42,26 @@ def open_source(
     data_dir: str = "",
     *,
     train_split: str = "train",
-    several_labels: bool = False,
+    classes: Sequence[str] = (),
+    multi_label: bool | None = False,
+    label_separator: str = "|",
+    allow_missing_classes: bool = False,
 ) -> Source:
     """Opens one split of a data set.
 
     Args:
-      name: "digits", "tfds:NAME[:VERSION]" or "folder:PATH", as in `data.name`. A TFDS data set
-        must have been prepared; the digits prepare themselves.
-      split: The split, as in `data.train_split`. A folder's is the name of a folder; TFDS's may
-        be an expression such as "train[:90%]".
+      name: "digits", "tfds:NAME[:VERSION]", "folder:PATH", "csv:FILE" or "jsonl:FILE", as in
+        `data.name`. A TFDS data set must have been prepared; the digits prepare themselves.
+      split: The split, as in `data.train_split`, or parts of splits such as "train[:90%]".
       data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
-      train_split: The split that is trained on. A folder's classes are those of this split,
-        whichever split is opened.
-      several_labels: Also open a TFDS data set whose images have none or several labels each,
-        which can be evaluated on and not trained on.
+      train_split: The split that is trained on. The classes of a folder or a list are those of
+        this split, whichever split is opened; "": those of the split that is opened.
+      classes: Names of the classes of a folder or a list, where they are known; (): those of
+        `train_split`.
+      multi_label: Whether an image has none, one or several labels; None: as the data set has it.
+        Images of a data set with one label each have labels of one 1 if it is True.
+      label_separator: Between the labels of an image in a CSV file.
+      allow_missing_classes: Open a folder or a list that has no images of some classes.
 
     Returns:
       The open source.
@@ -70,29 +79,70 @@ def open_source(
     field = "data.train_split" if split == train_split else "data.eval_split"
     kind, _, rest = name.partition(":")
     if name == "digits":
-        return _TfdsSource(name, prepare_digits(data_dir), split, field)
+        return _TfdsSource(name, prepare_digits(data_dir), split, field, multi_label)
     if kind == "tfds" and rest:
-        return _TfdsSource(name, find_prepared(rest, data_dir), split, field, several_labels)
-    if kind == "folder" and rest:
-        return FolderSource(name, Path(rest).expanduser().absolute(), split, train_split, field)
-    raise fault("data.name", name, "must be digits, tfds:NAME[:VERSION] or folder:PATH")
+        return _TfdsSource(name, find_prepared(rest, data_dir), split, field, multi_label)
+    if kind not in DATA_PLACES or not rest:
+        raise fault("data.name", name, f"must be {DATA_NAMES}")
+    request = Request(
+        name=name,
+        split=split,
+        field=field,
+        train_split=train_split,
+        classes=tuple(classes),
+        multi_label=multi_label,
+        label_separator=label_separator,
+        allow_missing_classes=allow_missing_classes,
+    )
+    path = Path(os.path.expanduser(rest)).absolute()
+    return FolderSource(path, request) if kind == "folder" else ListSource(kind, path, request)
+
+
+def open_split(data: Data, split: str, **options: Any) -> Source:
+    """Opens a split as a configuration says.
+
+    Args:
+      data: The section of a configuration.
+      split: One of its splits.
+      **options: Of `open_source`, where they differ from the section.
+
+    Returns:
+      The open source.
+
+    Raises:
+      DataError: As `open_source`.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     open_split(Data(data_dir=folder), "test").num_classes
+      10
+    """
+    fields = {
+        "train_split": data.train_split,
+        "multi_label": data.multi_label,
+        "label_separator": data.label_separator,
+        "allow_missing_classes": data.allow_missing_classes,
+    }
+    return open_source(data.name, split, data.data_dir, **{**fields, **options})
 
 
 class _TfdsSource(Source):
     """One split of a prepared TFDS data set in ArrayRecord files."""
 
     def __init__(
-        self, name: str, folder: Path, split: str, field: str, several_labels: bool = False
+        self, name: str, folder: Path, split: str, field: str, multi_label: bool | None
     ) -> None:
         self.name, self.split = name, split
         self._folder = str(folder)
         self._set_up()
         _raise_file_limit()
         info = _open_builder(name, folder).info
-        self._image_key, self._label_key, label = _keys(name, info, several_labels)
+        self._image_key, self._label_key, label = _keys(name, info, multi_label)
         shape = info.features[self._image_key].shape
         self.class_names = tuple(label.names or map(str, range(label.num_classes)))
-        if label is not info.features[self._label_key]:  # a sequence of such labels
+        # A sequence of such labels, or one that is to look like it.
+        if label is not info.features[self._label_key] or multi_label:
             self.label_shape = (self.num_classes,)
         self.channels = 1 if shape[-1] == 1 else 3
         self.image_shape = None if None in shape[:2] else (shape[0], shape[1])
@@ -198,13 +248,17 @@ def _data_source(folder: str, split: str) -> Any:
     return builder.as_data_source(split, decoders=decoders, file_format="array_record")
 
 
-def _keys(name: str, info: Any, several_labels: bool) -> tuple[str, str, Any]:
+def _keys(name: str, info: Any, multi_label: bool | None) -> tuple[str, str, Any]:
     """The features that hold the image and the label, and the kind of each single label."""
     features = import_tfds().features
-    image, label = (info.supervised_keys or ("image", "label"))[:2]
+    default = "label" if "label" in info.features else "labels"
+    image, label = (info.supervised_keys or ("image", default))[:2]
     known = all(isinstance(key, str) and key in info.features for key in (image, label))
     kind = info.features[label] if known else None
-    if several_labels and isinstance(kind, features.Sequence):
+    if isinstance(kind, features.Sequence) and isinstance(kind.feature, features.ClassLabel):
+        if multi_label is False:
+            reason = f"has images of several labels each ({label}); set data.multi_label = true"
+            raise fault("data.name", name, reason)
         kind = kind.feature
     if not isinstance(kind, features.ClassLabel) or not isinstance(
         info.features[image], features.Image

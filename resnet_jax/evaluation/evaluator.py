@@ -16,7 +16,8 @@ from resnet_jax.evaluation.label_sets import CORRUPTED, data_set_name
 from resnet_jax.evaluation.measuring import Evaluator
 from resnet_jax.evaluation.network import Network, evaluated_data
 from resnet_jax.evaluation.results import CorruptionReport, Report
-from resnet_jax.training.workdir import read_json
+from resnet_jax.training.config import DATA_PLACES, Data, data_place
+from resnet_jax.training.workdir import read_class_names, read_json
 
 # Splits that are measured where nobody says which.
 _SPLITS = {
@@ -49,7 +50,7 @@ def evaluate_network(
 
     Args:
       network: The network.
-      source: From `open_source` (with several_labels=True for ReaL). ImageNet's variants are
+      source: From `open_source` (with multi_label=None for ReaL). ImageNet's variants are
         known by their TFDS names.
       views: One of `views.VIEWS`; "": flip for a run with evaluate.flip, else one_crop.
       scales: Shorter sides in pixels for multi_scale; (): the paper's five, in proportion to the
@@ -123,7 +124,12 @@ def evaluate_corruptions(
 
 
 def evaluate_data(
-    network: Network, data: str = "", split: str = "", data_dir: str = "", **options: Any
+    network: Network,
+    data: str = "",
+    split: str = "",
+    data_dir: str = "",
+    allow_missing_classes: bool = False,
+    **options: Any,
 ) -> Report | CorruptionReport:
     """Opens a data set and measures a network on it.
 
@@ -133,6 +139,8 @@ def evaluate_data(
       split: Of it; "": that of the run's evaluation, or the one that an ImageNet variant has.
       data_dir: Where TFDS keeps its data sets; "": the run's where this user trained it, else
         TFDS's own default.
+      allow_missing_classes: Measure a run on its own data although some of its classes have no
+        images there; by default the run's data.allow_missing_classes.
       **options: As for `evaluate_network`.
 
     Returns:
@@ -149,7 +157,7 @@ def evaluate_data(
         data, data_dir = trained.name, data_dir or trained.data_dir
     elif config is not None and network.own:
         data_dir = data_dir or config.data_dir
-    own = config if config is not None and data == config.name else None
+    own = _own_section(network, data)
     split = split or (own.eval_split if own else _SPLITS.get(data_set_name(data), ""))
     if data == f"tfds:{CORRUPTED}":
         return evaluate_corruptions(network, data_dir, split, **options)
@@ -158,15 +166,56 @@ def evaluate_data(
     if not split:
         raise ConfigError(f"--split: say which split of {data} to measure")
     try:
-        train_split = own.train_split if own else ""
-        source = open_source(data, split, data_dir, train_split=train_split, several_labels=True)
+        source = open_held_out(network, data, split, data_dir, allow_missing_classes)
     except DataError as error:
         raise DataError(f"--data={data} --split={split}: {error}") from error
+    say = options.get("say", print)
     if source.left_out:
-        options.get("say", print)(f"not images by their names, in {split}: {source.left_out}")
+        say(f"in {split}: {source.left_out}")
     if own and split == own.eval_split and _has_changed(network, source):
-        options.get("say", print)(f"{source.name} has changed since the run was evaluated on it")
-    return evaluate_network(network, source, **options)
+        say(f"{source.name} has changed since the run was evaluated on it")
+    report = evaluate_network(network, source, **options)
+    compete, known = len(report.class_names), len(network.class_names)
+    if compete < known and data.partition(":")[0] in DATA_PLACES:
+        say(f"{split} has {compete} of the network's {known} classes, and only these compete")
+    return report
+
+
+def open_held_out(
+    network: Network, data: str, split: str, data_dir: str, allow_missing_classes: bool = False
+) -> Source:
+    """Opens a split to measure a network on, which of a run's own data has all classes of the run.
+
+    Args:
+      network: The network.
+      data: As in `data.name`.
+      split: Of it.
+      data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
+      allow_missing_classes: Accept one that lacks images of some classes, as the run's
+        data.allow_missing_classes does.
+
+    Returns:
+      The open source.
+
+    Raises:
+      DataError: As `open_source`.
+    """
+    options: dict[str, Any] = {"train_split": "", "multi_label": None}
+    if network.config and network.config.data.multi_label:
+        options["multi_label"] = True
+    if own := _own_section(network, data):
+        options["label_separator"] = own.label_separator
+        options["train_split"] = own.train_split
+        options["classes"] = read_class_names(Path(network.source))
+        options["allow_missing_classes"] = allow_missing_classes or own.allow_missing_classes
+    return open_source(data, split, data_dir, **options)
+
+
+def _own_section(network: Network, data: str) -> Data | None:
+    """A run's `data` section, if it is about this data."""
+    if network.config is None or data_place(data) != data_place(network.config.data.name):
+        return None
+    return network.config.data
 
 
 def _has_changed(network: Network, source: Source) -> bool:

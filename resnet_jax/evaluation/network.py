@@ -18,7 +18,14 @@ from resnet_jax.errors import ConfigError, ModelError, ResNetJaxError, WeightsEr
 from resnet_jax.limits import MAX_SIDE
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.config import INTERPOLATIONS, Augment, Config, Data
+from resnet_jax.training.config import (
+    DATA_NAMES,
+    DATA_PLACES,
+    INTERPOLATIONS,
+    Augment,
+    Config,
+    Data,
+)
 from resnet_jax.training.ownership import is_own
 from resnet_jax.training.setup import make_model
 from resnet_jax.training.workdir import read_class_names, read_config
@@ -91,10 +98,10 @@ def evaluated_data(network: Network) -> Data:
     if network.config is None:
         raise ConfigError(
             f"--data: {network.source} is no workdir and does not say what to measure it on; give "
-            "digits, folder:PATH or tfds:NAME"
+            f"{DATA_NAMES}"
         )
     data = network.config.data
-    if network.own or not (data.data_dir or data.name.startswith("folder:")):
+    if network.own or not (data.data_dir or data.name.partition(":")[0] in DATA_PLACES):
         return data
     where = f" --data_dir={data.data_dir}" if data.data_dir else ""
     raise ConfigError(

@@ -10,9 +10,8 @@ import numpy as np
 
 from resnet_jax.data.base import Label, Source
 from resnet_jax.data.decode import eval_crop
-from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
-from resnet_jax.evaluation.evaluator import evaluate_network
+from resnet_jax.evaluation.evaluator import evaluate_network, open_held_out
 from resnet_jax.evaluation.network import Network, evaluated_data
 from resnet_jax.evaluation.results import Report
 
@@ -103,7 +102,7 @@ def predict_split(network: Network, where: HeldOut, most: int) -> Predictions:
     config = network.config
     data = config.data if config and where.name else evaluated_data(network)
     name, folder = where if where.name else (data.name, data.data_dir)
-    source = open_source(name, data.eval_split, folder, train_split=data.train_split)
+    source = open_held_out(network, name, data.eval_split, folder)
     first = _First(source, most)
     # The run has named the images that cannot be decoded. Of its processes only one writes.
     report = evaluate_network(network, first, "one_crop", say=lambda line: None, alone=True)

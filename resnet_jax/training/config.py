@@ -24,6 +24,8 @@ DECAYS = ("l2", "decoupled")
 SCHEDULES = ("constant", "step", "cosine", "linear", "one_cycle", "plateau")
 LOSSES = ("softmax", "bce", "focal")
 SAMPLERS = ("shuffled", "balanced")
+DATA_NAMES = "digits, tfds:NAME[:VERSION], folder:PATH, csv:FILE or jsonl:FILE"
+DATA_PLACES = ("folder", "csv", "jsonl")  # kinds of data that are named by a path
 # Measures by which one state is better than another; of a loss the least is the best.
 MEASURES = ("top1", "top5", "loss", "map", "f1")
 
@@ -520,12 +522,13 @@ def differences(config: Config, stored: dict[str, Any]) -> list[str]:
 def _is_same_place(field: str, before: Any, now: Any) -> bool:
     """Whether two values name one place in two ways, or places whose contents are compared.
 
-    A folder of images may have moved: its fingerprint tells whether it is the same.
+    A folder or list of images may have moved: its fingerprint tells whether it is the same.
     """
     if not isinstance(before, str) or not isinstance(now, str):
         return False
     if field == "data.name":
-        return before.startswith("folder:") and now.startswith("folder:")
+        kind = before.partition(":")[0]
+        return kind in DATA_PLACES and kind == now.partition(":")[0]
     return field == "checkpoint.init_from" and place(before) == place(now)
 
 
@@ -536,6 +539,23 @@ def place(path: str) -> str:
     except RuntimeError:  # ~ without a home
         return path
     return os.path.realpath(found) if path and found.exists() else path
+
+
+def data_place(name: str) -> str:
+    """The `data.name` of the same data, right from any folder.
+
+    Args:
+      name: As in `data.name`.
+
+    Returns:
+      With an absolute path, if it has one.
+
+    Example:
+      >>> data_place("folder:..") != "folder:..", data_place("tfds:mnist")
+      (True, 'tfds:mnist')
+    """
+    kind, _, path = name.partition(":")
+    return f"{kind}:{place(path)}" if kind in DATA_PLACES else name
 
 
 def with_places(config: Config) -> Config:
@@ -552,11 +572,9 @@ def with_places(config: Config) -> Config:
       True
     """
     data, checkpoint = config.data, config.checkpoint
-    kind, _, path = data.name.partition(":")
-    name = f"folder:{place(path)}" if kind == "folder" else data.name
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(data, name=name, data_dir=place(data.data_dir)),
+        data=dataclasses.replace(data, name=data_place(data.name), data_dir=place(data.data_dir)),
         checkpoint=dataclasses.replace(checkpoint, init_from=place(checkpoint.init_from)),
     )
 

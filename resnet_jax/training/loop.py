@@ -450,8 +450,6 @@ class _Run:
         )
         for source in sources.values():
             if source.left_out:
-                self.telemetry.say(
-                    f"not images by their names, in {source.split}: {source.left_out}"
-                )
+                self.telemetry.say(f"in {source.split}: {source.left_out}")
         if int(self.state.step):
             self.telemetry.say(f"going on after step {int(self.state.step)}")

@@ -15,6 +15,8 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.training.config import (
     BN_SYNC,
     CROPS,
+    DATA_NAMES,
+    DATA_PLACES,
     DECAYS,
     DTYPES,
     INTERPOLATIONS,
@@ -72,8 +74,8 @@ _RULES: dict[str, Rule] = {
     "model.stochastic_depth_rate": _RATE,
     "model.dropout_rate": _RATE,
     "data.name": (
-        lambda x: x == "digits" or (x.partition(":")[0] in ("tfds", "folder") and x.count(":")),
-        "must be digits, tfds:NAME[:VERSION] or folder:PATH",
+        lambda x: x == "digits" or (x.partition(":")[0] in ("tfds", *DATA_PLACES) and x.count(":")),
+        f"must be {DATA_NAMES}",
     ),
     "data.label_separator": (lambda x: len(x) > 0, "must not be empty"),
     "data.sampler": _one_of(SAMPLERS),

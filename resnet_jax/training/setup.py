@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.data.loader import fits_memory
-from resnet_jax.data.sources import Source, open_source
+from resnet_jax.data.sources import Source, open_split
 from resnet_jax.distributed.device_memory import check_batch_memory
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.limits import check_host_memory
@@ -32,22 +32,21 @@ def open_sources(config: Config) -> dict[str, Source]:
       DataError: A split is missing or empty, or has one class only.
     """
     data = config.data
-    sources = {
-        split: open_source(data.name, name, data.data_dir, train_split=data.train_split)
-        for split, name in (("train", data.train_split), ("eval", data.eval_split))
-    }
+    train = open_split(data, data.train_split)
+    held_out = open_split(data, data.eval_split, classes=train.class_names)
+    sources = {"train": train, "eval": held_out}
     for split, source in sources.items():
         if len(source) == 0:
             name = getattr(data, f"{split}_split")
             raise DataError(f"data.{split}_split = {name!r}: holds no image; take another split")
-    if sources["eval"].class_names != sources["train"].class_names:
+    if held_out.class_names != train.class_names:
         raise DataError(
             f"data.eval_split = {data.eval_split!r}: has other classes than data.train_split = "
             f"{data.train_split!r}"
         )
-    check_source(config, sources["train"])
+    check_source(config, train)
     # Decided once: a split of grey images may belong to a data set of color, and the reverse.
-    sources["eval"].channels = sources["train"].channels
+    held_out.channels = train.channels
     return sources
 
 

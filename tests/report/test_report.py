@@ -116,7 +116,7 @@ def test_names_are_data(workdir, tmp_path, monkeypatch):
     names = ["<script>alert(1)</script>", "$x_", "a&b", "\x1b[2J\u202e", "\ud800", *"56789"]
     (run / "classes.json").write_text(json.dumps(names))
     (run / "SHA256SUMS").unlink()
-    monkeypatch.setattr(predictions, "open_source", lambda *_, **__: named(names))
+    monkeypatch.setattr(predictions, "open_held_out", lambda *_, **__: named(names))
     page = Page(write_report([run], tmp_path / "page.html").read_text())
     assert "script" not in page.tags
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page.text
