@@ -162,7 +162,10 @@ class _Reader:
         reader = csv.reader(lines, skipinitialspace=True, strict=True)
         separator, line = self._request.label_separator, 1
         try:
-            header = [each.strip().lower() for each in next(reader, [])]
+            first = next(filter(any, reader), [])
+            if not first:
+                return
+            header = [each.strip().lower() for each in first]
             path, label, split = self._columns(header)
             several = self.multi_label or header[label] == "labels"
             line = reader.line_num + 1

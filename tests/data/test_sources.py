@@ -625,12 +625,55 @@ def test_folder_order_and_labels(images):
 
 
 def test_what_is_left_out_is_said(images):
-    assert open_source(f"folder:{images}", "test").left_out == "2 files (.txt)"
+    text = "2 files that are not images by their names (.txt)"
+    assert open_source(f"folder:{images}", "test").left_out == text
     for name in ("a.txt", "b.txt", "README", ".hidden"):
         (images / "test" / "cat" / name).touch()
     (images / "test" / "dog" / "more").mkdir()
+    (images / "test" / "dog" / "more" / "x.doc").touch()
+    (images / "test" / "dog" / "gone.png").symlink_to("nowhere")
+    shutil.copy(images / "test" / "cat" / "0.jpg", images / "test")
+    assert open_source(f"folder:{images}", "test").left_out == (
+        "6 files that are not images by their names (.txt, README, .doc); 1 images in no class "
+        "folder; 1 links that lead nowhere, and count as corrupt"
+    )
+
+
+def test_folders_in_class_folders(images):
+    flat = open_source(f"folder:{images}", "test")
+    inside = images / "test" / "cat" / "a" / "b"
+    inside.mkdir(parents=True)
+    (inside / "2.jpg").write_bytes(encoded(PHOTOS[2]))
+    (images / "test" / "cat" / ".git").mkdir()
+    shutil.copy(inside / "2.jpg", images / "test" / "cat" / ".git" / "x.jpg")
+    (images / "test" / "cat" / "a.jpg").mkdir()  # a folder, whatever it is called
     source = open_source(f"folder:{images}", "test")
-    assert source.left_out == "5 files (.txt, README) and 1 folders in class folders"
+    assert source.image_name(2) == str(inside / "2.jpg")
+    assert [label for _, label in source] == [0, 0, 0, 1, 1]
+    assert source[2][0] == encoded(PHOTOS[2])
+    assert source.fingerprint != flat.fingerprint
+
+
+def test_links_between_folders_end(images):
+    """Without care, each of them would be walked through for ever, or give one image twice."""
+    cat, dog = images / "test" / "cat", images / "test" / "dog"
+    (cat / "a").mkdir()
+    (cat / "a" / "2.jpg").write_bytes(encoded(PHOTOS[2]))
+    for name, target in (("up", ".."), ("self", "."), ("a/root", "/"), ("z", "a"), ("d", dog)):
+        (cat / name).symlink_to(target)
+    for number in range(30):  # links to each other: 30! ways
+        (cat / f"x{number}").mkdir()
+        for other in range(30):
+            (cat / f"x{number}" / f"to{other}").symlink_to(f"../x{other}")
+    source = open_source(f"folder:{images}", "test")
+    names = [os.path.relpath(source.image_name(index), cat) for index in range(len(source))]
+    assert names[:5] == ["0.jpg", "1.jpg", "a/2.jpg", "d/0.jpg", "d/1.jpg"]
+    assert len(names) == 7
+    linked = images / "linked"
+    linked.mkdir()
+    for name in ("cat", "dog"):
+        (linked / name).symlink_to(images / "train" / name)
+    assert len(open_source(f"folder:{images}", "linked")) == 7
 
 
 def test_folder_suffixes(images):
@@ -724,9 +767,9 @@ def test_folder_splits_that_are_not_there(images):
     text = message(f"folder:{images}", "validation")
     assert text.startswith("data.eval_split = 'validation'")
     assert text.endswith("it has: test, train")
-    text = message(f"folder:{images}", "train[:90%]", train_split="train[:90%]")
-    assert text.startswith("data.train_split = 'train[:90%]'")
-    assert "a part of a folder cannot be chosen" in text
+    text = message(f"folder:{images}", "val[:90%]", train_split="val[:90%]")
+    assert text.startswith("data.train_split = 'val[:90%]': ")
+    assert text.endswith("has no folder 'val'; it has: test, train")
     for split in ("", "."):
         assert "it has: test, train" in message(f"folder:{images}", split)
 
@@ -745,8 +788,20 @@ def test_folder_needs_two_classes_with_images(images):
     text = message(f"folder:{images}", "train")
     assert "has one class, dog; needs two" in text
     (images / "train" / "cat").mkdir()
+    (images / "train" / "cat" / "0.heic").touch()
     text = message(f"folder:{images}", "train")
-    assert f"class folder {images}/train/cat has no images (.jpg, .jpeg" in text
+    assert "has no images of 1 of the 2 classes (cat) (it has 2 files that are not images" in text
+    assert text.endswith(
+        "set data.allow_missing_classes = true (evaluate: --allow_missing_classes)"
+    )
+    source = open_source(f"folder:{images}", "train", allow_missing_classes=True)
+    assert source.class_names == ("cat", "dog")
+    assert source.class_counts().tolist() == [0, 4]
+    assert [label for _, label in source] == [1] * 4
+    assert source.left_out.startswith("no images of 1 of the 2 classes (cat); 2 files")
+    shutil.rmtree(images / "train" / "dog")
+    (images / "train" / "dog").mkdir()
+    assert "of 2 of the 2" in message(f"folder:{images}", "train", allow_missing_classes=True)
 
 
 def test_folder_classes_are_those_of_the_train_split(images):
@@ -756,8 +811,142 @@ def test_folder_classes_are_those_of_the_train_split(images):
     assert "(eel)" in text
     shutil.rmtree(images / "test" / "eel")
     shutil.rmtree(images / "test" / "cat")
-    assert "1 classes fewer than" in message(f"folder:{images}", "test")
+    assert "has no images of 1 of the 2 classes (cat)" in message(f"folder:{images}", "test")
+    source = open_source(f"folder:{images}", "test", allow_missing_classes=True)
+    assert (source.class_names, len(source), source[0][1]) == (("cat", "dog"), 2, 1)
     assert "has one class" in message(f"folder:{images}", "test", train_split="training")
+
+
+def test_class_names_that_look_the_same(images):
+    """Composed and decomposed letters, and a trailing blank."""
+    for split, names in (("train", ["caf\u00e9", "eel"]), ("test", ["cafe\u0301", "eel "])):
+        for name in names:
+            shutil.copytree(images / split / "cat", images / split / name)
+    text = message(f"folder:{images}", "test")
+    assert "has 2 classes more" in text
+    assert "('cafe\\u0301', 'eel ')" in text
+
+
+def test_classes_without_splits(tmp_path, images):
+    """The message says how to take parts of them."""
+    text = message(f"folder:{images}/train", "train")
+    advice = f"data.name = 'folder:{images}', data.train_split = 'train[:90%]' and "
+    assert f"it has: cat, dog. If these are classes, train is the split: {advice}" in text
+    assert len(open_source(f"folder:{images}", "train[:90%]")) == 5
+
+
+def test_folders_as_sets_of_labels(images):
+    source = open_source(f"folder:{images}", "train", multi_label=True)
+    assert source.label_shape == (2,)
+    assert source[0][1].tolist() == [1, 0]
+    assert source.labels().tolist() == [each.tolist() for _, each in source]
+    assert source.class_counts().tolist() == [3, 4]
+
+
+# --- Parts of folders -----------------------------------------------------------------------
+
+
+def names_of(source):
+    return [source.image_name(index) for index in range(len(source))]
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A hundred images of one class, ten of the second, two of the third."""
+    for label, count in (("a", 100), ("b", 10), ("c", 2)):
+        folder = tmp_path / "many" / "train" / label
+        folder.mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (1, 1)).save(folder / f"{number:02}.png")
+    return tmp_path / "many"
+
+
+def test_parts_of_a_folder(many):
+    whole = open_source(f"folder:{many}", "train")
+    first = open_source(f"folder:{many}", "train[:80%]", train_split="train[:80%]")
+    rest = open_source(f"folder:{many}", "train[-20%:]", train_split="train[:80%]")
+    assert sorted(names_of(first) + names_of(rest)) == names_of(whole)
+    assert first.class_counts().tolist() == [80, 8, 1]
+    assert rest.class_counts().tolist() == [20, 2, 1]
+    assert names_of(first) == sorted(names_of(first))
+    # The same images on every host and day, in whatever folder.
+    known = ["00", "06", "11", "16", "23", "49", "53", "56", "57", "61"]
+    assert [os.path.basename(name)[:2] for name in names_of(rest)][:10] == known
+    assert len({each.fingerprint for each in (whole, first, rest)}) == 3
+    moved = many.rename(many.parent / "moved")
+    assert open_source(f"folder:{moved}", "train[-20%:]").fingerprint == rest.fingerprint
+
+
+def test_folds_of_a_folder(many):
+    held_out = []
+    for start in range(0, 100, 20):
+        fold = f"train[{start}%:{start + 20}%]"
+        others = "+".join(
+            part
+            for part, there in (
+                (f"train[:{start}%]", start > 0),
+                (f"train[{start + 20}%:]", start < 80),
+            )
+            if there
+        )
+        part = open_source(f"folder:{many}", fold, allow_missing_classes=True)
+        trained = open_source(f"folder:{many}", others, allow_missing_classes=True)
+        assert not set(names_of(part)) & set(names_of(trained))
+        assert len(part) + len(trained) == 112
+        assert part.class_counts().tolist()[:2] == [20, 2]
+        held_out += names_of(part)
+    assert len(held_out) == len(set(held_out)) == 112
+
+
+def test_more_images_move_few_others(many):
+    before = set(names_of(open_source(f"folder:{many}", "train[:90%]")))
+    for number in range(100, 110):
+        Image.new("L", (1, 1)).save(many / "train" / "a" / f"{number}.png")
+    after = set(names_of(open_source(f"folder:{many}", "train[:90%]")))
+    assert len(before - after) <= 10
+
+
+def test_splits_joined(images):
+    both = open_source(f"folder:{images}", "test+train[:50%]")
+    assert both.class_counts().tolist() == [2 + 2, 2 + 2]
+    assert names_of(both)[:2] == [str(images / "test" / "cat" / f"{each}.jpg") for each in (0, 1)]
+    assert [label for _, label in both] == both.labels().tolist()
+    assert list(pickle.loads(pickle.dumps(both))) == list(both)  # noqa: S301
+    (images / "a+b[:50%]").mkdir()  # a folder of this very name counts
+    for label in ("cat", "dog"):
+        shutil.copytree(images / "test" / label, images / "a+b[:50%]" / label)
+    assert len(open_source(f"folder:{images}", "a+b[:50%]")) == 4
+
+
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [
+        ("train[:1000]", "1000 must be a percentage: parts are shares of every class"),
+        ("train[10%]", "must be a split or parts of splits"),
+        ("train[:]+", "must be a split or parts of splits"),
+        ("train[:200%]", "200% must be between"),
+        ("train[50%:50%]", "selects nothing"),
+        ("train[-10%:90%]", "selects nothing"),
+        ("train[:50%]+train[40%:]", "selects images of train twice"),
+        ("train+train", "selects images of train twice"),
+        ("../images[:5%]", "must be the name of a folder in"),
+        ("train[:99999999999999999999%]", "must be a percentage"),
+    ],
+)
+def test_parts_that_are_none(split, reason, images):
+    text = message(f"folder:{images}", split)
+    assert text.startswith(f"data.eval_split = {split!r}: ")
+    assert reason in text
+
+
+def test_known_fingerprints_of_flat_folders(tmp_path):
+    """Runs of earlier versions resume: these were printed by the code before there were parts."""
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            (tmp_path / split / label / "1.pgm").write_bytes(b"P5 1 1 255\n" + label.encode())
+    found = [open_source(f"folder:{tmp_path}", split).fingerprint for split in ("train", "test")]
+    assert found == ["8b0648bacf588994", "f3365c18b1a256b1"]
 
 
 def test_folder_that_cannot_be_read(images, monkeypatch):

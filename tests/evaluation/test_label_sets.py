@@ -120,9 +120,13 @@ def test_any_of_several_labels_is_right(tmp_path):
     assert (report.top1, report.top5) == (1 / 3, 2 / 3)
 
 
-def test_several_labels_are_not_trained_on(prepared):
-    with pytest.raises(DataError, match="has no image with one label"):
-        open_source("tfds:imagenet2012_real", "validation", prepared)
+def test_several_labels_are_trained_on_when_that_is_said(prepared):
+    name = "tfds:imagenet2012_real"
+    with pytest.raises(DataError, match=r"several labels each .*; set data.multi_label = true"):
+        open_source(name, "validation", prepared)
+    source = open_source(name, "validation", prepared, multi_label=True)
+    assert source.label_shape == (source.num_classes,)
+    assert source.labels().shape == (len(source), source.num_classes)
 
 
 # --- ImageNet-C -----------------------------------------------------------------------------
