@@ -188,13 +188,13 @@ def named(names: Iterable[str], others: Iterable[str] = ()) -> str:
       others: Names that the reader may take them for.
 
     Returns:
-      Names with commas, in their order.
+      Names with commas, those of a set sorted.
 
     Example:
       >>> named(["cat ", "dog"], ["cat"]), named({"caf\u00e9"}, {"cafe\u0301"})
       ("'cat ', dog", "'caf\\xe9'")
     """
-    names = sorted(names)
+    names = list(names) if isinstance(names, Sequence) else sorted(names)
     looks = collections.Counter(map(_look, {*names, *others}))
     shown = [ascii(each) if looks[_look(each)] > 1 else each for each in names[:3]]
     return ", ".join(shown) + (", ..." if len(names) > 3 else "")

@@ -123,7 +123,6 @@ class _Reader:
         self.multi_label = bool(request.multi_label)
         self._path, self._request = path, request
         self._above = f"{path.parent}/"
-        self._known: dict[tuple[str, ...], tuple[str, ...]] = {}  # one object for equal labels
 
     def fault(self, line: int, reason: str) -> DataError:
         return fault("data.name", self._request.name, f"line {line:,}: {reason}")
@@ -161,6 +160,7 @@ class _Reader:
     def _csv_rows(self, lines: Iterable[str]) -> Iterator[tuple[str, _Row]]:
         reader = csv.reader(lines, skipinitialspace=True, strict=True)
         separator, line = self._request.label_separator, 1
+        known: dict[str, tuple[str, ...]] = {}  # most rows have the labels of another one
         try:
             first = next(filter(any, reader), [])
             if not first:
@@ -177,8 +177,11 @@ class _Reader:
                             f"has {len(fields)} fields and the header {len(header)}; quote a "
                             "field that has a comma in it",
                         )
-                    labels = fields[label].split(separator) if several else [fields[label]]
-                    labels = [each.strip() for each in labels if each.strip()]
+                    text = fields[label]
+                    if (labels := known.get(text)) is None:
+                        names = text.split(separator) if several else [text]
+                        names = [each.strip() for each in names if each.strip()]
+                        labels = known[text] = self._checked_labels(line, names)
                     name = _WHOLE_LIST[0] if split is None else fields[split].strip()
                     yield name, self._row(line, fields[path], labels, name)
                 line = reader.line_num + 1
@@ -232,7 +235,7 @@ class _Reader:
                 raise self.fault(line, "has a split that is no text")
             yield name, self._row(line, path, self._json_labels(line, record), name)
 
-    def _json_labels(self, line: int, record: dict[str, object]) -> list[str]:
+    def _json_labels(self, line: int, record: dict[str, object]) -> tuple[str, ...]:
         labels = record.get("labels")
         if labels is None and "label" in record:
             labels = [record["label"]]
@@ -243,25 +246,26 @@ class _Reader:
             raise self.fault(
                 line, 'needs "label": text or a whole number, or "labels": a list of such'
             )
-        return [str(each) for each in labels]
+        return self._checked_labels(line, list(map(str, labels)))
 
-    def _row(self, line: int, path: str, labels: list[str], split: str) -> _Row:
+    def _checked_labels(self, line: int, labels: list[str]) -> tuple[str, ...]:
+        """An image's labels, each once."""
+        if len(labels) != 1 and not self.multi_label:
+            what = f"{len(labels)} labels ({', '.join(labels)[:100]})" if labels else "no label"
+            raise self.fault(line, f"has {what}; set data.multi_label = true to allow it")
+        if not all(map(_is_label, labels)):
+            raise self.fault(line, "has an empty label, or one that is not UTF-8")
+        return tuple(dict.fromkeys(labels))
+
+    def _row(self, line: int, path: str, labels: tuple[str, ...], split: str) -> _Row:
         if not path:
             raise self.fault(line, "has no path")
         if not split:
             raise self.fault(line, "has no split")
         if "\0" in path or not (path.isascii() or _is_file_name(path)):
             raise self.fault(line, "has a path that no file can have")
-        if len(labels) != 1 and not self.multi_label:
-            what = f"{len(labels)} labels ({', '.join(labels)[:100]})" if labels else "no label"
-            raise self.fault(line, f"has {what}; set data.multi_label = true to allow it")
-        key = tuple(dict.fromkeys(labels))
-        if key not in self._known:
-            if not all(map(_is_label, key)):
-                raise self.fault(line, "has an empty label, or one that is not UTF-8")
-            self._known[key] = key
         # As in a folder, names are below the list, so that both may move together.
-        return _Row(line, path.removeprefix(self._above), self._known[key])
+        return _Row(line, path.removeprefix(self._above), labels)
 
 
 def _is_file_name(path: str) -> bool:
@@ -387,7 +391,7 @@ def _left_out(missing: str, rows: list[_Row], sizes: list[int], reader: _Reader)
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except OSError:  # is named when it is read
+    except OSError:  # whoever reads it, names it
         return -1
 
 

@@ -14,7 +14,7 @@ from importlib import resources
 
 import numpy as np
 
-from resnet_jax.data.sources import Source
+from resnet_jax.data.base import Source, named
 from resnet_jax.errors import DataError
 from resnet_jax.evaluation.network import Network, imagenet_ids, imagenet_names
 
@@ -160,8 +160,8 @@ def _outputs(wanted: Sequence[str], network: Network, source: Source) -> np.ndar
     if network.config is None and len(wanted) == len(network.class_names):
         return np.arange(len(wanted), dtype=np.int32)  # nobody knows its names
     raise DataError(
-        f"{source.name}: its {len(wanted)} classes ({_shown(wanted)}) are not among the "
-        f"{len(network.class_names)} of {network.source} ({_shown(network.class_names)}); "
+        f"{source.name}: its {len(wanted)} classes ({named(wanted, network.class_names)}) are not among the "
+        f"{len(network.class_names)} of {network.source} ({named(network.class_names, wanted)}); "
         "take the data set that the network was trained for"
     )
 
@@ -179,7 +179,3 @@ def _is_filler(network: Network, known: int) -> bool:
     """Whether outputs past the known ones belong to no class: a head wider than its data set."""
     numbers = range(known, len(network.class_names))
     return network.class_names[known:] == tuple(map(str, numbers))
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -74,11 +74,11 @@ class Data:
       name: "digits", "tfds:NAME[:VERSION]", "folder:PATH" with SPLIT/CLASS/image files, or
         "csv:FILE" or "jsonl:FILE" with a path and labels a line.
       data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
-      train_split: Trained on; a split or a part of one, such as "train[:90%]".
+      train_split: Trained on; a split or parts of splits, such as "train[:90%]".
       eval_split: Evaluated on.
-      multi_label: Images have none, one or several labels each.
+      multi_label: Images have none, one or several labels each; docs/data.md.
       label_separator: Between the labels of an image in a CSV file.
-      allow_missing_classes: Accept splits that lack classes of the other one, and empty classes.
+      allow_missing_classes: Accept folders and lists without images of some classes.
       sampler: "shuffled": each image once an epoch; "balanced": each class equally often.
       channels: 1 or 3; 0: as the data set has.
       image_size: Side of the training images in pixels.

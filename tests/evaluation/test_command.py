@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
 from PIL import Image
@@ -129,7 +130,10 @@ def test_a_missing_or_foreign_network(source, place, tmp_path, capsys, monkeypat
     assert err.count("\n") == 1
 
 
-def test_the_data_of_a_run_is_opened_for_its_user_only(tiny_model, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_the_data_of_a_run_is_opened_for_its_user_only(
+    kind, tiny_model, tmp_path, capsys, monkeypatch
+):
     from resnet_jax.training import config as c
     from resnet_jax.training import ownership
     from resnet_jax.training.loop import train
@@ -137,6 +141,13 @@ def test_the_data_of_a_run_is_opened_for_its_user_only(tiny_model, tmp_path, cap
     data = f"folder:{tmp_path}/data"
     for split in ("train", "test"):
         write_folder(tmp_path / "data", [(8, 8)] * 16, split=split)
+    if kind == "csv":
+        rows = (
+            f"{path},{path.parent.name},{path.parts[-3]}\n"
+            for path in sorted((tmp_path / "data").rglob("*.png"))
+        )
+        (tmp_path / "list.csv").write_text("path,label,split\n" + "".join(rows))
+        data = f"csv:{tmp_path}/list.csv"
     config = c.Config(
         model=c.Model(name="tiny"),
         data=c.Data(name=data, image_size=8, threads=2),
@@ -155,6 +166,35 @@ def test_the_data_of_a_run_is_opened_for_its_user_only(tiny_model, tmp_path, cap
     printed = capsys.readouterr()
     assert json.loads(printed.out)["top1"] == top1
     assert "has changed" not in printed.err
-    (tmp_path / "data/test/class0/0000.png").rename(tmp_path / "data/test/class1/moved.png")
-    assert main([*command, f"--data={data}"]) == 0
-    assert f"{data} has changed since the run was evaluated on it" in capsys.readouterr().err
+    # The same data, spelled otherwise and from elsewhere, has the same rules.
+    monkeypatch.chdir(tmp_path)
+    short = data.replace(f"{tmp_path}/", "./")
+    moved = tmp_path / "data/test/class1/moved.png"
+    (tmp_path / "data/test/class0/0000.png").rename(moved)
+    if kind == "csv":
+        text = (tmp_path / "list.csv").read_text()
+        (tmp_path / "list.csv").write_text(
+            text.replace("0/0000.png,class0,te", "1/moved.png,class1,te")
+        )
+    assert main([*command, f"--data={short}"]) == 0
+    assert f"{short} has changed since the run was evaluated on it" in capsys.readouterr().err
+    if kind == "folder":
+        shutil.rmtree(tmp_path / "data/test/class2")
+    else:
+        lines = (tmp_path / "list.csv").read_text().splitlines()
+        kept = [line for line in lines if not line.endswith("class2,test")]
+        (tmp_path / "list.csv").write_text("\n".join(kept))
+    assert main([*command, f"--data={short}"]) == 2
+    missing = "no images of 1 of the 4 classes (class2)"
+    assert f"has {missing}; add some, or set" in capsys.readouterr().err
+    assert main([*command, f"--data={short}", "--allow_missing_classes"]) == 0
+    printed = capsys.readouterr()
+    assert f"in test: {missing}\n" in printed.err
+    assert json.loads(printed.out)["classes"] == 4
+    # Other data of some of the classes is judged among these, which is said.
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/test/class2", ignore_errors=True)
+    assert main([*command, f"--data=folder:{tmp_path}/other", "--split=test"]) == 0
+    printed = capsys.readouterr()
+    assert "test has 3 of the network's 4 classes, and only these compete" in printed.err
+    assert json.loads(printed.out)["classes"] == 3

@@ -206,3 +206,20 @@ def data_set_with_a_device(places):
 @case(EVALUATE, codes=(0,))
 def data_set_with_a_bomb(places):
     _data_set(places, lambda path: path.write_bytes(jpeg2000(255, 255, (1, 1))))
+
+
+@case(
+    "evaluate {run} --data=csv:{here}/zeros.csv --split=all",
+    "evaluate {run} --data=jsonl:{here}/fifo.jsonl --split=all",
+    "evaluate {run} --data=csv:{here}/rows.csv --split=all",
+    "evaluate {run} --data=csv:{here}/one_line.csv --split=all",
+)
+def lists_that_never_end(places):
+    """Or lists of such files."""
+    places.copy_of_run()
+    (places.here / "zeros.csv").symlink_to("/dev/zero")
+    os.mkfifo(places.here / "fifo.jsonl")
+    rows = "path,label\n/dev/zero,3\nfifo.jsonl,4\n\x1b[2J\u202e,3\n"
+    (places.here / "rows.csv").write_text(rows)
+    (places.here / "one_line.csv").write_bytes(b"path,label\n")
+    os.truncate(places.here / "one_line.csv", 10**9)

@@ -95,6 +95,12 @@ def images_of_somebody_else(places):
     change_config(places.copy_of_run(), data__name=f"folder:{places.victim}")
 
 
+@case("evaluate {run}", "report {run}", codes=(0, 2))
+def list_of_somebody_else(places):
+    (places.victim / "list.csv").write_text("path,label,split\nx.png,a,test\ny.png,b,test\n")
+    change_config(places.copy_of_run(), data__name=f"csv:{places.victim}/list.csv")
+
+
 @case("report {run}", "report {run} --force", codes=(0, 2))
 def pictures_that_are_links(places):
     run = places.copy_of_run()

@@ -168,23 +168,24 @@ def test_lines_that_are_no_records_are_set_aside(tmp_path):
     assert file.set_aside.read_text() == bad
 
 
-def test_data_may_move(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["folder", "csv", "jsonl"])
+def test_data_may_move(kind, tmp_path, monkeypatch):
     """What it is, its fingerprints tell; where it is may be written in many ways."""
     run = tmp_path / "run"
     (run / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    workdir.write_config(run, Config(data=Data(name="folder:data")), ["cat"], {"train": "abc"})
-    assert workdir.read_config(run).data.name == f"folder:{tmp_path}/data"
+    workdir.write_config(run, Config(data=Data(name=f"{kind}:data")), ["cat"], {"train": "abc"})
+    assert workdir.read_config(run).data.name == f"{kind}:{tmp_path}/data"
     for path in ("data", "./data/", f"{tmp_path}/data", "/elsewhere"):
-        workdir.open_workdir(run, Config(data=Data(name=f"folder:{path}")), {"train": "abc"})
+        workdir.open_workdir(run, Config(data=Data(name=f"{kind}:{path}")), {"train": "abc"})
         with pytest.raises(ConfigError, match=r"has changed since .fingerprints: train: abc"):
-            workdir.open_workdir(run, Config(data=Data(name=f"folder:{path}")), {"train": "x"})
-    with pytest.raises(ConfigError, match=r"data.name: 'folder:.*' -> 'digits'"):
+            workdir.open_workdir(run, Config(data=Data(name=f"{kind}:{path}")), {"train": "x"})
+    with pytest.raises(ConfigError, match=rf"data.name: '{kind}:.*' -> 'digits'"):
         workdir.open_workdir(run, Config(data=Data(name="digits")), {"train": "abc"})
     (run / "data.json").unlink()
-    with pytest.raises(ConfigError, match=r"data.name: 'folder:.*' -> 'folder:/elsewhere'"):
-        workdir.open_workdir(run, Config(data=Data(name="folder:/elsewhere")), {"train": "abc"})
+    with pytest.raises(ConfigError, match=rf"data.name: '{kind}:.*' -> '{kind}:/elsewhere'"):
+        workdir.open_workdir(run, Config(data=Data(name=f"{kind}:/elsewhere")), {"train": "abc"})
 
 
 def test_first_weights_in_another_spelling(tmp_path, monkeypatch):
