@@ -160,9 +160,9 @@ def _outputs(wanted: Sequence[str], network: Network, source: Source) -> np.ndar
     if network.config is None and len(wanted) == len(network.class_names):
         return np.arange(len(wanted), dtype=np.int32)  # nobody knows its names
     raise DataError(
-        f"{source.name}: its {len(wanted)} classes ({named(wanted, network.class_names)}) are not among the "
-        f"{len(network.class_names)} of {network.source} ({named(network.class_names, wanted)}); "
-        "take the data set that the network was trained for"
+        f"{source.name}: its {len(wanted)} classes ({named(wanted, network.class_names)}) are not "
+        f"among the {len(network.class_names)} of {network.source} "
+        f"({named(network.class_names, wanted)}); take the data set that the network was trained for"
     )
 
 
