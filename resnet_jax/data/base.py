@@ -191,8 +191,8 @@ def named(names: Iterable[str], others: Iterable[str] = ()) -> str:
       Names with commas, those of a set sorted.
 
     Example:
-      >>> named(["cat ", "dog"], ["cat"]), named({"caf\u00e9"}, {"cafe\u0301"})
-      ("'cat ', dog", "'caf\\xe9'")
+      >>> print(named(["cat ", "dog"], ["cat"]))
+      'cat ', dog
     """
     names = list(names) if isinstance(names, Sequence) else sorted(names)
     looks = collections.Counter(map(_look, {*names, *others}))

@@ -162,7 +162,8 @@ def _outputs(wanted: Sequence[str], network: Network, source: Source) -> np.ndar
     raise DataError(
         f"{source.name}: its {len(wanted)} classes ({named(wanted, network.class_names)}) are not "
         f"among the {len(network.class_names)} of {network.source} "
-        f"({named(network.class_names, wanted)}); take the data set that the network was trained for"
+        f"({named(network.class_names, wanted)}); take the data set that the network was trained "
+        "for"
     )
 
 
