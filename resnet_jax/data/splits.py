@@ -84,7 +84,7 @@ def select(names: Sequence[str], spans: Iterable[Span]) -> list[int]:
       >>> names = [f"cat/{number}.jpg" for number in range(8)]
       >>> spans = parse("train[:25%]", "data.train_split")["train"]
       >>> [names[index] for index in select(names, spans)]
-      ['cat/1.jpg', 'cat/5.jpg']
+      ['cat/0.jpg', 'cat/3.jpg']
     """
     if spans == WHOLE:
         return list(range(len(names)))
