@@ -285,8 +285,8 @@ def _check_preprocessing(preprocessing: Preprocessing) -> None:
             f"crop_pct = {crop}: images would be resized to {size / crop:,.0f} pixels, where "
             f"{MAX_SIDE:,} are the most"
         )
-    if len(mean) not in (1, 3) or not all(map(math.isfinite, mean)):
-        raise WeightsError(f"mean = {mean}: must be 1 or 3 numbers")
+    if not 1 <= len(mean) <= MAX_CHANNELS or not all(map(math.isfinite, mean)):
+        raise WeightsError(f"mean = {str(mean)[:200]}: must be one number, or one for each channel")
     if len(std) != len(mean) or not all(1e-6 <= each < math.inf for each in std):
         raise WeightsError(
             f"std = {std}: must be as many positive numbers as mean has, 1e-6 or more"
