@@ -71,11 +71,13 @@ _OPENCV_FILTERS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 def _limit_pillow() -> None:
     """Makes Pillow's own limit ours: of frames and tiles inside an image only Pillow knows.
 
-    It refuses twice the number below and warns from there on, which says nothing to our users. A
-    filter for one call would need a lock: threads share the filters.
+    It refuses twice the number below and warns from there on. That, and what else it warns of while
+    it reads a file (corrupt EXIF data, odd palettes), says nothing to our users: pixels that are
+    damaged are an error. A filter for one call would need a lock: threads share the filters.
     """
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 _limit_pillow()
@@ -731,7 +733,7 @@ def _load(image: Image.Image, channels: int, shrink: int) -> np.ndarray:
     """The pixels of an image that was opened, at 1 / shrink of its size."""
     with library_errors(not_whole):
         if image.format == "JPEG":  # of grey images, decode no colour
-            mode = "RGB" if channels == 3 else "L"
+            mode = {1: "L", 3: "RGB"}.get(channels)
             image.draft(mode, (image.width // shrink, image.height // shrink))
         elif isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
             image.reduce = shrink.bit_length() - 1
