@@ -31,9 +31,7 @@ _PREFIX, _SUFFIX = ".resnet_jax.", ".partial"
 _MADE_HERE = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}{re.escape(_SUFFIX)}")
 _LEFT_OVER_SECONDS = 60.0  # younger ones may not have been locked yet
 # Flags that Windows does not have are 0 there: its devices have names of their own.
-_NO_WAIT = (
-    getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
-)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
 _SAFE = _NO_WAIT | getattr(os, "O_NOFOLLOW", 0)
 
 

@@ -139,7 +139,7 @@ class _Scaled(Batches):
         shapes = [scaled.shape[1:3] for scaled in batch["images"]]
 
         def beside(height: int, width: int) -> int:
-            return max(decode.resize_bytes(height, *shape, self.channels) for shape in shapes)
+            return max(decode.resize_bytes(height, h, w, self.channels) for h, w in shapes)
 
         try:
             with decode.decoded(data, self.channels, beside) as pixels:
