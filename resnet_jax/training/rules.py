@@ -122,7 +122,7 @@ _RULES: dict[str, Rule] = {
     ),
     "augment.std": (
         lambda x: 1 <= len(x) <= MAX_CHANNELS and min(x) >= 1e-6,
-        "must have one number, or one for each channel of the images, all 1e-6 or more",
+        "must have one positive number, or one for each channel of the images, 1e-6 or more",
     ),
     "optimizer.name": _one_of(OPTIMIZERS),
     "optimizer.learning_rate": _NOT_NEGATIVE,
