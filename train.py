@@ -11,7 +11,10 @@ call that from a notebook.
 
 import sys
 
-from resnet_jax.cli import main
+from resnet_jax.errors import check_system
 
 if __name__ == "__main__":
+    check_system()  # what follows imports modules that Windows does not have
+    from resnet_jax.cli import main
+
     sys.exit(main(["train", *sys.argv[1:]]))

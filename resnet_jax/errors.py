@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from resnet_jax.packages import DISTRIBUTION, declared
@@ -15,6 +16,12 @@ from resnet_jax.packages import DISTRIBUTION, declared
 # What the command line ends with: images were skipped, the user's mistake, another process of the
 # run is lost, training diverged, stopped with everything saved.
 SKIPPED, MISTAKE, LOST, DIVERGED, STOPPED = 1, 2, 69, 70, 75
+
+NO_WINDOWS = (
+    "Windows is not supported by training and the commands, only by models and their weights; "
+    "use Linux or macOS, or Linux inside Windows (WSL)"
+)
+_POSIX = ("fcntl", "grp", "pwd", "resource", "termios")  # modules that Windows does not have
 
 _THIS = __name__.partition(".")[0]
 # Names on PyPI of modules that are called otherwise.
@@ -134,6 +141,17 @@ pip install no-such-module
         raise kind(import_failure(error, purpose)) from error
 
 
+def check_system() -> None:
+    """Ends the process in one line where training and the commands do not run.
+
+    Raises:
+      SystemExit: On Windows, with the exit code of a mistake.
+    """
+    if sys.platform == "win32":
+        print(f"error: {NO_WINDOWS}", file=sys.stderr)
+        sys.exit(MISTAKE)
+
+
 def import_failure(error: ImportError, purpose: str = "") -> str:
     """Says which module could not be imported and what to install.
 
@@ -160,6 +178,8 @@ def import_failure(error: ImportError, purpose: str = "") -> str:
     module = error.name or ""
     if module.partition(".")[0] == _THIS:
         raise error
+    if sys.platform == "win32" and module in _POSIX:
+        return NO_WINDOWS
     known = [name for name in _PACKAGES if f"{module}.".startswith(f"{name}.")]
     root = known[0] if known else module.partition(".")[0]
     is_missing = isinstance(error, ModuleNotFoundError) and module

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -21,12 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, which the models and their weights work on
+    fcntl = None  # type: ignore[assignment]
+
 MIB = 2**20
 # Names of what is being written. Only these are ever removed as left over.
 _PREFIX, _SUFFIX = ".resnet_jax.", ".partial"
 _MADE_HERE = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}{re.escape(_SUFFIX)}")
 _LEFT_OVER_SECONDS = 60.0  # younger ones may not have been locked yet
-_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+# Flags that Windows does not have are 0 there: its devices have names of their own.
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
+_SAFE = _NO_WAIT | getattr(os, "O_NOFOLLOW", 0)
 
 
 def open_regular(path: str | os.PathLike[str], limit: int) -> BinaryIO:
@@ -48,7 +54,7 @@ def open_regular(path: str | os.PathLike[str], limit: int) -> BinaryIO:
       OSError: [Errno 22] not a regular file: '/dev/null'
     """
     _check_regular(os.stat(path), path, limit)  # opening a device may do something already
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    descriptor = os.open(path, os.O_RDONLY | _NO_WAIT)
     try:
         _check_regular(os.fstat(descriptor), path, limit)
         return open(descriptor, "rb")
@@ -107,7 +113,7 @@ def read_json(path: str | os.PathLike[str], limit: int = 64 * MIB) -> Any:
 
 def sync(path: str | os.PathLike[str]) -> None:
     """Waits until a file, or the names in a folder, would outlive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | _NO_WAIT)
     try:
         os.fsync(descriptor)
     finally:
@@ -148,8 +154,12 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(descriptor)
-            os.replace(partial, path)  # while it is locked: nobody takes it for left over
-        sync(path.parent)
+            if fcntl is not None:
+                os.replace(partial, path)  # while it is locked: nobody takes it for left over
+        if fcntl is None:  # Windows renames no open file, and opens no folder
+            os.replace(partial, path)
+        else:
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -265,6 +275,8 @@ def _remove_if_unused(path: Path) -> None:
         found = os.fstat(descriptor)
         if time.time() - found.st_mtime < _LEFT_OVER_SECONDS:
             return
+        if fcntl is None:  # nothing tells whether it is still written
+            return
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if stat.S_ISDIR(found.st_mode):
             shutil.rmtree(path)
@@ -279,6 +291,8 @@ def _unused(parent: str | os.PathLike[str]) -> Path:
 
 
 def _mark_as_used(descriptor: int) -> None:
+    if fcntl is None:
+        return
     with contextlib.suppress(OSError):  # some network file systems have no locks
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-import resource
+import sys
 from pathlib import Path
 
 from resnet_jax.errors import ConfigError
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows, which the models and their weights work on
+    resource = None  # type: ignore[assignment]
 
 # Sides of images in pixels. ResNet-50's first stage makes 4 GB of one image of this size.
 MAX_SIDE = 8192
@@ -37,6 +42,8 @@ def host_memory(root: str | os.PathLike[str] = "/") -> int:
       >>> host_memory() > 2**20
       True
     """
+    if resource is None:
+        return sys.maxsize
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:

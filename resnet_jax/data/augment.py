@@ -68,12 +68,15 @@ def augment(
     The order: flip, pad and crop, rotate, TrivialAugment, RandAugment, brightness, contrast,
     saturation, hue, colour shift, normalisation, random erasing, cutout, mixup or CutMix. What
     is erased or cut out becomes 0, the mean colour. Saturation, hue and the colour shift leave
-    images of one channel as they are.
+    images of one channel as they are, and other images must have three. So does the operation
+    "Color" of TrivialAugment and RandAugment, which leaves images of other channels as they are;
+    all else takes any number of channels. Contrast is that to the mean brightness, for which the
+    channels of an image that has neither one nor three weigh the same.
 
     Mixup and CutMix mix neighbours, 2j with 2j + 1, with one draw for both.
 
     Args:
-      images: uint8 [N, H, W, C], C = 1 or 3.
+      images: uint8 [N, H, W, C].
       labels: int32 [N].
       key: Of the step, the same on all devices; threefry, JAX's default kind. ("rbg" keys draw
         other numbers under `vmap`, and images would depend on the number of devices.)
@@ -86,7 +89,7 @@ def augment(
       Images float32 [N, H, W, C], and targets float32 [N, num_classes] that sum to 1 each.
 
     Raises:
-      ConfigError: Images are to be mixed and N is odd, or `mean` or `std` do not fit C.
+      ConfigError: Images are to be mixed and N is odd, or C is not what `check_channels` allows.
 
     Example:
       >>> images = jnp.zeros((4, 32, 32, 3), jnp.uint8)
@@ -103,6 +106,7 @@ def augment(
             f"train.batch_size: gives each device {count} images at a time, which mixup and "
             "cutmix cannot pair; choose one that gives an even number"
         )
+    check_channels(config, images.shape[-1])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
     if mirrored is not None:
         images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
@@ -138,18 +142,50 @@ def normalize(images: jax.Array, config: Augment) -> jax.Array:
       >>> normalize(images, Augment(mean=(0.5,), std=(0.25,))).item()
       2.0
     """
-    channels = images.shape[-1]
-    for name in ("mean", "std"):
-        values = getattr(config, name)
-        if len(values) not in (1, channels):
-            raise ConfigError(
-                f"augment.{name} = {values}: must have 1 number or {channels}, as many as the "
-                "images have channels"
-            )
+    _check_colors(config, images.shape[-1])
     # In this form what was filled with the mean colour becomes 0 exactly. The compiler turns a
     # division into this product; written out, the result is the same with and without `jit`.
     scale = 1 / (255 * np.array(config.std, np.float32))
     return (images.astype(jnp.float32) - _mean_color(config)) * scale
+
+
+def check_channels(config: Augment, channels: int) -> None:
+    """Checks what is switched on against the channels of the images.
+
+    Args:
+      config: What is switched on, and `mean` and `std`.
+      channels: Of the images.
+
+    Raises:
+      ConfigError: `mean` or `std` have neither one number nor as many; or `saturation`, `hue` or
+        `pca` is on, and the images are neither grey nor in color.
+
+    Example:
+      >>> check_channels(Augment(hue=0.1), channels=5)
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: augment.hue = 0.1: must be 0 for images of 5 channels; it \
+needs color
+    """
+    _check_colors(config, channels)
+    for name in ("saturation", "hue", "pca"):
+        value = getattr(config, name)
+        if value and channels not in (1, 3):
+            raise ConfigError(
+                f"augment.{name} = {value}: must be 0 for images of {channels} channels; it needs "
+                "color"
+            )
+
+
+def _check_colors(config: Augment, channels: int) -> None:
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if len(values) not in (1, channels):
+            numbers = "one number" if channels == 1 else f"1 number or {channels}"
+            plural = "s" if channels > 1 else ""
+            raise ConfigError(
+                f"augment.{name} = {values}: must have {numbers}, since the images have "
+                f"{channels} channel{plural}"
+            )
 
 
 def _mean_color(config: Augment) -> np.ndarray:
@@ -213,7 +249,7 @@ def _jitter(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:
         image = blend(image, jnp.zeros(()), factor)
     if config.contrast:
         image = adjust_contrast(image, 1 + _uniform(_stream(key, "contrast"), config.contrast))
-    if image.shape[-1] == 1:
+    if image.shape[-1] != 3:
         return image
     if config.saturation:
         factor = 1 + _uniform(_stream(key, "saturation"), config.saturation)

@@ -45,7 +45,8 @@ def luma(image: jax.Array) -> jax.Array:
     """The brightness of each pixel as the eye weighs colours (ITU-R 601).
 
     Args:
-      image: [H, W, C]; one channel is its own brightness.
+      image: [H, W, C]; one channel is its own brightness, and of other than three, none of which
+        is known to be a color, it is the mean.
 
     Returns:
       [H, W, 1].
@@ -54,8 +55,8 @@ def luma(image: jax.Array) -> jax.Array:
       >>> luma(jnp.array([[[100.0, 0.0, 0.0]]])).round().tolist()
       [[[30.0]]]
     """
-    if image.shape[-1] == 1:
-        return image
+    if image.shape[-1] != len(LUMA):
+        return image.mean(-1, keepdims=True)
     # A sum, not a product of matrices, which a TPU would compute in bfloat16.
     return (image * jnp.array(LUMA)).sum(-1, keepdims=True)
 

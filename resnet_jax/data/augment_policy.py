@@ -185,9 +185,9 @@ def _sharpen(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _grey(image: jax.Array) -> jax.Array:
-    """The brightness of each pixel [H, W, 1] in Pillow's fixed-point numbers."""
-    if image.shape[-1] == 1:
-        return image
+    """The brightness of each pixel [H, W, 1], as `luma` in Pillow's fixed-point numbers."""
+    if image.shape[-1] != 3:
+        return _round(image.mean(-1, keepdims=True))
     weighed = image.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
     return ((weighed.sum(-1, keepdims=True) + 2**15) >> 16).astype(jnp.float32)
 

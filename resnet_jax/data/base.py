@@ -28,7 +28,7 @@ class Source(abc.ABC):
 
     Attributes:
       class_names: The name of each label.
-      channels: 1 or 3, as stored.
+      channels: As stored: 1 (grey), 3 (color), or another number that all images have.
       image_shape: (height, width) in pixels; None where images differ or it is not known.
       label_shape: () where an image has one label, an int; (num_classes,) where it may have none
         or several: its label is then int32 [num_classes] of 0 and 1.

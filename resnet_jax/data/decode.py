@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 from PIL import Image, Jpeg2KImagePlugin, UnidentifiedImageError
 
-from resnet_jax.data import budget
+from resnet_jax.data import arrays, budget, tiff
 from resnet_jax.data.jpeg import Frame, jpeg_frame
 from resnet_jax.errors import DataError, import_failure, library_errors
 from resnet_jax.files import open_regular, read_bytes
@@ -54,6 +54,9 @@ _LARGE_FILE = 2**24
 # What Pillow may try. It knows 40 formats, runs Ghostscript for one of them, and looks at the bytes
 # instead of the name, so each of them would be open to any file.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Numbers of channels that images are converted to; any other must be what they have.
+_CONVERTED = (1, 3)
+_GREY = {"1", "L", "LA", "La", "I", "F"}  # of Pillow's modes, and "I;16" with its byte orders
 
 _PILLOW_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -61,17 +64,20 @@ _PILLOW_FILTERS = {
 }
 # Scales 1 / n at which JPEG and JPEG 2000 are decoded.
 _SHRINKS = (1, 2, 4, 8)
+_OPENCV_CHANNELS = 64  # at a time; OpenCV 5 takes 128
 _OPENCV_FILTERS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
 def _limit_pillow() -> None:
     """Makes Pillow's own limit ours: of frames and tiles inside an image only Pillow knows.
 
-    It refuses twice the number below and warns from there on, which says nothing to our users. A
-    filter for one call would need a lock: threads share the filters.
+    It refuses twice the number below and warns from there on. That, and what else it warns of while
+    it reads a file (corrupt EXIF data, odd palettes), says nothing to our users: pixels that are
+    damaged are an error. A filter for one call would need a lock: threads share the filters.
     """
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 _limit_pillow()
@@ -114,8 +120,19 @@ def open_image(file: BinaryIO) -> Image.Image:
       >>> open_image(file).size
       (8, 4)
     """
+    image = _identified(file)
+    if image is None:
+        raise not_whole(UnidentifiedImageError())
+    return image
+
+
+def _identified(file: BinaryIO) -> Image.Image | None:
+    """`open_image`; None of what Pillow does not know."""
     with library_errors(not_whole):
-        image = Image.open(file, formats=FORMATS)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            return None
     check_size(image.height, image.width)
     return image
 
@@ -126,12 +143,12 @@ class Header(NamedTuple):
     Args:
       height: In pixels.
       width: In pixels.
-      mode: Pillow's name of its channels, such as "L" and "RGB".
+      channels: 1 (grey), 3 (color), or as many as an array or a TIFF of several channels has.
     """
 
     height: int
     width: int
-    mode: str
+    channels: int
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -141,7 +158,7 @@ def read_header(file: BinaryIO) -> Header:
       file: The encoded image.
 
     Returns:
-      Its size and mode.
+      Its size and channels.
 
     Raises:
       DataError: As `open_image`.
@@ -150,16 +167,31 @@ def read_header(file: BinaryIO) -> Header:
       >>> file = io.BytesIO()
       >>> Image.new("L", (8, 4)).save(file, "PNG")
       >>> read_header(file)
-      Header(height=4, width=8, mode='L')
+      Header(height=4, width=8, channels=1)
     """
     file.seek(0)
-    size = budget.webp_size(file.read(30))
+    start = file.read(30)
     file.seek(0)
+    if start.startswith(arrays.NPY_MAGIC):
+        return _checked(Header(*arrays.read_npy(file).shape))
+    size = budget.webp_size(start)
     if size is not None:  # Pillow would take the memory
-        check_size(*size)
-        return Header(*size, "RGB")
-    with open_image(file) as image:
-        return Header(image.height, image.width, image.mode)
+        return _checked(Header(*size, 3))
+    image = _identified(file)
+    if image is None and start[:4] in tiff.MAGICS:
+        file.seek(0)
+        return _checked(Header(*tiff.read_tiff(file).shape))
+    if image is None:
+        raise not_whole(UnidentifiedImageError())
+    with image:
+        grey = image.mode in _GREY or image.mode.startswith("I;")
+        channels = tiff.channels_of(getattr(image, "tag_v2", {})) or (1 if grey else 3)
+        return Header(image.height, image.width, channels)
+
+
+def _checked(header: Header) -> Header:
+    check_size(header.height, header.width)
+    return header
 
 
 def check_size(height: int, width: int) -> None:
@@ -182,21 +214,25 @@ def check_size(height: int, width: int) -> None:
 
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-    """Decodes an image of any of FORMATS; of an animation, the first frame.
+    """Decodes an image of any of FORMATS or a .npy array; of an animation, the first frame.
 
     Palettes are looked up, transparency is dropped, CMYK becomes RGB, and of 16 bits the upper 8
     are kept. Colour becomes grey by Rec. 601 luma. A JPEG or JPEG 2000 that would take more than
     the whole budget of memory is decoded at 1/2, 1/4 or 1/8 of its size.
 
+    With any other number of channels than 1 and 3, the image must have as many, and nothing is
+    converted or dropped: 4 keeps the transparency of an RGBA image. Values of arrays and of TIFFs
+    that Pillow does not open become 0..255 as `arrays.to_uint8` says.
+
     Args:
       data: The encoded image.
-      channels: 3 (RGB) or 1 (grey).
+      channels: 3 (RGB), 1 (grey), or as many as the image has.
 
     Returns:
       uint8 pixels [H, W, channels].
 
     Raises:
-      DataError: The data is damaged, cut short, too large, or no image.
+      DataError: The data is damaged, cut short, too large, no image, or of other channels.
 
     Example:
       >>> file = io.BytesIO()
@@ -224,7 +260,7 @@ def decoded(
 
     Args:
       data: The encoded image.
-      channels: 3 (RGB) or 1 (grey).
+      channels: As for `decode`.
       beside: Bytes that the block takes beside pixels of that height and width.
       look: Called with the image once Pillow has loaded it, unless it is a JPEG.
 
@@ -234,7 +270,7 @@ def decoded(
     Raises:
       DataError: The data is damaged, cut short, too large, or no image.
     """
-    frame = _small_frame(data)
+    frame = _small_frame(data) if channels in _CONVERTED else None
     if frame is not None and simplejpeg is not None:
         amount, shrink = budget.fitting(
             frame.height,
@@ -247,8 +283,43 @@ def decoded(
             if pixels is not None:
                 yield pixels
                 return
-    with _decoded_by_pillow(data, channels, beside, look) as pixels:
+    with _decoded_otherwise(data, channels, beside, look) as pixels:
         yield pixels
+
+
+@contextlib.contextmanager
+def _decoded_otherwise(
+    data: bytes,
+    channels: int,
+    beside: budget.Beside,
+    look: Callable[[Image.Image], object] | None = None,
+) -> Iterator[np.ndarray]:
+    """`decoded`, of all but the JPEGs that simplejpeg decodes."""
+    stored = _stored_array(data, channels)
+    if stored is None:
+        with _decoded_by_pillow(data, channels, beside, look) as pixels:
+            yield pixels
+        return
+    height, width, found = stored.shape
+    check_size(height, width)
+    if found != channels and {found, channels} != set(_CONVERTED):
+        raise arrays.channels_fault(found, channels)
+    need = stored.decoding_bytes(len(data)) + channels * height * width + beside(height, width)
+    amount, _ = budget.fitting(height, width, lambda shrink: need, (1,))
+    with budget.BUDGET.take(amount):
+        yield arrays.with_channels(stored.pixels(data), channels)
+
+
+def _stored_array(data: bytes, channels: int) -> arrays.Npy | tiff.Tiff | None:
+    """The header of a NumPy array, or of a TIFF of more channels than Pillow reads; else None."""
+    if data.startswith(arrays.NPY_MAGIC):
+        return arrays.read_npy(io.BytesIO(data))
+    if data[:4] not in tiff.MAGICS:
+        return None
+    image = _identified(io.BytesIO(data))
+    if image is not None and channels in (len(image.getbands()), *_CONVERTED):
+        return None
+    return tiff.read_tiff(io.BytesIO(data))
 
 
 @contextlib.contextmanager
@@ -290,7 +361,7 @@ def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
       config: The shorter side is `eval_resize` pixels (0: the side of the crop), the side of the
         crop S `eval_size` (0: `image_size`); resized with the antialiased `interpolation`. An
         image that has the shorter side already is not resampled.
-      channels: 3 (RGB) or 1 (grey).
+      channels: As for `decode`.
 
     Returns:
       uint8 pixels [S, S, channels].
@@ -305,7 +376,7 @@ def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
       >>> eval_crop(file.getvalue(), config, channels=3).shape
       (224, 224, 3)
     """
-    with decoded(data, channels, crop_bytes(config)) as pixels:
+    with decoded(data, channels, crop_bytes(config, channels)) as pixels:
         return crop_pixels(pixels, config)
 
 
@@ -335,11 +406,12 @@ def _eval_sides(config: Data) -> tuple[int, int]:
     return config.eval_resize or size, size
 
 
-def crop_bytes(config: Data) -> budget.Beside:
+def crop_bytes(config: Data, channels: int = 3) -> budget.Beside:
     """What `crop_pixels` takes beside an image.
 
     Args:
       config: As for `eval_crop`.
+      channels: Of the image.
 
     Returns:
       Bytes, as a function of the image's height and width in pixels.
@@ -348,16 +420,16 @@ def crop_bytes(config: Data) -> budget.Beside:
       >>> crop_bytes(Data(eval_resize=256))(256, 1000)
       0
     """
-    return _centre_bytes(_eval_sides(config)[0])
+    return _centre_bytes(_eval_sides(config)[0], channels)
 
 
-def _centre_bytes(shorter: int) -> budget.Beside:
+def _centre_bytes(shorter: int, channels: int) -> budget.Beside:
     def beside(height: int, width: int) -> int:
         if min(height, width) == shorter:
             return 0
         size = _resized(height, width, shorter)
         check_size(*size)
-        return resize_bytes(height, *size)
+        return resize_bytes(height, *size, channels)
 
     return beside
 
@@ -376,7 +448,7 @@ def train_crop(
       config: The side of the crop S is `image_size` pixels; `crop` says how it is drawn: of
         random area and ratio (Szegedy et al. 2015, section 6, drawn as torchvision does), from a
         random scale (He et al. 2015, section 3.4), or the centre, as `eval_crop` cuts it.
-      channels: 3 (RGB) or 1 (grey).
+      channels: As for `decode`.
       rng: Draws the crop.
       out: Where to write the pixels, contiguous; None: into new memory.
 
@@ -396,7 +468,7 @@ def train_crop(
     """
     size = config.image_size
     if config.crop == "center":
-        with decoded(data, channels, _centre_bytes(size)) as pixels:
+        with decoded(data, channels, _centre_bytes(size, channels)) as pixels:
             pixels = _centre_crop(pixels, size, size, config.interpolation)
             return _resize(pixels, size, config.interpolation, out)
     draw = {"random_resized": _random_region, "scale_jitter": _jittered_region}[config.crop]
@@ -404,9 +476,9 @@ def train_crop(
     def beside(height: int, width: int) -> int:  # blurred; or as Pillow has it
         return (4 + channels) * height * width
 
-    frame = _small_frame(data)
+    frame = _small_frame(data) if channels in _CONVERTED else None
     if frame is None:
-        with _decoded_by_pillow(data, channels, beside) as pixels:
+        with _decoded_otherwise(data, channels, beside) as pixels:
             region = draw(pixels.shape[0], pixels.shape[1], config, rng)
             return _resize(pixels[region], size, config.interpolation, out)
     region = draw(frame.height, frame.width, config, rng)
@@ -481,6 +553,8 @@ def _resized(height: int, width: int, shorter: int) -> tuple[int, int]:
 def _centre_crop(pixels: np.ndarray, shorter: int, size: int, interpolation: str) -> np.ndarray:
     height, width = pixels.shape[:2]
     if min(height, width) != shorter:
+        if pixels.shape[2] not in _CONVERTED:
+            return _by_threes(pixels, lambda part: _centre_crop(part, shorter, size, interpolation))
         height, width = _resized(height, width, shorter)
         check_size(height, width)
         image = _resized_image(pixels, height, width, interpolation)
@@ -500,7 +574,7 @@ def resize(pixels: np.ndarray, height: int, width: int, interpolation: str) -> n
     """Resizes an image with Pillow's antialiased filters.
 
     Args:
-      pixels: uint8 [H, W, C], C = 1 or 3.
+      pixels: uint8 [H, W, C].
       height: New one in pixels.
       width: New one in pixels.
       interpolation: "bilinear" or "bicubic".
@@ -512,12 +586,24 @@ def resize(pixels: np.ndarray, height: int, width: int, interpolation: str) -> n
       >>> resize(np.zeros((375, 500, 3), np.uint8), 224, 299, "bilinear").shape
       (224, 299, 3)
     """
+    if pixels.shape[2] not in _CONVERTED:
+        return _by_threes(pixels, lambda part: resize(part, height, width, interpolation))
     return _array(_resized_image(pixels, height, width, interpolation))
 
 
-def resize_bytes(stored_height: int, height: int, width: int) -> int:
+def resize_bytes(stored_height: int, height: int, width: int, channels: int = 3) -> int:
     """What `resize` takes beside its image: rows resized across, twice, and the result."""
-    return 7 * stored_height * width + 10 * height * width
+    others = 2 * channels * height * width if channels not in _CONVERTED else 0
+    return 7 * stored_height * width + 10 * height * width + others
+
+
+def _by_threes(pixels: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Changes three channels at a time, or one: of 2 and 4 Pillow takes the last for opacity."""
+    channels = pixels.shape[2]
+    whole = channels - channels % 3
+    starts = [*range(0, whole, 3), *range(whole, channels)]
+    parts = [pixels[:, :, a:b] for a, b in zip(starts, [*starts[1:], channels])]
+    return np.concatenate([change(np.ascontiguousarray(part)) for part in parts], 2)
 
 
 def _resized_image(pixels: np.ndarray, height: int, width: int, interpolation: str) -> Image.Image:
@@ -554,6 +640,11 @@ def _resize(
     out = np.empty((size, size, pixels.shape[2]), np.uint8) if out is None else out
     if pixels.shape[:2] == (size, size):
         out[:] = pixels
+        return out
+    if pixels.shape[2] > _OPENCV_CHANNELS:
+        for first in range(0, pixels.shape[2], _OPENCV_CHANNELS):
+            part = slice(first, first + _OPENCV_CHANNELS)
+            out[:, :, part] = _resize(np.ascontiguousarray(pixels[:, :, part]), size, interpolation)
         return out
     variances = [((length / size) ** 2 - 1) / 6 for length in pixels.shape[:2]]  # pixels^2
     if max(variances) >= 0.01:  # less would not show
@@ -642,7 +733,7 @@ def _load(image: Image.Image, channels: int, shrink: int) -> np.ndarray:
     """The pixels of an image that was opened, at 1 / shrink of its size."""
     with library_errors(not_whole):
         if image.format == "JPEG":  # of grey images, decode no colour
-            mode = "RGB" if channels == 3 else "L"
+            mode = {1: "L", 3: "RGB"}.get(channels)
             image.draft(mode, (image.width // shrink, image.height // shrink))
         elif isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
             image.reduce = shrink.bit_length() - 1
@@ -654,13 +745,13 @@ def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
 
     Args:
       image: Of any mode.
-      channels: 3 (RGB) or 1 (grey).
+      channels: 3 (RGB), 1 (grey), or as many as the image has.
 
     Returns:
       uint8 pixels [H, W, channels].
 
     Raises:
-      DataError: It is damaged.
+      DataError: It is damaged, or of other channels.
 
     Example:
       >>> image_pixels(Image.new("I;16", (8, 4), 0x1234), channels=1)[0, 0].tolist()
@@ -687,7 +778,11 @@ def _converted(image: Image.Image, channels: int) -> np.ndarray:
     with library_errors(not_whole):
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
-        return _array(image.convert("RGB" if channels == 3 else "L"))
+        if channels in _CONVERTED or image.mode == "P":
+            image = image.convert("RGB" if channels != 1 else "L")
+    if channels not in (*_CONVERTED, len(image.getbands())):
+        raise arrays.channels_fault(len(image.getbands()), channels)
+    return _array(image)
 
 
 def not_whole(error: Exception) -> DataError:

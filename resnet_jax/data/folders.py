@@ -20,12 +20,12 @@ from resnet_jax.files import open_regular
 # What is an image in a folder, by the formats that are decoded.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".avif", ".jp2", ".ppm", ".pgm", ".pbm"),
+    *(".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".npy"),
 )
 # Images whose headers are read, evenly from all of a split and at least 16 of each class, to learn
-# whether there is color. In most data sets the first one has it.
+# how many channels there are. Most data sets have color, which is clear after a few.
 _LOOKED_AT = 1000
-_GREY = {"1", "L", "LA", "La", "I", "F"}  # of Pillow's modes, and "I;16" with its byte orders
+_ENOUGH = 16  # that have color, or more channels
 
 
 class FolderSource(Source):
@@ -54,7 +54,7 @@ class FolderSource(Source):
         self._folders = [label if len(parts) == 1 else f"{name}/{label}" for label, name in keys]
         self._files = [[file for file, _ in files[key]] for key in keys]
         self._ends = list(itertools.accumulate(map(len, self._files)))
-        self.channels = _stored_channels(
+        self.channels = stored_channels(
             self._root, self._folders, self._files, request.field, request.split
         )
         self.image_shape = None
@@ -268,24 +268,33 @@ def _scan(folder: Path, field: str, value: str) -> list[str]:
         raise fault(field, value, f"cannot read {folder} ({error.strerror or error})") from error
 
 
-def _stored_channels(
+def stored_channels(
     folder: Path, classes: list[str], files: list[list[str]], field: str, split: str
 ) -> int:
-    """3 if any of the images that are looked at has color, else 1."""
+    """The channels of most of the images that are looked at.
+
+    Grey images count as color where any has color. Images of another number of channels are named
+    when they are read, like those that cannot be decoded.
+    """
     from resnet_jax.data.decode import read_header
 
     share = max(_LOOKED_AT // len(classes), 16)
-    any_grey = False
+    counts: collections.Counter[int] = collections.Counter()
     for each, names in zip(classes, files):
         for name in names[:: -(-len(names) // share)]:
             try:
                 with open_regular(folder / each / name, FILE_BYTES) as file:
-                    mode = read_header(file).mode
+                    counts[read_header(file).channels] += 1
             except (DataError, OSError):  # is named when it is read as an image of the run
                 continue
-            if mode not in _GREY and not mode.startswith("I;"):
-                return 3
-            any_grey = True
-    if not any_grey:
+            # Only after grey images alone can a later one change the answer.
+            if counts.total() >= _ENOUGH and _most_common(counts) != 1:
+                return _most_common(counts)
+    if not counts:
         raise fault(field, split, f"none of the images looked at in {folder} can be opened")
-    return 1
+    return _most_common(counts)
+
+
+def _most_common(counts: collections.Counter[int]) -> int:
+    grey = counts[1] if counts[3] else 0
+    return max(counts, key=lambda channels: counts[channels] + grey * (channels == 3))

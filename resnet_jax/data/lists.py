@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from resnet_jax.data.base import Label, Request, Source, digest, fault, named
-from resnet_jax.data.folders import _stored_channels, read_image
+from resnet_jax.data.folders import stored_channels, read_image
 from resnet_jax.data.splits import WHOLE, Span, parse, select
 from resnet_jax.errors import DataError, one_line
 from resnet_jax.files import MIB, open_regular
@@ -107,7 +107,7 @@ class ListSource(Source):
             groups[() if self.label_shape else row.labels].append(row.path)
         files = list(groups.values())
         folder, none = Path(self._folder), [""] * len(files)
-        return _stored_channels(folder, none, files, request.field, request.split)
+        return stored_channels(folder, none, files, request.field, request.split)
 
 
 class _Reader:

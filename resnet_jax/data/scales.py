@@ -139,7 +139,7 @@ class _Scaled(Batches):
         shapes = [scaled.shape[1:3] for scaled in batch["images"]]
 
         def beside(height: int, width: int) -> int:
-            return max(decode.resize_bytes(height, *shape) for shape in shapes)
+            return max(decode.resize_bytes(height, h, w, self.channels) for h, w in shapes)
 
         try:
             with decode.decoded(data, self.channels, beside) as pixels:
@@ -154,7 +154,7 @@ def resize(pixels: np.ndarray, shape: tuple[int, int], interpolation: str) -> np
     """Resizes an image with Pillow's antialiased filters, as for evaluation.
 
     Args:
-      pixels: uint8 [H, W, C], C = 1 or 3.
+      pixels: uint8 [H, W, C].
       shape: New height and width in pixels; an image that has them is not resampled.
       interpolation: "bilinear" or "bicubic".
 
@@ -195,4 +195,4 @@ def scaled_batches(
       what fills a batch.
     """
     batches = _Scaled(source, config, scales, plan, host, hosts)
-    return reported(by_threads(batches, config), source, corrupt)
+    return reported(by_threads(batches, config), source, batches.channels, corrupt)

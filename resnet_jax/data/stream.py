@@ -210,7 +210,7 @@ def stream_batches(
     """
     batches = _Training(source, order, config, batch_size, start, stop, mirror, host, hosts)
     made = by_processes(batches, config) if config.workers else by_threads(batches, config)
-    return reported(made, source, corrupt)
+    return reported(made, source, batches.channels, corrupt)
 
 
 def streamed_evaluation_batches(
@@ -235,7 +235,7 @@ def streamed_evaluation_batches(
       As `evaluation_batches`.
     """
     batches = _Evaluation(source, config, batch_size, host, hosts)
-    return reported(by_threads(batches, config), source, corrupt)
+    return reported(by_threads(batches, config), source, batches.channels, corrupt)
 
 
 def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
@@ -278,14 +278,14 @@ def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
 
 
 def reported(
-    batches: Iterator[Batch], source: Source, corrupt: Corrupt
+    batches: Iterator[Batch], source: Source, channels: int, corrupt: Corrupt
 ) -> Generator[Batch, None, None]:
     """Names the images that could not be decoded, with the reason."""
     for batch in batches:
         faulty = batch.pop("faulty")
         for index in np.unique(faulty[faulty >= 0]).tolist():
             try:
-                decode.decode(source[index][0], source.channels)
+                decode.decode(source[index][0], channels)
                 reason = "its crop cannot be decoded"
             except DataError as error:
                 reason = str(error)

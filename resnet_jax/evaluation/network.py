@@ -49,7 +49,7 @@ class Network:
       model: The module.
       variables: {"params", "batch_stats"}.
       preprocessing: How images become its input.
-      channels: Of its images, 1 or 3.
+      channels: Of its images: 1 (grey), 3 (color), or another number.
       class_names: The name of each output; "0", "1", ... where nobody said.
       config: Of the run that trained it; None where it was not one of ours.
       step: Completed steps of that run's state; None likewise.

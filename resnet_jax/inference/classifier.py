@@ -15,6 +15,7 @@ from resnet_jax.data.decode import not_whole
 from resnet_jax.errors import ConfigError, DataError, library_errors
 from resnet_jax.evaluation.network import Network, open_network
 from resnet_jax.inference.forward import Forward
+from resnet_jax.limits import MAX_CHANNELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Classifier:
     Images are a path, an image of Pillow's, an array of uint8 pixels ([H, W, C], [N, H, W, C] or
     grey [H, W]), or a list of these, mixed as they may be. They are turned upright as their EXIF
     tag says, converted to the network's colours (transparency is dropped, of 16 bits the upper 8
-    are kept), resized and cropped as in evaluation.
+    are kept), resized and cropped as in evaluation. For a network of other than 1 or 3 channels,
+    images must have as many, as TIFF and .npy files and arrays may.
 
     The same image gives the same numbers whatever the others are, because every batch is filled
     up to `batch_size`. For one small image at a time, batch_size=1 saves that work.
@@ -216,9 +218,9 @@ def _each_pixels(pixels: np.ndarray) -> Iterator[np.ndarray]:
             yield from _each_pixels(each)
         return
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    if pixels.ndim not in (2, 3) or channels > 4 or not pixels.size:
+    if pixels.ndim not in (2, 3) or channels > MAX_CHANNELS or not pixels.size:
         raise DataError(
             f"images: an array of shape {pixels.shape}; give [H, W], [H, W, C] or [N, H, W, C], C "
-            "from 1 to 4"
+            f"from 1 to {MAX_CHANNELS:,}"
         )
     yield pixels

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
+from resnet_jax.data.arrays import with_channels
 from resnet_jax.data.budget import FILE_BYTES, Beside
 from resnet_jax.data.decode import (
     crop_bytes,
@@ -170,7 +171,8 @@ def read_pixels(image: Any, channels: int) -> np.ndarray:
 
     Args:
       image: A path, an `ImageFile`, an image of Pillow's, or uint8 pixels [H, W, C] or [H, W].
-      channels: 3 (RGB) or 1 (grey); whatever the image has is converted as `data.decode` does.
+      channels: 3 (RGB) or 1 (grey), to which images are converted as `data.decode` does; or as many
+        as the image has.
 
     Returns:
       uint8 pixels [H, W, channels].
@@ -192,7 +194,7 @@ def read_crop(image: Any, channels: int, config: Data) -> np.ndarray:
 
     Args:
       image: As for `read_pixels`.
-      channels: 3 (RGB) or 1 (grey).
+      channels: As for `read_pixels`.
       config: As for `data.decode.eval_crop`.
 
     Returns:
@@ -201,7 +203,7 @@ def read_crop(image: Any, channels: int, config: Data) -> np.ndarray:
     Raises:
       DataError: As `read_pixels` and `data.decode.crop_pixels`.
     """
-    with upright(image, channels, crop_bytes(config)) as pixels:
+    with upright(image, channels, crop_bytes(config, channels)) as pixels:
         return crop_pixels(pixels, config)
 
 
@@ -211,7 +213,7 @@ def upright(image: Any, channels: int, beside: Beside = no_bytes) -> Iterator[np
 
     Args:
       image: As for `read_pixels`.
-      channels: 3 (RGB) or 1 (grey).
+      channels: As for `read_pixels`.
       beside: Bytes that the block takes beside pixels of that height and width.
 
     Yields:
@@ -221,9 +223,7 @@ def upright(image: Any, channels: int, beside: Beside = no_bytes) -> Iterator[np
       DataError: As `read_pixels`; one of the block's is given the image's name.
     """
     if isinstance(image, np.ndarray):
-        # By way of Pillow, so that an array is converted as the same image in a file.
-        grey = image.ndim == 3 and image.shape[2] == 1
-        yield image_pixels(Image.fromarray(image[:, :, 0] if grey else image), channels)
+        yield _of_array(image if image.ndim == 3 else image[:, :, None], channels)
         return
     name = getattr(image, "filename", "") or "an image in memory"
     try:
@@ -241,6 +241,18 @@ def upright(image: Any, channels: int, beside: Beside = no_bytes) -> Iterator[np
         raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
+
+
+def _of_array(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Pixels [H, W, C], converted as the same image in a file would be."""
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels in (1, 3) and pixels.shape[2] in (2, 4):  # the last one is opacity
+        return image_pixels(Image.fromarray(pixels), channels)
+    try:
+        return with_channels(pixels, channels)
+    except DataError as error:
+        raise DataError(f"an array of shape {pixels.shape}: {error}") from error
 
 
 @contextlib.contextmanager

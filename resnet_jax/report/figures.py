@@ -144,7 +144,7 @@ def picture_grid(pictures: Sequence[np.ndarray], titles: Sequence[str], columns:
         axes.axis("off")
     for axes, picture, title in zip(grid.flat, pictures, titles):
         small = max(picture.shape[:2]) < 96  # show the pixels that there are
-        pixels = picture[:, :, 0] if picture.shape[2] == 1 else picture
+        pixels = _shown(picture)
         top = 255 if picture.dtype == np.uint8 else 1
         axes.imshow(
             *(pixels, "gray"),
@@ -208,7 +208,7 @@ def explanation_grid(
     for index, (picture, cam, shares) in enumerate(zip(pictures, evidence, attributions)):
         row, column = divmod(index, columns)
         first, second, third = grid[row, 3 * column : 3 * column + 3]
-        pixels = picture[:, :, 0] if picture.shape[2] == 1 else picture
+        pixels = _shown(picture)
         for axes in (first, second):
             axes.imshow(pixels, "gray", vmin=0, vmax=255)
         second.imshow(cam, "inferno", vmin=0, vmax=1, alpha=0.6)
@@ -280,6 +280,11 @@ def _legend(axes: Any) -> None:
 
 def _plain(name: str, longest: int = 18) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def _shown(picture: np.ndarray) -> np.ndarray:
+    """An image [H, W, C] as matplotlib shows it: the first three channels as colors, or one."""
+    return picture[:, :, 0] if picture.shape[2] < 3 else picture[:, :, :3]
 
 
 def _png(figure: Figure) -> bytes:

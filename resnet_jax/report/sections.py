@@ -97,7 +97,8 @@ def one_run(run: Run, images: Sequence[str | Path], data: HeldOut) -> list[Secti
         predictions = predict_split(network, data, MOST_IMAGES)
     except ResNetJaxError as error:
         text = f"The held-out images could not be read, so they are not looked at: {error}"
-        return [*sections, Section("images", "Images", text), _filters(network), *_recipe(run)]
+        recipe = _recipe(run, network.channels)
+        return [*sections, Section("images", "Images", text), _filters(network), *recipe]
     held_out = predictions.examples(RESPONDING)
     examples = _read_images(images, network) or held_out
     sections += [
@@ -107,7 +108,7 @@ def one_run(run: Run, images: Sequence[str | Path], data: HeldOut) -> list[Secti
         _filters(network),
         _responses({run.title: (network, _pixels(held_out))}),
     ]
-    return [*sections, *_recipe(run)]
+    return [*sections, *_recipe(run, network.channels)]
 
 
 def several_runs(runs: Sequence[Run], data: HeldOut) -> list[Section]:
@@ -262,13 +263,14 @@ def _responses(networks: dict[str, tuple[Network, np.ndarray]]) -> Section:
     return Section("responses", "Layer responses", pictures=[picture])
 
 
-def _recipe(run: Run) -> list[Section]:
+def _recipe(run: Run, channels: int = 0) -> list[Section]:
     config = run.config
     try:
         from resnet_jax.training.setup import make_model
 
         model = make_model(config, len(read_class_names(run.workdir))).clone(axis_name=None)
-        side, channels = config.data.image_size, config.data.channels or len(config.augment.mean)
+        side = config.data.image_size
+        channels = channels or config.data.channels or len(config.augment.mean)
         found = summary(model, (1, side, side, channels))
         network = [
             ("network", config.model.name),

@@ -80,7 +80,8 @@ class Data:
       label_separator: Between the labels of an image in a CSV file.
       allow_missing_classes: Accept folders and lists without images of some classes.
       sampler: "shuffled": each image once an epoch; "balanced": each class equally often.
-      channels: 1 or 3; 0: as the data set has.
+      channels: 1 (grey) or 3 (color), to which images are converted; any other number is that of
+        the images, such as 4 to keep the transparency of RGBA; 0: as the data set has.
       image_size: Side of the training images in pixels.
       crop: "center" (resize the shorter side, cut the centre), "random_resized" (Szegedy et al.
         2015) or "scale_jitter" (He et al. 2015, section 3.4).
@@ -139,7 +140,7 @@ class Augment:
       rand_magnitude_std: Standard deviation of the magnitude from image to image.
       brightness: Factor in [1 - x, 1 + x].
       contrast: Factor in [1 - x, 1 + x].
-      saturation: Factor in [1 - x, 1 + x].
+      saturation: Factor in [1 - x, 1 + x]. This, hue and pca need images in color.
       hue: Shift in [-x, x] of the colour circle, at most 0.5.
       pca: Standard deviation of AlexNet's colour shift (0.1 in He et al. 2015).
       erase: Probability of random erasing, by the mean colour (Zhong et al. 2020).
@@ -147,8 +148,9 @@ class Augment:
       mixup: alpha of mixup's Beta(alpha, alpha) (Zhang et al. 2018); 0: none.
       cutmix: alpha of CutMix (Yun et al. 2019); 0: none. With both, each pair
         draws one. Mixing needs an even number of images on each device.
-      mean: Subtracted from each channel, in units of 1 (255 in a uint8 image).
-      std: Divides each channel, in units of 1.
+      mean: Subtracted from each channel, in units of 1 (255 in a uint8 image); one number, or one
+        for each channel.
+      std: Divides each channel, in units of 1; as many numbers as mean.
     """
 
     flip: bool = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from resnet_jax.errors import ConfigError, WeightsError
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.config import Config
@@ -14,6 +16,8 @@ from resnet_jax.weights.pretrained import load_pretrained
 
 def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str, Any] | None:
     """The variables that checkpoint.init_from names.
+
+    Those of a network for color also start one of other channels, if data.channels says how many.
 
     Args:
       config: The configuration of a run.
@@ -49,10 +53,26 @@ def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str,
     except WeightsError as error:
         hint = str(error).replace("reset_head=True", "--config.checkpoint.reset_head=true")
         raise ConfigError(f"checkpoint.init_from = {name!r}: {hint}") from error
-    found = variables["params"]["stem"]["conv1"]["kernel"].shape[2]
-    if found != channels:
+    conv = variables["params"]["stem"]["conv1"]
+    found = conv["kernel"].shape[2]
+    if found == 3 and channels not in (1, 3) and config.data.channels == channels:
+        conv["kernel"] = _repeated(np.asarray(conv["kernel"]), channels)
+    elif found != channels:
+        advice = f"set data.channels = {found}"
+        if channels not in (1, 3):  # such images cannot be converted
+            advice = "choose other weights"
+            if found == 3:
+                advice = f"set data.channels = {channels} to repeat its filters for the others"
         raise ConfigError(
             f"checkpoint.init_from = {name!r}: its network takes {found} channels, the data has "
-            f"{channels}; set data.channels = {found}"
+            f"{channels}; {advice}"
         )
     return variables
+
+
+def _repeated(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """Filters of color [side, side, 3, K] for more channels, as timm adapts them.
+
+    They are repeated in turn and scaled by 3 / channels, so that responses keep their size.
+    """
+    return kernel[:, :, np.arange(channels) % 3] * np.float32(3 / channels)

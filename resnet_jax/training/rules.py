@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from resnet_jax.errors import ModelError
-from resnet_jax.limits import MAX_BATCH, MAX_CLASSES, MAX_COUNT, MAX_SIDE
+from resnet_jax.limits import MAX_BATCH, MAX_CHANNELS, MAX_CLASSES, MAX_COUNT, MAX_SIDE
 from resnet_jax.models.blocks import SHORTCUT_OPTIONS
 from resnet_jax.models.registry import create_model
 from resnet_jax.training.config import (
@@ -79,7 +79,11 @@ _RULES: dict[str, Rule] = {
     ),
     "data.label_separator": (lambda x: len(x) > 0, "must not be empty"),
     "data.sampler": _one_of(SAMPLERS),
-    "data.channels": (lambda x: x in (0, 1, 3), "must be 0 (the data set's own), 1 or 3"),
+    "data.channels": (
+        lambda x: 0 <= x <= MAX_CHANNELS,
+        f"must be 0 (the data set's own), 1, 3, or as many as its images have, up to "
+        f"{MAX_CHANNELS:,}",
+    ),
     "data.image_size": _from_to(1, MAX_SIDE),
     "data.crop": _one_of(CROPS),
     "data.crop_area": (
@@ -114,10 +118,13 @@ _RULES: dict[str, Rule] = {
     "augment.cutout": _NOT_NEGATIVE,
     "augment.mixup": _NOT_NEGATIVE,
     "augment.cutmix": _NOT_NEGATIVE,
-    "augment.mean": (lambda x: len(x) in (1, 3), "must have 1 or 3 numbers"),
+    "augment.mean": (
+        lambda x: 1 <= len(x) <= MAX_CHANNELS,
+        "must have one number, or one for each channel of the images",
+    ),
     "augment.std": (
-        lambda x: len(x) in (1, 3) and min(x) >= 1e-6,
-        "must have 1 or 3 positive numbers, 1e-6 or more",
+        lambda x: 1 <= len(x) <= MAX_CHANNELS and min(x) >= 1e-6,
+        "must have one positive number, or one for each channel of the images, 1e-6 or more",
     ),
     "optimizer.name": _one_of(OPTIMIZERS),
     "optimizer.learning_rate": _NOT_NEGATIVE,

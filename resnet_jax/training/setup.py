@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.data.augment import check_channels
 from resnet_jax.data.loader import fits_memory
 from resnet_jax.data.sources import Source, open_split
 from resnet_jax.distributed.device_memory import check_batch_memory
@@ -62,13 +63,7 @@ def check_source(config: Config, source: Source) -> None:
       DataError: It has one class only, or more than the network.
     """
     data, channels = config.data, channels_of(config, source)
-    for name in ("mean", "std"):
-        values = getattr(config.augment, name)
-        if len(values) not in (1, channels):
-            raise ConfigError(
-                f"augment.{name} = {values}: the images have {channels} channel; give one number, "
-                "or set data.channels = 3"
-            )
+    check_channels(config.augment, channels)
     classes = source.num_classes
     if classes < 2:
         raise DataError(f"data.name = {data.name!r}: has {classes} class; two or more are needed")

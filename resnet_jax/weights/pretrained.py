@@ -241,7 +241,7 @@ def _parse_config(config: dict[str, Any]) -> _Config:
         mean=_numbers("mean", facts.get("mean", default.mean)),
         std=_numbers("std", facts.get("std", default.std)),
     )
-    _check_preprocessing(preprocessing)
+    _check_preprocessing(preprocessing, channels)
     return _Config(architecture, fields, preprocessing, _labels(facts, classes))
 
 
@@ -274,7 +274,7 @@ def _count(field: str, value: Any, least: int, most: int) -> int:
     return value
 
 
-def _check_preprocessing(preprocessing: Preprocessing) -> None:
+def _check_preprocessing(preprocessing: Preprocessing, channels: int) -> None:
     """Refuses numbers that no image can be prepared by."""
     size, crop = preprocessing.image_size, preprocessing.crop_fraction
     mean, std = preprocessing.mean, preprocessing.std
@@ -285,8 +285,10 @@ def _check_preprocessing(preprocessing: Preprocessing) -> None:
             f"crop_pct = {crop}: images would be resized to {size / crop:,.0f} pixels, where "
             f"{MAX_SIDE:,} are the most"
         )
-    if len(mean) not in (1, 3) or not all(map(math.isfinite, mean)):
-        raise WeightsError(f"mean = {mean}: must be 1 or 3 numbers")
+    # timm also writes three for networks of other channels.
+    if len(mean) not in (1, 3, channels) or not all(map(math.isfinite, mean)):
+        more = "" if channels in (1, 3) else f", or {channels:,}"
+        raise WeightsError(f"mean = {str(mean)[:200]}: must be 1 or 3 numbers{more}")
     if len(std) != len(mean) or not all(1e-6 <= each < math.inf for each in std):
         raise WeightsError(
             f"std = {std}: must be as many positive numbers as mean has, 1e-6 or more"

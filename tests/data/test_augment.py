@@ -718,3 +718,52 @@ def test_the_images_that_the_loader_names_are_mirrored():
     )
     expected = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     np.testing.assert_array_equal(found, normalize(jnp.asarray(expected), Augment()))
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_other_channels_are_moved_as_each_alone(channels):
+    images = photo(4, channels)
+    moves = Augment(
+        flip=True, pad=3, rotate=20.0, brightness=0.4, erase=1.0, cutout=5, mixup=0.2, cutmix=1.0
+    )
+    labels = jnp.zeros(4, int)
+    whole, _ = augment(images, labels, KEY, moves, CLASSES)
+    for each in range(channels):
+        alone, _ = augment(images[..., each : each + 1], labels, KEY, moves, CLASSES)
+        chex.assert_trees_all_close(whole[..., each : each + 1], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", ["AutoContrast", "Equalize", "Rotate", "Sharpness"])
+def test_operations_take_each_channel_alone(operation):
+    image = jnp.asarray(photo(channels=5), jnp.float32)
+    whole = policy.transform(image, operation, 3.0)
+    alone = policy.transform(image[..., 4:], operation, 3.0)
+    chex.assert_trees_all_close(whole[..., 4:], alone, atol=1e-3)
+
+
+def test_contrast_of_other_channels_is_to_their_mean():
+    image = jnp.asarray(photo(channels=5), jnp.float32)
+    expected = np.clip(image.mean() + 1.5 * (image - image.mean()), 0, 255)
+    chex.assert_trees_all_close(ops.adjust_contrast(image, 1.5), expected, atol=1e-2)
+    mean = np.floor(jnp.floor(image.mean(-1) + 0.5).mean() + 0.5)
+    expected = np.floor(np.clip(mean + 1.5 * (image - mean), 0, 255) + 0.5)
+    chex.assert_trees_all_close(policy.transform(image, "Contrast", 1.5), expected, atol=1)
+    chex.assert_trees_all_equal(policy.transform(image, "Color", 1.5), image)
+
+
+@pytest.mark.parametrize("name", ["saturation", "hue", "pca"])
+def test_colors_are_not_changed_where_there_are_none(name):
+    config = Augment(**{name: 0.1})
+    with pytest.raises(ConfigError, match=rf"augment\.{name} = 0\.1: must be 0 for .* 5 channels"):
+        augment(photo(2, 5), jnp.zeros(2, int), KEY, config, CLASSES)
+    grey = photo(2, 1)
+    images, _ = augment(grey, jnp.zeros(2, int), KEY, config, CLASSES)
+    chex.assert_trees_all_close(images, normalize(grey, config))
+
+
+def test_a_mean_for_each_of_five_channels():
+    config = Augment(mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.25,) * 5)
+    images = normalize(np.full((1, 2, 2, 5), 255, np.uint8), config)
+    chex.assert_trees_all_close(images[0, 0, 0], np.array([3.6, 3.2, 2.8, 2.4, 2.0]), rtol=1e-5)
+    with pytest.raises(ConfigError, match="must have 1 number or 3, since the images have 3 chan"):
+        normalize(np.zeros((1, 2, 2, 3), np.uint8), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import tracemalloc
 import warnings
 import zlib
@@ -517,3 +518,19 @@ def test_no_interpreter_is_started():
     data = encode(photo(20, 20), "EPS")
     with pytest.raises(DataError, match="of no known format"):
         decode(data, 3)
+
+
+def test_pillow_does_not_warn_of_tags():
+    """A tag that ends behind the file, in EXIF data, as phones and editors write them."""
+    tags = struct.pack("<H", 2) + struct.pack("<HHLL", 274, 3, 1, 6)
+    tags += struct.pack("<HHLL", 270, 2, 5000, 0x7FFFFF)
+    file = io.BytesIO()
+    photo(20, 10).save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + tags)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert Image.open(file).getexif()[274] == 6
+        assert told
+        told.clear()
+        module._limit_pillow()
+        assert Image.open(file).getexif()[274] == 6
+    assert not told

@@ -73,6 +73,21 @@ def tiff(tile):
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed
 
 
+def npy(header, version=(1, 0), values=b""):
+    """A .npy file of any header, which NumPy reads as a Python literal."""
+    size = struct.pack("<H" if version[0] == 1 else "<I", len(header))
+    return b"\x93NUMPY" + bytes(version) + size + header.encode() + values
+
+
+def channels_tiff(width, height, channels, following=0):
+    """Ten bytes of pixels for as many as it says; the next directory may be itself."""
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: channels, 278: height}
+    tags |= {279: 10, 284: 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
+    return b"II*\0" + struct.pack("<I", 18) + bytes(10) + directory
+
+
 def put(places, data):
     (places.here / "bad.png").write_bytes(data)
 
@@ -161,6 +176,43 @@ def png_of_60_texts(places):
 @case(PREDICT, **SKIPPED)
 def tiff_of_a_tile_larger_than_memory(places):
     put(places, tiff(60_000))
+
+
+@case(PREDICT, **SKIPPED)
+def array_of_10_to_the_12_values(places):
+    put(places, npy("{'descr': '|u1', 'fortran_order': True, 'shape': (1000000, 1000000, 1)}"))
+
+
+@case(PREDICT, FEATURES, **SKIPPED)
+def array_of_objects(places):
+    """Their bytes are a pickle, which would be run."""
+    pickled = b"cos\nsystem\n(S'touch owned'\ntR."
+    put(places, npy("{'descr': '|O', 'fortran_order': False, 'shape': (1, 1)}", values=pickled))
+
+
+@case(PREDICT, **SKIPPED)
+def array_with_code_in_its_header(places):
+    put(places, npy("__import__('os').system('touch owned')", (3, 0)))
+
+
+@case(PREDICT, **SKIPPED)
+def array_with_a_header_nested_deeply(places):
+    put(places, npy("(" * 9000))
+
+
+@case(PREDICT, **SKIPPED)
+def tiff_of_channels_larger_than_memory(places):
+    put(places, channels_tiff(60_000, 60_000, 1000))
+
+
+@case(PREDICT, **SKIPPED)
+def tiff_of_channels_cut_short(places):
+    put(places, channels_tiff(1000, 1000, 5))
+
+
+@case(PREDICT, **SKIPPED)
+def tiff_whose_directories_are_a_loop(places):
+    put(places, channels_tiff(2, 1, 5, following=18))
 
 
 @case(PREDICT, **SKIPPED)

@@ -58,7 +58,7 @@ def test_models_of_a_recipe(recipe, model):
         ("model.bn_group_size", 2, "bn_sync = 'group'"),
         ("model.zero_init_residual", "yes", "of type bool"),
         ("data.name", "imagenet", "tfds:NAME"),
-        ("data.channels", 2, "1 or 3"),
+        ("data.channels", 1025, "1, 3, or as many as"),
         ("data.image_size", 0, "1 or more"),
         ("data.crop", "five", "center, random_resized, scale_jitter"),
         ("data.crop_area", (0.5, 0.1), "smaller first"),
