@@ -87,7 +87,9 @@ def training_size(config: Data, images: int = 0, classes: int = 0) -> Source:
 
 def _prepared(config: Data) -> Source:
     try:
-        return open_source(config.name, config.train_split, config.data_dir)
+        return open_source(
+            config.name, config.train_split, config.data_dir, several_labels=config.multi_label
+        )
     except DataError as error:
         raise fault(
             "data.name",

@@ -33,7 +33,13 @@ def open_sources(config: Config) -> dict[str, Source]:
     """
     data = config.data
     sources = {
-        split: open_source(data.name, name, data.data_dir, train_split=data.train_split)
+        split: open_source(
+            data.name,
+            name,
+            data.data_dir,
+            train_split=data.train_split,
+            several_labels=data.multi_label,
+        )
         for split, name in (("train", data.train_split), ("eval", data.eval_split))
     }
     for split, source in sources.items():
@@ -71,6 +77,10 @@ def check_source(config: Config, source: Source) -> None:
                 "or set data.channels = 3"
             )
     classes = source.num_classes
+    if data.multi_label and not source.label_shape:
+        raise ConfigError(
+            f"data.multi_label = True: each image of {data.name} has exactly one label; take False"
+        )
     if classes < 2:
         raise DataError(f"data.name = {data.name!r}: has {classes} class; two or more are needed")
     if config.model.num_classes and config.model.num_classes < classes:
