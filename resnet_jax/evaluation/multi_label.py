@@ -94,7 +94,7 @@ class Scores:
 
     Example:
       >>> scores = Scores()
-      >>> scores.add(np.array([[2.0, -1.0], [1.0, 3.0], [0.5, -2.0]]), np.array([[1, 0]] * 3))
+      >>> _ = scores.add(np.array([[2.0, -1.0], [1.0, 3.0], [0.5, -2.0]]), np.array([[1, 0]] * 3))
       >>> measures = scores.measure(threshold=0.5)
       >>> measures.average_precision.tolist(), measures.f1, measures.f1_micro, measures.top1
       ([1.0, nan], 0.5, 0.8571428571428571, 0.6666666666666666)
@@ -176,12 +176,12 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
       >>> average_precision(np.array([0.9, 0.8, 0.8, 0.1]), np.array([True, False, True, False]))
       0.8333333333333333
     """
-    order = np.argsort(-scores, kind="stable")
+    if not labels.any():
+        return math.nan
+    order = np.argsort(-scores)
     ordered = scores[order]
     ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each run of ties
     found = np.cumsum(labels[order], dtype=np.int64)[ends]
-    if not len(found) or not found[-1]:
-        return math.nan
     precision = found / (ends + 1)
     return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
 

@@ -13,6 +13,7 @@ from resnet_jax.data.decode import eval_crop
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
 from resnet_jax.evaluation.evaluator import evaluate_network
+from resnet_jax.evaluation.label_sets import match_classes
 from resnet_jax.evaluation.network import Network, evaluated_data
 from resnet_jax.evaluation.results import Report
 
@@ -23,13 +24,13 @@ class Example:
 
     Args:
       pixels: uint8 [H, W, C], as the network sees it.
-      label: Its class.
+      labels: Its classes: one, or of a multi-label network none or several.
       predicted: The class with the highest probability.
       probability: That probability.
     """
 
     pixels: np.ndarray
-    label: int
+    labels: tuple[int, ...]
     predicted: int
     probability: float
 
@@ -53,23 +54,31 @@ class Predictions:
         return self._read(range(min(count, self.report.images)))
 
     def mistakes(self, count: int) -> list[Example]:
-        """The surest wrong predictions, the surest first."""
-        wrong = np.flatnonzero(self.report.predictions != self.report.labels)
-        surest = np.argsort(-self.report.confidences[wrong], kind="stable")
+        """The surest wrong predictions, the surest first; each image's likeliest class counts."""
+        report = self.report
+        if report.labels is not None:
+            wrong = np.flatnonzero(report.predictions != report.labels)
+        else:  # a class that the image has not, and that is predicted all the same
+            wrong = np.flatnonzero(~report.hits & (report.confidences >= self.network.threshold))
+        surest = np.argsort(-report.confidences[wrong], kind="stable")
         return self._read(wrong[surest[:count]].tolist())
 
     def _read(self, places: Iterable[int]) -> list[Example]:
+        return [self._example(place) for place in places]
+
+    def _example(self, place: int) -> Example:
         network, report = self.network, self.report
-        labels = np.asarray(report.labels)  # there: a run's images have one label each
-        return [
-            Example(
-                eval_crop(self.source[report.indices[place]][0], network.crop, network.channels),
-                int(labels[place]),
-                int(report.predictions[place]),
-                float(report.confidences[place]),
-            )
-            for place in places
-        ]
+        data, label = self.source[report.indices[place]]
+        if report.labels is not None:
+            labels = [report.labels[place]]
+        else:
+            labels = match_classes(network, self.source).translate(np.array([label])).nonzero()[1]
+        return Example(
+            eval_crop(data, network.crop, network.channels),
+            tuple(map(int, labels)),
+            int(report.predictions[place]),
+            float(report.confidences[place]),
+        )
 
 
 class HeldOut(NamedTuple):
@@ -103,7 +112,13 @@ def predict_split(network: Network, where: HeldOut, most: int) -> Predictions:
     config = network.config
     data = config.data if config and where.name else evaluated_data(network)
     name, folder = where if where.name else (data.name, data.data_dir)
-    source = open_source(name, data.eval_split, folder, train_split=data.train_split)
+    source = open_source(
+        name,
+        data.eval_split,
+        folder,
+        train_split=data.train_split,
+        several_labels=data.multi_label,
+    )
     first = _First(source, most)
     # The run has named the images that cannot be decoded. Of its processes only one writes.
     report = evaluate_network(network, first, "one_crop", say=lambda line: None, alone=True)

@@ -196,7 +196,7 @@ def test_predictions(workdir):
     assert found.report.top1 == pytest.approx(run.final["top1"], abs=1e-9)
     mistakes = found.mistakes(360)
     assert len(mistakes) == 360 - found.report.hits.sum()
-    assert all(each.label != each.predicted for each in mistakes)
+    assert all(each.labels != (each.predicted,) for each in mistakes)
     surest = [each.probability for each in mistakes]
     assert surest == sorted(surest, reverse=True)
     assert [each.probability for each in found.mistakes(5)] == surest[:5]
@@ -215,7 +215,7 @@ def test_examples_are_what_the_network_sees():
     assert found.report.images == len(examples) == 3
     for index, example in enumerate(examples):
         data, label = source[index]
-        assert example.label == label
+        assert example.labels == (label,)
         np.testing.assert_array_equal(example.pixels[:, :, 0], Image.open(io.BytesIO(data)))
 
 
@@ -233,7 +233,7 @@ def test_a_class_without_images():
     """There is no accuracy to show of it, and no division by nothing."""
     found = predict_split(digits_network(), HeldOut(), most=3)
     [table] = sections._confusion(found.report).tables
-    there = {str(each.label) for each in found.examples(3)}
+    there = {str(*each.labels) for each in found.examples(3)}
     assert {name for name, _, _ in table.rows} == there
     assert len(there) < 10
 
