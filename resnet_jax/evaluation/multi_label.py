@@ -8,7 +8,6 @@ Average precision ranks all images of a class, so all logits are kept until the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -142,8 +141,10 @@ class Scores:
             columns = np.concatenate([each[:, part].T for each in logits], axis=1)
             truths = np.concatenate([each[:, part].T for each in labels], axis=1)
             precisions += map(average_precision, columns, truths)
-        predictions = [is_predicted(each, threshold) for each in logits]
-        both = [(p & y).sum(0, dtype=np.int64) for p, y in zip(predictions, labels)]
+        counts = np.zeros((3, classes), np.int64)
+        for outputs, truth in zip(logits, labels):
+            predicted = is_predicted(outputs, threshold)
+            counts += [each.sum(0) for each in (truth, predicted, truth & predicted)]
         losses = np.concatenate(self._losses)
         return MultiLabelMeasures(
             threshold=threshold,
@@ -151,9 +152,9 @@ class Scores:
             loss=math.fsum(losses) / images if np.isfinite(losses).all() else math.nan,
             top1=float(((ranks >= 0) & (ranks < 1)).sum() / known),
             top5=float(((ranks >= 0) & (ranks < 5)).sum() / known),
-            positives=functools.reduce(np.add, (y.sum(0, dtype=np.int64) for y in labels)),
-            predicted=functools.reduce(np.add, (p.sum(0, dtype=np.int64) for p in predictions)),
-            true_positives=functools.reduce(np.add, both),
+            positives=counts[0],
+            predicted=counts[1],
+            true_positives=counts[2],
             average_precision=np.array(precisions),
         )
 

@@ -70,9 +70,10 @@ class Predictions:
         network, report = self.network, self.report
         data, label = self.source[report.indices[place]]
         if report.labels is not None:
-            labels = [report.labels[place]]
+            labels = report.labels[place : place + 1]
         else:
-            labels = match_classes(network, self.source).translate(np.array([label])).nonzero()[1]
+            sets = match_classes(network, self.source).translate(np.array([label]))
+            labels = sets.nonzero()[1]
         return Example(
             eval_crop(data, network.crop, network.channels),
             tuple(map(int, labels)),
