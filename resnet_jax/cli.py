@@ -248,7 +248,11 @@ def _add_predict(parsers: Any) -> None:
     _add_network(parser)
     _add_images(parser)
     add = parser.add_argument
-    add("--top", type=_count, default=5, help="classes of each image")
+    add(
+        "--top",
+        type=_count,
+        help="classes of each image (default: 5; of a multi-label network those that it predicts)",
+    )
     add(
         "--format",
         choices=("table", "jsonl", "csv"),
@@ -291,7 +295,7 @@ def _add_evaluate(parsers: Any) -> None:
     add("--batch_size", type=_count, default=0, help="images a step, on all devices together")
     add("--max_corrupt", type=_count, help="undecodable images that are skipped (default: 10)")
     add("--json", default="", help="write everything to this file; -: print it")
-    add("--per_class", action="store_true", help="print each class's accuracy")
+    add("--per_class", action="store_true", help="print each class's measures")
     add("--force", action="store_true", help="replace a file that is there")
     parser.set_defaults(command=commands.evaluate)
 
@@ -330,6 +334,12 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="side of the crop as a share of the resized image's shorter side",
+    )
+    add(
+        "--threshold",
+        type=float,
+        default=0.0,
+        help="probability from which a multi-label network predicts a class (default: its own)",
     )
 
 

@@ -65,8 +65,9 @@ def _train(wanted: list[str]) -> None:
         raise
     if not peers.is_first:
         return
-    top1 = result.metrics["top1"]
-    print_copy(f"top-1 {top1:.2%} after {result.steps} steps; everything is in {result.workdir}")
+    names = {"map": "mAP", "f1": "F1", "top1": "top-1"}
+    found = [f"{names[x]} {result.metrics[x]:.2%}" for x in names if x in result.metrics]
+    print_copy(f"{', '.join(found)} after {result.steps} steps; everything is in {result.workdir}")
 
 
 def _start_backend() -> None:
@@ -330,6 +331,7 @@ def _open_network(options: argparse.Namespace) -> Any:
         ema=options.ema,
         image_size=options.image_size,
         crop_fraction=options.crop_fraction,
+        threshold=options.threshold,
     )
 
 

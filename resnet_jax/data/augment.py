@@ -77,7 +77,7 @@ def augment(
 
     Args:
       images: uint8 [N, H, W, C].
-      labels: int32 [N].
+      labels: int32 [N], or sets of labels, [N, classes] of 0 and 1 for the first classes.
       key: Of the step, the same on all devices; threefry, JAX's default kind. ("rbg" keys draw
         other numbers under `vmap`, and images would depend on the number of devices.)
       config: What is switched on.
@@ -86,7 +86,8 @@ def augment(
       mirrored: bool [N], which images to mirror, for `flip_alternates`; None: draw it.
 
     Returns:
-      Images float32 [N, H, W, C], and targets float32 [N, num_classes] that sum to 1 each.
+      Images float32 [N, H, W, C], and targets float32 [N, num_classes]: shares of one label,
+      which sum to 1, or 1 for each label of a set.
 
     Raises:
       ConfigError: Images are to be mixed and N is odd, or C is not what `check_channels` allows.
@@ -113,7 +114,7 @@ def augment(
     images = _before_normalization(images.astype(jnp.float32), keys, config)
     images = normalize(images, config)
     images = jax.vmap(functools.partial(_after_normalization, config=config))(images, keys)
-    targets = jax.nn.one_hot(labels, num_classes)
+    targets = make_targets(labels, num_classes)
     if mixed:
         shape = (images.shape[1], images.shape[2])
         draw = functools.partial(_draw_share, shape=shape, config=config)
@@ -122,6 +123,25 @@ def augment(
         # The mean of a CutMix box is its area after clipping: Yun et al. 2019, algorithm A1.
         targets = mix_neighbors(targets, share.mean((1, 2))[:, None])
     return images, targets
+
+
+def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
+    """What the network's outputs should be, before smoothing.
+
+    Args:
+      labels: int [N], or sets of labels, [N, classes] of 0 and 1.
+      num_classes: Outputs of the network, as many as the data set has classes or more.
+
+    Returns:
+      float32 [N, num_classes].
+
+    Example:
+      >>> make_targets(jnp.array([2]), 3).tolist(), make_targets(jnp.array([[1, 1]]), 3).tolist()
+      ([[0.0, 0.0, 1.0]], [[1.0, 1.0, 0.0]])
+    """
+    if labels.ndim == 1:
+        return jax.nn.one_hot(labels, num_classes)
+    return jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, num_classes - labels.shape[1])))
 
 
 def normalize(images: jax.Array, config: Augment) -> jax.Array:

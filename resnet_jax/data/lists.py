@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from resnet_jax.data.base import Label, Request, Source, digest, fault, named
-from resnet_jax.data.folders import stored_channels, read_image
+from resnet_jax.data.folders import read_image, stored_channels
 from resnet_jax.data.splits import WHOLE, Span, parse, select
 from resnet_jax.errors import DataError, one_line
 from resnet_jax.files import MIB, open_regular

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 from collections.abc import Generator
 
 import numpy as np
@@ -21,7 +22,7 @@ class MemoryImages:
 
     Args:
       images: uint8 [N, S, S, C].
-      labels: int32 [N], or [N, classes] of 0 and 1 where an image may have several.
+      labels: int32 [N], or uint8 [N, classes] of 0 and 1 where an image may have several.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
@@ -45,7 +46,13 @@ def fits_memory(source: Source, config: Data, training: bool) -> bool:
     """
     side, channels = _side(config, training), config.channels or source.channels
     varies = training and config.crop != "center"
-    return not varies and len(source) * side * side * channels <= config.memory_gib * 2**30
+    image = side * side * channels + math.prod(source.label_shape)  # bytes, with its label
+    return not varies and len(source) * image <= config.memory_gib * 2**30
+
+
+def label_type(source: Source) -> type[np.integer]:
+    """The type of labels in batches: a byte each, where an image has one for every class."""
+    return np.uint8 if source.label_shape else np.int32
 
 
 def _side(config: Data, training: bool) -> int:
@@ -74,7 +81,7 @@ def load_memory(source: Source, config: Data, training: bool, corrupt: Corrupt) 
         return decode.eval_crop(data, config, channels), label
 
     images = np.empty((len(source), side, side, channels), np.uint8)
-    labels = np.empty((len(source), *source.label_shape), np.int32)
+    labels = np.empty((len(source), *source.label_shape), label_type(source))
     good = np.ones(len(source), bool)
 
     def fill(index: int) -> tuple[int, str] | None:
@@ -117,8 +124,8 @@ def memory_batches(
       hosts: How many there are.
 
     Returns:
-      {"images": uint8 [N, S, S, C], "labels": int32 [N]} for N = batch_size / hosts; with
-      `mirror` also "mirrored": bool [N].
+      {"images": uint8 [N, S, S, C], "labels": int32 [N] or uint8 [N, classes]} for N =
+      batch_size / hosts; with `mirror` also "mirrored": bool [N].
 
     Example:
       >>> data = MemoryImages(np.zeros((10, 2, 2, 1), np.uint8), np.arange(10, dtype=np.int32))

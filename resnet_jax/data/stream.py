@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.data import decode
-from resnet_jax.data.base import Batch
+from resnet_jax.data.base import Batch, Label
 from resnet_jax.data.corrupt import Corrupt
+from resnet_jax.data.memory import label_type
 from resnet_jax.data.order import Order, host_positions
 from resnet_jax.data.sources import Source
 from resnet_jax.data.workers import by_processes
@@ -111,7 +112,7 @@ class _Training(Batches):
         positions = host_positions(self.start + step, self.batch_size, self.host, self.hosts)
         batch = {
             "images": self._pixels(),
-            "labels": np.empty(self.share, np.int32),
+            "labels": np.empty((self.share, *self.source.label_shape), label_type(self.source)),
             "faulty": np.full((self.share, _MOST_IN_A_ROW), -1),
         }
         if self.mirror:
@@ -127,14 +128,14 @@ class _Training(Batches):
 
     def _crop(
         self, index: int, rng: np.random.Generator, image: np.ndarray, faulty: np.ndarray
-    ) -> int:
+    ) -> Label:
         """Fills in the image and the indices of undecodable ones before it; returns its label."""
         for attempt in range(_MOST_IN_A_ROW):
             candidate = (index + attempt) % len(self.source)
             try:
                 data, label = self.source[candidate]
                 decode.train_crop(data, self.config, self.channels, rng, out=image)
-                return int(label)
+                return label
             except DataError:
                 faulty[attempt] = candidate
         raise DataError(
@@ -159,7 +160,7 @@ class _Evaluation(Batches):
     def begin(self, step: int) -> tuple[Batch, list[int]]:
         batch = {
             "images": self._pixels(),
-            "labels": np.zeros((self.share, *self.source.label_shape), np.int32),
+            "labels": np.zeros((self.share, *self.source.label_shape), label_type(self.source)),
             "weights": np.zeros(self.share, np.float32),
             "faulty": np.full(self.share, -1),
         }

@@ -28,6 +28,7 @@ from resnet_jax.data.sources import Source
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
 from resnet_jax.evaluation.label_sets import CORRUPTED, Classes, data_set_name, match_classes
+from resnet_jax.evaluation.multi_label import Scores, check_scores_memory, sigmoid
 from resnet_jax.evaluation.network import Network
 from resnet_jax.evaluation.results import Report
 from resnet_jax.evaluation.views import VIEWS, default_scales, make_measuring_step
@@ -113,6 +114,10 @@ class Evaluator:
     def measure(self, source: Source) -> Report:
         """Measures the network on one data set, as `evaluator.evaluate_network` says."""
         classes = match_classes(self.network, source)
+        if self.network.multi_label:
+            what = f"--data={source.name} --split={source.split}"
+            remedy = "take a part of the split, such as test[:10%]"
+            check_scores_memory(len(source), len(classes.names), what, remedy)
         data = self._data(source)
         limit = data.max_corrupt if self.max_corrupt is None else self.max_corrupt
         corrupt = Corrupt(limit, self.say)
@@ -127,6 +132,7 @@ class Evaluator:
                 self.size,
                 classes.outputs,
                 self.devices if self.alone else None,
+                self.network.multi_label,
             )
         results = _Results()
         waiting = None
@@ -198,6 +204,8 @@ class Evaluator:
                     f"{source.name}: has an image of {name}, which is not one of its "
                     f"{len(classes.names)} classes; prepare it again"
                 )
+            if self.network.multi_label:
+                return labels[:, None] == np.arange(len(classes.names))
         return labels
 
     @contextlib.contextmanager
@@ -223,8 +231,8 @@ class Evaluator:
     ) -> Report:
         network, each = self.network, results.each()
         seen = each["weight"] > 0 if each else np.zeros(0, bool)
-        counted = seen & (each["labelled"] > 0) if each else seen
-        count = int(counted.sum())
+        labelled = seen & (each["labelled"] > 0) if each else seen
+        count = int(labelled.sum())
         if not count:
             raise DataError(f"{source.name}: none of its images can be measured")
         bad = int((seen & ~each["finite"]).sum())
@@ -233,9 +241,13 @@ class Evaluator:
                 f"{network.source}: its outputs are not numbers for {bad} of {seen.sum()} images; "
                 "take another state or file"
             )
-        order = np.flatnonzero(counted)
+        # Of an image without labels all classes may be right, and only the highest one cannot.
+        order = np.flatnonzero(seen if network.multi_label else labelled)
         order = order[np.argsort(indices[order], kind="stable")]
+        measures = results.scores.measure(network.threshold) if network.multi_label else None
         means = {name: total / count for name, total in results.total.items()}
+        if measures is not None:
+            means = measures.record()
         return Report(
             network=network.source,
             model=network.name,
@@ -260,6 +272,7 @@ class Evaluator:
             confidences=each["confidence"][order],
             hits=each["top1"][order],
             seconds=seconds,
+            multi_label=measures,
         )
 
 
@@ -268,6 +281,7 @@ class _Results:
 
     def __init__(self) -> None:
         self.total: dict[str, float] = {}
+        self.scores = Scores()  # of a multi-label network
         self._each: list[dict[str, np.ndarray]] = []
 
     def add(self, measured: dict[str, Any] | None) -> None:
@@ -276,7 +290,22 @@ class _Results:
         found = jax.device_get(measured)
         for name, value in found["sums"].items():
             self.total[name] = self.total.get(name, 0.0) + float(value)
-        self._each.append(found["each"])
+        each = found["each"]
+        self._each.append(self._judge(**each) if "logits" in each else each)
+
+    def _judge(self, logits: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
+        """Keeps a multi-label network's logits, and judges the highest one of each image."""
+        real = weight > 0
+        ranks = np.full(len(weight), -1)
+        ranks[real] = self.scores.add(logits[real], labels[real])
+        return {
+            "prediction": logits.argmax(1),
+            "confidence": sigmoid(logits.max(1)),
+            "finite": np.isfinite(logits).all(1),
+            "top1": ranks == 0,
+            "labelled": ranks >= 0,
+            "weight": weight,
+        }
 
     def each(self) -> dict[str, np.ndarray]:
         names = self._each[0] if self._each else {}

@@ -1,13 +1,14 @@
 """Top-1, top-5 and loss over a data set, each image counted exactly once.
 
 Batches are padded to one size and carry weights of 0 and 1; devices add up, and the one division
-comes at the end. The result does not depend on the batch size or the number of devices.
+comes at the end. The result does not depend on the batch size or the number of devices. Where
+images have sets of labels, the devices give their logits away instead: see multi_label.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax import lax
 
 from resnet_jax.data.augment import normalize
 from resnet_jax.errors import DataError
+from resnet_jax.evaluation.multi_label import Scores
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.config import Augment
 from resnet_jax.training.parallel import AXIS, put
@@ -38,16 +40,25 @@ def make_evaluation_step(
 
     Returns:
       step(variables, batch) -> sums over all devices: images, loss (softmax cross-entropy in
-      nats, whatever the network was trained with), top1, top5.
+      nats, whatever the network was trained with), top1, top5. Where a batch's labels are sets,
+      [N, classes]: the "logits", "labels" and "weights" of the whole batch.
     """
 
     predict = make_logits(model, config, flip)
 
     def step(variables: Any, batch: dict[str, jax.Array]) -> Sums:
         logits = predict(variables, batch["images"])
+        if batch["labels"].ndim == 2:
+            return gather({**batch, "logits": logits}, ("logits", "labels", "weights"))
         return sum_up(judge(logits, batch["labels"]), batch["weights"])
 
     return step
+
+
+def gather(arrays: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, jax.Array]:
+    """Named arrays of all devices, [N, ...] each; for use under the axis "batch"."""
+    chosen = {name: arrays[name] for name in names}
+    return jax.tree.map(functools.partial(lax.all_gather, axis_name=AXIS, tiled=True), chosen)
 
 
 def make_logits(
@@ -115,7 +126,10 @@ def sum_up(each: Sums, weights: jax.Array) -> Sums:
 
 
 def evaluate(
-    step: Callable[[Any, Any], Sums], variables: Any, batches: Iterable[dict[str, np.ndarray]]
+    step: Callable[[Any, Any], Sums],
+    variables: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    threshold: float = 0.5,
 ) -> dict[str, float]:
     """Measures a network on a data set.
 
@@ -123,27 +137,38 @@ def evaluate(
       step: `make_evaluation_step`'s, over all devices.
       variables: {"params", "batch_stats"}.
       batches: This host's part, with weights; equally many on every host.
+      threshold: Probability from which a class is predicted, where images have sets of labels.
 
     Returns:
-      {"images", "loss", "top1", "top5"}: a count, nats an image, and fractions.
+      {"images", "loss", "top1", "top5"}: a count, nats an image, and fractions. Where images have
+      sets of labels also "map", "f1" and "f1_micro", as `MultiLabelMeasures` has them.
 
     Raises:
-      DataError: No image has a weight: none could be decoded.
+      DataError: No image has a weight: none could be decoded. Or none of them has a label.
     """
-    total: dict[str, float] = dict.fromkeys(("images", "loss", "top1", "top5"), 0.0)
+    total, scores = dict.fromkeys(("images", "loss", "top1", "top5"), 0.0), Scores()
     waiting: Sums | None = None
     # One batch is summed up in float64 while the next is computed.
     for batch in batches:
-        sums = step(variables, put(batch))
-        _add(total, waiting)
-        waiting = sums
-    _add(total, waiting)
-    images = total.pop("images")
+        measured = step(variables, put(batch))
+        _add(total, scores, waiting)
+        waiting = measured
+    _add(total, scores, waiting)
+    images = total.pop("images") or float(len(scores.ranks))
     if not images:
         raise DataError("data.eval_split: none of its images can be decoded; mend the data")
-    return {"images": images, **{name: value / images for name, value in total.items()}}
+    if not len(scores.ranks):
+        return {"images": images, **{name: value / images for name, value in total.items()}}
+    if (scores.ranks < 0).all():
+        raise DataError("data.eval_split: none of its images has a label; take another split")
+    return {"images": images, **scores.measure(threshold).record()}
 
 
-def _add(total: dict[str, float], sums: Sums | None) -> None:
-    for name, value in jax.device_get(sums or {}).items():
+def _add(total: dict[str, float], scores: Scores, measured: Sums | None) -> None:
+    found = jax.device_get(measured or {})
+    if "logits" in found:
+        real = found["weights"] > 0
+        scores.add(found["logits"][real], found["labels"][real])
+        return
+    for name, value in found.items():
         total[name] += float(value)

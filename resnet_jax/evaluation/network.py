@@ -10,6 +10,7 @@ import dataclasses
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import traverse_util
@@ -32,10 +33,12 @@ from resnet_jax.training.workdir import read_class_names, read_config
 from resnet_jax.weights.convert import Variables, fit_variables, from_torch, head_classes
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, read_state_dict
 from resnet_jax.weights.pretrained import (
+    MULTI_LABEL,
     Preprocessing,
     load_pretrained,
     pretrained_labels,
     pretrained_name,
+    pretrained_threshold,
 )
 
 
@@ -55,6 +58,9 @@ class Network:
       step: Completed steps of that run's state; None likewise.
       ema: It is the moving average of that state.
       own: The trainer of this user wrote `config`, so the places of its data can be trusted.
+      multi_label: It was trained for images with none, one or several labels: the probability of
+        a class is the logistic function of its logit, and not the softmax.
+      threshold: Probability from which a class is predicted, where it is multi_label.
     """
 
     source: str
@@ -68,6 +74,8 @@ class Network:
     step: int | None = None
     ema: bool = False
     own: bool = False
+    multi_label: bool = False
+    threshold: float = 0.5
 
     @property
     def crop(self) -> Data:
@@ -80,6 +88,13 @@ class Network:
     def colours(self) -> Augment:
         """The preprocessing's mean and deviation, as `data.augment.normalize` takes them."""
         return Augment(mean=self.preprocessing.mean, std=self.preprocessing.std)
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        """What a description of the network says of its outputs; {}: they are for the softmax."""
+        if not self.multi_label:
+            return {}
+        return {"problem_type": MULTI_LABEL, "threshold": self.threshold}
 
 
 def evaluated_data(network: Network) -> Data:
@@ -118,6 +133,7 @@ def open_network(
     ema: bool = True,
     image_size: int = 0,
     crop_fraction: float = 0.0,
+    threshold: float = 0.0,
 ) -> Network:
     """Opens a trained network.
 
@@ -129,6 +145,7 @@ def open_network(
       ema: Of a workdir, the moving average where there is one.
       image_size: Side of the images in pixels; 0: as the network was trained or published.
       crop_fraction: Side of the crop as a share of the resized image's shorter side; 0: likewise.
+      threshold: Probability from which a multi-label network predicts a class; 0: likewise.
 
     Returns:
       The network, with float32 variables.
@@ -160,7 +177,7 @@ def open_network(
     if model and network.name != model:
         raise ConfigError(f"--model={model}: {source} holds a {network.name}; leave the flag out")
     _check_finite(network)
-    return _resized(network, image_size, crop_fraction)
+    return _with_threshold(_resized(network, image_size, crop_fraction), threshold)
 
 
 def _check_finite(network: Network) -> None:
@@ -211,6 +228,8 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
         step=step,
         ema=ema and config.train.ema_decay > 0,
         own=is_own(workdir),
+        multi_label=data.multi_label,
+        threshold=config.evaluate.threshold,
     )
 
 
@@ -246,6 +265,7 @@ def _from_hub(source: str) -> Network:
             f"{source}: its images are resized by {preprocessing.interpolation!r}, which is none "
             f"of {', '.join(INTERPOLATIONS)}"
         )
+    threshold = pretrained_threshold(source)
     return Network(
         source=source,
         name=pretrained_name(source),
@@ -254,6 +274,8 @@ def _from_hub(source: str) -> Network:
         preprocessing=preprocessing,
         channels=_channels(variables),
         class_names=_class_names(model.num_classes, pretrained_labels(source)),
+        multi_label=threshold is not None,
+        threshold=threshold or 0.5,
     )
 
 
@@ -332,3 +354,17 @@ def _resized(network: Network, image_size: int, crop_fraction: float) -> Network
             f"would be resized to {resized:,.0f} pixels, where {MAX_SIDE:,} are the most"
         )
     return dataclasses.replace(network, preprocessing=changed)
+
+
+def _with_threshold(network: Network, threshold: float) -> Network:
+    """The network at another threshold."""
+    if not threshold:
+        return network
+    if not 0 < threshold < 1:
+        raise ConfigError(f"--threshold={threshold}: must be a probability in (0, 1)")
+    if not network.multi_label:
+        raise ConfigError(
+            f"--threshold={threshold}: goes with a multi-label network; {network.source} gives "
+            "each image one class"
+        )
+    return dataclasses.replace(network, threshold=threshold)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from resnet_jax.evaluation.measures import (
     confusion_matrix,
     expected_calibration_error,
 )
+from resnet_jax.evaluation.multi_label import MultiLabelMeasures
 from resnet_jax.output import columns, json_text, padded, visible
 
 # Up to so many classes the confusion matrix is printed.
@@ -37,6 +38,28 @@ class ClassAccuracy(NamedTuple):
     top1: float | None
 
 
+class ClassMeasures(NamedTuple):
+    """How a class is told from the others, where an image has none, one or several.
+
+    Args:
+      name: Of the class.
+      images: That have it.
+      predicted: Images for which it is predicted.
+      average_precision: None where no image has it.
+      precision: None where it is never predicted.
+      recall: None where no image has it.
+      f1: None where neither is the case.
+    """
+
+    name: str
+    images: int
+    predicted: int
+    average_precision: float | None
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """A network measured on a data set. Accuracies and errors are fractions.
@@ -54,8 +77,10 @@ class Report:
       scales: Shorter sides in pixels for multi_scale, else ().
       batch_size: On all devices together.
       skipped: Images that could not be decoded.
-      unlabelled: Images left out because they have no label (ReaL).
-      loss: Softmax cross-entropy in nats an image; None where an image may have several labels.
+      unlabelled: Images without a label: a multi-label network's top-1, top-5 and hits leave them
+        out, and everything does (ReaL) where another network meets them.
+      loss: Softmax cross-entropy in nats an image; of a multi-label network binary cross-entropy,
+        the mean over classes; None where another network meets images with several labels.
       top1: Share of images whose highest score is their label, or one of their labels.
       top5: The same for the five highest.
       class_names: Of the classes that competed.
@@ -65,6 +90,7 @@ class Report:
       confidences: Probability of the prediction, float32 [N].
       hits: bool [N], whether the prediction is right.
       seconds: That it took, without opening network and data.
+      multi_label: Of a multi-label network: average precision, F1 and what they are made of.
     """
 
     network: str
@@ -90,6 +116,7 @@ class Report:
     confidences: np.ndarray
     hits: np.ndarray
     seconds: float
+    multi_label: MultiLabelMeasures | None = None
 
     @property
     def images(self) -> int:
@@ -102,9 +129,12 @@ class Report:
         return calibration(self.confidences, self.hits)
 
     @property
-    def ece(self) -> float:
-        """The expected calibration error over those ranges."""
-        return expected_calibration_error(self.bins)
+    def ece(self) -> float | None:
+        """The expected calibration error over those ranges; None of a multi-label network.
+
+        Its highest probability is no share of a whole, so its calibration is another question.
+        """
+        return None if self.multi_label else expected_calibration_error(self.bins)
 
     @functools.cached_property
     def confusion(self) -> np.ndarray | None:
@@ -126,20 +156,34 @@ class Report:
             for name, n, k in zip(self.class_names, images, hits)
         )
 
+    @property
+    def class_measures(self) -> tuple[ClassMeasures, ...] | None:
+        """How each class is told from the others; None where the network is not multi-label."""
+        found = self.multi_label
+        if found is None:
+            return None
+        shares = (found.average_precision, found.precision, found.recall, found.class_f1)
+        known = [[None if np.isnan(x) else float(x) for x in each] for each in shares]
+        counts = found.positives.tolist(), found.predicted.tolist()
+        return tuple(map(ClassMeasures, self.class_names, *counts, *known))
+
     def summary(self) -> dict[str, Any]:
         """The measures alone, as JSON has them."""
         measures = {name: getattr(self, name) for name in ("loss", "top1", "top5", "ece")}
+        if (found := self.multi_label) is not None:
+            measures |= {"map": found.map, "f1": found.f1, "f1_micro": found.f1_micro}
+            measures |= {"threshold": found.threshold, "absent_classes": found.absent}
         counts = {name: getattr(self, name) for name in ("images", "skipped", "unlabelled")}
         return {**measures, **counts}
 
     def to_json(self) -> dict[str, Any]:
         """Everything but each image's own results, in the form of docs/evaluate.md."""
-        per_class, confusion = self.per_class, self.confusion
+        per_class, confusion = self.class_measures or self.per_class, self.confusion
         return {
             **_setting(self),
             **self.summary(),
             "classes": len(self.class_names),
-            "calibration": [each._asdict() for each in self.bins],
+            "calibration": None if self.multi_label else [each._asdict() for each in self.bins],
             "per_class": None if per_class is None else [each._asdict() for each in per_class],
             "confusion": None
             if confusion is None
@@ -159,43 +203,76 @@ class Report:
         """
         rows = [
             ("images", f"{self.images:,}" + self._left_out()),
+            *(self._multi_label_rows(self.multi_label) if self.multi_label else ()),
             ("top-1", f"{self.top1:.2%}"),
             ("top-5", f"{self.top5:.2%}"),
             (
                 "loss",
                 "none: images have several labels" if self.loss is None else f"{self.loss:.4f}",
             ),
-            ("ECE", f"{self.ece:.2%}  ({len(self.bins)} bins of equal width)"),
-            ("time", f"{self.seconds:.1f} s, {self.images / self.seconds:,.0f} images/s"),
         ]
+        if self.ece is not None:
+            rows.append(("ECE", f"{self.ece:.2%}  ({len(self.bins)} bins of equal width)"))
+        speed = self.images / self.seconds
+        rows.append(("time", f"{self.seconds:.1f} s, {speed:,.0f} images/s"))
         lines = [_title(self), *(f"  {name:<8}{value}" for name, value in rows)]
         if per_class:
             lines += ["", *self._class_lines()]
         return "\n".join(lines)
 
+    def _multi_label_rows(self, found: MultiLabelMeasures) -> list[tuple[str, str]]:
+        classes = f"{len(self.class_names) - found.absent:,} classes"
+        if found.absent:
+            classes += f"; {found.absent:,} more are on no image"
+        f1 = f"{found.f1:.2%} macro, {found.f1_micro:.2%} micro"
+        return [
+            ("mAP", f"{found.map:.2%}  ({classes})"),
+            ("F1", f"{f1}  (probability {found.threshold:g} or more)"),
+        ]
+
     def _left_out(self) -> str:
-        parts = [(self.skipped, "cannot be decoded"), (self.unlabelled, "have no label")]
-        return "".join(f"; {count:,} more {why}" for count, why in parts if count)
+        unlabelled = "of them have no label" if self.multi_label else "more have no label"
+        parts = [(self.skipped, "more cannot be decoded"), (self.unlabelled, unlabelled)]
+        return "".join(f"; {count:,} {why}" for count, why in parts if count)
 
     def _class_lines(self) -> Iterator[str]:
-        if self.per_class is None or self.confusion is None:
-            yield "no accuracy of each class: images have several labels"
-            return
         names = [visible(name) for name in self.class_names]
         width = min(_LONGEST_NAME, max(5, *map(columns, names)))
-        yield f"{'class':<{width}}  images   top-1  most often taken for"
-        for label, each in enumerate(self.per_class):
-            row = self.confusion[label].copy()
-            row[label] = 0
-            worst = int(row.argmax())
-            taken = f"  {names[worst]} ({row[worst]})" if row[worst] else ""
-            top1 = "-" if each.top1 is None else f"{each.top1:.2%}"
-            yield f"{padded(names[label], width)}  {each.images:>6} {top1:>7}{taken}"
-        if len(self.class_names) <= _PRINTED_CLASSES:
-            cell = max(4, *(len(str(count)) + 1 for count in self.confusion.flat))
-            yield "\nconfusion matrix: a row for each label, columns in the same order"
-            for name, row in zip(names, self.confusion):
-                yield padded(name, width) + "".join(f"{count:>{cell}}" for count in row)
+        if self.class_measures is not None:
+            yield from _measure_lines(self.class_measures, names, width)
+        elif self.per_class is not None and self.confusion is not None:
+            yield from _accuracy_lines(self.per_class, self.confusion, names, width)
+        else:
+            yield "no accuracy of each class: images have several labels"
+
+
+def _measure_lines(
+    classes: Sequence[ClassMeasures], names: Sequence[str], width: int
+) -> Iterator[str]:
+    yield f"{'class':<{width}}  images predicted      AP precision  recall      F1"
+    for name, each in zip(names, classes):
+        shares = (each.average_precision, each.precision, each.recall, each.f1)
+        cells = ["-" if x is None else f"{x:.2%}" for x in shares]
+        line = f"{padded(name, width)}  {each.images:>6} {each.predicted:>9}"
+        yield line + " {:>7} {:>9} {:>7} {:>7}".format(*cells)
+
+
+def _accuracy_lines(
+    classes: Sequence[ClassAccuracy], confusion: np.ndarray, names: Sequence[str], width: int
+) -> Iterator[str]:
+    yield f"{'class':<{width}}  images   top-1  most often taken for"
+    for label, each in enumerate(classes):
+        row = confusion[label].copy()
+        row[label] = 0
+        worst = int(row.argmax())
+        taken = f"  {names[worst]} ({row[worst]})" if row[worst] else ""
+        top1 = "-" if each.top1 is None else f"{each.top1:.2%}"
+        yield f"{padded(names[label], width)}  {each.images:>6} {top1:>7}{taken}"
+    if len(names) <= _PRINTED_CLASSES:
+        cell = max(4, *(len(str(count)) + 1 for count in confusion.flat))
+        yield "\nconfusion matrix: a row for each label, columns in the same order"
+        for name, row in zip(names, confusion):
+            yield padded(name, width) + "".join(f"{count:>{cell}}" for count in row)
 
 
 @dataclasses.dataclass(frozen=True)

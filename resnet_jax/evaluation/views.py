@@ -9,6 +9,9 @@
                  3.4): *logits* are averaged over the positions of the last map, which is what
                  pooling before a linear head does, and *probabilities* over the scales
 
+Where images have sets of labels, the probability of a class is the logistic function of its logit,
+and else the softmax.
+
 A mean of probabilities lets no single view outvote the rest, however large its logits; it is the
 form of the two papers that the networks of section 3.4 are compared with (Simonyan & Zisserman
 2015, section 3.2). It is computed from their logarithms, where nothing underflows.
@@ -25,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.evaluation.metrics import Sums, judge, make_logits, sum_up
+from resnet_jax.evaluation.metrics import Sums, gather, judge, make_logits, sum_up
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
 from resnet_jax.training.config import Augment
-from resnet_jax.training.parallel import AXIS
+from resnet_jax.training.step import top_k_hits
 
 VIEWS = ("one_crop", "flip", "ten_crop", "multi_scale")
 # Shorter sides in He et al. 2015, section 3.4, by the side of the training crop.
@@ -59,6 +62,7 @@ def make_measuring_step(
     side: int,
     outputs: np.ndarray | None = None,
     devices: Sequence[jax.Device] | None = None,
+    multi_label: bool = False,
 ) -> Callable[[Any, dict[str, Any]], dict[str, Sums]]:
     """The evaluation of one batch on several devices.
 
@@ -69,11 +73,13 @@ def make_measuring_step(
       side: Of a crop in pixels, for ten_crop.
       outputs: The network's outputs that compete; None: all.
       devices: Which; None: all, of all processes.
+      multi_label: The network was trained for sets of labels.
 
     Returns:
       measure(variables, batch) -> {"sums", "each"}: as the trainer's step, summed over all
       devices, and for each image of the whole batch its weight, label, prediction, confidence
-      and measures. A batch is of the host's arrays: {"images", "labels", "weights"}.
+      and measures. With multi_label there are no sums, and each image has its "logits", "labels"
+      and "weight". A batch is of the host's arrays: {"images", "labels", "weights"}.
     """
     predict = make_logits(model, colours, flip=views == "flip")
 
@@ -81,17 +87,21 @@ def make_measuring_step(
         logits = predict(variables, images)
         return logits if outputs is None else logits[:, outputs]
 
+    shares = _log_outcomes if multi_label else jax.nn.log_softmax
     if views == "ten_crop":
-        look = _look_at_crops(compete, side, devices)
+        look = _look_at_crops(compete, shares, side, devices)
     elif views == "multi_scale":
-        look = _look_at_scales(compete, devices)
+        look = _look_at_scales(compete, shares, devices)
     else:
         look = _look_once(compete, devices)
-    judged = parallel.data_parallel_sums(lambda _, batch: _judged(batch), devices)
+    averages = views in ("ten_crop", "multi_scale")
+    judge_batch = functools.partial(_gathered, averages=averages) if multi_label else _judged
+    judged = parallel.data_parallel_sums(lambda _, batch: judge_batch(batch), devices)
     classes = model.num_classes if outputs is None else len(outputs)
+    width = 2 * classes if multi_label and averages else classes
 
     def measure(variables: Any, batch: dict[str, Any]) -> dict[str, Sums]:
-        nothing = np.full((len(batch["weights"]), classes), -np.inf, np.float32)
+        nothing = np.full((len(batch["weights"]), width), -np.inf, np.float32)
         placed = parallel.put({"scores": nothing, **batch, "images": None})
         sums, scores = look(variables, batch["images"], placed)
         found = judged(np.float32(0), {**placed, "scores": scores})
@@ -104,6 +114,7 @@ def make_measuring_step(
 # already, and what orders the classes and normalises to their probabilities [D, N / D, classes].
 Look = Callable[[Any, Any, dict[str, jax.Array]], tuple[Sums, jax.Array]]
 Compete = Callable[[Any, jax.Array], jax.Array]
+Shares = Callable[[jax.Array], jax.Array]  # logits to logarithms of probabilities
 Devices = Sequence[jax.Device] | None
 
 
@@ -130,13 +141,13 @@ def _look_once(compete: Compete, devices: Devices) -> Look:
     return look
 
 
-def _look_at_crops(compete: Compete, side: int, devices: Devices) -> Look:
+def _look_at_crops(compete: Compete, shares: Shares, side: int, devices: Devices) -> Look:
     def add(arguments: Any, batch: dict[str, jax.Array]) -> jax.Array:
         variables, top, left, mirrored = arguments
         images = lax.dynamic_slice_in_dim(batch["images"], top, side, axis=1)
         images = lax.dynamic_slice_in_dim(images, left, side, axis=2)  # [N, side, side, C]
         images = jnp.where(mirrored, images[:, :, ::-1], images)
-        return jnp.logaddexp(batch["total"], jax.nn.log_softmax(compete(variables, images)))
+        return jnp.logaddexp(batch["total"], shares(compete(variables, images)))
 
     run = parallel.data_parallel_outputs(add, devices)  # one program for all ten
 
@@ -155,10 +166,9 @@ def _look_at_crops(compete: Compete, side: int, devices: Devices) -> Look:
     return look
 
 
-def _look_at_scales(compete: Compete, devices: Devices) -> Look:
+def _look_at_scales(compete: Compete, shares: Shares, devices: Devices) -> Look:
     def add(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        logits = compete(variables, batch["images"])
-        return jnp.logaddexp(batch["total"], jax.nn.log_softmax(logits))
+        return jnp.logaddexp(batch["total"], shares(compete(variables, batch["images"])))
 
     run = parallel.data_parallel_outputs(add, devices)  # one program for each shape
 
@@ -179,12 +189,12 @@ def _judged(batch: dict[str, jax.Array]) -> dict[str, Sums]:
     if labels.ndim == 1:
         each, labelled = judge(logits, labels), jnp.ones_like(weights)
     else:
-        # Of several right labels the one that the network likes best; without any, none counts.
-        each, labelled = (
-            judge(logits, jnp.where(labels > 0, logits, -jnp.inf).argmax(1)),
-            labels.any(1),
-        )
-        del each["loss"]
+        labelled = labels.any(1)  # of an image without labels nothing counts
+        each = {
+            "images": jnp.ones_like(weights),
+            "top1": top_k_hits(logits, labels > 0, 1),
+            "top5": top_k_hits(logits, labels > 0, 5),
+        }
     sums = sum_up(each, weights * labelled)
     facts = {
         **each,
@@ -196,5 +206,28 @@ def _judged(batch: dict[str, jax.Array]) -> dict[str, Sums]:
     }
     if labels.ndim == 1:
         facts["label"] = labels
-    gather = functools.partial(lax.all_gather, axis_name=AXIS, tiled=True)
-    return {"sums": sums, "each": jax.tree.map(gather, facts)}
+    return {"sums": sums, "each": gather(facts, [*facts])}
+
+
+def _log_outcomes(logits: jax.Array) -> jax.Array:
+    """Logarithms of the probabilities that each class is there and that it is not [N, 2 classes].
+
+    Both, because one minus a mean of nearly 1 would have no digits left.
+    """
+    return jnp.concatenate([jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)], axis=1)
+
+
+def _gathered(batch: dict[str, jax.Array], averages: bool) -> dict[str, Sums]:
+    """Every image's logits and labels, on all devices; for use under the axis "batch".
+
+    Args:
+      batch: {"scores", "labels", "weights"}.
+      averages: The scores are totals of what `_log_outcomes` gives; their logit is that of the
+        mean probability.
+    """
+    logits = batch["scores"]
+    if averages:
+        there, not_there = jnp.split(logits, 2, axis=1)
+        logits = there - not_there
+    facts = {"logits": logits, "labels": batch["labels"], "weight": batch["weights"]}
+    return {"sums": {}, "each": gather(facts, [*facts])}

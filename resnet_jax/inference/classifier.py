@@ -13,6 +13,7 @@ from PIL import Image
 
 from resnet_jax.data.decode import not_whole
 from resnet_jax.errors import ConfigError, DataError, library_errors
+from resnet_jax.evaluation.multi_label import is_predicted, sigmoid
 from resnet_jax.evaluation.network import Network, open_network
 from resnet_jax.inference.forward import Forward
 from resnet_jax.limits import MAX_CHANNELS
@@ -99,12 +100,13 @@ class Classifier:
         """
         return cls(open_network(source, **options), batch_size=batch_size)
 
-    def __call__(self, images: Any, top: int = 5) -> list[list[Prediction]]:
+    def __call__(self, images: Any, top: int | None = None) -> list[list[Prediction]]:
         """The most likely classes of each image.
 
         Args:
           images: One or several, as above.
-          top: How many classes; where the network has fewer, all.
+          top: How many classes; where the network has fewer, all. None: five, or of a multi-label
+            network those whose probability reaches `network.threshold`, which may be none.
 
         Returns:
           A list for each image, the most likely class first; of equal ones, the first in number.
@@ -134,47 +136,66 @@ class Classifier:
         return np.stack(rows) if rows else np.empty((0, self.network.model.num_classes), np.float32)
 
     def probabilities(self, images: Any) -> np.ndarray:
-        """The softmax of the outputs.
+        """The softmax of the outputs; of a multi-label network the logistic function of each.
 
         Args:
           images: One or several, as above.
 
         Returns:
-          float32 [N, classes]; each row sums to 1.
+          float32 [N, classes]; each row of a softmax sums to 1.
 
         Raises:
           DataError: An image cannot be read, or is not of a kind named above.
           WeightsError: The network's outputs are not finite numbers.
         """
-        return _softmax(self.logits(images))
+        return probabilities(self.network, self.logits(images))
 
-    def best(self, logits: np.ndarray, top: int) -> list[Prediction]:
+    def best(self, logits: np.ndarray, top: int | None = None) -> list[Prediction]:
         """The most likely classes of one image.
 
         Args:
           logits: float32 [classes].
-          top: How many.
+          top: How many; None: as for images.
 
         Returns:
           The most likely first.
         """
-        probabilities = _softmax(logits)
-        order = np.argsort(-probabilities, kind="stable")[:top]
-        names = self.network.class_names
-        return [Prediction(names[i], int(i), float(probabilities[i])) for i in order]
+        network = self.network
+        shares = probabilities(network, logits)
+        # Large logits differ where their probabilities are both rounded to 1.
+        order = np.argsort(-(logits if network.multi_label else shares), kind="stable")
+        if top is None and network.multi_label:
+            top = int(is_predicted(logits, network.threshold).sum())
+        return [
+            Prediction(network.class_names[i], int(i), float(shares[i]))
+            for i in order[: 5 if top is None else top]
+        ]
 
 
-def check_top(top: int) -> None:
+def check_top(top: int | None) -> None:
     """Checks the number of classes that are asked for.
 
     Args:
-      top: How many.
+      top: How many; None: nobody said.
 
     Raises:
       ConfigError: Below 1.
     """
-    if top < 1:
+    if top is not None and top < 1:
         raise ConfigError(f"--top={top}: must be 1 or more")
+
+
+def probabilities(network: Network, logits: np.ndarray) -> np.ndarray:
+    """What a network's logits say of the classes.
+
+    Args:
+      network: The network.
+      logits: float32 [..., classes].
+
+    Returns:
+      float32 of the same shape: the softmax, or of a multi-label network the logistic function.
+    """
+    return sigmoid(logits) if network.multi_label else _softmax(logits)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

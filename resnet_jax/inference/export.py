@@ -268,6 +268,7 @@ def _write_onnx(
         "architecture": network.name,
         "class_names": network.class_names,
         "preprocessing": dataclasses.asdict(network.preprocessing),
+        **network.problem,
     }
     write_onnx(function, network.variables, images.shape[1:], facts, files[0])
     return run_onnx(files[0], images)

@@ -91,6 +91,7 @@ def hub_config(network: Network) -> dict[str, Any]:
         "num_classes": model.num_classes,
         "num_features": list(model.feature_info().values())[-1].channels,
         "label_names": list(network.class_names),
+        **network.problem,
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             "input_size": [channels, side, side],
@@ -169,7 +170,8 @@ def _facts(network: Network) -> dict[str, str]:
         "image": f"{shape[1]} x {shape[2]} pixels, {'grey' if shape[3] == 1 else 'RGB'}: the "
         f"centre, once the shorter side is {preprocessing.resize_size} pixels "
         f"({preprocessing.interpolation})",
-        "classes": str(network.model.num_classes),
+        "classes": str(network.model.num_classes)
+        + (", none, one or several for an image" if network.multi_label else ""),
     }
     record = measured(network)
     if network.config is not None:
@@ -179,6 +181,9 @@ def _facts(network: Network) -> dict[str, str]:
     if record is not None:
         average = ", moving average" if network.ema else ""
         split = _plain(record["split"])
+        for name, title in (("map", "mAP"), ("f1", "macro F1"), ("f1_micro", "micro F1")):
+            if name in record:
+                facts[f"{title} ({split})"] = f"{record[name]:.2%}"
         facts[f"top-1 ({split})"] = f"{record['top1']:.2%}"
         if "top5" in record:
             facts[f"top-5 ({split})"] = f"{record['top5']:.2%}"
@@ -217,6 +222,9 @@ def _usage(network: Network) -> str:
 
 model, variables, preprocessing = rj.load_pretrained("PATH_OR_OWNER/NAME")
 logits = model.apply(variables, preprocessing.normalize(uint8_images), train=False)  # NHWC"""
+    if network.multi_label:
+        found = f"found = jax.nn.sigmoid(logits) >= {network.threshold}  # [N, classes]"
+        here = f"import jax\n{here}\n{found}"
     parts = ["## Use", _code("python", here)]
     if in_timm(network.name):
         timm = """import timm

@@ -29,7 +29,7 @@ def write_predictions(
     classifier: Callable[[], Classifier],
     files: Sequence[ImageFile],
     *,
-    top: int = 5,
+    top: int | None = None,
     form: str = "",
     output: str = "",
     force: bool = False,
@@ -39,7 +39,7 @@ def write_predictions(
     Args:
       classifier: Makes the classifier, once all else is known to be right.
       files: The images.
-      top: Classes of each image.
+      top: Classes of each image; None: as for `Classifier`.
       form: "table", "jsonl" or "csv"; "": as the output's name ends, else a table.
       output: A file, which appears when it is whole; "": standard output.
       force: Replace the file.
@@ -87,7 +87,7 @@ def _table(files: Sequence[ImageFile]) -> tuple[str, Form]:
                 f"{padded(shown, width)}  {each.probability:11.4f}  {visible(each.name)}\n"
             )
             shown = ""
-        return "".join(lines)
+        return "".join(lines) or f"{padded(shown, width)}  {'-':>11}\n"  # no class is likely
 
     return f"{padded('image', width)}  probability  class\n", write
 
@@ -110,12 +110,11 @@ def _csv(files: Sequence[ImageFile]) -> tuple[str, Form]:
         return text.getvalue()
 
     def write(name: str, predictions: list[Prediction]) -> str:
-        return lines(
-            [
-                [_cell(name), rank, each.index, _cell(each.name), _shortest(each)]
-                for rank, each in enumerate(predictions, start=1)
-            ]
-        )
+        found = [
+            [_cell(name), rank, each.index, _cell(each.name), _shortest(each)]
+            for rank, each in enumerate(predictions, start=1)
+        ]
+        return lines(found or [[_cell(name), "", "", "", ""]])  # no class is likely
 
     return lines([["image", "rank", "index", "name", "probability"]]), write
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.data.memory import label_type
 from resnet_jax.data.sources import Source
 from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.models.summary import training_flops
@@ -130,10 +131,11 @@ def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.st
 
     count, size = len(devices), config.train.batch_size // len(devices)
     shape = jax.ShapeDtypeStruct
+    labels = label_type(source)
     mirrored = {"mirrored": jnp.bool_} if config.augment.flip_alternates else {}
     if config.train.steps_per_call > 1:
         images = shape((len(source), side, side, channels), jnp.uint8)
-        data = {"images": images, "labels": shape((len(source),), jnp.int32)}
+        data = {"images": images, "labels": shape((len(source), *source.label_shape), labels)}
         kinds = {"indices": jnp.int32, **mirrored}
         choices = {name: shape((count, size, 1), kind) for name, kind in kinds.items()}
         several: Any = parallel.data_parallel(make_steps(step, platform), devices, whole=1)
@@ -141,7 +143,7 @@ def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.st
     batch = {
         "images": shape((count, size, side, side, channels), jnp.uint8),
         **{name: shape((count, size), kind) for name, kind in mirrored.items()},
-        "labels": shape((count, size), jnp.int32),
+        "labels": shape((count, size, *source.label_shape), labels),
     }
     single: Any = parallel.data_parallel(step, devices)
     return single.lower(state, batch)

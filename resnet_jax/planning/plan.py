@@ -85,6 +85,8 @@ def make_plan(
     check_rate("images_per_core", images_per_core)
     classes = num_classes or (config.model.num_classes if images else 0)
     source = training_size(config.data, images, classes)
+    if config.data.multi_label:
+        source.label_shape = (source.num_classes,)
     check_source(config, source)
     check_calls(config, source)
     per_chip = place.accelerator.devices_per_chip

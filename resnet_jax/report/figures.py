@@ -64,6 +64,32 @@ def learning_curves(runs: Sequence[Run]) -> bytes:
     return _png(figure)
 
 
+def multi_label_curves(runs: Sequence[Run]) -> bytes:
+    """Mean average precision and macro F1 of held-out images over steps, in %.
+
+    Args:
+      runs: Overlaid; of a moving average where a run has one.
+
+    Returns:
+      A PNG file.
+    """
+    figure = Figure(figsize=(7.2, 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for run, colour in zip(runs, _colours(len(runs))):
+        records = [r for r in run.ema_evaluations or run.evaluations if "map" in r and "f1" in r]
+        steps = [record["step"] for record in records]
+        marker = "o" if len(records) == 1 else None
+        for name, style, label in (("map", "-", run.title), ("f1", "--", None)):
+            values = [100 * record[name] for record in records]
+            axes.plot(steps, values, style, color=colour, marker=marker, label=label)
+    axes.set(xlabel="step", ylabel="%", ylim=(0, 100))
+    axes.set_title("solid: mean average precision    dashed: F1", fontsize="small", color="0.3")
+    axes.grid(alpha=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes)
+    return _png(figure)
+
+
 def response_curves(by_run: Mapping[str, Mapping[str, float]]) -> bytes:
     """Standard deviations of layer responses, as in the paper's Figure 7.
 

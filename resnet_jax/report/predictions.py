@@ -12,6 +12,7 @@ from resnet_jax.data.base import Label, Source
 from resnet_jax.data.decode import eval_crop
 from resnet_jax.errors import DataError
 from resnet_jax.evaluation.evaluator import evaluate_network, open_held_out
+from resnet_jax.evaluation.label_sets import match_classes
 from resnet_jax.evaluation.network import Network, evaluated_data
 from resnet_jax.evaluation.results import Report
 
@@ -22,13 +23,13 @@ class Example:
 
     Args:
       pixels: uint8 [H, W, C], as the network sees it.
-      label: Its class.
+      labels: Its classes: one, or of a multi-label network none or several.
       predicted: The class with the highest probability.
       probability: That probability.
     """
 
     pixels: np.ndarray
-    label: int
+    labels: tuple[int, ...]
     predicted: int
     probability: float
 
@@ -52,23 +53,32 @@ class Predictions:
         return self._read(range(min(count, self.report.images)))
 
     def mistakes(self, count: int) -> list[Example]:
-        """The surest wrong predictions, the surest first."""
-        wrong = np.flatnonzero(self.report.predictions != self.report.labels)
-        surest = np.argsort(-self.report.confidences[wrong], kind="stable")
+        """The surest wrong predictions, the surest first; each image's likeliest class counts."""
+        report = self.report
+        if report.labels is not None:
+            wrong = np.flatnonzero(report.predictions != report.labels)
+        else:  # a class that the image has not, and that is predicted all the same
+            wrong = np.flatnonzero(~report.hits & (report.confidences >= self.network.threshold))
+        surest = np.argsort(-report.confidences[wrong], kind="stable")
         return self._read(wrong[surest[:count]].tolist())
 
     def _read(self, places: Iterable[int]) -> list[Example]:
+        return [self._example(place) for place in places]
+
+    def _example(self, place: int) -> Example:
         network, report = self.network, self.report
-        labels = np.asarray(report.labels)  # there: a run's images have one label each
-        return [
-            Example(
-                eval_crop(self.source[report.indices[place]][0], network.crop, network.channels),
-                int(labels[place]),
-                int(report.predictions[place]),
-                float(report.confidences[place]),
-            )
-            for place in places
-        ]
+        data, label = self.source[report.indices[place]]
+        if report.labels is not None:
+            labels = report.labels[place : place + 1]
+        else:
+            sets = match_classes(network, self.source).translate(np.array([label]))
+            labels = sets.nonzero()[1]
+        return Example(
+            eval_crop(data, network.crop, network.channels),
+            tuple(map(int, labels)),
+            int(report.predictions[place]),
+            float(report.confidences[place]),
+        )
 
 
 class HeldOut(NamedTuple):

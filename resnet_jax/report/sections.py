@@ -15,7 +15,8 @@ from resnet_jax.data.augment import normalize
 from resnet_jax.data.decode import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
 from resnet_jax.evaluation.network import Network, open_network
-from resnet_jax.evaluation.results import Report
+from resnet_jax.evaluation.results import ClassMeasures, Report
+from resnet_jax.inference.classifier import probabilities
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
 from resnet_jax.output import visible
@@ -101,8 +102,9 @@ def one_run(run: Run, images: Sequence[str | Path], data: HeldOut) -> list[Secti
         return [*sections, Section("images", "Images", text), _filters(network), *recipe]
     held_out = predictions.examples(RESPONDING)
     examples = _read_images(images, network) or held_out
+    classes = predictions.report.class_measures
     sections += [
-        _confusion(predictions.report),
+        _confusion(predictions.report) if classes is None else _classes(classes, run),
         _mistakes(predictions),
         _explanations(network, examples[:EXPLAINED]),
         _filters(network),
@@ -139,6 +141,9 @@ def _figures(run: Run) -> Section:
     final, config = run.final, run.config
     rows = [
         ("held out", f"{config.data.eval_split}, {final.get('images', 0):,} images"),
+        ("mAP", f"{final['map']:.2%}" if "map" in final else ""),
+        ("F1, macro", f"{final['f1']:.2%}" if "f1" in final else ""),
+        ("F1, micro", f"{final['f1_micro']:.2%}" if "f1_micro" in final else ""),
         ("top-1", f"{final['top1']:.2%}" if final else "not evaluated yet"),
         ("top-5", f"{final['top5']:.2%}" if "top5" in final else ""),
         ("loss", f"{final['loss']:.4f}" if final else ""),
@@ -178,7 +183,17 @@ def _curves(runs: Sequence[Run]) -> Section:
         "Top-1 error over training steps, with the learning rate below",
         "As in He et al. 2015, Figures 4 and 6. Dotted: where the learning rate falls.",
     )
-    return Section("curves", "Learning curves", pictures=[picture])
+    pictures = [picture]
+    if any("map" in record for run in runs for record in run.evaluations):
+        pictures.append(
+            Picture(
+                "multi_label",
+                figures.multi_label_curves(runs),
+                "Mean average precision and macro F1 over training steps",
+                "Mean average precision, and F1 at the threshold of each run, on held-out images.",
+            )
+        )
+    return Section("curves", "Learning curves", pictures=pictures)
 
 
 def _confusion(report: Report) -> Section:
@@ -200,20 +215,42 @@ def _confusion(report: Report) -> Section:
     return Section("confusion", "Confusion", pictures=pictures, tables=[table])
 
 
+def _classes(classes: Sequence[ClassMeasures], run: Run) -> Section:
+    """Each class of a multi-label network, in the place of a confusion matrix."""
+    there = [each for each in classes if each.average_precision is not None]
+    hardest = sorted(there, key=lambda each: each.average_precision or 0.0)
+    rows = []
+    for each in hardest:
+        shares = (each.average_precision, each.precision, each.recall, each.f1)
+        cells = ["" if x is None else f"{x:.1%}" for x in shares]
+        rows.append((each.name, *cells, f"{each.images:,}", f"{each.predicted:,}"))
+    header = ("class", "average precision", "precision", "recall", "F1", "images", "predicted")
+    text = (
+        f"The hardest first. A class is predicted from a probability of "
+        f"{run.config.evaluate.threshold:g} up."
+    )
+    if len(there) < len(classes):
+        text += f" {len(classes) - len(there):,} classes are on no image."
+    return Section("classes", "Classes", text, tables=[Table(rows, header)])
+
+
 def _mistakes(predictions: Predictions) -> Section:
     names, shown = predictions.report.class_names, predictions.mistakes(MISTAKES)
+    several = predictions.network.multi_label
     if not shown:
         text = f"None of {predictions.report.images:,} images is mistaken."
         return Section("mistakes", "Surest mistakes", text)
     titles = [
-        f"{_short(names[each.label])}\n→ {_short(names[each.predicted])} {each.probability:.0%}"
+        f"{_short(', '.join(names[label] for label in each.labels) or 'none')}\n"
+        f"→ {_short(names[each.predicted])} {each.probability:.0%}"
         for each in shown
     ]
     picture = Picture(
         "mistakes",
         figures.picture_grid([each.pixels for each in shown], titles, columns=6),
         "Images that the network is most sure of and wrong",
-        "Above each image its true class, and below that the prediction with its probability.",
+        f"Above each image its true {'classes' if several else 'class'}, and below that the "
+        "prediction with its probability.",
     )
     return Section("mistakes", "Surest mistakes", pictures=[picture])
 
@@ -303,9 +340,9 @@ def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]
             raise ConfigError(f"--images: {path}: {error}") from error
         images = normalize(jnp.asarray(pixels[None]), network.colours)
         logits: Any = network.model.apply(network.variables, images, train=False)
-        shares = np.asarray(jnp.exp(logits - logits.max()))[0]
+        shares = probabilities(network, np.asarray(logits))[0]
         guess = int(shares.argmax())
-        examples.append(Example(pixels, guess, guess, float(shares[guess] / shares.sum())))
+        examples.append(Example(pixels, (guess,), guess, float(shares[guess])))
     return examples
 
 

@@ -27,7 +27,8 @@ SAMPLERS = ("shuffled", "balanced")
 DATA_NAMES = "digits, tfds:NAME[:VERSION], folder:PATH, csv:FILE or jsonl:FILE"
 DATA_PLACES = ("folder", "csv", "jsonl")  # kinds of data that are named by a path
 # Measures by which one state is better than another; of a loss the least is the best.
-MEASURES = ("top1", "top5", "loss", "map", "f1")
+MULTI_LABEL_MEASURES = ("map", "f1")
+MEASURES = ("top1", "top5", "loss", *MULTI_LABEL_MEASURES)
 
 
 @dataclasses.dataclass
@@ -76,7 +77,7 @@ class Data:
       data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
       train_split: Trained on; a split or parts of splits, such as "train[:90%]".
       eval_split: Evaluated on.
-      multi_label: Images have none, one or several labels each; docs/data.md.
+      multi_label: Images have none, one or several labels each; docs/multi_label.md.
       label_separator: Between the labels of an image in a CSV file.
       allow_missing_classes: Accept folders and lists without images of some classes.
       sampler: "shuffled": each image once an epoch; "balanced": each class equally often.
@@ -244,7 +245,8 @@ class Loss:
     Args:
       name: "softmax" cross-entropy; "bce": a binary cross-entropy for each class; or "focal": the
         same with less weight for what is easy (Lin et al. 2017).
-      label_smoothing: Share of the label spread over all classes.
+      label_smoothing: Share of the label spread over all classes; with data.multi_label, over
+        "yes" and "no" of each class.
       bce_threshold: For bce: targets above it count as 1, others as 0; 0: targets as they are.
       focal_gamma: For focal: the exponent of 1 - p.
       class_weights: "balanced": inversely to the images of each class, 1 on average over the
@@ -305,7 +307,7 @@ class Evaluate:
       every_epochs: Epochs between evaluations; the end is always evaluated.
       batch_size: Images a step, on all devices together; 0: that of training.
       flip: Average the logits of each image and its mirror image.
-      threshold: Probability from which a class counts as found, with data.multi_label.
+      threshold: Probability from which a class is predicted, with data.multi_label.
     """
 
     every_epochs: float = 1.0

@@ -36,6 +36,7 @@ from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
+from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
 from resnet_jax.training import parallel
@@ -115,6 +116,10 @@ def train(config: Config, workdir: str | Path) -> Result:
         check_batches(config)
         check_calls(config, sources["train"])
         check_memory(config, model, channels_of(config, sources["train"]), peers.count)
+        if config.data.multi_label:
+            what = f"data.eval_split = {config.data.eval_split!r}"
+            remedy = "evaluate on a part of it, such as 'test[:10%]'"
+            check_scores_memory(len(sources["eval"]), model.num_classes, what, remedy)
         peers.agree(facts(config, sources))
         # On GPUs the processes share the timing of kernels while they compile, so one that found
         # its program in the cache would leave the others waiting for its part.
@@ -372,7 +377,9 @@ class _Run:
             size = self.config.evaluate.batch_size or self.config.train.batch_size
             what = f"an evaluation batch of {size} images"
             with explain_out_of_memory(what, "take a smaller evaluate.batch_size"):
-                metrics = evaluate(self.evaluation_step, variables, self._evaluation_batches())
+                batches = self._evaluation_batches()
+                threshold = self.config.evaluate.threshold
+                metrics = evaluate(self.evaluation_step, variables, batches, threshold)
             seconds = time.monotonic() - start
             images = metrics.pop("images")
             if not math.isfinite(metrics["loss"]):  # and no record: JSON has no NaN

@@ -20,7 +20,10 @@ _LARGEST_NUMBER = 2.0**128  # beyond what float32 holds
 TRAINING, EVALUATION = "training", "evaluation"  # values of "kind"
 _ALWAYS = ("loss", "top1")
 _IN_TRAINING = ("learning_rate", "images_per_second")
-_SOMETIMES = ("top5", "epoch", "images", "mfu", "skipped", *_IN_TRAINING)
+_SOMETIMES = (
+    *("top5", "map", "f1", "f1_micro", "epoch", "images", "mfu", "skipped"),
+    *_IN_TRAINING,
+)
 
 
 class Records(NamedTuple):

@@ -22,6 +22,7 @@ from resnet_jax.training.config import (
     INTERPOLATIONS,
     LOSSES,
     MEASURES,
+    MULTI_LABEL_MEASURES,
     OPTIMIZERS,
     PRECISIONS,
     SAMPLERS,
@@ -297,8 +298,29 @@ def _joint_faults(config: Config) -> Iterator[str]:
         yield "augment.flip_alternates = True: must be False with augment.flip"
     if config.augment.trivial and config.augment.rand_layers:
         yield f"augment.rand_layers = {config.augment.rand_layers}: must be 0 with augment.trivial"
+    if data.multi_label:
+        yield from _multi_label_faults(config)
+    elif config.checkpoint.best_metric in MULTI_LABEL_MEASURES:
+        yield (
+            f"checkpoint.best_metric = {config.checkpoint.best_metric!r}: goes with "
+            "data.multi_label = True only"
+        )
     if not train.steps and config.schedule.warmup_epochs > train.epochs:
         yield (
             f"schedule.warmup_epochs = {config.schedule.warmup_epochs}: must not be more than "
             f"train.epochs = {train.epochs}"
+        )
+
+
+def _multi_label_faults(config: Config) -> Iterator[str]:
+    loss = config.loss
+    if loss.name == "softmax":
+        yield (
+            "loss.name = 'softmax': must be bce or focal with data.multi_label, as the "
+            "probabilities of softmax leave room for one label"
+        )
+    if loss.bce_threshold and loss.label_smoothing:
+        yield (
+            f"loss.label_smoothing = {loss.label_smoothing}: must be 0 with loss.bce_threshold "
+            "and data.multi_label, as the threshold undoes it"
         )

@@ -8,6 +8,7 @@ It is a pure function that names the devices' axis and nothing else of them;
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +61,8 @@ def top_k_hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
     Args:
       logits: [N, classes].
-      labels: [N].
+      labels: [N], or sets of labels, bool [N, classes]: any of an image's is a hit, and an image
+        without labels is none.
       k: How many guesses an image has.
 
     Returns:
@@ -69,7 +71,13 @@ def top_k_hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     Example:
       >>> top_k_hits(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([2]), k=2).tolist()
       [True]
+      >>> top_k_hits(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([[True, False, True]]), k=1).tolist()
+      [True]
     """
+    if labels.ndim == 2:
+        best = jnp.where(labels, logits, -jnp.inf).max(1)
+        wrong = ((logits >= best[:, None]) & ~labels).sum(1)
+        return (wrong < k) & jnp.isfinite(best)
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     as_high = (logits >= own).sum(1)  # the label itself too
     return (as_high <= k) & jnp.isfinite(own[:, 0])
@@ -93,10 +101,11 @@ def make_train_step(
 
     Returns:
       step(state, batch) -> (state, metrics) for one device of the axis "batch". A batch is
-      {"images": uint8 [N, H, W, C], "labels": int32 [N]}, and "mirrored": bool [N] where
-      augment.flip_alternates is on; metrics are means over the batch of
-      all devices: loss, top1, top5 (fractions), learning_rate, and skipped: 1.0 where the step
-      was left out because something in it was not a finite number, else 0.0.
+      {"images": uint8 [N, H, W, C], "labels": int32 [N] or, for sets of labels, uint8 [N,
+      classes]}, and "mirrored": bool [N] where augment.flip_alternates is on; metrics are means
+      over the batch of all devices: loss, top1, top5 (fractions; of sets, over the images that
+      have labels, 0 where none has), learning_rate, and skipped: 1.0 where the step was left out
+      because something in it was not a finite number, else 0.0.
     """
     schedule = make_schedule(config, length)
     on_cpu = _is_cpu(platform)
@@ -106,6 +115,9 @@ def make_train_step(
         found = _gradients(model, config, state, batch, scale, platform)
         # Running statistics are those of all devices, even where each normalises by its own.
         gradients, batch_stats, metrics = lax.pmean(found, AXIS)
+        if "labelled" in metrics:  # a share of the images; the hits are shares of all, too
+            labelled = jnp.maximum(metrics.pop("labelled"), jnp.finfo(jnp.float32).tiny)
+            metrics |= {name: metrics[name] / labelled for name in ("top1", "top5")}
         if state.loss_scale is not None:
             gradients = jax.tree.map(lambda x: x / scale, gradients)
         metrics["learning_rate"] = current_learning_rate(schedule, state.opt_state)
@@ -139,10 +151,9 @@ def make_steps(
       platform: As there.
 
     Returns:
-      steps(state, data, choices) -> (state, metrics) for one device. data is the whole set,
-      {"images": uint8 [M, H, W, C], "labels": int32 [M]}; choices are {"indices": int32
-      [N, steps]}, the images of each step's batch, and what else a batch has, as [N, steps].
-      Metrics are [steps].
+      steps(state, data, choices) -> (state, metrics) for one device. data is the whole set, with
+      "images" and "labels" as in a batch; choices are {"indices": int32 [N, steps]}, the images
+      of each step's batch, and what else a batch has, as [N, steps]. Metrics are [steps].
     """
 
     def steps(state: TrainState, data: Batch, choices: Batch) -> tuple[TrainState, Metrics]:
@@ -167,6 +178,7 @@ def _gradients(
     """This device's (gradients, batch_stats, metrics), taken in `accumulate` equal parts."""
     parts = config.train.accumulate
     device, size = lax.axis_index(AXIS), batch["labels"].shape[0] // parts
+    sets = batch["labels"].ndim == 2  # an image has none, one or several labels
     # Augmentation draws by an image's place in the global batch, so that it is the same on any
     # number of devices; dropout draws by device and part.
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -188,13 +200,19 @@ def _gradients(
         )
         rngs = {"dropout": jax.random.fold_in(dropout_key, part["first"])}
         logits, batch_stats = _forward(model, config, params, batch_stats, images, rngs)
-        loss = loss_per_image(logits, targets, config.loss).mean()
-        labels = targets.argmax(-1)
+        if sets:
+            loss = loss_per_image(logits, *_smooth_sets(targets, config.loss)).mean()
+            labels = targets >= 0.5  # of two images that are mixed, those of the larger share
+        else:
+            loss = loss_per_image(logits, targets, config.loss).mean()
+            labels = targets.argmax(-1)
         metrics = {
             "loss": loss,
             "top1": top_k_hits(logits, labels, 1).mean(dtype=jnp.float32),
             "top5": top_k_hits(logits, labels, 5).mean(dtype=jnp.float32),
         }
+        if sets:
+            metrics["labelled"] = labels.any(1).mean(dtype=jnp.float32)
         return loss * scale, (batch_stats, metrics)
 
     def add_part(carry: Any, part: Batch) -> tuple[Any, None]:
@@ -204,11 +222,22 @@ def _gradients(
         )
         return (batch_stats, jax.tree.map(jnp.add, total, (gradients, metrics))), None
 
-    nothing = dict.fromkeys(("loss", "top1", "top5"), jnp.float32(0))
+    names = ("loss", "top1", "top5", *(["labelled"] if sets else []))
+    nothing = dict.fromkeys(names, jnp.float32(0))
     start = state.batch_stats, (jax.tree.map(jnp.zeros_like, state.params), nothing)
     (batch_stats, total), _ = _scan(add_part, start, split, platform)
     gradients, metrics = jax.tree.map(lambda x: x / parts, total)
     return gradients, batch_stats, metrics
+
+
+def _smooth_sets(targets: jax.Array, config: Loss) -> tuple[jax.Array, Loss]:
+    """Sets of labels with their smoothing, and the loss that is left to be taken of them.
+
+    Each class is a decision of its own between two outcomes, over which the smoothed share is
+    spread: y becomes (1 - s) y + s / 2. (With one label the outcomes are the classes.)
+    """
+    share = config.label_smoothing
+    return (1 - share) * targets + share / 2, dataclasses.replace(config, label_smoothing=0.0)
 
 
 def _is_cpu(platform: str) -> bool:

@@ -215,7 +215,10 @@ def _values(record: Record) -> str:
 
 def _evaluation_line(record: Record) -> str:
     name = record["split"] + (" (EMA)" if record.get("weights") == "ema" else "")
-    text = f"step {record['step']}  {name}: top-1 {record['top1']:.2%}"
+    text = f"step {record['step']}  {name}:"
+    if "map" in record:
+        text += f" mAP {record['map']:.2%}  F1 {record['f1']:.2%} "
+    text += f" top-1 {record['top1']:.2%}"
     return f"{text}  top-5 {record['top5']:.2%}  loss {record['loss']:.4f}"
 
 

@@ -19,6 +19,7 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables
 from resnet_jax.weights.files import load_weights
 
+MULTI_LABEL = "multi_label_classification"  # a "problem_type" of transformers'
 # Of ImageNet-21k's classes, the names take 1 MB.
 _MOST_CONFIG = 16 * MIB
 # Networks of timm's with one of our names and another function.
@@ -172,11 +173,42 @@ def pretrained_labels(
     return _read_config(_folder(repository, revision) / "config.json").labels
 
 
+def pretrained_threshold(
+    repository: str | os.PathLike[str], *, revision: str | None = None
+) -> float | None:
+    """The probability from which a multi-label network in a repository predicts a class.
+
+    Its config.json says `"problem_type": "multi_label_classification"`, as in transformers, and may
+    have a `"threshold"`.
+
+    Args:
+      repository: As for `load_pretrained`.
+      revision: Likewise.
+
+    Returns:
+      In (0, 1), 0.5 where the repository does not say; None for a network whose images have one
+      label each.
+
+    Raises:
+      WeightsError: As `load_pretrained` raises it.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> config = {"architecture": "resnet20", "problem_type": "multi_label_classification"}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+      ...     pretrained_threshold(folder)
+      0.5
+    """
+    return _read_config(_folder(repository, revision) / "config.json").threshold
+
+
 class _Config(NamedTuple):
     architecture: str
     fields: dict[str, Any]
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    threshold: float | None
 
 
 def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
@@ -242,7 +274,8 @@ def _parse_config(config: dict[str, Any]) -> _Config:
         std=_numbers("std", facts.get("std", default.std)),
     )
     _check_preprocessing(preprocessing, channels)
-    return _Config(architecture, fields, preprocessing, _labels(facts, classes))
+    labels = _labels(facts, classes)
+    return _Config(architecture, fields, preprocessing, labels, _threshold(config))
 
 
 def _labels(facts: dict[str, Any], classes: int) -> tuple[str, ...]:
@@ -251,6 +284,16 @@ def _labels(facts: dict[str, Any], classes: int) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise WeightsError("label_names: must be a list of names")
     return tuple(names) if len(names) == classes else ()
+
+
+def _threshold(config: dict[str, Any]) -> float | None:
+    """Of a multi-label network; None for any other."""
+    if config.get("problem_type") != MULTI_LABEL:
+        return None
+    threshold = _number("threshold", config.get("threshold", 0.5))
+    if not 0 < threshold < 1:
+        raise WeightsError(f"threshold = {threshold}: must be in (0, 1)")
+    return threshold
 
 
 def _number(field: str, value: Any) -> float:

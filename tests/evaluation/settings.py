@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import resnet_jax as rj
+from resnet_jax.data.base import Source
 from resnet_jax.evaluation.network import Network, imagenet_ids, imagenet_names
 from tests.variables import random_variables
 
@@ -114,3 +115,59 @@ def prepare(folder, name, examples, several=False, config="", split="test"):
     Builder.name = name
     options = {"config": config} if config else {}
     Builder(data_dir=str(folder), file_format="array_record", **options).download_and_prepare()
+
+
+class SetsOfLabels(Source):
+    """Images in memory with sets of labels; without `sets`, with one label each."""
+
+    channels, image_shape, fingerprint, name, split = 3, None, "0" * 16, "sets", "test"
+
+    def __init__(self, pixels, labels, class_names, sets=True):
+        self.class_names = tuple(class_names)
+        self.label_shape = (self.num_classes,) if sets else ()
+        self._images = [encoded(each) for each in pixels]
+        self._labels = [as_set(each, self.num_classes) if sets else int(each) for each in labels]
+
+    def __len__(self):
+        return len(self._images)
+
+    def _read(self, position):
+        return self._images[position], self._labels[position]
+
+    def _name(self, position):
+        return f"{self.split}[{position}]"
+
+
+def as_set(labels, classes):
+    found = np.zeros(classes, np.int32)
+    found[np.asarray(labels, int)] = 1
+    return found
+
+
+def prepare_sets(folder, name, class_names, splits):
+    """A prepared TFDS data set of sets of labels; splits: name to pairs of pixels and labels."""
+    label = tfds.features.ClassLabel(names=class_names)
+    features = {
+        "image": tfds.features.Image(encoding_format="png"),
+        "labels": tfds.features.Sequence(label),
+    }
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "labels"),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(found) for split, found in splits.items()}
+
+        def _generate_examples(self, found):
+            for number, (pixels, labels) in enumerate(found):
+                yield number, {"image": encoded(pixels), "labels": labels}
+
+    Builder.name = name
+    Builder(data_dir=str(folder), file_format="array_record").download_and_prepare()

@@ -22,7 +22,7 @@ from resnet_jax.report.predictions import HeldOut, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
-from tests.evaluation.settings import tiny_network
+from tests.evaluation.settings import photo, prepare_sets, tiny_network
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
 VOID = {"meta", "img", "br", "link", "input"}
@@ -196,7 +196,7 @@ def test_predictions(workdir):
     assert found.report.top1 == pytest.approx(run.final["top1"], abs=1e-9)
     mistakes = found.mistakes(360)
     assert len(mistakes) == 360 - found.report.hits.sum()
-    assert all(each.label != each.predicted for each in mistakes)
+    assert all(each.labels != (each.predicted,) for each in mistakes)
     surest = [each.probability for each in mistakes]
     assert surest == sorted(surest, reverse=True)
     assert [each.probability for each in found.mistakes(5)] == surest[:5]
@@ -215,7 +215,7 @@ def test_examples_are_what_the_network_sees():
     assert found.report.images == len(examples) == 3
     for index, example in enumerate(examples):
         data, label = source[index]
-        assert example.label == label
+        assert example.labels == (label,)
         np.testing.assert_array_equal(example.pixels[:, :, 0], Image.open(io.BytesIO(data)))
 
 
@@ -233,9 +233,57 @@ def test_a_class_without_images():
     """There is no accuracy to show of it, and no division by nothing."""
     found = predict_split(digits_network(), HeldOut(), most=3)
     [table] = sections._confusion(found.report).tables
-    there = {str(each.label) for each in found.examples(3)}
+    there = {str(*each.labels) for each in found.examples(3)}
     assert {name for name, _, _ in table.rows} == there
     assert len(there) < 10
+
+
+@pytest.fixture(scope="module")
+def multi_label_run(tmp_path_factory, tiny_model):
+    root = tmp_path_factory.mktemp("sets")
+    rng = np.random.default_rng(0)
+    splits = {
+        split: [(photo(n, 8, 8), np.flatnonzero(rng.random(2) < 0.4)) for n in range(24)]
+        for split in ("train", "test")
+    }
+    prepare_sets(root, "sets", ("cat", "<i>dog", "yak"), splits)
+    config = configuration()
+    config.data.name, config.data.data_dir = "tfds:sets", str(root)
+    config.data.multi_label, config.loss.name = True, "bce"
+    config.augment.mean, config.augment.std = (0.5,), (0.25,)
+    config.train.batch_size = 8
+    config.evaluate.every_epochs = 1.0
+    train(config, root / "run")
+    return root / "run"
+
+
+def test_sets_of_labels(multi_label_run):
+    """A table of the classes in the place of the confusion matrix, and curves of mAP and F1."""
+    text = write_report([multi_label_run]).read_text()
+    page = Page(text)
+    folder = multi_label_run / "report"
+    names = {path.stem for path in folder.glob("*.png")}
+    assert {"curves", "multi_label", "explanations"} <= names
+    assert "confusion" not in names
+    assert len(page.images) == len(names)
+    assert "average precision" in text
+    assert "&lt;i&gt;dog" in text
+    assert "1 classes are on no image" in text
+    assert "mAP" in text
+
+
+def test_mistakes_of_sets_of_labels(multi_label_run):
+    from resnet_jax.evaluation.network import open_network
+
+    found = predict_split(open_network(multi_label_run), HeldOut(), most=100)
+    labels = open_source("tfds:sets", "test", multi_label_run.parent, multi_label=None).labels()
+    for place, example in enumerate(found.examples(100)):
+        assert example.labels == tuple(np.flatnonzero(labels[place]))
+    mistakes = found.mistakes(100)
+    assert mistakes
+    for each in mistakes:
+        assert each.predicted not in each.labels
+        assert each.probability >= 0.5
 
 
 def test_a_data_set_that_lost_classes():
