@@ -1,9 +1,9 @@
 """Which image stands where in a run's batches.
 
 The images of a run form one endless stream: epoch after epoch, each in an order of its own drawn
-from (seed, epoch); a balanced order has rounds of one image of each class instead. Position p of the
-stream is in batch p // B. Resuming is starting at another position, and hosts that each read their
-part of every batch read disjoint parts of one stream.
+from (seed, epoch); a balanced order has rounds of one image of each class instead. Position p of
+the stream is in batch p // B. Resuming is starting at another position, and hosts that each read
+their part of every batch read disjoint parts of one stream.
 """
 
 from __future__ import annotations
