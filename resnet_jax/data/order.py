@@ -77,6 +77,10 @@ class BalancedOrder(Order):
       seed: Of the run.
       repeats: As for `Order`.
 
+    Attributes:
+      classes: Those that have images, ascending.
+      class_counts: Images of each of these.
+
     Example:
       >>> order = BalancedOrder(np.array([0, 0, 0, 0, 0, 1]), seed=0)
       >>> order.indices(np.arange(10)).tolist().count(5)
@@ -86,9 +90,8 @@ class BalancedOrder(Order):
     def __init__(self, labels: np.ndarray, seed: int, repeats: int = 1) -> None:
         super().__init__(len(labels), seed, repeats)
         self._by_class = np.argsort(labels, kind="stable").astype(np.int32)
-        counts = np.bincount(labels)
-        self._counts = counts[counts > 0]
-        self._starts = np.cumsum(self._counts) - self._counts
+        self.classes, self.class_counts = np.unique(labels, return_counts=True)
+        self._starts = np.cumsum(self.class_counts) - self.class_counts
 
     def _find(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts, places = np.divmod(slots, _DRAWN)
@@ -101,10 +104,10 @@ class BalancedOrder(Order):
 
     def _place(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`_find`, without keeping anything."""
-        count = len(self._counts)
+        count = len(self.class_counts)
         rounds, places = np.divmod(slots, count)
         classes = _shuffled(places, np.full_like(slots, count), self._keys(_ROUND, rounds))
-        sizes = self._counts[classes]
+        sizes = self.class_counts[classes]
         cycles, places = np.divmod(rounds, sizes)
         places = _shuffled(places, sizes, self._keys(_CYCLE, classes, cycles))
         return self._by_class[self._starts[classes] + places], cycles
