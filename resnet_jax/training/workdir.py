@@ -399,7 +399,8 @@ def read_class_counts(workdir: Path) -> dict[str, np.ndarray]:
       workdir: Folder of the run.
 
     Returns:
-      int64 [classes], by "train" and "eval"; {} where the run noted none.
+      int64 [classes] in the order of `read_class_names`, by "train" and "eval"; {} where the run
+      noted none.
 
     Raises:
       ConfigError: What is there is damaged.
@@ -413,6 +414,8 @@ def read_class_counts(workdir: Path) -> dict[str, np.ndarray]:
         found = stored.get(_COUNTS, {}) if isinstance(stored, dict) else None
         if not isinstance(found, dict) or not all(map(_are_counts, found.values())):
             raise ValueError(f"{_COUNTS} is not what a run writes")
+        if found and {len(x) for x in found.values()} != {len(read_class_names(workdir))}:
+            raise ValueError(f"{_COUNTS} are those of other classes than classes.json has")
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); restore it") from error
     return {use: np.array(x, np.int64) for use, x in found.items()}
