@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from resnet_jax.data.folders import FolderSource
+from resnet_jax.data.known import SizedSource
 from resnet_jax.data.loader import BalancedOrder, MemoryImages
 from resnet_jax.data.sources import Source, open_source
 from resnet_jax.errors import ConfigError, StoppedError
+from resnet_jax.planning.ahead import lower_step
 from resnet_jax.training import balance, loop
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
@@ -196,3 +198,12 @@ def test_what_does_not_go_together():
     config = dataclasses.replace(config, data=several, loss=c.Loss(name="bce"))
     with pytest.raises(ConfigError, match=r"data\.sampler = 'balanced': must be 'shuffled' with"):
         c.check(config)
+
+
+@pytest.mark.parametrize("text", ["balanced", "1,2,7"])
+def test_plans_compile_the_weights(text):
+    """As constants; the numbers of images are not known there, and make no difference."""
+    config = configuration({"loss": c.Loss(class_weights=text)})
+    lowered = lower_step(config, jax.devices()[:1], SizedSource(100, classes=3, channels=1))
+    weights = "2.000000e+00, 1.000000e+00, 0.66" if text == "balanced" else "2.000000e+00, 7.0"
+    assert weights in lowered.as_text()
