@@ -21,7 +21,7 @@ from resnet_jax.training import loop, parallel
 from resnet_jax.training.config import Config, Data, Evaluate, Log, Train
 
 
-def idle_step(*_):
+def idle_step(*_, **__):
     """In place of `make_train_step`: reads the labels and changes nothing."""
 
     def step(state, batch):

@@ -21,10 +21,11 @@ from resnet_jax.data.memory import (
     memory_batches,
     memory_choices,
 )
-from resnet_jax.data.order import Order, host_positions
+from resnet_jax.data.order import BalancedOrder, Order, host_positions
 from resnet_jax.data.stream import stream_batches, streamed_evaluation_batches
 
 __all__ = [
+    "BalancedOrder",
     "Batch",
     "Corrupt",
     "MemoryImages",

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from resnet_jax.data.memory import label_type
 from resnet_jax.data.sources import Source
@@ -21,6 +22,7 @@ from resnet_jax.planning import gpu, tpu
 from resnet_jax.planning.program import traffic
 from resnet_jax.planning.topology import Topology
 from resnet_jax.training import parallel
+from resnet_jax.training.balance import class_weights
 from resnet_jax.training.config import Config
 from resnet_jax.training.optimizer import Length, make_optimizer
 from resnet_jax.training.setup import channels_of, make_model
@@ -127,7 +129,10 @@ def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.st
     optimizer = make_optimizer(config, length)
     channels, side = channels_of(config, source), config.data.image_size
     state = state_shapes(model, optimizer, config, channels)
-    step = make_train_step(model, optimizer, config, length, platform)
+    # Which weights makes no difference to the program, as long as they differ.
+    counts = np.arange(1, source.num_classes + 1)
+    weights = class_weights(config.loss, counts, model.num_classes)
+    step = make_train_step(model, optimizer, config, length, platform, weights)
 
     count, size = len(devices), config.train.batch_size // len(devices)
     shape = jax.ShapeDtypeStruct

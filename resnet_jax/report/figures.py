@@ -152,6 +152,44 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
     return _png(figure)
 
 
+def class_sizes(
+    names: Sequence[str], counts: np.ndarray, recognized: Sequence[float | None] = ()
+) -> bytes:
+    """Training images of each class, the largest first, and how many of it are recognized.
+
+    Args:
+      names: Of the classes.
+      counts: Their training images, [classes].
+      recognized: Shares of their held-out images, None where there are none; (): not known.
+
+    Returns:
+      A PNG file.
+    """
+    panels = 2 if len(recognized) else 1
+    figure = Figure(figsize=(7.2, 1.2 + 2.0 * panels), dpi=110, layout="constrained")
+    all_axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    order = np.argsort(-counts, kind="stable")
+    # Thousands of bars would be slow to draw, and no more than a line to see.
+    places = np.arange(len(names))
+    all_axes[0].fill_between(places, counts[order], step="mid", color=COLOURS[0], linewidth=0)
+    if counts.max() > 10 * max(1, counts.min()):
+        all_axes[0].set_yscale("log")
+        all_axes[0].set_ylim(bottom=0.5)
+    all_axes[0].set_ylabel("training images")
+    if panels == 2:
+        shares = np.array([np.nan if each is None else 100 * each for each in recognized])
+        all_axes[1].plot(places, shares[order], ".", color=COLOURS[1])
+        all_axes[1].set(ylabel="recognized, %", ylim=(0, 105))
+    for axes in all_axes:
+        axes.grid(alpha=0.25, axis="y")
+    if len(names) <= 40:
+        labels = [_plain(names[index]) for index in order]
+        all_axes[-1].set_xticks(places, labels, rotation=90, fontsize=8, parse_math=False)
+    else:
+        all_axes[-1].set_xlabel("class, the largest first")
+    return _png(figure)
+
+
 def picture_grid(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int) -> bytes:
     """Images beside each other, each under a line or two of text.
 

@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import read_json
 from resnet_jax.training.config import Config, to_flat
 from resnet_jax.training.records import Record, is_training, read_records
-from resnet_jax.training.workdir import read_config
+from resnet_jax.training.workdir import read_class_counts, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Run:
       ema_evaluations: Records of evaluation of their moving average.
       bad_lines: Number of lines in metrics.jsonl that are no records.
       environment: Versions and devices; {} where the run did not note them.
+      class_counts: Images of each class, by "train" and "eval", as far as the run counted them.
     """
 
     workdir: Path
@@ -36,6 +39,7 @@ class Run:
     ema_evaluations: list[Record]
     bad_lines: int
     environment: dict[str, str]
+    class_counts: dict[str, np.ndarray]
 
     @property
     def final(self) -> Record:
@@ -107,6 +111,7 @@ def read_run(workdir: str | Path) -> Run:
         ema_evaluations=[record for record in evaluations if record.get("weights") == "ema"],
         bad_lines=bad,
         environment=_read_environment(workdir / "environment.json"),
+        class_counts=read_class_counts(workdir),
     )
 
 

@@ -93,18 +93,20 @@ def one_run(run: Run, images: Sequence[str | Path], data: HeldOut) -> list[Secti
         network = open_network(run.workdir)
     except ResNetJaxError as error:
         text = f"The network could not be opened, so only its records are here: {error}"
-        return [*sections, Section("network", "Network", text), *_recipe(run)]
+        found = Section("network", "Network", text)
+        return [*sections, *_class_sizes(run), found, *_recipe(run)]
     try:
         predictions = predict_split(network, data, MOST_IMAGES)
     except ResNetJaxError as error:
         text = f"The held-out images could not be read, so they are not looked at: {error}"
-        recipe = _recipe(run, network.channels)
-        return [*sections, Section("images", "Images", text), _filters(network), *recipe]
+        images_section, recipe = Section("images", "Images", text), _recipe(run, network.channels)
+        return [*sections, *_class_sizes(run), images_section, _filters(network), *recipe]
     held_out = predictions.examples(RESPONDING)
     examples = _read_images(images, network) or held_out
     classes = predictions.report.class_measures
     sections += [
-        _confusion(predictions.report) if classes is None else _classes(classes, run),
+        *_class_sizes(run, predictions.report),
+        _confusion(predictions.report) if classes is None else _class_measures(classes, run),
         _mistakes(predictions),
         _explanations(network, examples[:EXPLAINED]),
         _filters(network),
@@ -196,6 +198,40 @@ def _curves(runs: Sequence[Run]) -> Section:
     return Section("curves", "Learning curves", pictures=pictures)
 
 
+def _class_sizes(run: Run, report: Report | None = None) -> list[Section]:
+    """Sizes of the classes, and what is recognized of each; none where the run did not count."""
+    if not run.class_counts.get("train", np.zeros(0)).any():
+        return []
+    names, counts = read_class_names(run.workdir), run.class_counts["train"]
+    known = report and report.class_names == names and report.per_class
+    recognized = [each.top1 for each in known] if known else []
+    order, there = np.argsort(-counts, kind="stable"), counts[counts > 0]
+    smallest = int(order[len(there) - 1])
+    facts = [
+        ("largest class", f"{_short(names[order[0]])}, {there.max():,} training images"),
+        ("smallest class", f"{_short(names[smallest])}, {there.min():,} training images"),
+        ("ratio", f"{there.max() / there.min():.3g}"),
+    ]
+    if missing := len(names) - len(there):
+        facts.append(("classes without training images", f"{missing:,}"))
+    columns = {"training images": [f"{each:,}" for each in counts]}
+    if "eval" in run.class_counts:
+        columns["held-out images"] = [f"{each:,}" for each in run.class_counts["eval"]]
+    if recognized:
+        columns["recognized"] = ["" if each is None else f"{each:.1%}" for each in recognized]
+    rows = [(names[index], *(column[index] for column in columns.values())) for index in order]
+    every = Table(rows, ("class", *columns), folded="Each class, the largest first")
+    picture = Picture(
+        "classes",
+        figures.class_sizes([visible(name) for name in names], counts, recognized),
+        "Training images of each class, and how many of its held-out images are recognized",
+        "Classes from the largest to the smallest, by training images.",
+    )
+    return [
+        Section("classes", "Sizes of classes", pictures=[picture], tables=[Table(facts), every])
+    ]
+
+
 def _confusion(report: Report) -> Section:
     there = [each for each in report.per_class or () if each.top1 is not None]
     hardest = sorted(there, key=lambda each: each.top1 or 0.0)
@@ -215,7 +251,7 @@ def _confusion(report: Report) -> Section:
     return Section("confusion", "Confusion", pictures=pictures, tables=[table])
 
 
-def _classes(classes: Sequence[ClassMeasures], run: Run) -> Section:
+def _class_measures(classes: Sequence[ClassMeasures], run: Run) -> Section:
     """Each class of a multi-label network, in the place of a confusion matrix."""
     there = [each for each in classes if each.average_precision is not None]
     hardest = sorted(there, key=lambda each: each.average_precision or 0.0)
@@ -231,7 +267,7 @@ def _classes(classes: Sequence[ClassMeasures], run: Run) -> Section:
     )
     if len(there) < len(classes):
         text += f" {len(classes) - len(there):,} classes are on no image."
-    return Section("classes", "Classes", text, tables=[Table(rows, header)])
+    return Section("class_measures", "Measures of each class", text, tables=[Table(rows, header)])
 
 
 def _mistakes(predictions: Predictions) -> Section:

@@ -80,7 +80,8 @@ class Data:
       multi_label: Images have none, one or several labels each; docs/multi_label.md.
       label_separator: Between the labels of an image in a CSV file.
       allow_missing_classes: Accept folders and lists without images of some classes.
-      sampler: "shuffled": each image once an epoch; "balanced": each class equally often.
+      sampler: "shuffled": each image once an epoch; "balanced": each class equally often, in
+        epochs of the same length (docs/imbalance.md).
       channels: 1 (grey) or 3 (color), to which images are converted; any other number is that of
         the images, such as 4 to keep the transparency of RGBA; 0: as the data set has.
       image_size: Side of the training images in pixels.
@@ -244,13 +245,16 @@ class Loss:
 
     Args:
       name: "softmax" cross-entropy; "bce": a binary cross-entropy for each class; or "focal": the
-        same with less weight for what is easy (Lin et al. 2017).
+        same times (1 - p)^gamma, p being the probability of the right answer (Lin et al. 2017).
       label_smoothing: Share of the label spread over all classes; with data.multi_label, over
         "yes" and "no" of each class.
-      bce_threshold: For bce: targets above it count as 1, others as 0; 0: targets as they are.
-      focal_gamma: For focal: the exponent of 1 - p.
-      class_weights: "balanced": inversely to the images of each class, 1 on average over the
-        images; or a number for each class, "1,2.5,1"; "": none.
+      bce_threshold: For bce and focal: targets above it count as 1, others as 0; 0: targets as
+        they are.
+      focal_gamma: For focal: the exponent of 1 - p; with 0 it is bce.
+      class_weights: Factors of the loss of each class's images: "balanced": N / (K n) for the n
+        images of a class, of N images in K classes, which is 1 on average over the images; or
+        numbers that are taken as they are, "1,2.5,1", in the order of classes.json; "": none.
+        docs/imbalance.md says which terms of each loss they multiply.
     """
 
     name: str = "softmax"
@@ -419,6 +423,14 @@ def registered_overrides(model: Model) -> dict[str, Any]:
     if overrides["precision"] == "default":  # JAX's own, which may be set for the whole process
         del overrides["precision"]
     return overrides
+
+
+def given_weights(text: str) -> tuple[float, ...]:
+    """ "1,2.5" -> (1.0, 2.5): given class weights; () where the text says something else."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        return ()
 
 
 def profile_steps(text: str) -> tuple[int, int] | None:

@@ -21,7 +21,6 @@ from resnet_jax.data.loader import (
     Batch,
     Corrupt,
     MemoryImages,
-    Order,
     evaluation_batches,
     fits_memory,
     load_memory,
@@ -40,6 +39,13 @@ from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
 from resnet_jax.training import parallel
+from resnet_jax.training.balance import (
+    class_weights,
+    count_at_hand,
+    count_classes,
+    describe,
+    training_order,
+)
 from resnet_jax.training.bucket import Bucket
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
@@ -194,8 +200,6 @@ class _Run:
                 state = self.checkpoints.restore(shapes)
             else:
                 state = create_state(model, optimizer, config, channels, initial)
-            write_config(workdir, config, sources["train"].class_names, fingerprints(sources))
-            write_environment(workdir)
         self.carried = peers.tell(self.carried)
         self.state: TrainState = parallel.place(peers.share(state, shapes))
         self.telemetry = Telemetry(
@@ -210,7 +214,17 @@ class _Run:
         self.corrupt = Corrupt(config.data.max_corrupt, self.telemetry.say)
         self.train_data = self._in_memory(sources["train"], training=True)
         self.eval_data = self._in_memory(sources["eval"], training=False)
-        step: Callable[..., Any] = make_train_step(model, optimizer, config, self.length)
+        names, say = sources["train"].class_names, self.telemetry.say
+        self.order = training_order(config, self.train_data, say)
+        counts = count_classes(config, self.train_data, self.order, len(names), say)
+        weights = class_weights(config.loss, counts, model.num_classes)
+        if peers.is_first:
+            by_split = {"train": counts, "eval": count_at_hand(self.eval_data, len(names))}
+            write_config(workdir, config, names, fingerprints(sources), by_split)
+            write_environment(workdir)
+        step: Callable[..., Any] = make_train_step(
+            model, optimizer, config, self.length, class_weights=weights
+        )
         self.on_devices: tuple[Batch, ...] = ()  # arguments of the step beside state and batch
         if config.train.steps_per_call > 1 and isinstance(self.train_data, MemoryImages):
             data = {"images": self.train_data.images, "labels": self.train_data.labels}
@@ -225,6 +239,8 @@ class _Run:
             make_evaluation_step(model, config.augment, config.evaluate.flip)
         )
         self._say_start(sources)
+        for line in describe(config, names, counts, weights):
+            say(line)
 
     def finish(self) -> Result:
         """Takes the steps that are left and closes everything, whatever happens."""
@@ -344,8 +360,7 @@ class _Run:
 
     def _batches(self, start: int, lengths: list[int]) -> Generator[Batch, None, None]:
         config, stop = self.config, self.length.steps
-        size, data = config.train.batch_size, self.train_data
-        order = Order(len(data), config.train.seed, config.data.repeats)
+        size, data, order = config.train.batch_size, self.train_data, self.order
         options = {"mirror": config.augment.flip_alternates, **self.hosts}
         if self.on_devices:
             starts = itertools.accumulate(lengths[:-1], initial=start)

@@ -28,6 +28,7 @@ from resnet_jax.training.config import (
     SAMPLERS,
     SCHEDULES,
     Config,
+    given_weights,
     profile_steps,
     registered_overrides,
     to_flat,
@@ -38,6 +39,7 @@ _MOST_WORKERS = 1024
 # Each is a part of the program that is compiled.
 _MOST_UNROLLED = 100
 _MOST_LETTERS = 4096  # of a path, on Linux
+_LETTERS = {"class_weights": 2**20}  # a number for each of ImageNet-21k's classes
 _FLOAT32 = 3.4e38
 
 # Whether a value is allowed, and what is.
@@ -157,6 +159,10 @@ _RULES: dict[str, Rule] = {
     "loss.label_smoothing": _RATE,
     "loss.bce_threshold": _RATE,
     "loss.focal_gamma": _NOT_NEGATIVE,
+    "loss.class_weights": (
+        lambda x: x in ("", "balanced") or _are_weights(given_weights(x)),
+        "must be balanced, or a number for each class such as 1,2.5,1: 0 or more, not all 0",
+    ),
     "train.epochs": _POSITIVE,
     "train.steps": _NOT_NEGATIVE,
     "train.batch_size": _from_to(1, MAX_BATCH),
@@ -181,6 +187,10 @@ _RULES: dict[str, Rule] = {
         "must be FIRST:LAST, two growing step numbers",
     ),
 }
+
+
+def _are_weights(values: tuple[float, ...]) -> bool:
+    return all(0 <= x <= _FLOAT32 for x in values) and any(values)
 
 
 def find_faults(config: Config) -> list[str]:
@@ -213,16 +223,16 @@ def _type_faults(config: Config) -> Iterator[str]:
                 kind = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
                 finite = "finite " if hint is float else ""
                 yield f"{part.name}.{name} = {_shown(value)}: must be of type {finite}{kind}"
-            elif allowed := _size_fault(value):
+            elif allowed := _size_fault(value, _LETTERS.get(name, _MOST_LETTERS)):
                 yield f"{part.name}.{name} = {_shown(value)}: {allowed}"
 
 
-def _size_fault(value: Any) -> str:
+def _size_fault(value: Any, letters: int = _MOST_LETTERS) -> str:
     """What a value of the right type should be where it is too large for any use; else ""."""
     if isinstance(value, tuple | list):
         return next(filter(None, map(_size_fault, value)), "")
     if isinstance(value, str):
-        return "" if _is_text(value) else "must be text that a path may have, without NUL"
+        return "" if _is_text(value, letters) else "must be text that a path may have, without NUL"
     if isinstance(value, int) and abs(value) > MAX_COUNT:
         return f"must not be more than {MAX_COUNT:,}"
     if isinstance(value, float) and abs(value) > _FLOAT32:
@@ -230,9 +240,9 @@ def _size_fault(value: Any) -> str:
     return ""
 
 
-def _is_text(value: str) -> bool:
+def _is_text(value: str, letters: int) -> bool:
     try:
-        return "\0" not in os.fsdecode(os.fsencode(value)) and len(value) <= _MOST_LETTERS
+        return "\0" not in os.fsdecode(os.fsencode(value)) and len(value) <= letters
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
 
@@ -304,6 +314,16 @@ def _joint_faults(config: Config) -> Iterator[str]:
         yield (
             f"checkpoint.best_metric = {config.checkpoint.best_metric!r}: goes with "
             "data.multi_label = True only"
+        )
+    if data.sampler == "balanced" and config.loss.class_weights == "balanced":
+        yield (
+            "loss.class_weights = 'balanced': must be empty with data.sampler = 'balanced', which "
+            "evens out the classes already"
+        )
+    if data.sampler == "balanced" and data.multi_label:
+        yield (
+            "data.sampler = 'balanced': must be 'shuffled' with data.multi_label, where an image "
+            "has no class of its own; take loss.class_weights = 'balanced'"
         )
     if not train.steps and config.schedule.warmup_epochs > train.epochs:
         yield (

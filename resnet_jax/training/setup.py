@@ -16,6 +16,7 @@ from resnet_jax.limits import check_host_memory
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import parallel
+from resnet_jax.training.balance import check_class_weights
 from resnet_jax.training.config import Config, registered_overrides, to_flat
 from resnet_jax.training.environment import compared
 
@@ -72,6 +73,7 @@ def check_source(config: Config, source: Source) -> None:
             f"model.num_classes = {config.model.num_classes}: the data set has {classes} classes; "
             f"take {classes} or more, or 0 to follow the data set"
         )
+    check_class_weights(config.loss, classes)
 
 
 def channels_of(config: Config, source: Source) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -29,16 +30,20 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def loss_per_image(logits: jax.Array, targets: jax.Array, config: Loss) -> jax.Array:
+def loss_per_image(
+    logits: jax.Array, targets: jax.Array, config: Loss, weights: np.ndarray | None = None
+) -> jax.Array:
     """The training loss of each image.
 
     Args:
       logits: [N, classes], float32.
       targets: Shares of each class [N, classes], each row summing to 1.
       config: Which loss, and its smoothing.
+      weights: Of the classes, [classes]: factors of the terms of softmax, as `weight` in PyTorch's
+        cross-entropy, and of the positive terms of bce and focal, as its `pos_weight`; None: 1.
 
     Returns:
-      [N], in nats; for bce the mean over classes, as timm takes it.
+      [N], in nats; for bce and focal the mean over classes, as timm takes it.
 
     Example:
       >>> targets = jnp.array([[1.0, 0.0]])
@@ -48,10 +53,19 @@ def loss_per_image(logits: jax.Array, targets: jax.Array, config: Loss) -> jax.A
     if config.label_smoothing:
         targets = optax.smooth_labels(targets, config.label_smoothing)
     if config.name == "softmax":
-        return optax.softmax_cross_entropy(logits, targets)
+        shares = targets if weights is None else weights * targets
+        return optax.softmax_cross_entropy(logits, shares)
     if config.bce_threshold:
         targets = (targets > config.bce_threshold).astype(jnp.float32)
-    return optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1)
+    if config.name == "focal":
+        loss = optax.sigmoid_focal_loss(logits, targets, gamma=config.focal_gamma)
+        if weights is not None:
+            loss *= weights * targets + (1 - targets)
+    else:
+        loss = optax.sigmoid_binary_cross_entropy(logits, targets)
+        if weights is not None:
+            loss -= (weights - 1) * targets * jax.nn.log_sigmoid(logits)
+    return loss.mean(-1)
 
 
 def top_k_hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
@@ -89,6 +103,7 @@ def make_train_step(
     config: Config,
     length: Length,
     platform: str = "",
+    class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The training step of a run.
 
@@ -98,6 +113,7 @@ def make_train_step(
       config: The configuration of the run.
       length: Its number of steps.
       platform: Of the devices that will take it; "": JAX's own.
+      class_weights: As `loss_per_image` takes them; constants of the program.
 
     Returns:
       step(state, batch) -> (state, metrics) for one device of the axis "batch". A batch is
@@ -112,7 +128,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.value
-        found = _gradients(model, config, state, batch, scale, platform)
+        found = _gradients(model, config, state, batch, scale, platform, class_weights)
         # Running statistics are those of all devices, even where each normalises by its own.
         gradients, batch_stats, metrics = lax.pmean(found, AXIS)
         if "labelled" in metrics:  # a share of the images; the hits are shares of all, too
@@ -174,6 +190,7 @@ def _gradients(
     batch: Batch,
     scale: jax.Array,
     platform: str,
+    class_weights: np.ndarray | None,
 ) -> tuple[Any, Any, Metrics]:
     """This device's (gradients, batch_stats, metrics), taken in `accumulate` equal parts."""
     parts = config.train.accumulate
@@ -201,10 +218,11 @@ def _gradients(
         rngs = {"dropout": jax.random.fold_in(dropout_key, part["first"])}
         logits, batch_stats = _forward(model, config, params, batch_stats, images, rngs)
         if sets:
-            loss = loss_per_image(logits, *_smooth_sets(targets, config.loss)).mean()
             labels = targets >= 0.5  # of two images that are mixed, those of the larger share
+            targets, rest = _smooth_sets(targets, config.loss)
+            loss = loss_per_image(logits, targets, rest, class_weights).mean()
         else:
-            loss = loss_per_image(logits, targets, config.loss).mean()
+            loss = loss_per_image(logits, targets, config.loss, class_weights).mean()
             labels = targets.argmax(-1)
         metrics = {
             "loss": loss,

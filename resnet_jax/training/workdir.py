@@ -2,7 +2,7 @@
 
 WORKDIR/config.json           the resolved configuration
 WORKDIR/classes.json          the name of each label
-WORKDIR/data.json             fingerprints of the data set
+WORKDIR/data.json             fingerprints of the data set, and images of each class
 WORKDIR/SHA256SUMS            checksums of these three
 WORKDIR/.signature            that this user's trainer wrote config.json (ownership.py)
 WORKDIR/checkpoints/STEP/     everything that goes on from that step (checkpoint.py)
@@ -20,14 +20,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from resnet_jax import files
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import MIB
+from resnet_jax.limits import MAX_COUNT
 from resnet_jax.training import ownership
 from resnet_jax.training.config import Config, check, differences, from_json, to_json, with_places
 
 SEAL = "SHA256SUMS"
 _LARGEST = 64 * MIB  # bytes of a description
+_COUNTS = "class_counts"  # in data.json
 # Of ImageNet-21k's classes, the names take 1 MB.
 _LARGEST_NAMES, _LONGEST_NAME = 16 * MIB, 10_000
 # Folders in a workdir that runs and reports write into.
@@ -268,7 +272,11 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def write_config(
-    workdir: Path, config: Config, classes: Sequence[str], data: Mapping[str, str]
+    workdir: Path,
+    config: Config,
+    classes: Sequence[str],
+    data: Mapping[str, str],
+    class_counts: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes config.json and what describes the data; called once the run can start.
 
@@ -277,10 +285,14 @@ def write_config(
       config: Its resolved configuration.
       classes: The name of each output of the network, in the order of the labels.
       data: Fingerprints, as `open_workdir` checks them.
+      class_counts: Images of each class, by what they are used for as in `data`; [0] where they
+        were not counted.
     """
+    counted = {use: x.tolist() for use, x in (class_counts or {}).items() if x.size}
+    description = {**data, **({_COUNTS: counted} if counted else {})}
     contents = {
         "classes.json": json.dumps(list(classes), indent=2) + "\n",
-        "data.json": json.dumps(dict(data), indent=2) + "\n",
+        "data.json": json.dumps(description) + "\n",
         "config.json": to_json(with_places(config)),
     }
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
@@ -378,6 +390,39 @@ def read_class_names(workdir: Path) -> tuple[str, ...]:
         path = workdir / "classes.json"
         raise ConfigError(f"{path} cannot be read ({error}); restore it") from error
     return tuple(names)
+
+
+def read_class_counts(workdir: Path) -> dict[str, np.ndarray]:
+    """Reads how many images each class has, as far as the run counted them.
+
+    Args:
+      workdir: Folder of the run.
+
+    Returns:
+      int64 [classes] in the order of `read_class_names`, by "train" and "eval"; {} where the run
+      noted none.
+
+    Raises:
+      ConfigError: What is there is damaged.
+    """
+    path = workdir / "data.json"
+    if not path.exists():
+        return {}
+    content = read_description(workdir, path.name)
+    try:
+        stored = json.loads(content.decode("utf-8"))
+        found = stored.get(_COUNTS, {}) if isinstance(stored, dict) else None
+        if not isinstance(found, dict) or not all(map(_are_counts, found.values())):
+            raise ValueError(f"{_COUNTS} is not what a run writes")
+        if found and {len(x) for x in found.values()} != {len(read_class_names(workdir))}:
+            raise ValueError(f"{_COUNTS} are those of other classes than classes.json has")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); restore it") from error
+    return {use: np.array(x, np.int64) for use, x in found.items()}
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(x) is int and 0 <= x <= MAX_COUNT for x in values)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def special(name, kind):
     case(*READERS, codes=(0, 2), slow=(name, kind) != ("config.json", "fifo"))(make)
 
 
-for name in ("config.json", "classes.json", "SHA256SUMS", "metrics.jsonl", "environment.json"):
+RECORDS_OF_A_RUN = ("metrics.jsonl", "environment.json")
+for name in (*DESCRIPTIONS, "data.json", *RECORDS_OF_A_RUN):
     for kind in MAKERS:
         special(name, kind)
 

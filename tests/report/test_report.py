@@ -22,6 +22,7 @@ from resnet_jax.report.predictions import HeldOut, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
+from resnet_jax.training.workdir import read_class_names
 from tests.evaluation.settings import photo, prepare_sets, tiny_network
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -86,7 +87,7 @@ def written(workdir, tmp_path_factory):
 
 def test_one_run(workdir, written):
     page = Page(written.read_text())
-    names = ["curves", "confusion", "mistakes", "explanations", "filters", "responses"]
+    names = ["curves", "classes", "confusion", "mistakes", "explanations", "filters", "responses"]
     assert sorted(path.stem for path in written.with_suffix("").iterdir()) == sorted(names)
     assert len(page.images) == len(names)
     for image in page.images:
@@ -284,6 +285,40 @@ def test_mistakes_of_sets_of_labels(multi_label_run):
     for each in mistakes:
         assert each.predicted not in each.labels
         assert each.probability >= 0.5
+
+
+def test_sizes_of_classes(workdir, tmp_path):
+    """From the largest to the smallest, with what is recognized of each where that is known."""
+    run = read_run(workdir)
+    [section] = sections._class_sizes(run)
+    facts, every = section.tables
+    assert [name for name, _ in facts.rows] == ["largest class", "smallest class", "ratio"]
+    assert every.header == ("class", "training images", "held-out images")
+    sizes = [int(row[1]) for row in every.rows]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) == 1437
+    assert sum(int(row[2]) for row in every.rows) == 360
+
+    found = predict_split(digits_network(), HeldOut(), most=3).report
+    found = dataclasses.replace(found, class_names=read_class_names(workdir))
+    [section] = sections._class_sizes(run, found)
+    recognized = [row[3] for row in section.tables[1].rows]
+    assert recognized.count("") == 10 - len({*found.labels})
+    others = dataclasses.replace(found, class_names=tuple("abcdefghij"))
+    assert len(sections._class_sizes(run, others)[0].tables[1].header) == 3
+
+    counts = {"train": np.array([0, 5, *[1000] * 8])}
+    facts, _ = sections._class_sizes(dataclasses.replace(run, class_counts=counts))[0].tables
+    assert facts.rows[1:] == [
+        ("smallest class", "1, 5 training images"),
+        ("ratio", "200"),
+        ("classes without training images", "1"),
+    ]
+    assert (
+        sections._class_sizes(dataclasses.replace(run, class_counts={})) == []
+    )  # of older versions
+    many = figures.class_sizes([*map(str, range(500))], np.arange(500), [None, *[0.5] * 499])
+    assert many.startswith(b"\x89PNG")
 
 
 def test_a_data_set_that_lost_classes():

@@ -357,6 +357,93 @@ def test_losses():
     np.testing.assert_allclose(hard, binary(np.array([[1.0, 1.0, 0.0]])), rtol=1e-5)
 
 
+def probabilities(logits):
+    return 1 / (1 + np.exp(-logits))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss(gamma):
+    """The formula of torchvision's sigmoid_focal_loss, for hard and soft targets, without alpha."""
+    logits = np.array([[2.0, -1.0, 0.5], [-3.0, 0.1, 4.0]], np.float32)
+    p = probabilities(logits)
+    for targets in (np.eye(3, dtype=np.float32)[:2], np.full((2, 3), [0.7, 0.3, 0.0], np.float32)):
+        cross_entropy = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
+        p_t = p * targets + (1 - p) * (1 - targets)
+        found = loss_per_image(logits, targets, c.Loss(name="focal", focal_gamma=gamma))
+        np.testing.assert_allclose(
+            found, ((1 - p_t) ** gamma * cross_entropy).mean(1), rtol=1e-5, atol=1e-7
+        )
+
+
+def test_focal_loss_of_sure_answers_has_finite_gradients():
+    config, targets = c.Loss(name="focal", focal_gamma=0.5), jnp.eye(2)[:1]
+    for sure in (-200.0, 200.0):
+        logits = jnp.array([[sure, -sure]])
+        gradients = jax.grad(lambda x: loss_per_image(x, targets, config).sum())(logits)
+        assert jnp.isfinite(gradients).all()
+
+
+@pytest.mark.parametrize("targets", [np.eye(3)[1:2], np.array([[0.7, 0.3, 0.0]])], ids=str)
+def test_class_weights(targets):
+    """PyTorch's formulas: `weight` of cross_entropy, and `pos_weight` of the binary one."""
+    logits, weights = np.array([[2.0, -1.0, 0.5]], np.float32), np.array([0.5, 3.0, 1.0])
+    targets = targets.astype(np.float32)
+    p, log_probabilities = probabilities(logits), logits - np.log(np.exp(logits).sum())
+
+    def loss(**fields):
+        return loss_per_image(logits, targets, c.Loss(**fields), weights.astype(np.float32))
+
+    def assert_is(found, expected):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+    assert_is(loss(), -(weights * targets * log_probabilities).sum(1))
+    smooth = 0.9 * targets + 0.1 / 3
+    assert_is(loss(label_smoothing=0.1), -(weights * smooth * log_probabilities).sum(1))
+    binary = -(weights * targets * np.log(p) + (1 - targets) * np.log(1 - p))
+    assert_is(loss(name="bce"), binary.mean(1))
+    assert_is(
+        loss(name="focal", focal_gamma=0.0, bce_threshold=0.5), hard_binary(targets, weights, p)
+    )
+    p_t = p * targets + (1 - p) * (1 - targets)
+    cross_entropy = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
+    focal = (weights * targets + 1 - targets) * (1 - p_t) ** 2 * cross_entropy
+    assert_is(loss(name="focal"), focal.mean(1))
+
+
+def hard_binary(targets, weights, p):
+    hard = targets > 0.5
+    return -np.where(hard, weights * np.log(p), np.log(1 - p)).mean(1)
+
+
+@pytest.mark.devices(2)
+@pytest.mark.parametrize("name", ["softmax", "bce"])
+def test_class_weights_of_a_step(name):
+    """The same on two devices; of softmax as if images stood as often in it as weights say."""
+    weights = np.array([0, 1, 2, 3, 2, 1, 0, 1, 2, 3], np.float32)
+    sgd = c.Optimizer(momentum=0.0, weight_decay=0.0)
+    config, model = configuration(loss=c.Loss(name=name), optimizer=sgd), tiny(norm="group")
+    optimizer, data = make_optimizer(config, LENGTH), batch(8)
+    data["labels"] = np.arange(8, dtype=np.int32)
+    state = create_state(model, optimizer, config, channels=3)
+
+    def gradients(weights, data, devices=1):
+        one = make_train_step(model, optimizer, config, LENGTH, class_weights=weights)
+        step = parallel.data_parallel(one, jax.devices()[:devices])
+        new, metrics = step(state, parallel.shard(data, devices))
+        moved = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), new.params, state.params)
+        return float(metrics["loss"]), moved
+
+    found = gradients(weights, data)
+    chex.assert_trees_all_close(gradients(weights, data, devices=2), found, rtol=1e-4, atol=1e-6)
+    if name == "bce":  # whose weights are those of the positive terms only
+        return
+    copies = np.repeat(np.arange(8), weights[:8].astype(int))
+    repeated = gradients(None, {key: x[copies] for key, x in data.items()})
+    share = len(copies) / 8
+    scaled = jax.tree.map(lambda x: share * x, repeated)
+    chex.assert_trees_all_close(found, scaled, rtol=1e-4, atol=1e-5)
+
+
 def test_ties_and_nan_are_no_hits():
     logits = jnp.array([[1.0, 1.0, 0.0], [3.0, 2.0, 1.0], [jnp.nan, 0.0, 0.0]])
     labels = jnp.array([0, 1, 0])

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from resnet_jax.errors import ConfigError
@@ -55,6 +56,29 @@ def test_names_that_are_none(content, described):
     (described / "classes.json").write_text(content)
     with pytest.raises(ConfigError, match=r"classes.json cannot be read"):
         workdir.read_class_names(described)
+
+
+def test_class_counts(described):
+    assert workdir.read_class_counts(described) == {}
+    counts = {"train": np.array([3, 0]), "eval": np.zeros(0, np.int64)}
+    workdir.write_config(described, Config(), ["cat", "dog"], {"train": "abc"}, counts)
+    (found,) = workdir.read_class_counts(described).items()
+    assert (found[0], found[1].tolist()) == ("train", [3, 0])  # what was not counted is not noted
+    (described / "checkpoints" / "1").mkdir(parents=True)
+    workdir.open_workdir(described, Config(), {"train": "abc"})  # and is none of the fingerprints
+    (described / "data.json").unlink()
+    assert workdir.read_class_counts(described) == {}
+
+
+@pytest.mark.parametrize(
+    "counts", ["3", "[3, 4]", '{"train": [1, -2]}', '{"train": [1, 1.5]}', '{"train": [true, 2]}']
+    + ['{"train": [1]}', '{"train": {"a": 1}}', '{"train": [1, 99999999999]}', "[" * 10_000],
+)  # fmt: skip
+def test_class_counts_that_are_none(counts, described):
+    (described / workdir.SEAL).unlink()
+    (described / "data.json").write_text(f'{{"class_counts": {counts}}}')
+    with pytest.raises(ConfigError, match=r"data.json cannot be read .*; restore it"):
+        workdir.read_class_counts(described)
 
 
 def test_only_what_differs_is_written(described):
