@@ -45,7 +45,7 @@ from resnet_jax.training.config import Config, check, profile_steps
 from resnet_jax.training.distributed import Peers, together
 from resnet_jax.training.environment import computes_on, write_environment
 from resnet_jax.training.initial import initial_variables
-from resnet_jax.training.optimizer import Length, make_optimizer
+from resnet_jax.training.optimizer import Length, describe_cut_warmup, make_optimizer
 from resnet_jax.training.recorder import Recorder, Trace
 from resnet_jax.training.records import EVALUATION
 from resnet_jax.training.setup import (
@@ -448,6 +448,8 @@ class _Run:
             f"{self.model.num_classes} classes; {self.length.steps} steps of "
             f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {self.workdir}"
         )
+        if line := describe_cut_warmup(config, self.length):
+            self.telemetry.say(line)
         for source in sources.values():
             if source.left_out:
                 self.telemetry.say(
