@@ -21,24 +21,20 @@ from resnet_jax.data.loader import (
     Batch,
     Corrupt,
     MemoryImages,
-    Order,
     evaluation_batches,
-    fits_memory,
-    load_memory,
-    memory_batches,
     memory_choices,
     prefetch,
-    stream_batches,
     streamed_evaluation_batches,
 )
 from resnet_jax.data.sources import Source
 from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.distributed.device_memory import explain_out_of_memory
-from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
+from resnet_jax.errors import ConfigError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
 from resnet_jax.training import parallel
+from resnet_jax.training.batches import load_images, make_order, training_batches
 from resnet_jax.training.bucket import Bucket
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
@@ -203,8 +199,8 @@ class _Run:
         for line in damaged:
             self.telemetry.say(line)
         self.corrupt = Corrupt(config.data.max_corrupt, self.telemetry.say)
-        self.train_data = self._in_memory(sources["train"], training=True)
-        self.eval_data = self._in_memory(sources["eval"], training=False)
+        self.train_data = load_images(config, sources["train"], True, self.corrupt)
+        self.eval_data = load_images(config, sources["eval"], False, self.corrupt)
         step: Callable[..., Any] = make_train_step(model, optimizer, config, self.length)
         self.on_devices: tuple[Batch, ...] = ()  # arguments of the step beside state and batch
         if config.train.steps_per_call > 1 and isinstance(self.train_data, MemoryImages):
@@ -338,29 +334,17 @@ class _Run:
             done += steps
 
     def _batches(self, start: int, lengths: list[int]) -> Generator[Batch, None, None]:
-        config, stop = self.config, self.length.steps
-        size, data = config.train.batch_size, self.train_data
-        order = Order(len(data), config.train.seed, config.data.repeats)
-        options = {"mirror": config.augment.flip_alternates, **self.hosts}
+        config, data = self.config, self.train_data
         if self.on_devices:
+            order, size = make_order(config, data), config.train.batch_size
+            options = {"mirror": config.augment.flip_alternates, **self.hosts}
             starts = itertools.accumulate(lengths[:-1], initial=start)
             return (
                 memory_choices(order, size, first, steps, **options)
                 for first, steps in zip(starts, lengths, strict=True)
             )
-        if isinstance(data, MemoryImages):
-            return memory_batches(data, order, size, start, stop, **options)
-        return stream_batches(data, order, config.data, size, start, stop, self.corrupt, **options)
-
-    def _in_memory(self, source: Source, training: bool) -> MemoryImages | Source:
-        """The decoded data set where it fits, else the source itself."""
-        data = self.config.data
-        if not fits_memory(source, data, training):
-            return source
-        images = load_memory(source, data, training, self.corrupt)
-        if len(images) == 0:
-            raise DataError(f"data.name = {data.name!r}: none of its images can be decoded")
-        return images
+        stop = self.length.steps
+        return training_batches(config, data, start, stop, self.corrupt, **self.hosts)
 
     def _evaluate(self, done: int, write: bool) -> dict[str, float]:
         """Measures the state, and its average where there is one; returns the latter's measures."""

@@ -155,12 +155,15 @@ def describe_cut_warmup(config: Config, length: Length) -> str:
     )
 
 
-def make_optimizer(config: Config, length: Length) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: Config, length: Length, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Everything between a gradient and an update.
 
     Args:
       config: The configuration of a run.
       length: Its number of steps.
+      schedule: The learning rate by the number of completed steps; None: from `make_schedule`.
 
     Returns:
       A transformation whose `update` also takes `value`, the loss, for a plateau schedule.
@@ -175,7 +178,7 @@ def make_optimizer(config: Config, length: Length) -> optax.GradientTransformati
     """
     fields = config.optimizer
     parts = [optax.clip_by_global_norm(fields.clip_norm)] if fields.clip_norm else []
-    parts.append(_descent(config, make_schedule(config, length)))
+    parts.append(_descent(config, schedule or make_schedule(config, length)))
     if config.schedule.name == "plateau":
         parts.append(
             optax.contrib.reduce_on_plateau(
