@@ -26,8 +26,8 @@ FLAGS = (
     "--config.model.name=tiny",
     "--config.data.image_size=8",
     "--config.train.batch_size=48",
-    "--low=1e-3",
-    "--steps=40",
+    "--low=1e-4",
+    "--steps=51",
 )
 
 
@@ -42,27 +42,35 @@ def configuration(**changes):
     return dataclasses.replace(config, **changes)
 
 
+OPTIMIZER = c.Optimizer(learning_rate=0.025, base_batch=24, nesterov=True, weight_decay=1e-2)
+
+
+@pytest.fixture(scope="module")
+def losses_at_one_rate(tmp_path_factory, tiny_model):
+    """Of a run with a constant schedule."""
+    workdir = tmp_path_factory.mktemp("constant")
+    config = configuration(optimizer=OPTIMIZER, schedule=c.Schedule(name="constant"))
+    config.train.steps = 20
+    train(config, workdir)
+    return [x["loss"] for x in records(workdir) if x["split"] == "train"]
+
+
 @pytest.mark.parametrize(
     "unused",
     [
-        {},
-        {"schedule": c.Schedule(name="step", boundaries=(0.1, 0.2), warmup_epochs=3.0)},
         {"schedule": c.Schedule(name="plateau", patience=1)},
-        {"train": c.Train(batch_size=48, steps=2, steps_per_call=2, ema_decay=0.9)},
+        {
+            "schedule": c.Schedule(name="step", boundaries=(0.1, 0.2), warmup_epochs=3.0),
+            "train": c.Train(batch_size=48, steps=2, steps_per_call=2, ema_decay=0.9),
+        },
     ],
 )
-def test_it_takes_the_steps_of_a_training(unused, tmp_path):
-    """At one rate all the time the losses are those of a run with a constant schedule."""
-    optimizer = c.Optimizer(learning_rate=0.025, base_batch=24, nesterov=True, weight_decay=1e-2)
-    constant = configuration(optimizer=optimizer, schedule=c.Schedule(name="constant"))
-    constant.train.steps = 20
-    train(constant, tmp_path)
-    expected = [x["loss"] for x in records(tmp_path) if x["split"] == "train"]
-
-    tested = configuration(optimizer=dataclasses.replace(optimizer, learning_rate=7.0), **unused)
+def test_it_takes_the_steps_of_a_training(unused, losses_at_one_rate):
+    optimizer = dataclasses.replace(OPTIMIZER, learning_rate=7.0)
+    tested = configuration(optimizer=optimizer, **unused)
     before = c.to_json(tested)
     curve = find_rate(tested, 0.025, 0.025 * (1 + 1e-6), 20, say=lambda line: None)
-    np.testing.assert_allclose(curve.losses, expected, rtol=1e-3)
+    np.testing.assert_allclose(curve.losses, losses_at_one_rate, rtol=1e-3)
     assert curve.scale == 2
     assert c.to_json(tested) == before
 
@@ -181,35 +189,39 @@ def test_broken_images_are_counted_as_in_training(tmp_path):
         find_rate(config, 1e-4, 1e-3, 20, say=lines.append)
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def measured(monkeypatch):
+    """What the steps of a test give, instead of a training."""
+    found = [[*FALL, *[3.0] * 20], ""]
+    monkeypatch.setattr(rate_range, "_train", lambda *arguments: found)
+    return found
+
+
+def test_the_command(tmp_path, capsys, monkeypatch, measured):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["find_rate", *FLAGS]) == 0
+    flags = [*FLAGS, "--config.optimizer.base_batch=24"]
+    assert cli.main(["find_rate", *flags]) == 0
     out, err = capsys.readouterr()
-    flag, _, rate = out.strip().partition("=")
-    assert flag == "--config.optimizer.learning_rate"
-    assert 1e-3 < float(rate) < 10
-    assert f"falls fastest at {rate}" in err
+    assert out == "--config.optimizer.learning_rate=0.02\n"
+    assert "the loss falls fastest at 0.02; it is least at 0.1, of which a tenth is 0.01" in err
+    assert "train.batch_size makes them 2 times as much" in err
     assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "rate.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert float(rows[0]["optimizer.learning_rate"]) == 1e-3
-    assert rows[0]["loss"] == rows[0]["smoothed_loss"]
+    found = [float(row["optimizer.learning_rate"]) for row in rows]
+    np.testing.assert_allclose(found, RATES, rtol=1e-5)
+    assert [float(row["loss"]) for row in rows] == measured[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rate.csv", "rate.png"]
 
     assert cli.main(["find_rate", *FLAGS]) == 2
     assert "error: --output=rate.png: exists; give --force" in capsys.readouterr().err
-    assert cli.main(["find_rate", *FLAGS, "--output=rate.csv", "--force", "--steps=20"]) == 0
-    assert len((tmp_path / "rate.csv").read_text().splitlines()) <= 21
-
-
-def test_the_command_says_that_there_is_no_rate_to_suggest(tmp_path, capsys):
-    output = tmp_path / "rate.csv"
-    flags = [*FLAGS, "--low=1e-9", "--high=1e-8", f"--output={output}"]
-    assert cli.main(["find_rate", *flags]) == 2
+    measured[:] = [[2.0], "the loss is not a number"]
+    assert cli.main(["find_rate", *FLAGS, "--output=rate.csv", "--force"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
+    assert err.splitlines()[-2] == "ended after 0.0001: the loss is not a number"
     assert err.splitlines()[-1].startswith("error: no rate to suggest")
-    assert output.exists()
+    assert len((tmp_path / "rate.csv").read_text().splitlines()) == 2
 
 
 def test_a_test_that_is_interrupted_leaves_nothing(tmp_path, capsys, monkeypatch):
