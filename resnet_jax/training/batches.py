@@ -41,14 +41,10 @@ def load_images(
     return images
 
 
-def make_order(config: Config, data: MemoryImages | Source) -> Order:
-    """Which image stands where in the batches of a run."""
-    return Order(len(data), config.train.seed, config.data.repeats)
-
-
 def training_batches(
     config: Config,
     data: MemoryImages | Source,
+    order: Order,
     start: int,
     stop: int,
     corrupt: Corrupt,
@@ -60,6 +56,7 @@ def training_batches(
     Args:
       config: The configuration of a run.
       data: From `load_images`.
+      order: Of its images.
       start: First batch.
       stop: The one after the last.
       corrupt: Counts what cannot be decoded.
@@ -70,8 +67,7 @@ def training_batches(
       {"images": uint8 [N, S, S, C], "labels": int32 [N]} for N = train.batch_size / hosts; with
       augment.flip_alternates also "mirrored": bool [N].
     """
-    order, size = make_order(config, data), config.train.batch_size
-    mirror = config.augment.flip_alternates
+    size, mirror = config.train.batch_size, config.augment.flip_alternates
     if isinstance(data, MemoryImages):
         return memory_batches(data, order, size, start, stop, mirror, host, hosts)
     return stream_batches(data, order, config.data, size, start, stop, corrupt, mirror, host, hosts)

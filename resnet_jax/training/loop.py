@@ -21,6 +21,7 @@ from resnet_jax.data.loader import (
     Batch,
     Corrupt,
     MemoryImages,
+    Order,
     evaluation_batches,
     memory_choices,
     prefetch,
@@ -34,7 +35,7 @@ from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
 from resnet_jax.training import parallel
-from resnet_jax.training.batches import load_images, make_order, training_batches
+from resnet_jax.training.batches import load_images, training_batches
 from resnet_jax.training.bucket import Bucket
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
@@ -335,8 +336,9 @@ class _Run:
 
     def _batches(self, start: int, lengths: list[int]) -> Generator[Batch, None, None]:
         config, data = self.config, self.train_data
+        order = Order(len(data), config.train.seed, config.data.repeats)
         if self.on_devices:
-            order, size = make_order(config, data), config.train.batch_size
+            size = config.train.batch_size
             options = {"mirror": config.augment.flip_alternates, **self.hosts}
             starts = itertools.accumulate(lengths[:-1], initial=start)
             return (
@@ -344,7 +346,7 @@ class _Run:
                 for first, steps in zip(starts, lengths, strict=True)
             )
         stop = self.length.steps
-        return training_batches(config, data, start, stop, self.corrupt, **self.hosts)
+        return training_batches(config, data, order, start, stop, self.corrupt, **self.hosts)
 
     def _evaluate(self, done: int, write: bool) -> dict[str, float]:
         """Measures the state, and its average where there is one; returns the latter's measures."""

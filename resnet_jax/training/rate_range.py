@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from resnet_jax.compile_cache import use_compile_cache
-from resnet_jax.data.loader import Corrupt, prefetch
+from resnet_jax.data.loader import Corrupt, Order, prefetch
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError
 from resnet_jax.training import parallel
@@ -211,6 +211,7 @@ def find_rate(
     initial = initial_variables(config, model, channels)
     corrupt = Corrupt(config.data.max_corrupt, say)
     data = load_images(config, source, True, corrupt)
+    order = Order(len(data), config.train.seed, config.data.repeats)
     say(
         f"{config.model.name} on {config.data.name}: {steps} steps of {config.train.batch_size} "
         f"images on {computes_on(jax.devices())}, optimizer.learning_rate from {low:g} to {high:g}"
@@ -221,7 +222,7 @@ def find_rate(
     ):
         state = parallel.place(create_state(model, optimizer, config, channels, initial))
         step = parallel.data_parallel(make_train_step(model, optimizer, config, length))
-        made = training_batches(config, data, 0, steps, corrupt)
+        made = training_batches(config, data, order, 0, steps, corrupt)
         batches = prefetch(map(parallel.put, made), config.data.prefetch)
         window = max(round(_WINDOW * steps), 1)
         # Closed in time they leave neither threads nor processes behind.
