@@ -129,7 +129,7 @@ def measure(started: float, flags: list[str]) -> None:
     """Runs in the new interpreter: trains for a step with a clock on every part."""
     import jax
 
-    from resnet_jax.training import loop
+    from resnet_jax.training import batches, loop
     from resnet_jax.training.flags import parse_train_flags
 
     parts: dict[str, float] = collections.defaultdict(float)
@@ -162,7 +162,7 @@ def measure(started: float, flags: list[str]) -> None:
     loop.open_sources = timed("opening the data set", loop.open_sources)
     loop.create_state = timed("initial parameters", loop.create_state)
     loop.Telemetry.__init__ = timed("telemetry", loop.Telemetry.__init__)
-    loop.load_memory = timed("loading images", loop.load_memory)
+    batches.load_memory = timed("loading images", batches.load_memory)
     jax.monitoring.register_event_duration_secs_listener(listen)
 
     loop.train(*parse_train_flags(flags))

@@ -39,6 +39,12 @@ def get_config(model: str = "resnet50") -> Config:
             std=(0.229, 0.224, 0.225),
         ),
         optimizer=Optimizer(learning_rate=0.1, base_batch=256, nesterov=True, weight_decay=1e-4),
-        schedule=Schedule(name="step", boundaries=(30 / 90, 60 / 90, 80 / 90), warmup_epochs=5.0),
+        schedule=Schedule(
+            name="step",
+            boundaries=(30 / 90, 60 / 90, 80 / 90),
+            warmup_epochs=5.0,
+            # From 0.1, the rate of 256 images, to the 3.2 of 8,192 (section 2.2).
+            warmup_start=256 / 8192,
+        ),
         train=Train(epochs=90.0, batch_size=256),
     )

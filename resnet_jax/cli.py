@@ -98,8 +98,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigError("an argument holds the character NUL, which no name may have")
     parser = _parser()
     # `train` takes any --config.field=value, which only its own flags know.
-    # So does `plan`, beside flags of its own; `doctor` takes those by which processes are joined.
-    if arguments[:1] in (["plan"], ["doctor"]):
+    # So do `plan` and `find_rate`, beside flags of their own; `doctor` takes those by which
+    # processes are joined.
+    if arguments[:1] in (["plan"], ["find_rate"], ["doctor"]):
         options, rest = parser.parse_known_args(arguments)
     else:
         known = arguments[:1] if arguments[:1] == ["train"] else arguments
@@ -145,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=commands.train)
     _add_summary(parsers)
     _add_plan(parsers)
+    _add_find_rate(parsers)
     _add_export(parsers)
     _add_prepare(parsers)
     _add_report(parsers)
@@ -206,6 +208,31 @@ def _add_plan(parsers: Any) -> None:
     )
     add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=commands.plan)
+
+
+def _add_find_rate(parsers: Any) -> None:
+    parser = parsers.add_parser(
+        "find_rate",
+        help="suggest a learning rate, by a short training in which it rises",
+        description="Trains a new network for some steps while optimizer.learning_rate rises "
+        "exponentially, and writes the loss over it. The suggested rate is where the loss falls "
+        "fastest. All flags of train work too: --config (which is run as Python code) and "
+        "--config.FIELD=X. Data, network, batch size and optimizer are those of the run; no "
+        "workdir is read or written. docs/learning_rate.md shows how to read the picture.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--low", type=float, default=1e-5, help="rate of the first step (default: 1e-5)")
+    add("--high", type=float, default=10.0, help="rate of the last step (default: 10)")
+    add("--steps", type=_count, default=200, help="training steps (default: 200)")
+    add(
+        "--output",
+        default="rate.png",
+        help="a .png, beside which a .csv with the numbers is written, or a .csv alone "
+        "(default: rate.png)",
+    )
+    add("--force", action="store_true", help="replace what is there")
+    parser.set_defaults(command=commands.find_rate)
 
 
 def _add_export(parsers: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import resource
@@ -209,6 +210,58 @@ def plan(options: argparse.Namespace) -> None:
     )
     with printing():
         show(json_text(plan) if options.json else plan_table(plan))
+
+
+def find_rate(options: argparse.Namespace) -> None:
+    """Suggests a learning rate, and writes the curve that it follows from."""
+    from resnet_jax.inference.files import new_file
+    from resnet_jax.training.rate_range import find_rate
+
+    path, flag = Path(options.output), f"--output={options.output}"
+    if path.suffix not in (".png", ".csv"):
+        raise ConfigError(f"{flag}: must end in .png, or in .csv for the numbers alone")
+    if path.suffix == ".png":
+        try:
+            from resnet_jax.report.figures import rate_curve
+        except ImportError as error:
+            numbers = f"the numbers alone: --output={path.with_suffix('.csv')}"
+            raise ConfigError(f"{import_failure(error, flag)}; {numbers}") from error
+    _start_backend()
+    config, _ = parse_train_flags(options.rest)
+    with contextlib.ExitStack() as stack:
+        opened = {
+            suffix: stack.enter_context(new_file(path.with_suffix(suffix), options.force))
+            for suffix in dict.fromkeys((path.suffix, ".csv"))
+        }
+        limits = options.low, options.high, options.steps
+        curve = find_rate(config, *limits, say=say, bar=True)
+        opened[".csv"].write(curve.to_csv().encode())
+        if path.suffix == ".png":
+            title = f"{config.model.name} on {config.data.name}, {config.train.batch_size} images"
+            opened[".png"].write(rate_curve(curve, f"{title} a step"))
+    _say_rate(curve, options.output)
+
+
+def _say_rate(curve: Any, output: str) -> None:
+    """Says what a range test found: its suggestion on standard output, the rest for people."""
+    if curve.end:
+        last = f" after {curve.rates[-1]:.2g}" if len(curve.rates) else " at the first step"
+        say(f"ended{last}: {curve.end}")
+    if math.isnan(curve.steepest):
+        raise ConfigError(
+            f"no rate to suggest: the loss does not clearly fall before it rises; see {output}, "
+            "and try a lower --low, a higher --high or more --steps"
+        )
+    say(
+        f"the loss falls fastest at {curve.steepest:.2g}; it is least at {curve.lowest:.2g}, of "
+        f"which a tenth is {curve.lowest / 10:.2g}; the curve is in {output}"
+    )
+    if curve.scale != 1:
+        say(
+            "these are values of optimizer.learning_rate, for optimizer.base_batch images; "
+            f"train.batch_size makes them {curve.scale:g} times as much"
+        )
+    print_copy(f"--config.optimizer.learning_rate={curve.steepest:.2g}")
 
 
 def export(options: argparse.Namespace) -> None:

@@ -45,6 +45,7 @@ SOURCES = {
         "schedule.factor": 0.1,
         "schedule.boundaries": (30 / 90, 60 / 90, 80 / 90),
         "schedule.warmup_epochs": 5.0,
+        "schedule.warmup_start": 256 / 8192,  # from 0.1 to 3.2 at a batch of 8,192
         "train.epochs": 90.0,
     },
     # github.com/google/flax, examples/imagenet: configs/default.py, input_pipeline.py, train.py.

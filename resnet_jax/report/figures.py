@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from resnet_jax.report.runs import Record, Run
+from resnet_jax.training.rate_range import RateCurve
 
 # Okabe & Ito's colours, which people with any colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -86,6 +87,42 @@ def multi_label_curves(runs: Sequence[Run]) -> bytes:
     axes.set_title("solid: mean average precision    dashed: F1", fontsize="small", color="0.3")
     axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes)
+    return _png(figure)
+
+
+def rate_curve(curve: RateCurve, title: str) -> bytes:
+    """The loss over the learning rate of a range test, with the rates that follow from it.
+
+    Args:
+      curve: Of the test.
+      title: What was trained.
+
+    Returns:
+      A PNG file.
+    """
+    figure = Figure(figsize=(7.2, 4.2), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        *(curve.rates, curve.losses), color=COLOURS[0], alpha=0.4, linewidth=0.8, label="each batch"
+    )
+    axes.plot(curve.rates, curve.smoothed, color=COLOURS[0], linewidth=2.2, label="smoothed")
+    if np.isfinite(curve.steepest):
+        for rate, name, style, color in (
+            (curve.steepest, "falls fastest: {:.2g} (suggested)", "-", COLOURS[1]),
+            (curve.lowest, "least before the first rise: {:.2g}", ":", COLOURS[2]),
+            (curve.lowest / 10, "a tenth of that: {:.2g}", "--", COLOURS[2]),
+        ):
+            axes.axvline(rate, color=color, linestyle=style, label=name.format(rate))
+    if len(curve.losses):
+        # What has diverged is far above everything else.
+        low, first = curve.losses.min(), curve.losses[: 1 + len(curve.losses) // 4].max()
+        axes.set_ylim(low - 0.1 * (first - low), min(curve.losses.max(), 2 * first - low))
+    axes.set_xscale("log")
+    factor = f" (times {curve.scale:g} for the batch)" if curve.scale != 1 else ""
+    axes.set(xlabel=f"optimizer.learning_rate{factor}", ylabel="training loss")
+    axes.set_title(title, fontsize="medium", parse_math=False)
+    axes.grid(alpha=0.25)
     _legend(axes)
     return _png(figure)
 

@@ -222,9 +222,10 @@ class Schedule:
 
     Args:
       name: constant, step, cosine, linear, one_cycle or plateau.
-      warmup_epochs: Epochs of linear warm-up (one_cycle: of its rising part).
-      warmup_start: Where the warm-up starts, as a share of the peak.
-      boundaries: Shares of the run, in (0, 1), after which a step schedule drops.
+      warmup_epochs: Epochs of linear warm-up (one_cycle: of its rising part), in whole steps.
+      warmup_start: Where the warm-up starts, as a share of the peak. A warm-up of W steps starts
+        at 1 / (W + 1) at least, so that its first step trains.
+      boundaries: Shares of the run, in (0, 1), after which a step schedule drops; in a warm-up too.
       factor: What a drop multiplies the learning rate by (step, plateau).
       final: Where cosine, linear and one_cycle end, as a share of the peak.
       patience: Epochs without a better training loss before a plateau schedule drops.

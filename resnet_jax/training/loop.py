@@ -22,18 +22,14 @@ from resnet_jax.data.loader import (
     Corrupt,
     MemoryImages,
     evaluation_batches,
-    fits_memory,
-    load_memory,
-    memory_batches,
     memory_choices,
     prefetch,
-    stream_batches,
     streamed_evaluation_batches,
 )
 from resnet_jax.data.sources import Source
 from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.distributed.device_memory import explain_out_of_memory
-from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
+from resnet_jax.errors import ConfigError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.models.resnet import ResNet
@@ -46,13 +42,14 @@ from resnet_jax.training.balance import (
     describe,
     training_order,
 )
+from resnet_jax.training.batches import load_images, training_batches
 from resnet_jax.training.bucket import Bucket
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
 from resnet_jax.training.distributed import Peers, together
 from resnet_jax.training.environment import computes_on, write_environment
 from resnet_jax.training.initial import initial_variables
-from resnet_jax.training.optimizer import Length, make_optimizer
+from resnet_jax.training.optimizer import Length, describe_cut_warmup, make_optimizer
 from resnet_jax.training.recorder import Recorder, Trace
 from resnet_jax.training.records import EVALUATION
 from resnet_jax.training.setup import (
@@ -212,8 +209,8 @@ class _Run:
         for line in damaged:
             self.telemetry.say(line)
         self.corrupt = Corrupt(config.data.max_corrupt, self.telemetry.say)
-        self.train_data = self._in_memory(sources["train"], training=True)
-        self.eval_data = self._in_memory(sources["eval"], training=False)
+        self.train_data = load_images(config, sources["train"], True, self.corrupt)
+        self.eval_data = load_images(config, sources["eval"], False, self.corrupt)
         names, say = sources["train"].class_names, self.telemetry.say
         self.order = training_order(config, self.train_data, say)
         counts = count_classes(config, self.train_data, self.order, len(names), say)
@@ -359,28 +356,17 @@ class _Run:
             done += steps
 
     def _batches(self, start: int, lengths: list[int]) -> Generator[Batch, None, None]:
-        config, stop = self.config, self.length.steps
-        size, data, order = config.train.batch_size, self.train_data, self.order
-        options = {"mirror": config.augment.flip_alternates, **self.hosts}
+        config, data, order = self.config, self.train_data, self.order
         if self.on_devices:
+            size = config.train.batch_size
+            options = {"mirror": config.augment.flip_alternates, **self.hosts}
             starts = itertools.accumulate(lengths[:-1], initial=start)
             return (
                 memory_choices(order, size, first, steps, **options)
                 for first, steps in zip(starts, lengths, strict=True)
             )
-        if isinstance(data, MemoryImages):
-            return memory_batches(data, order, size, start, stop, **options)
-        return stream_batches(data, order, config.data, size, start, stop, self.corrupt, **options)
-
-    def _in_memory(self, source: Source, training: bool) -> MemoryImages | Source:
-        """The decoded data set where it fits, else the source itself."""
-        data = self.config.data
-        if not fits_memory(source, data, training):
-            return source
-        images = load_memory(source, data, training, self.corrupt)
-        if len(images) == 0:
-            raise DataError(f"data.name = {data.name!r}: none of its images can be decoded")
-        return images
+        stop = self.length.steps
+        return training_batches(config, data, order, start, stop, self.corrupt, **self.hosts)
 
     def _evaluate(self, done: int, write: bool) -> dict[str, float]:
         """Measures the state, and its average where there is one; returns the latter's measures."""
@@ -470,6 +456,8 @@ class _Run:
             f"{self.model.num_classes} classes; {self.length.steps} steps of "
             f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {self.workdir}"
         )
+        if line := describe_cut_warmup(config, self.length):
+            self.telemetry.say(line)
         for source in sources.values():
             if source.left_out:
                 self.telemetry.say(f"in {source.split}: {source.left_out}")

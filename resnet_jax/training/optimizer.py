@@ -57,8 +57,35 @@ def peak_learning_rate(config: Config) -> float:
     return optimizer.learning_rate * config.train.batch_size / optimizer.base_batch
 
 
+def warmup_steps(config: Config, length: Length) -> int:
+    """Steps of a run's warm-up; more than the run has where it ends in its warm-up.
+
+    Args:
+      config: The configuration of a run.
+      length: Its number of steps.
+
+    Returns:
+      schedule.warmup_epochs in steps, rounded.
+
+    Example:
+      >>> from resnet_jax.training.config import Schedule
+      >>> config = Config(schedule=Schedule(warmup_epochs=2.0))
+      >>> warmup_steps(config, Length(steps=100, steps_per_epoch=10.0))
+      20
+    """
+    return round(config.schedule.warmup_epochs * length.steps_per_epoch)
+
+
 def make_schedule(config: Config, length: Length) -> optax.Schedule:
     """The learning rate as a function of the number of completed steps.
+
+    A warm-up of W steps multiplies the main schedule by a factor that rises linearly from
+    s = max(schedule.warmup_start, 1 / (W + 1)) at the first step to 1 at step W, the first one
+    after it: s + (1 - s) step / W. Without a warmup_start this is (step + 1) / (W + 1). A start at
+    0 would be a first step that trains nothing.
+
+    The factor does not depend on the length of the run: the first steps of a short trial are those
+    of the whole run.
 
     Args:
       config: The configuration of a run.
@@ -72,38 +99,71 @@ def make_schedule(config: Config, length: Length) -> optax.Schedule:
       >>> round(float(schedule(50)), 4)
       0.05
     """
-    schedule, peak = config.schedule, peak_learning_rate(config)
-    warmup = min(round(schedule.warmup_epochs * length.steps_per_epoch), length.steps)
-    rest = max(length.steps - warmup, 1)
-    if schedule.name == "one_cycle":
-        # Up and down in straight lines (Smith & Topin 2018).
-        up = max(warmup, 1)
-        rising = optax.schedules.linear_schedule(peak * schedule.warmup_start, peak, up)
-        falling = optax.schedules.linear_schedule(peak, peak * schedule.final, rest)
-        return optax.schedules.join_schedules([rising, falling], [up])
-    if schedule.name == "step":
-        drops = {
-            round(share * length.steps) - warmup: schedule.factor for share in schedule.boundaries
-        }
-        main = optax.schedules.piecewise_constant_schedule(peak, drops)
-    elif schedule.name == "cosine":
-        main = optax.schedules.cosine_decay_schedule(peak, rest, schedule.final)
-    elif schedule.name == "linear":
-        main = optax.schedules.linear_schedule(peak, peak * schedule.final, rest)
-    else:
-        main = optax.schedules.constant_schedule(peak)
+    main, warmup = _main_schedule(config, length), warmup_steps(config, length)
     if not warmup:
         return main
-    rising = optax.schedules.linear_schedule(peak * schedule.warmup_start, peak, warmup)
-    return optax.schedules.join_schedules([rising, main], [warmup])
+    start = max(config.schedule.warmup_start, 1 / (warmup + 1))
+    factor = optax.schedules.linear_schedule(start, 1.0, warmup)
+    return lambda step: factor(step) * main(step)
 
 
-def make_optimizer(config: Config, length: Length) -> optax.GradientTransformationExtraArgs:
+def _main_schedule(config: Config, length: Length) -> optax.Schedule:
+    """The schedule without its warm-up, until whose end cosine and lines stay at the peak."""
+    schedule, peak = config.schedule, peak_learning_rate(config)
+    warmup = warmup_steps(config, length)
+    rest = max(length.steps - warmup, 1)
+    if schedule.name == "step":
+        # Two drops of a short run may fall on one step. None comes before the first one.
+        drops: dict[int, float] = {}
+        for share in schedule.boundaries:
+            step = max(round(share * length.steps), 1)
+            drops[step] = drops.get(step, 1.0) * schedule.factor
+        return optax.schedules.piecewise_constant_schedule(peak, drops)
+    if schedule.name == "cosine":
+        fall = optax.schedules.cosine_decay_schedule(peak, rest, schedule.final)
+    elif schedule.name in ("linear", "one_cycle"):
+        # One cycle is a line up, the warm-up, and one down (Smith & Topin 2018).
+        fall = optax.schedules.linear_schedule(peak, peak * schedule.final, rest)
+    else:
+        return optax.schedules.constant_schedule(peak)
+    return lambda step: fall(jnp.maximum(step - warmup, 0))
+
+
+def describe_cut_warmup(config: Config, length: Length) -> str:
+    """A line for people about a run that ends before its learning rate reaches the peak.
+
+    Args:
+      config: The configuration of a run.
+      length: Its number of steps.
+
+    Returns:
+      How far the rate gets, and what to set; "" where it reaches the peak.
+
+    Example:
+      >>> describe_cut_warmup(Config(), Length(steps=10, steps_per_epoch=5.0))
+      ''
+    """
+    warmup = warmup_steps(config, length)
+    if length.steps > warmup:
+        return ""
+    last = float(make_schedule(config, length)(length.steps - 1))
+    return (
+        f"the run ends in its warm-up, which takes {warmup:,} steps (schedule.warmup_epochs = "
+        f"{config.schedule.warmup_epochs:g}): at its last step the learning rate is {last:.3g}, "
+        f"and the peak is {peak_learning_rate(config):.3g}. To reach the peak, take more than "
+        f"{warmup:,} steps or a smaller schedule.warmup_epochs"
+    )
+
+
+def make_optimizer(
+    config: Config, length: Length, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Everything between a gradient and an update.
 
     Args:
       config: The configuration of a run.
       length: Its number of steps.
+      schedule: The learning rate by the number of completed steps; None: from `make_schedule`.
 
     Returns:
       A transformation whose `update` also takes `value`, the loss, for a plateau schedule.
@@ -118,7 +178,7 @@ def make_optimizer(config: Config, length: Length) -> optax.GradientTransformati
     """
     fields = config.optimizer
     parts = [optax.clip_by_global_norm(fields.clip_norm)] if fields.clip_norm else []
-    parts.append(_descent(config, make_schedule(config, length)))
+    parts.append(_descent(config, schedule or make_schedule(config, length)))
     if config.schedule.name == "plateau":
         parts.append(
             optax.contrib.reduce_on_plateau(

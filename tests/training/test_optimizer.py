@@ -1,18 +1,26 @@
 """Schedules and updates against plain statements of them."""
 
+import itertools
+
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from resnet_jax.training import config as c
+from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import (
     Length,
     current_learning_rate,
+    describe_cut_warmup,
     make_optimizer,
     make_schedule,
     peak_learning_rate,
 )
+from resnet_jax.training.setup import make_model
+from resnet_jax.training.state import create_state
+from tests.training.runs import state_of
 
 LENGTH = Length(steps=100, steps_per_epoch=10.0)
 
@@ -48,7 +56,7 @@ def test_step():
 
 def test_boundaries_are_shares_of_the_whole_run_with_warmup_too():
     found = rates(name="step", boundaries=(0.5,), factor=0.1, warmup_epochs=2.0)
-    np.testing.assert_allclose(found[[10, 20, 49, 51]], [0.5, 1, 1, 0.1], 1e-5)
+    np.testing.assert_allclose(found[[9, 20, 49, 51]], [10 / 21, 1, 1, 0.1], 1e-5)
 
 
 def test_cosine_with_warmup():
@@ -66,6 +74,87 @@ def test_linear():
 def test_one_cycle():
     found = rates(name="one_cycle", warmup_epochs=4.0, warmup_start=0.1, final=0.0)
     np.testing.assert_allclose(found[[0, 20, 40, 70, 100]], [0.1, 0.55, 1, 0.5, 0], atol=1e-5)
+
+
+def test_one_cycle_without_a_rise_only_falls():
+    np.testing.assert_allclose(rates(name="one_cycle"), rates(name="linear"))
+
+
+def test_a_warmup_without_a_start_rises_by_equal_steps_from_above_0():
+    found = rates(name="constant", warmup_epochs=0.4)  # 4 steps
+    np.testing.assert_allclose(found[:6], [0.2, 0.4, 0.6, 0.8, 1, 1], rtol=1e-6)
+
+
+def test_a_warmup_starts_where_its_source_says():
+    found = rates(name="constant", warmup_epochs=0.4, warmup_start=0.5)
+    np.testing.assert_allclose(found[:6], [0.5, 0.625, 0.75, 0.875, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", c.SCHEDULES)
+def test_every_step_of_a_run_has_a_rate_above_0(name):
+    for warmup, steps in itertools.product((0, 1, 10, 200), (1, 2, 100)):
+        schedule = c.Schedule(name=name, warmup_epochs=warmup / 10, boundaries=(0.9,))
+        found = schedule_of(schedule, Length(steps, 10.0))
+        assert (found > 0).all()
+        assert (np.diff(found[: min(warmup + 1, 89)]) > 0).all()
+        assert (found.max() == 1) == (steps > warmup)
+
+
+def schedule_of(schedule, length):
+    """The rate of each step of a run."""
+    config = c.Config(optimizer=c.Optimizer(learning_rate=1.0), schedule=schedule)
+    found = np.array(make_schedule(config, length)(np.arange(length.steps)))
+    return np.broadcast_to(found, length.steps)  # a constant is one number
+
+
+def test_a_short_run_begins_as_the_whole_run():
+    schedule = c.Schedule(warmup_epochs=2.0)
+    whole = schedule_of(schedule, Length(100, 10.0))
+    np.testing.assert_array_equal(schedule_of(schedule, Length(5, 10.0)), whole[:5])
+
+
+def test_a_drop_within_the_warmup_is_applied_where_it_lies():
+    found = rates(name="step", boundaries=(0.05,), factor=0.1, warmup_epochs=0.9)
+    np.testing.assert_allclose(found[:5], np.arange(1, 6) / 10, rtol=1e-6)
+    np.testing.assert_allclose(found[5:11], [0.06, 0.07, 0.08, 0.09, 0.1, 0.1], rtol=1e-5)
+
+
+def test_drops_of_a_short_run_that_fall_on_one_step_all_count():
+    schedule = c.Schedule(name="step", boundaries=(0.1, 0.5, 0.6, 0.9), factor=0.5)
+    found = schedule_of(schedule, Length(3, 10.0))
+    # Rounded: before steps 0 (the first: not before it), 2, 2 and 3 (the end).
+    np.testing.assert_allclose(found, [1, 0.5, 0.125])
+    np.testing.assert_allclose(schedule_of(schedule, Length(1, 10.0)), [1])
+
+
+def test_a_run_that_ends_in_its_warmup_says_so():
+    config = c.Config(optimizer=c.Optimizer(learning_rate=0.8))
+    config.schedule = c.Schedule(warmup_epochs=1.5)
+    assert describe_cut_warmup(config, Length(16, 10.0)) == ""
+    assert describe_cut_warmup(config, Length(4, 10.0)) == (
+        "the run ends in its warm-up, which takes 15 steps (schedule.warmup_epochs = 1.5): at its "
+        "last step the learning rate is 0.2, and the peak is 0.8. To reach the peak, take more "
+        "than 15 steps or a smaller schedule.warmup_epochs"
+    )
+    assert describe_cut_warmup(config, Length(15, 10.0))
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_one_step_within_a_warmup_trains(tmp_path, capsys):
+    config = c.Config(
+        model=c.Model(name="tiny"),
+        data=c.Data(name="digits", image_size=8, threads=2),
+        optimizer=c.Optimizer(momentum=0.0, weight_decay=0.0),
+        schedule=c.Schedule(warmup_epochs=1.0),
+        train=c.Train(steps=1, batch_size=48),
+        log=c.Log(tensorboard=False),
+    )
+    train(config, tmp_path)
+    assert "ends in its warm-up, which takes 30 steps" in capsys.readouterr().err
+    optimizer = make_optimizer(config, Length(1, 1437 / 48))
+    start = create_state(make_model(config, 10), optimizer, config, channels=1)
+    trained = state_of(tmp_path)["params"]
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), start.params, trained)))
 
 
 def run(optimizer, params, gradients, values=(1.0,)):

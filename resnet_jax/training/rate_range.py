@@ -1,0 +1,307 @@
+"""A learning-rate range test (Smith 2017, arXiv:1506.01186, section 3.3).
+
+A short training from the run's own start, in which the learning rate rises exponentially from step
+to step. The loss stays where the rate is too low, falls where it is of use, and rises where it is
+too high.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from resnet_jax.compile_cache import use_compile_cache
+from resnet_jax.data.loader import Corrupt, prefetch
+from resnet_jax.distributed.device_memory import explain_out_of_memory
+from resnet_jax.errors import ConfigError
+from resnet_jax.training import parallel
+from resnet_jax.training.balance import class_weights, count_classes, training_order
+from resnet_jax.training.batches import load_images, training_batches
+from resnet_jax.training.config import Config, Schedule, check
+from resnet_jax.training.environment import computes_on
+from resnet_jax.training.initial import initial_variables
+from resnet_jax.training.optimizer import Length, make_optimizer, peak_learning_rate
+from resnet_jax.training.setup import (
+    channels_of,
+    check_batches,
+    check_memory,
+    make_model,
+    open_sources,
+)
+from resnet_jax.training.state import TrainState, create_state
+from resnet_jax.training.step import make_train_step
+
+_STEPS = 20, 100_000
+_HIGHEST = 1e6
+# The part of a test that is averaged over: a quarter of a factor of 10 where there are six.
+_WINDOW = 1 / 25
+# The test ends where the smoothed loss is so many times the least one.
+_DIVERGED = 4.0
+# A fall is clear from this share of the first loss; a rise, where it undoes this share of the fall.
+_CLEAR_FALL, _CLEAR_RISE = 0.05, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class RateCurve:
+    """What a range test measured, and the rates that follow from it.
+
+    All rates are values of optimizer.learning_rate; the optimizer takes `scale` times as much.
+
+    Args:
+      rates: The rate of each step, [N], rising.
+      losses: The training loss of each step's batch, [N].
+      smoothed: Its debiased exponential moving average, [N].
+      steepest: The rate around which the loss falls most, before its first clear rise; NaN if it
+        never clearly falls.
+      lowest: The rate of the least smoothed loss before the first clear rise; NaN likewise.
+      scale: train.batch_size / optimizer.base_batch, or 1 without a base_batch.
+      end: Why the test ended before its highest rate; "" if it did not.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed: np.ndarray
+    steepest: float
+    lowest: float
+    scale: float = 1.0
+    end: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        rates: Sequence[float] | np.ndarray,
+        losses: Sequence[float],
+        window: int,
+        scale: float = 1.0,
+        end: str = "",
+    ) -> RateCurve:
+        """Reads the losses of a test, averaging over a window of steps.
+
+        Args:
+          rates: The rate of each step.
+          losses: The loss of each step.
+          window: Steps to average over.
+          scale: As of the class.
+          end: As of the class.
+
+        Returns:
+          The curve.
+
+        Example:
+          >>> rates = np.geomspace(1e-4, 10, 51)  # ten steps for each factor of 10
+          >>> losses = [2.0] * 21 + [1.9, 1.7, 1.2, 0.9, 0.8] + [0.7] * 5 + [3.0] * 20
+          >>> curve = RateCurve.of(rates, losses, window=1)
+          >>> f"{curve.steepest:.2g} {curve.lowest:.2g}"
+          '0.02 0.04'
+        """
+        average = _Average(window)
+        smoothed = np.array([average.add(loss) for loss in losses])
+        steepest, lowest = _read(np.array(losses), smoothed, window)
+        return cls(
+            np.array(rates),
+            np.array(losses),
+            smoothed,
+            float("nan") if steepest is None else float(rates[steepest]),
+            float("nan") if lowest is None else float(rates[lowest]),
+            scale,
+            end,
+        )
+
+    def to_csv(self) -> str:
+        """The curve as text, a line for each step after a line of names."""
+        names = "step,optimizer.learning_rate,loss,smoothed_loss"
+        rows = enumerate(zip(self.rates, self.losses, self.smoothed), start=1)
+        lines = [f"{k},{rate:.6g},{loss:.6g},{mean:.6g}" for k, (rate, loss, mean) in rows]
+        return "\n".join([names, *lines, ""])
+
+
+def _read(losses: np.ndarray, smoothed: np.ndarray, window: int) -> tuple[int | None, int | None]:
+    """(step of the steepest fall, step of the least loss), before the first clear rise.
+
+    After a rise the loss may fall once more, because the weights have become large, which makes the
+    steps of a normalized network small. That says nothing about the rate of a new network.
+    """
+    if len(losses) < 2 * window:
+        return None, None
+    first = losses[:window].mean()
+    least = np.minimum.accumulate(smoothed)
+    fallen = first - least
+    falls = fallen > _CLEAR_FALL * first
+    rises = falls & (smoothed - least > _CLEAR_RISE * fallen)
+    end = int(rises.argmax()) if rises.any() else len(losses)
+    if not falls[:end].any():
+        return None, None
+    # Means of as many steps before and after a step, which lag behind it by nothing.
+    means = np.convolve(losses[:end], np.full(window, 1 / window), mode="valid")
+    drops = means[:-window] - means[window:]
+    return int(drops.argmax()) + window, int(smoothed[:end].argmin())
+
+
+class _Average:
+    """A debiased exponential moving average over about `window` numbers."""
+
+    def __init__(self, window: int) -> None:
+        self._decay = 1 - 1 / window
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """Takes a number in; returns the average."""
+        share = 1 - self._decay
+        self._sum = self._decay * self._sum + share * value
+        self._weight = self._decay * self._weight + share
+        return self._sum / self._weight
+
+
+def find_rate(
+    config: Config,
+    low: float = 1e-5,
+    high: float = 10.0,
+    steps: int = 200,
+    *,
+    say: Callable[[str], Any] = print,
+    bar: bool = False,
+) -> RateCurve:
+    """Trains a new network for some steps while the learning rate rises, and returns the losses.
+
+    Data, augmentation, network, initial weights, loss and optimizer are those of the run. Its
+    schedule, moving average and workdir have no part in the test, and nothing is written. The same
+    configuration gives the same curve.
+
+    Args:
+      config: The configuration of the run.
+      low: optimizer.learning_rate at the first step.
+      high: optimizer.learning_rate at the last step.
+      steps: Number of steps.
+      say: Takes lines for people.
+      bar: Show progress where standard error is a terminal.
+
+    Returns:
+      The losses up to the last step, or up to where the training diverged.
+
+    Raises:
+      ConfigError: The configuration or the range cannot be used.
+      DataError: The data set cannot be used.
+
+    Example:
+      >>> from resnet_jax.training.config import Data, Model
+      >>> config = Config(Model(name="resnet8_cifar"), Data(image_size=8))
+      >>> curve = find_rate(config, low=1e-4, high=1e-2, steps=20, say=lambda line: None)
+      >>> curve.losses.shape
+      (20,)
+    """
+    check(config)
+    _check_range(low, high, steps)
+    sources = open_sources(config)
+    source, channels = sources["train"], channels_of(config, sources["train"])
+    scale = peak_learning_rate(_with_rate(config, 1.0))
+    config = _without_schedule(config, steps)
+    model = make_model(config, source.num_classes)
+    check_batches(config)
+    check_memory(config, model, channels, hosts=1)
+    use_compile_cache(config.log.compile_cache)
+    length = Length.of(config, len(source))
+    schedule = optax.schedules.exponential_decay(scale * low, steps - 1, high / low)
+    optimizer = make_optimizer(config, length, schedule)
+    initial = initial_variables(config, model, channels)
+    corrupt = Corrupt(config.data.max_corrupt, say)
+    data = load_images(config, source, True, corrupt)
+    order = training_order(config, data, say)
+    counts = count_classes(config, data, order, source.num_classes, say)
+    weights = class_weights(config.loss, counts, model.num_classes)
+    say(
+        f"{config.model.name} on {config.data.name}: {steps} steps of {config.train.batch_size} "
+        f"images on {computes_on(jax.devices())}, optimizer.learning_rate from {low:g} to {high:g}"
+    )
+    with explain_out_of_memory(
+        f"a training step of train.batch_size = {config.train.batch_size}",
+        f"take a smaller one or train.accumulate = {2 * config.train.accumulate}",
+    ):
+        state = parallel.place(create_state(model, optimizer, config, channels, initial))
+        step = make_train_step(model, optimizer, config, length, class_weights=weights)
+        step = parallel.data_parallel(step)
+        made = training_batches(config, data, order, 0, steps, corrupt)
+        batches = prefetch(map(parallel.put, made), config.data.prefetch)
+        window = max(round(_WINDOW * steps), 1)
+        # Closed in time they leave neither threads nor processes behind.
+        with contextlib.closing(made), contextlib.closing(batches), _progress(steps, bar) as shown:
+            losses, end = _train(config, state, step, shown(batches), window)
+    rates = np.geomspace(low, high, steps)[: len(losses)]
+    return RateCurve.of(rates, losses, window, scale, end)
+
+
+def _train(
+    config: Config,
+    state: TrainState,
+    step: Callable[..., Any],
+    batches: Iterator[Any],
+    window: int,
+) -> tuple[list[float], str]:
+    """(the loss of each step that was taken, why no more were or "")."""
+    losses: list[float] = []
+    average, least, skipped = _Average(window), float("inf"), 0
+    for batch in batches:
+        state, metrics = step(state, batch)
+        loss = float(metrics["loss"])
+        if not np.isfinite(loss):
+            return losses, "the loss is not a number"
+        if metrics["skipped"]:
+            skipped += 1
+            # In float16 a step may be skipped to find the scale of the loss.
+            if state.loss_scale is None or skipped > config.train.max_skipped:
+                return losses, "the update is not finite"
+            continue
+        skipped = 0
+        losses.append(loss)
+        smoothed = average.add(loss)
+        least = min(least, smoothed)
+        if smoothed > _DIVERGED * least:
+            return losses, f"the smoothed loss is more than {_DIVERGED:g} times the least one"
+    return losses, ""
+
+
+@contextlib.contextmanager
+def _progress(steps: int, bar: bool) -> Iterator[Callable[[Any], Any]]:
+    from tqdm import tqdm
+
+    # disable=None: only on a terminal.
+    disable = None if bar else True
+    with tqdm(total=steps, unit="step", disable=disable, leave=False, file=sys.stderr) as shown:
+
+        def counted(batches: Any) -> Iterator[Any]:
+            for batch in batches:
+                yield batch
+                shown.update()
+
+        yield counted
+
+
+def _check_range(low: float, high: float, steps: int) -> None:
+    least, most = _STEPS
+    if not 0 < low < high <= _HIGHEST:  # not where one is NaN, either
+        raise ConfigError(
+            f"low = {low:g} and high = {high:g}: must rise and lie above 0 and up to "
+            f"{_HIGHEST:,.0f}"
+        )
+    if not least <= steps <= most:
+        raise ConfigError(f"steps = {steps}: a range test takes {least} to {most:,}")
+
+
+def _with_rate(config: Config, rate: float) -> Config:
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def _without_schedule(config: Config, steps: int) -> Config:
+    """The configuration of a run of some steps whose rate nothing changes but the test."""
+    return dataclasses.replace(
+        config,
+        schedule=Schedule(name="constant"),
+        train=dataclasses.replace(config.train, steps=steps, steps_per_call=1, ema_decay=0.0),
+    )
