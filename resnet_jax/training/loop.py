@@ -378,16 +378,23 @@ class _Run:
 
     def _metrics_at_start(self, done: int) -> dict[str, float]:
         """Evaluates the restored state where the last start saved it and did not come to that."""
+        if done and self._evaluates_at(done) and self.evaluations.missing(done):
+            self.telemetry.say(f"the state of step {done} was saved but not evaluated; evaluating")
+            return self._evaluate(done)
         if done >= self.length.steps:
             self.telemetry.say(f"already trained for {done} steps; evaluating")
-        if done == 0 or not self._evaluates_at(done) or not self.evaluations.missing(done):
-            return {}
-        self.telemetry.say(f"the evaluation of step {done} is missing; it comes first")
-        return self._evaluate(done)
+        return {}
 
     def _evaluate(self, done: int) -> dict[str, float]:
         """Writes the records of an evaluation that are missing, once the state is saved."""
-        metrics = self._measure(done, self.evaluations.missing(done), write=True)
+        try:
+            metrics = self._measure(done, self.evaluations.missing(done), write=True)
+        except (ConfigError, DataError):
+            self.telemetry.say(
+                f"the evaluation after step {done} failed; the same command goes on with it from "
+                "the state that was saved before"
+            )
+            raise
         if self.checkpoints is not None:
             self.checkpoints.evaluated()
         return metrics

@@ -282,6 +282,11 @@ def _joint_faults(config: Config) -> Iterator[str]:
         yield f"augment.pad = {config.augment.pad}: must not be more than data.image_size"
     if data.crop == "scale_jitter" and data.jitter_sides[0] < data.image_size:
         yield f"data.jitter_sides = {data.jitter_sides}: must not be less than data.image_size"
+    metric = config.checkpoint.best_metric
+    if metric in ("map", "f1") and not data.multi_label:
+        yield (
+            f"checkpoint.best_metric = {metric!r}: needs data.multi_label; take top1, top5 or loss"
+        )
     if len(config.augment.mean) != len(config.augment.std):
         yield f"augment.std = {config.augment.std}: must have as many numbers as augment.mean"
     if config.augment.flip and config.augment.flip_alternates:
