@@ -276,8 +276,8 @@ class Train:
       early_stopping: Evaluations in a row without an improvement of checkpoint.best_metric after
         which the run ends; 0: it takes all its steps. The learning rate schedule stays that of all
         steps. A greater number lets a run that has ended go on.
-      min_improvement: Least change of the metric, compared with the last improvement, that counts as
-        an improvement: it has to be exceeded.
+      min_improvement: Change of the metric since the last improvement that has to be exceeded to
+        count as an improvement.
       max_skipped: Steps in a row that are skipped, because loss, gradients or what would come of
         them are not finite, before the run ends as diverged.
     """

@@ -60,7 +60,8 @@ def test_a_run_goes_on_where_its_disk_is_gone(straight, tmp_path, monkeypatch):
 
 def test_the_copy_has_the_last_evaluation(tmp_path, monkeypatch):
     """Of a run whose last state is not its best, and that ended early."""
-    monkeypatch.setattr(loop, "evaluate", lambda *_, left=iter((0.9, 0.1)): metrics(next(left)))
+    tops = iter((0.9, 0.1))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: metrics(next(tops)))
     config = configuration(
         checkpoint__copy_to=str(tmp_path / "copy"),
         train__early_stopping=1,
