@@ -210,11 +210,11 @@ def changed_evaluation_data(workdir: Path, data: Mapping[str, str]) -> list[str]
       data: Fingerprints of the data set, as `open_workdir` checks them.
 
     Returns:
-      A line that says so; none where they are the same.
+      A line that says so; none where they are the same, or where nobody knows.
     """
-    if not (workdir / "data.json").exists():
-        return []
-    changed = [each for each in _changed_data(workdir, data) if each.startswith("eval:")]
+    changed: list[str] = []
+    with contextlib.suppress(ConfigError):  # no data.json, or a damaged one, which is written anew
+        changed = [each for each in _changed_data(workdir, data) if each.startswith("eval:")]
     return [
         f"the images of data.eval_split have changed since the last start ({each}): its metrics "
         "may not be comparable with those before"
