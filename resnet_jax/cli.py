@@ -348,7 +348,12 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="a workdir, a weight file, a folder in the Hub's form, or OWNER/NAME there")
     add("--model", default="", help="the network's name; for a weight file")
-    add("--state", choices=("best", "newest"), default="best", help="of a workdir (default: best)")
+    add(
+        "--state",
+        choices=("best", "newest"),
+        default="best",
+        help="of a workdir; the best by its checkpoint.best_metric (default: best)",
+    )
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,

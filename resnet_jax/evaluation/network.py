@@ -141,7 +141,7 @@ def open_network(
       source: A workdir, a weight file (.safetensors, .npz, .pth), a folder in the Hub's form, or
         "owner/name" on the Hub.
       model: Name of the network; needed for a weight file, which does not say it.
-      best: Of a workdir, the state with the highest top-1 instead of the newest.
+      best: Of a workdir, the best state by the run's checkpoint.best_metric instead of the newest.
       ema: Of a workdir, the moving average where there is one.
       image_size: Side of the images in pixels; 0: as the network was trained or published.
       crop_fraction: Side of the crop as a share of the resized image's shorter side; 0: likewise.

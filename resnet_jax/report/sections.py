@@ -245,7 +245,7 @@ def _confusion(report: Report) -> Section:
                 "confusion",
                 figures.confusion_matrix(counts, [visible(name) for name in names]),
                 "Confusion matrix: true classes by predicted ones",
-                f"Of {report.images:,} held-out images, by the state with the best top-1.",
+                f"Of {report.images:,} held-out images, by the best state of the run.",
             )
         )
     return Section("confusion", "Confusion", pictures=pictures, tables=[table])

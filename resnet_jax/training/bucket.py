@@ -137,8 +137,11 @@ class Bucket:
                 os.rename(made / str(step), self.workdir / _STATES / str(step))
             self.fetched.append(f"the state at step {step} is from {self._name}")
 
-    def push(self) -> None:
+    def push(self, discarded: int | None = None) -> None:
         """Copies what is not there yet, and then removes states that newer ones have replaced.
+
+        Args:
+          discarded: Step of a state that the run has removed although it is the newest there.
 
         Raises:
           ConfigError: It could not be done; what was whole there still is.
@@ -160,24 +163,24 @@ class Bucket:
             for step in new:
                 self._write(self._seal(step), self._sealed(step))
             for step in _steps(names) - {*local}:
-                if step < max(local, default=0) or step not in there:
+                if step < max(local, default=0) or step not in there or step == discarded:
                     self._remove(step, names)
         except (_FilesError, OSError) as error:  # of the copy; of the workdir
             raise ConfigError(f"{self._name}: cannot be written ({_reason(error)})") from error
 
-    def pusher(self, say: Callable[[str], None]) -> Callable[[], None]:
+    def pusher(self, say: Callable[[str], None]) -> Callable[..., None]:
         """`push` for the background of a run, which goes on where that fails.
 
         Args:
           say: Takes a line for people.
 
         Returns:
-          To be called after each save.
+          To be called after each save, evaluation and discarded state.
         """
 
-        def push() -> None:
+        def push(discarded: int | None = None) -> None:
             try:
-                self.push()
+                self.push(discarded)
             except ConfigError as error:
                 say(f"{error}; it is tried again with the next save or start")
 

@@ -1,7 +1,7 @@
 """The states of a run on disk: written by Orbax, sealed by checksums, named when complete.
 
     checkpoints/STEP/default/         the state, as Orbax writes it
-    checkpoints/STEP/progress.json    its step, evaluation, and what the next record has so far
+    checkpoints/STEP/progress.json    its step, and what the next training record has so far
     checkpoints/STEP/SHA256SUMS       of both, written last
     checkpoints/STEP.damaged/         a state that was not as it was written, or of another step
     checkpoints/.unfinished/          what is being written or removed
@@ -9,6 +9,10 @@
 A state is made in .unfinished and gets its name in one rename, so that a STEP is complete or not
 there; an older one goes only after that. Orbax's manager would remove it before our checksums
 exist, and ranks a NaN as the best. This is the only file that imports orbax.
+
+A state is saved before it is evaluated, so that a failed evaluation does not lose it. Its metrics
+are the evaluation records of its step in metrics.jsonl (evaluations.py). The versions before this
+one wrote them to progress.json, where they are still found.
 
 A state is damaged if its checksums say so, or if it holds another step than its name says. Any
 other error while it is read (no permission, no memory, no device) says nothing about the state.
@@ -40,8 +44,15 @@ from resnet_jax.errors import ConfigError, library_errors, one_line
 from resnet_jax.files import sync
 from resnet_jax.output import visible
 from resnet_jax.training import manifest
+from resnet_jax.training.evaluations import Evaluations
 from resnet_jax.training.state import TrainState
-from resnet_jax.training.workdir import has_states, read_json, saved_steps, write_whole
+from resnet_jax.training.workdir import (
+    has_states,
+    read_json,
+    saved_steps,
+    write_whole,
+    writing,
+)
 
 # Orbax and its helpers tell of every file on the "absl" logger, and of errors once a thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -54,31 +65,42 @@ _DISK_ERRORS = (
 
 
 class Checkpoints:
-    """The states of a run: the newest ones, and the best by top-1.
+    """The states of a run: the newest ones, and the best ones.
 
     Args:
       workdir: Folder of the run; "checkpoints" in it is made when the first state is saved.
-      keep: Newest states kept.
+      keep: Newest states kept. One that is being evaluated does not count: if it turns out to have
+        diverged, the run goes on from those before it.
+      keep_best: Best states kept beside them.
+      evaluations: Of the run; None: what its files say.
       read_only: Only look: another process may be writing here.
 
     Raises:
       ConfigError: "checkpoints", or what is being written in it, is a link, which is not followed.
 
     Attributes:
-      after_save: Called in the background when a state is on disk and older ones are gone.
+      after_save: Called in the background when a state or its evaluation is on disk and older
+        states are gone; with the step of a state that was discarded.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], keep: int = 1, read_only: bool = False
+        self,
+        workdir: str | os.PathLike[str],
+        keep: int = 1,
+        keep_best: int = 1,
+        evaluations: Evaluations | None = None,
+        read_only: bool = False,
     ) -> None:
         self.workdir = Path(workdir).expanduser()
         self._folder = self.workdir / "checkpoints"
         self._unfinished = self._folder / ".unfinished"
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
+        self._known = evaluations
+        self._in_evaluation: int | None = None  # step of the state that is being evaluated
         self._whole: set[int] = set()  # steps whose checksums were right in this process
-        self.after_save: Callable[[], None] = lambda: None
+        self.after_save: Callable[..., None] = lambda discarded=None: None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
         self._check_own(self._folder)
         if not read_only:
             shutil.rmtree(self._unfinished, ignore_errors=True)  # of a process that was killed
@@ -92,28 +114,45 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """Completed steps of the state with the highest top-1; None: none was evaluated."""
+        """Completed steps of the best state; None: none was evaluated."""
         self.wait()
-        return self._best()
+        return next(iter(self._best(1)), None)
 
-    def save(
-        self, state: TrainState, metrics: dict[str, float] | None, records: dict[str, Any]
-    ) -> None:
+    def save(self, state: TrainState, records: dict[str, Any], to_evaluate: bool = False) -> None:
         """Writes a state in the background.
 
         Args:
           state: May be donated to the next step once this returns: it is copied to the host.
-          metrics: Of its evaluation; None: it was not evaluated and cannot be the best.
           records: What `Recorder.carried` gives.
+          to_evaluate: It is going to be evaluated: `evaluated` or `discard` follows.
 
         Raises:
           ConfigError: The state before this one could not be written.
         """
         self.wait()  # beside this copy, writing holds the one that is read back
         step = int(state.step)
+        if to_evaluate:
+            self._in_evaluation = step
         if step not in self._steps():
-            progress = {"step": step, "metrics": metrics, "records": records}
-            self._pending = self._writer.submit(self._write, step, _copy(state), progress)
+            progress = {"step": step, "records": records}
+            self._pending.append(self._writer.submit(self._write, step, _copy(state), progress))
+
+    def evaluated(self) -> None:
+        """Says that the newest state has been evaluated: its records are written."""
+        self._in_evaluation = None
+        self._pending.append(self._writer.submit(self._after_evaluation))
+
+    def discard(self, step: int) -> None:
+        """Removes a state whose evaluation shows that the run has diverged.
+
+        Raises:
+          ConfigError: It could not be written in the first place, or cannot be removed.
+        """
+        self.wait()
+        self._in_evaluation = None
+        with writing(self._folder / str(step)):
+            self._remove(step)
+        self.after_save(discarded=step)
 
     def check(self) -> None:
         """Tells, without waiting, whether a state could not be written.
@@ -121,8 +160,8 @@ class Checkpoints:
         Raises:
           ConfigError: So it is.
         """
-        if self._pending is not None and self._pending.done():
-            self.wait()
+        while self._pending and self._pending[0].done():
+            self._pending.pop(0).result()
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -130,9 +169,9 @@ class Checkpoints:
         Raises:
           ConfigError: A state could not be written.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        pending, self._pending = self._pending, []
+        for each in pending:
+            each.result()
 
     def close(self) -> None:
         """`wait`, and no more states."""
@@ -239,7 +278,7 @@ class Checkpoints:
         """The first state that is whole; what is damaged stays where it is.
 
         Args:
-          best: Begin with the highest top-1 instead of the newest.
+          best: Begin with the best instead of the newest.
 
         Returns:
           The state as a dictionary of NumPy arrays.
@@ -248,7 +287,8 @@ class Checkpoints:
           ConfigError: None is whole, or one cannot be read.
         """
         damaged: dict[int, str] = {}
-        while steps := [step for step in self._ranked(best) if step not in damaged]:
+        rank = self._ranked if best else self._newest
+        while steps := [step for step in rank() if step not in damaged]:
             step = steps[0]
             try:
                 self._check(step)
@@ -271,21 +311,26 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return saved_steps(self.workdir)
 
-    def _ranked(self, best: bool) -> list[int]:
-        """Newest first; or by top-1, those without an evaluation last."""
-        ranks = {step: (self._top1(step) if best else 0.0, step) for step in self._steps()}
+    def _newest(self) -> list[int]:
+        return self._steps()[::-1]
+
+    def _ranked(self) -> list[int]:
+        """The best first; those without an evaluation last, the newest of them first."""
+        ranks = {step: (self._score(step), step) for step in self._steps()}
         return sorted(ranks, key=ranks.__getitem__, reverse=True)
 
-    def _best(self) -> int | None:
-        ranked = self._ranked(best=True)
-        return ranked[0] if ranked and self._top1(ranked[0]) > -math.inf else None
+    def _best(self, most: int) -> list[int]:
+        """The best ones of those that were evaluated."""
+        return [step for step in self._ranked()[:most] if self._score(step) > -math.inf]
 
-    def _top1(self, step: int) -> float:
-        try:
-            top1 = self._progress(step)["metrics"]["top1"]
-            return -1.0 if math.isnan(top1) else float(top1)
-        except (ConfigError, KeyError, TypeError, OverflowError):
-            return -math.inf  # not evaluated; or damaged, which its checksums will tell
+    def _score(self, step: int) -> float:
+        if self._known is None:
+            self._known = Evaluations.of_workdir(self.workdir)
+        stored = None
+        if self._known.missing(step):
+            with contextlib.suppress(ConfigError):  # damaged, which its checksums will tell
+                stored = self._progress(step).get("metrics")
+        return self._known.score(step, stored)
 
     def _progress(self, step: int) -> dict[str, Any]:
         path = self._folder / str(step) / "progress.json"
@@ -373,17 +418,29 @@ class Checkpoints:
         self._remove_old()
         self.after_save()
 
+    def _after_evaluation(self) -> None:
+        """In the background: removes what the newest state has outdone."""
+        metrics = self.workdir / "metrics.jsonl"
+        with writing(metrics), contextlib.suppress(FileNotFoundError):
+            sync(metrics)  # the records that say so, before anything goes
+        self._remove_old()
+        self.after_save()
+
     def _remove_old(self) -> None:
-        best = self._best()
-        for step in self._steps()[: -self._keep]:
-            if step != best:
-                # Half a state must not look like one. What cannot go now is tried again later, and
-                # what is not as a run wrote it never goes.
+        others = [step for step in self._steps() if step != self._in_evaluation]
+        best = self._best(self._keep_best)
+        for step in others[: -self._keep]:
+            if step not in best:
+                # What cannot go now is tried again later, and what is not as a run wrote it stays.
                 with contextlib.suppress(OSError):
-                    if step not in self._whole and manifest.damage(self._folder / str(step)):
-                        continue
-                    os.rename(self._folder / str(step), self._unfinished / f"{step}.old")
-                    shutil.rmtree(self._unfinished / f"{step}.old")
+                    if step in self._whole or not manifest.damage(self._folder / str(step)):
+                        self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Half a state must not look like one."""
+        files.make_folder(self._unfinished)
+        os.rename(self._folder / str(step), self._unfinished / f"{step}.old")
+        shutil.rmtree(self._unfinished / f"{step}.old")
 
 
 class _DamagedError(ConfigError):
@@ -579,7 +636,8 @@ def load_variables(
 
     Args:
       workdir: Folder of the run.
-      best: Those with the highest top-1; otherwise, or without an evaluation, the newest.
+      best: Those of the best state by the run's checkpoint.best_metric; otherwise, or without an
+        evaluation, the newest.
       ema: Their moving average, where the run has one.
 
     Returns:

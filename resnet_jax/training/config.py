@@ -284,9 +284,11 @@ class Train:
         no part of it. (torchvision's --model-ema-decay is another number: an update there keeps
         1 - (1 - DECAY) * batch * every / epochs.)
       ema_every: Steps between its updates.
-      early_stopping: Evaluations in a row without a new best checkpoint.best_metric after which the
-        run ends; 0: it takes all its steps.
-      min_improvement: What the metric has to improve by to count as a new best one.
+      early_stopping: Evaluations in a row without an improvement of checkpoint.best_metric after
+        which the run ends; 0: it takes all its steps. The learning rate schedule stays that of all
+        steps. A greater number lets a run that has ended go on.
+      min_improvement: Change of the metric since the last improvement that has to be exceeded to
+        count as an improvement.
       max_skipped: Steps in a row that are skipped, because loss, gradients or what would come of
         them are not finite, before the run ends as diverged.
     """
@@ -329,8 +331,9 @@ class Checkpoint:
       every_steps: Steps between checkpoints, beside those at each evaluation; 0: only those.
       keep: Newest checkpoints kept.
       keep_best: Best checkpoints kept beside them.
-      best_metric: What the best ones are chosen by: top1, top5, map or f1, of which the highest is
-        the best, or loss, of which the lowest is.
+      best_metric: Metric of the evaluations that the best ones are chosen by: top1, top5, map or
+        f1 (the highest), or loss (the lowest); map and f1 need data.multi_label. Of a run with a
+        moving average it is the average's. It may change from one start to the next.
       init_from: Weight file, workdir or Hub name ("timm/resnet50.a1_in1k") of the initial
         parameters; "": random ones.
       reset_head: Start with a new head, for other classes than those of init_from.
@@ -607,6 +610,7 @@ _FREE = {
     "train.early_stopping",
     "train.min_improvement",
     "train.max_skipped",
+    "evaluate.batch_size",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.keep_best",

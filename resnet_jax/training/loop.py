@@ -29,7 +29,7 @@ from resnet_jax.data.loader import (
 from resnet_jax.data.sources import Source
 from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.distributed.device_memory import explain_out_of_memory
-from resnet_jax.errors import ConfigError, DivergedError, StoppedError
+from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.models.resnet import ResNet
@@ -48,10 +48,11 @@ from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.config import Config, check, profile_steps
 from resnet_jax.training.distributed import Peers, together
 from resnet_jax.training.environment import computes_on, write_environment
+from resnet_jax.training.evaluations import EMA, RAW, Evaluations
 from resnet_jax.training.initial import initial_variables
 from resnet_jax.training.optimizer import Length, describe_cut_warmup, make_optimizer
 from resnet_jax.training.recorder import Recorder, Trace
-from resnet_jax.training.records import EVALUATION
+from resnet_jax.training.records import EVALUATION, Record
 from resnet_jax.training.setup import (
     channels_of,
     check_batches,
@@ -66,7 +67,13 @@ from resnet_jax.training.signals import Signals
 from resnet_jax.training.state import TrainState, create_state, state_shapes
 from resnet_jax.training.step import make_steps, make_train_step
 from resnet_jax.training.telemetry import Telemetry
-from resnet_jax.training.workdir import has_states, locked, open_workdir, write_config
+from resnet_jax.training.workdir import (
+    changed_evaluation_data,
+    has_states,
+    locked,
+    open_workdir,
+    write_config,
+)
 
 # Top-1 by which a moving average below its weights is more than noise.
 _FAR_BELOW = 0.1
@@ -187,17 +194,25 @@ class _Run:
         self.channels = channels = channels_of(config, sources["train"])
         shapes = state_shapes(model, optimizer, config, channels)
         self.checkpoints: Checkpoints | None = None
-        self.carried: dict[str, Any] | None = None
-        state, damaged = None, list[str]()
+        self.evaluations = Evaluations.of(config)
+        carried, evaluated = None, list[Record]()
+        state, lines = None, list[str]()
         if peers.is_first:
-            self.checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-            damaged = self.checkpoints.set_damaged_aside()
-            if self.checkpoints.latest is not None:
-                self.carried = self.checkpoints.records()
+            keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
+            self.checkpoints = Checkpoints(workdir, keep, keep_best, self.evaluations)
+            lines = self.checkpoints.set_damaged_aside()
+            newest = self.checkpoints.latest
+            if newest is not None:
+                carried = self.checkpoints.records()
                 state = self.checkpoints.restore(shapes)
+                self.evaluations.read(workdir / "metrics.jsonl", newest)
+                evaluated = self.evaluations.records(newest)
+                lines += changed_evaluation_data(workdir, fingerprints(sources))
             else:
                 state = create_state(model, optimizer, config, channels, initial)
-        self.carried = peers.tell(self.carried)
+        self.carried, evaluated = peers.tell([carried, evaluated])
+        for record in evaluated:  # the other processes read no file
+            self.evaluations.add(record)
         self.state: TrainState = parallel.place(peers.share(state, shapes))
         self.telemetry = Telemetry(
             config,
@@ -206,7 +221,7 @@ class _Run:
             self.length.steps,
             self.length.steps_per_epoch,
         )
-        for line in damaged:
+        for line in lines:
             self.telemetry.say(line)
         self.corrupt = Corrupt(config.data.max_corrupt, self.telemetry.say)
         self.train_data = load_images(config, sources["train"], True, self.corrupt)
@@ -279,10 +294,9 @@ class _Run:
             self._peak_share(),
         )
         trace = Trace(config, self.workdir, self.telemetry.say)
-        metrics: dict[str, float] = {}
-        if done >= self.length.steps:
-            self.telemetry.say(f"already trained for {done} steps; evaluating")
-            return self._evaluate(done, write=False)
+        metrics = self._metrics_at_start(done)
+        if done >= self.length.steps or self._stops_early(done):
+            return metrics or self._measure(done, self.evaluations.weights, write=False)
         # Generators closed in time leave neither threads nor processes behind.
         lengths = [*self._call_lengths(done)]
         made = self._batches(done, lengths)
@@ -300,20 +314,20 @@ class _Run:
                 self.telemetry.advance(done)
                 if self.checkpoints is not None:
                     self.checkpoints.check()
+                evaluates = self._evaluates_at(done)
+                if evaluates:
+                    recorder.flush()
                 # Several processes stop where the metrics, read late, tell all of them to.
                 stop = recorder.stop if self.peers.count > 1 else self.signals.received
-                if self._evaluates_at(done):
-                    recorder.flush()
-                    metrics = self._evaluate(done, write=True)
-                    self._save(metrics, recorder)
+                if evaluates or stop or self._saves_at(done):
+                    self._save(recorder, evaluates)
+                if stop:
+                    raise self._stopped(done)
+                if evaluates:
+                    metrics = self._evaluate(done)
+                    if self._stops_early(done):
+                        break
                     recorder.restart()
-                elif stop or self._saves_at(done):
-                    self._save(None, recorder)
-                if stop and done < self.length.steps:
-                    raise StoppedError(
-                        f"stopped by a signal after step {done}; all is saved, "
-                        "the same command goes on"
-                    )
         finally:
             batches.close()
             made.close()
@@ -368,24 +382,46 @@ class _Run:
         stop = self.length.steps
         return training_batches(config, data, order, start, stop, self.corrupt, **self.hosts)
 
-    def _evaluate(self, done: int, write: bool) -> dict[str, float]:
-        """Measures the state, and its average where there is one; returns the latter's measures."""
-        measured: dict[str, float] = {}
-        for weights, variables in {"": self.state.variables, "ema": self.state.ema}.items():
-            if not variables:
-                continue
+    def _metrics_at_start(self, done: int) -> dict[str, float]:
+        """Evaluates the restored state where the last start saved it and did not come to that."""
+        if done and self._evaluates_at(done) and self.evaluations.missing(done):
+            self.telemetry.say(f"the state of step {done} was saved but not evaluated; evaluating")
+            return self._evaluate(done)
+        if done >= self.length.steps:
+            self.telemetry.say(f"already trained for {done} steps; evaluating")
+        return {}
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        """Writes the records of an evaluation that are missing, once the state is saved."""
+        try:
+            metrics = self._measure(done, self.evaluations.missing(done), write=True)
+        except (ConfigError, DataError):
+            self.telemetry.say(
+                f"the evaluation after step {done} failed; the same command goes on with it from "
+                "the state that was saved before"
+            )
+            raise
+        if self.checkpoints is not None:
+            self.checkpoints.evaluated()
+        return metrics
+
+    def _measure(self, done: int, wanted: list[str], write: bool) -> dict[str, float]:
+        """Measures the state, its average, or both; returns the metrics of the last."""
+        metrics: dict[str, float] = {}
+        for weights in wanted:
+            variables = self.state.ema if weights else self.state.variables
             start = time.monotonic()
             size = self.config.evaluate.batch_size or self.config.train.batch_size
             what = f"an evaluation batch of {size} images"
             with explain_out_of_memory(what, "take a smaller evaluate.batch_size"):
-                batches = self._evaluation_batches()
+                batches = self._unless_stopped(done, self._evaluation_batches())
                 threshold = self.config.evaluate.threshold
                 metrics = evaluate(self.evaluation_step, variables, batches, threshold)
             seconds = time.monotonic() - start
             images = metrics.pop("images")
             if not math.isfinite(metrics["loss"]):  # and no record: JSON has no NaN
-                raise DivergedError(self._divergence("evaluated loss", done))
-            record: dict[str, Any] = {"step": done, "split": self.config.data.eval_split}
+                raise DivergedError(self._divergence("evaluated loss", done, discard=write))
+            record: Record = {"step": done, "split": self.config.data.eval_split}
             record |= {"kind": EVALUATION, **metrics}
             record["images_per_second"] = images / seconds
             record["images"] = int(images)
@@ -393,13 +429,17 @@ class _Run:
                 record["weights"] = weights
             if write:
                 self.telemetry.record(record)
-            if weights and metrics["top1"] < measured["top1"] - _FAR_BELOW:
-                self._say_average_lags(done)
-            measured = metrics
-        return measured
+                self.evaluations.add(record)
+        self._say_if_average_lags(done)
+        return metrics
 
-    def _say_average_lags(self, done: int) -> None:
+    def _say_if_average_lags(self, done: int) -> None:
         train = self.config.train
+        raw, average = (self.evaluations.metrics(done, each) for each in (RAW, EMA))
+        if not raw or not average:
+            return
+        if average.get("top1", 1.0) >= raw.get("top1", 0.0) - _FAR_BELOW:
+            return
         span = train.ema_every / (1 - train.ema_decay)
         self.telemetry.say(
             f"the moving average is far below the weights: train.ema_decay = {train.ema_decay} and "
@@ -407,17 +447,52 @@ class _Run:
             "done; a smaller train.ema_decay follows the weights sooner"
         )
 
-    def _evaluation_batches(self) -> Iterator[Batch]:
+    def _evaluation_batches(self) -> Generator[Batch, None, None]:
         config, data = self.config, self.eval_data
         size = config.evaluate.batch_size or config.train.batch_size
         if isinstance(data, MemoryImages):
             return evaluation_batches(data, size, **self.hosts)
         return streamed_evaluation_batches(data, config.data, size, self.corrupt, **self.hosts)
 
-    def _save(self, metrics: dict[str, float] | None, recorder: Recorder) -> None:
+    def _unless_stopped(
+        self, done: int, batches: Generator[Batch, None, None]
+    ) -> Generator[Batch, None, None]:
+        """Evaluation batches, until a signal comes: the state is saved and can be evaluated later.
+
+        Several processes go on to the end, because none of them knows where the others are.
+        """
+        with contextlib.closing(batches):
+            for batch in batches:
+                if self.signals.received and self.peers.count == 1:
+                    raise self._stopped(done)
+                yield batch
+
+    def _stopped(self, done: int) -> StoppedError:
+        return StoppedError(
+            f"stopped by a signal after step {done}; all is saved, the same command goes on"
+        )
+
+    def _stops_early(self, done: int) -> bool:
+        """Whether the evaluated metric has not improved for as long as the configuration says."""
+        train, found = self.config.train, self.evaluations
+        if not train.early_stopping:
+            return False
+        stops = found.since_improved(train.min_improvement) >= train.early_stopping
+        if not self.peers.tell(stops):
+            return False
+        if done < self.length.steps:
+            more = f" by more than {train.min_improvement:g}" if train.min_improvement else ""
+            self.telemetry.say(
+                f"train.early_stopping = {train.early_stopping}: {found.metric} has not improved"
+                f"{more} in so many evaluations; the run ends after step {done} of "
+                f"{self.length.steps}, and its best state is that of step {found.best}"
+            )
+        return True
+
+    def _save(self, recorder: Recorder, to_evaluate: bool) -> None:
         carried = recorder.carried()  # where a step diverged it says so, and nothing is saved
         if self.checkpoints is not None:
-            self.checkpoints.save(self.state, metrics, carried)
+            self.checkpoints.save(self.state, carried, to_evaluate)
 
     def _evaluates_at(self, done: int) -> bool:
         interval = self.config.evaluate.every_epochs * self.length.steps_per_epoch
@@ -435,8 +510,10 @@ class _Run:
         logs = done % config.log.every_steps == 0
         return logs or self._evaluates_at(done) or self._saves_at(done) or done in (traced or ())
 
-    def _divergence(self, what: str, done: int, skipped: int = 0) -> str:
+    def _divergence(self, what: str, done: int, skipped: int = 0, discard: bool = False) -> str:
         try:
+            if discard and self.checkpoints is not None:
+                self.checkpoints.discard(done)
             saved = self.checkpoints.latest if self.checkpoints is not None else None
             where = f"the last good state is at step {saved}" if saved else "no state was saved"
         except ConfigError as error:  # the newest one could not be written: both are told

@@ -142,6 +142,24 @@ def read_records(path: str | os.PathLike[str]) -> Records:
     return Records(sorted(good, key=lambda record: record["step"]), bad)
 
 
+def read_evaluations(path: Path) -> list[Record]:
+    """Reads the evaluation records of a metrics.jsonl.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The records, in the order of the file.
+
+    Raises:
+      OSError: It cannot be read.
+    """
+    with open_regular(path, _LARGEST_FILE) as file:
+        lines = (line for line in file if b'"step"' in line)  # millions may be no records
+        found = filter(None, map(parse_record, lines))
+        return [record for record in found if not is_training(record)]
+
+
 def split_at(path: Path, step: int) -> tuple[bytes, bytes]:
     """Splits metrics.jsonl where a run goes on.
 

@@ -302,6 +302,11 @@ def _joint_faults(config: Config) -> Iterator[str]:
         yield f"augment.pad = {config.augment.pad}: must not be more than data.image_size"
     if data.crop == "scale_jitter" and data.jitter_sides[0] < data.image_size:
         yield f"data.jitter_sides = {data.jitter_sides}: must not be less than data.image_size"
+    metric = config.checkpoint.best_metric
+    if metric in MULTI_LABEL_MEASURES and not data.multi_label:
+        yield (
+            f"checkpoint.best_metric = {metric!r}: needs data.multi_label; take top1, top5 or loss"
+        )
     if len(config.augment.mean) != len(config.augment.std):
         yield f"augment.std = {config.augment.std}: must have as many numbers as augment.mean"
     if config.augment.flip and config.augment.flip_alternates:
@@ -310,11 +315,6 @@ def _joint_faults(config: Config) -> Iterator[str]:
         yield f"augment.rand_layers = {config.augment.rand_layers}: must be 0 with augment.trivial"
     if data.multi_label:
         yield from _multi_label_faults(config)
-    elif config.checkpoint.best_metric in MULTI_LABEL_MEASURES:
-        yield (
-            f"checkpoint.best_metric = {config.checkpoint.best_metric!r}: goes with "
-            "data.multi_label = True only"
-        )
     if data.sampler == "balanced" and config.loss.class_weights == "balanced":
         yield (
             "loss.class_weights = 'balanced': must be empty with data.sampler = 'balanced', which "

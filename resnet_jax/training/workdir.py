@@ -191,16 +191,39 @@ def _check_same(workdir: Path, config: Config, data: Mapping[str, str]) -> None:
         )
     if not has_fingerprints:
         return
-    noted = read_json(workdir / "data.json")
-    changed = [
-        f"{use}: {noted.get(use)} -> {data[use]}" for use in data if noted.get(use) != data[use]
-    ]
+    # The images to evaluate change no weights, and some may have to be mended.
+    changed = [each for each in _changed_data(workdir, data) if not each.startswith("eval:")]
     if changed:
         read_description(workdir, "data.json")
         raise ConfigError(
             f"--workdir={workdir}: the data set data.name = {config.data.name!r} has changed since "
             f"(fingerprints: {'; '.join(changed)}); put the old one back, {go_on}"
         )
+
+
+def _changed_data(workdir: Path, data: Mapping[str, str]) -> list[str]:
+    noted = read_json(workdir / "data.json")
+    return [f"{use}: {noted.get(use)} -> {x}" for use, x in data.items() if noted.get(use) != x]
+
+
+def changed_evaluation_data(workdir: Path, data: Mapping[str, str]) -> list[str]:
+    """Tells that a run goes on with other images to evaluate.
+
+    Args:
+      workdir: Folder of the run, as its last start left it.
+      data: Fingerprints of the data set, as `open_workdir` checks them.
+
+    Returns:
+      A line that says so; none where they are the same, or where nobody knows.
+    """
+    changed: list[str] = []
+    with contextlib.suppress(ConfigError):  # no data.json, or a damaged one, which is written anew
+        changed = [each for each in _changed_data(workdir, data) if each.startswith("eval:")]
+    return [
+        f"the images of data.eval_split have changed since the last start ({each}): its metrics "
+        "may not be comparable with those before"
+        for each in changed
+    ]
 
 
 def has_states(workdir: Path) -> bool:

@@ -12,7 +12,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from resnet_jax.errors import ConfigError, StoppedError
+from resnet_jax.errors import ConfigError, DivergedError, StoppedError
+from resnet_jax.training import loop
 from resnet_jax.training.bucket import Bucket
 from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.loop import train
@@ -55,6 +56,36 @@ def test_a_run_goes_on_where_its_disk_is_gone(straight, tmp_path, monkeypatch):
     assert train(config, tmp_path / "elsewhere").steps == 6
     assert without_times(tmp_path / "elsewhere") == without_times(straight[0])
     chex.assert_trees_all_equal(state_of(tmp_path / "elsewhere"), state_of(straight[0]))
+
+
+def test_the_copy_has_the_last_evaluation(tmp_path, monkeypatch):
+    """Of a run whose last state is not its best, and that ended early."""
+    tops = iter((0.9, 0.1))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: metrics(next(tops)))
+    config = configuration(
+        checkpoint__copy_to=str(tmp_path / "copy"),
+        train__early_stopping=1,
+        train__steps=9,
+        train__ema_decay=0.0,
+    )
+    assert train(config, tmp_path / "run").steps == 6
+    assert saved_steps(tmp_path / "copy") == saved_steps(tmp_path / "run") == [3, 6]
+    assert Checkpoints(tmp_path / "copy", read_only=True).best == 3
+    assert without_times(tmp_path / "copy") == without_times(tmp_path / "run")
+
+
+def metrics(top1, loss=1.0):
+    return {"images": 360.0, "loss": loss, "top1": top1, "top5": 1.0}
+
+
+def test_a_state_that_has_diverged_leaves_the_copy(tmp_path, monkeypatch):
+    """Or the next start would take it from there, and never get past it."""
+    losses = iter((1.0, 1.0, float("nan")))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: metrics(0.5, next(losses)))
+    config = configuration(checkpoint__copy_to=str(tmp_path / "copy"))
+    with pytest.raises(DivergedError, match="step 6; the last good state is at step 3"):
+        train(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "copy") == saved_steps(tmp_path / "run") == [3]
 
 
 def bucket(copy, workdir, **changes):

@@ -21,6 +21,7 @@ from resnet_jax.errors import ConfigError
 from resnet_jax.training import checkpoint, manifest, workdir
 from resnet_jax.training import config as c
 from resnet_jax.training.checkpoint import Checkpoints, load_variables
+from resnet_jax.training.evaluations import Evaluations
 from resnet_jax.training.state import TrainState
 
 
@@ -33,13 +34,24 @@ def state(step):
 LIKE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(0))
 
 
+def evaluate(folder, step, **metrics):
+    """Appends an evaluation record."""
+    record = {"step": step, "split": "test", "kind": "evaluation", "loss": 1.0, **metrics}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
 def save(folder, *tops, first=1, keep=9):
-    """Saves the steps from the first on; top-1 None: not evaluated."""
+    """Saves the steps from the first on and evaluates them; top-1 None: not evaluated."""
     folder.mkdir(exist_ok=True)
-    checkpoints = Checkpoints(folder, keep)
+    evaluations = Evaluations.of_workdir(folder)
+    checkpoints = Checkpoints(folder, keep, evaluations=evaluations)
     for step, top1 in enumerate(tops, start=first):
-        metrics = None if top1 is None else {"top1": top1}
-        checkpoints.save(state(step), metrics, {"steps": step})
+        checkpoints.save(state(step), {"steps": step}, to_evaluate=top1 is not None)
+        if top1 is not None:
+            evaluations.add(evaluate(folder, step, top1=top1))
+            checkpoints.evaluated()
     checkpoints.close()
 
 
@@ -92,13 +104,72 @@ def test_the_best_state_is_kept_beside_the_newest(tmp_path):
     assert steps(tmp_path) == [6, 7]  # the later of two that are as good
 
 
+def test_several_of_the_best_states_are_kept(tmp_path):
+    evaluations = Evaluations("loss")
+    checkpoints = Checkpoints(tmp_path, 1, 2, evaluations)
+    for step, loss in enumerate((0.3, 0.1, 0.5, 0.2, 0.4), start=1):
+        checkpoints.save(state(step), {}, to_evaluate=True)
+        evaluations.add(evaluate(tmp_path, step, loss=loss))
+        checkpoints.evaluated()
+    checkpoints.close()
+    assert steps(tmp_path) == [2, 4, 5]
+    assert checkpoints.best == 2
+
+
+def test_no_state_goes_before_the_new_one_is_evaluated(tmp_path):
+    """It may turn out to be worse than the best, or no good at all."""
+    evaluations = Evaluations()
+    checkpoints = Checkpoints(tmp_path, 1, 1, evaluations)
+    seen = []
+    checkpoints.after_save = lambda discarded=None: seen.append((steps(tmp_path), discarded))
+    checkpoints.save(state(1), {}, to_evaluate=True)
+    evaluations.add(evaluate(tmp_path, 1, top1=0.5))
+    checkpoints.evaluated()
+    checkpoints.save(state(2), {})
+    checkpoints.save(state(3), {}, to_evaluate=True)
+    checkpoints.wait()
+    assert seen == [([1], None), ([1], None), ([1, 2], None), ([1, 2, 3], None)]
+    checkpoints.discard(3)
+    assert seen[-1] == ([1, 2], 3)
+    assert checkpoints.latest == 2
+    checkpoints.save(state(4), {}, to_evaluate=True)
+    evaluations.add(evaluate(tmp_path, 4, top1=0.6))
+    checkpoints.evaluated()
+    checkpoints.close()
+    assert seen[-1] == ([4], None)
+
+
+def test_another_metric_ranks_anew(tmp_path):
+    """By the records that are there."""
+    for step, metrics in enumerate(({"top1": 0.9, "loss": 2.0}, {"top1": 0.1, "loss": 1.0}), 1):
+        save(tmp_path, None, first=step)
+        evaluate(tmp_path, step, **metrics)
+    for metric, best in (("top1", 1), ("loss", 2)):
+        (tmp_path / "config.json").write_text(json.dumps({"checkpoint": {"best_metric": metric}}))
+        assert Checkpoints(tmp_path, read_only=True).best == best
+
+
+def test_metrics_where_the_versions_before_had_them(tmp_path):
+    """In progress.json; a record in metrics.jsonl comes first."""
+    save(tmp_path, None, None, None, None)
+    for step, metrics in ((1, {"top1": 0.9}), (2, {"top1": 0.1}), (3, {"top1": float("nan")})):
+        folder = tmp_path / "checkpoints" / str(step)
+        (folder / manifest.NAME).unlink()
+        progress = json.loads((folder / "progress.json").read_text())
+        (folder / "progress.json").write_text(json.dumps({**progress, "metrics": metrics}))
+        manifest.seal(folder)
+    assert Checkpoints(tmp_path, read_only=True).best == 1
+    evaluate(tmp_path, 2, top1=0.95)
+    assert Checkpoints(tmp_path, read_only=True).best == 2
+
+
 @pytest.mark.accelerators
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     """The next step writes into its memory while it is still being saved."""
     donate = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 0 - 1, x), donate_argnums=0)
     before = jax.tree.map(jax.numpy.asarray, state(3))
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(before, None, {})
+    checkpoints.save(before, {})
     donate(before)
     checkpoints.close()
     chex.assert_trees_all_equal(restored(tmp_path), state(3))
@@ -584,7 +655,7 @@ def test_a_kill_between_any_two_calls_to_the_disk(tmp_path, disk):
         survived.append(checkpoints.latest)
         if call in ("rename", "replace") or last % 8 == 0:  # all would take long
             chex.assert_trees_all_equal(checkpoints.restore(LIKE), state(checkpoints.latest))
-            checkpoints.save(state(3), None, {})
+            checkpoints.save(state(3), {})
             checkpoints.close()
             assert 3 in steps(folder)
             assert not list((folder / "checkpoints" / ".unfinished").iterdir())
@@ -622,14 +693,14 @@ def test_a_failed_write_is_told(when, where, name, failure, tmp_path, monkeypatc
     checkpoints = Checkpoints(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(where, name, failure)
-        checkpoints.save(state(2), None, {})
+        checkpoints.save(state(2), {})
         checkpoints._writer.shutdown()
     message = (
         r"--workdir=.*: the state at step 2 could not be written \((OSError: )?(\[Errno 28\] )?"
         r"No space left on device\); the last good one is at step 1"
     )
     with pytest.raises(ConfigError, match=message) as caught:
-        checkpoints.save(state(3), None, {}) if when == "save" else getattr(checkpoints, when)()
+        checkpoints.save(state(3), {}) if when == "save" else getattr(checkpoints, when)()
     assert "\n" not in str(caught.value)
     checkpoints.close()  # told once
     chex.assert_trees_all_equal(restored(tmp_path), state(1))
@@ -641,7 +712,7 @@ def test_a_full_disk(small_disk):
     (small_disk / "others").write_bytes(bytes(300_000))
     checkpoints = Checkpoints(small_disk)
     large = state(2).replace(params={"w": np.random.default_rng(0).random(100_000)})
-    checkpoints.save(large, None, {})
+    checkpoints.save(large, {})
     with pytest.raises(ConfigError, match=r"step 2 could not be written \(No space left") as caught:
         checkpoints.close()
     assert "\n" not in str(caught.value)
@@ -672,7 +743,7 @@ def test_a_workdir_that_is_gone(tmp_path):
     save(folder, 0.5)
     checkpoints = Checkpoints(folder)
     shutil.rmtree(folder)
-    checkpoints.save(state(2), None, {})
+    checkpoints.save(state(2), {})
     with pytest.raises(ConfigError, match=r"run: .* \(No such file or directory\); there is none"):
         checkpoints.wait()
     assert not folder.exists()
@@ -687,12 +758,12 @@ def test_a_slow_disk_holds_up_only_the_next_save(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", slow)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state(1), None, {})
+    checkpoints.save(state(1), {})
     checkpoints.check()
     assert not list(tmp_path.glob("checkpoints/[0-9]*"))
     timer = threading.Timer(0.2, room.set)
     timer.start()
-    checkpoints.save(state(2), None, {})  # after the first, which waits for the disk
+    checkpoints.save(state(2), {})  # after the first, which waits for the disk
     assert room.is_set()
     assert 1 in steps(tmp_path)
     checkpoints.close()
@@ -734,7 +805,7 @@ def test_a_state_without_its_arrays_is_not_sealed(tmp_path, monkeypatch):
     """Orbax reports success where it writes none, in any but the runtime's first process."""
     checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    checkpoints.save(state(1), None, {})
+    checkpoints.save(state(1), {})
     with pytest.raises(ConfigError, match="state at step 1 could not be written"):
         checkpoints.close()
     assert steps(tmp_path) == []
@@ -748,7 +819,7 @@ def test_a_state_that_is_not_what_was_saved_is_not_sealed(tmp_path, monkeypatch)
 
     monkeypatch.setattr(ocp.Checkpointer, "save", changed)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state(1), None, {})
+    checkpoints.save(state(1), {})
     with pytest.raises(ConfigError, match=r"\.step is not on disk as it was saved"):
         checkpoints.close()
     assert steps(tmp_path) == []

@@ -77,6 +77,8 @@ def test_models_of_a_recipe(recipe, model):
         ("schedule.warmup_epochs", 99.0, "not be more than train.epochs"),
         ("loss.name", "l1", "softmax, bce"),
         ("train.epochs", 0.0, "more than 0"),
+        ("checkpoint.best_metric", "accuracy", "top1, top5, loss, map, f1"),
+        ("checkpoint.best_metric", "map", "needs data.multi_label; take top1, top5 or loss"),
         ("train.batch_size", 1.5, "of type int"),
         ("train.batch_size", True, "of type int"),
         ("train.seed", -1, r"\[0, 2\^31\)"),

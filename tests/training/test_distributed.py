@@ -36,6 +36,7 @@ FLAGS = [
     "--config.evaluate.every_epochs=10",  # at the end; 360 images leave an uneven last batch
     "--config.evaluate.batch_size=32",
     "--config.checkpoint.every_steps=4",
+    "--config.train.early_stopping=9",
     "--config.log.every_steps=20",
     "--config.log.tensorboard=false",
     "--config.log.report=false",

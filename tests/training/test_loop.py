@@ -28,6 +28,7 @@ from resnet_jax.training import step as step_module
 from resnet_jax.training.checkpoint import load_variables
 from resnet_jax.training.loop import train
 from resnet_jax.training.recorder import Recorder
+from resnet_jax.training.workdir import saved_steps
 from tests.training.runs import records, state_of, stop_after, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -260,6 +261,145 @@ def test_an_evaluation_that_is_no_number_is_no_record(tmp_path, monkeypatch):
     with pytest.raises(DivergedError, match=r"evaluated loss is not a number at step 3; no state"):
         train(configuration(), tmp_path)
     assert {record["split"] for record in records(tmp_path)} == {"train"}
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_state_whose_evaluation_is_no_number_is_not_kept(steps, tmp_path, monkeypatch):
+    """The run goes on from the one before it, as if the bad one had never been saved."""
+    measure_after(monkeypatch, steps - 3, lambda metrics: {**metrics, "loss": float("nan")})
+    where = "the last good state is at step 3" if steps == 6 else "no state was saved"
+    with pytest.raises(DivergedError, match=f"not a number at step {steps}; {where}"):
+        train(configuration(), tmp_path)
+    assert saved_steps(tmp_path) == ([3] if steps == 6 else [])
+
+
+def measure_after(monkeypatch, calls, change):
+    """Changes what evaluations give, or raises, after so many of `evaluate`'s calls."""
+    made, measure = [], loop.evaluate
+
+    def measuring(*arguments):
+        made.append(measure(*arguments))
+        return change(made[-1]) if len(made) > calls else made[-1]
+
+    monkeypatch.setattr(loop, "evaluate", measuring)
+
+
+def fail(_):
+    raise DataError("data.max_corrupt = 10: more images than that cannot be decoded")
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])  # of step 3: weights and average; then of step 6
+def test_a_failed_evaluation_loses_nothing(calls, straight, tmp_path, monkeypatch, capsys):
+    """The next start evaluates the state, or what is left of that, and takes no step twice."""
+    step = 3 if calls < 2 else 6
+    with monkeypatch.context() as patch:
+        measure_after(patch, calls, fail)
+        with pytest.raises(DataError, match=r"max_corrupt"):
+            train(configuration(), tmp_path)
+    assert f"the evaluation after step {step} failed; the same command" in capsys.readouterr().err
+    assert saved_steps(tmp_path)[-1] == step
+    assert records(tmp_path)[-1].get("weights", "") == ""
+    assert train(configuration(), tmp_path).metrics == straight[1].metrics
+    line = f"the state of step {step} was saved but not evaluated; evaluating\n"
+    assert line in capsys.readouterr().err
+    assert without_times(tmp_path) == without_times(straight[0])
+    chex.assert_trees_all_equal(state_of(tmp_path), state_of(straight[0]))
+    assert saved_steps(tmp_path) == saved_steps(straight[0])
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_during_an_evaluation(step, straight, tmp_path, monkeypatch):
+    """The run stops at once: its state is saved, and evaluated by the next start."""
+    with monkeypatch.context() as patch:
+        seen, batches = [], loop.evaluation_batches
+
+        def stopping(*arguments, **options):
+            for batch in batches(*arguments, **options):
+                seen.append(batch)
+                if len(seen) == 2 + (step == 6) * 2 * 8:  # 360 images are 8 batches, twice
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        patch.setattr(loop, "evaluation_batches", stopping)
+        with pytest.raises(StoppedError, match=f"after step {step}; all is saved"):
+            train(configuration(), tmp_path)
+    assert saved_steps(tmp_path)[-1] == step
+    assert [x["step"] for x in records(tmp_path) if x["split"] == "test"] == [3, 3] * (step == 6)
+    train(configuration(), tmp_path)
+    assert without_times(tmp_path) == without_times(straight[0])
+
+
+def measured(monkeypatch, *tops):
+    """Lets evaluations find these top-1."""
+    left = iter(tops)
+    change = lambda metrics: {**metrics, "top1": next(left)}  # noqa: E731
+    measure_after(monkeypatch, 0, change)
+
+
+EARLY = {
+    "train__steps": 8,
+    "train__ema_decay": 0.0,
+    "evaluate__every_epochs": 48 / 1437,  # after each step
+    "train__early_stopping": 2,
+    "checkpoint__keep_best": 2,
+}
+
+
+def test_early_stopping(tmp_path, monkeypatch, capsys):
+    config = configuration(**EARLY)
+    with monkeypatch.context() as patch:
+        measured(patch, 0.2, 0.5, 0.4, 0.3, 0.9)
+        result = train(config, tmp_path)
+    assert (result.steps, result.metrics["top1"]) == (4, 0.3)
+    line = (
+        "train.early_stopping = 2: top1 has not improved in so many evaluations; the run ends "
+        "after step 4 of 8, and its best state is that of step 2\n"
+    )
+    assert line in capsys.readouterr().err
+    assert saved_steps(tmp_path) == [2, 3, 4]
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(config, tmp_path).steps == 4
+    assert line in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    config.train.early_stopping = 4
+    with monkeypatch.context() as patch:
+        measured(patch, 0.5, 0.6, 0.1, 0.1)
+        assert train(config, tmp_path).steps == 8
+    assert saved_steps(tmp_path) == [5, 6, 8]  # 5 is as good as 2, and later
+
+
+def test_early_stopping_follows_from_the_records(tmp_path, monkeypatch):
+    """However often the run is interrupted, here before each evaluation."""
+    config = configuration(**EARLY, train__min_improvement=0.1, checkpoint__best_metric="loss")
+    losses = (2.0, 1.8, 1.75, 1.72, 0.1)
+
+    def evaluations():
+        return [record for record in records(tmp_path) if record["split"] == "test"]
+
+    measure_after(monkeypatch, 0, lambda found: {**found, "loss": losses[len(evaluations())]})
+    for step in (1, 2, 3, 4):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(StoppedError, match=f"after step {step}"):
+                train(config, tmp_path)
+        assert len(evaluations()) == step - 1
+    assert train(config, tmp_path).steps == 4
+    assert [record["loss"] for record in evaluations()] == [*losses[:4]]
+
+
+def test_evaluation_images_may_be_mended(straight, tmp_path, capsys):
+    """They change no weights; training images do."""
+    run = shutil.copytree(straight[0], tmp_path / "run")
+    path = run / "data.json"
+    noted = json.loads(path.read_text())
+    path.write_text(json.dumps({**noted, "eval": "other"}))
+    train(configuration(), run)
+    assert "the images of data.eval_split have changed since the last start" in (
+        capsys.readouterr().err
+    )
+    assert json.loads(path.read_text()) == noted
+    train(configuration(), run)
+    assert "have changed" not in capsys.readouterr().err
 
 
 def test_fine_tuning_from_a_workdir(straight, tmp_path):
