@@ -320,6 +320,8 @@ def bytes_to_open(data: bytes, channels: int, beside: Beside) -> tuple[int, tupl
     if data[:4] == b"\x89PNG" and len(data) > 24 and (b"zTXt" in data or b"iTXt" in data):
         width, height = struct.unpack_from(">II", data, 16)
         pixels = height * width
+        if not pixels:  # no PNG that can be decoded
+            return None
         text = min(_TEXT_BYTES, _ZLIB * len(data))
         later = max(channels * pixels + beside(height, width), (4 + channels) * pixels)
         return text + later + _small(height, width), (height, width)
@@ -327,7 +329,7 @@ def bytes_to_open(data: bytes, channels: int, beside: Beside) -> tuple[int, tupl
 
 
 def webp_size(start: bytes) -> tuple[int, int] | None:
-    """Height and width of a WebP by its first 30 bytes; None of all else."""
+    """Height and width of a WebP by its first 30 bytes; None of all else, and where one is 0."""
     if start[:4] != b"RIFF" or start[8:12] != b"WEBP" or len(start) < 30:
         return None
     kind = start[12:16]
@@ -338,4 +340,4 @@ def webp_size(start: bytes) -> tuple[int, int] | None:
         width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     else:
         width, height = (int.from_bytes(start[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    return height, width
+    return (height, width) if height and width else None

@@ -206,7 +206,8 @@ def open_held_out(
     if own := _own_section(network, data):
         options["label_separator"] = own.label_separator
         options["train_split"] = own.train_split
-        options["classes"] = read_class_names(Path(network.source))
+        if data.partition(":")[0] in DATA_PLACES:
+            options["classes"] = read_class_names(Path(network.source))
         options["allow_missing_classes"] = allow_missing_classes or own.allow_missing_classes
     return open_source(data, split, data_dir, **options)
 

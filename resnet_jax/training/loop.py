@@ -146,7 +146,7 @@ def train(config: Config, workdir: str | Path) -> Result:
                 stack.enter_context(locked(folder))
             remedy = "free the memory that other processes hold, or take a smaller network"
             with explain_out_of_memory("the state of the run", remedy):
-                run = _Run(config, folder, model, sources, initial, signals, peers)
+                run = _Run(config, folder, model, sources, initial, signals, peers, stack)
             if bucket and run.checkpoints:
                 for line in bucket.fetched:
                     run.telemetry.say(line)
@@ -182,6 +182,7 @@ class _Run:
         initial: dict[str, Any] | None,
         signals: Signals,
         peers: Peers,
+        stack: contextlib.ExitStack,
     ) -> None:
         self.config = config
         self.workdir = workdir
@@ -221,6 +222,7 @@ class _Run:
             self.length.steps,
             self.length.steps_per_epoch,
         )
+        stack.callback(self.telemetry.close)  # also where the rest of this fails
         for line in lines:
             self.telemetry.say(line)
         self.corrupt = Corrupt(config.data.max_corrupt, self.telemetry.say)
@@ -257,7 +259,6 @@ class _Run:
     def finish(self) -> Result:
         """Takes the steps that are left and closes everything, whatever happens."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.telemetry.close)
             stack.enter_context(self._saved())
             stack.enter_context(explain_out_of_memory(*self._memory_of_a_step()))
             metrics = self._train()

@@ -190,8 +190,9 @@ def find_rate(
       DataError: The data set cannot be used.
 
     Example:
-      >>> from resnet_jax.training.config import Data, Model
-      >>> config = Config(Model(name="resnet8_cifar"), Data(image_size=8))
+      >>> from resnet_jax.training.config import Data, Model, Train
+      >>> model, data = Model(name="resnet8_cifar"), Data(image_size=8)
+      >>> config = Config(model, data, train=Train(batch_size=8))
       >>> curve = find_rate(config, low=1e-4, high=1e-2, steps=20, say=lambda line: None)
       >>> curve.losses.shape
       (20,)
