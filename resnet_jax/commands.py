@@ -245,7 +245,9 @@ def find_rate(options: argparse.Namespace) -> None:
 def _say_rate(curve: Any, output: str) -> None:
     """Says what a range test found: its suggestion on standard output, the rest for people."""
     if curve.end:
-        last = f" after {curve.rates[-1]:.2g}" if len(curve.rates) else " at the first step"
+        last = (
+            f" after the rate {curve.rates[-1]:.2g}" if len(curve.rates) else " at the first step"
+        )
         say(f"ended{last}: {curve.end}")
     if math.isnan(curve.steepest):
         raise ConfigError(
@@ -253,7 +255,8 @@ def _say_rate(curve: Any, output: str) -> None:
             "and try a lower --low, a higher --high or more --steps"
         )
     say(
-        f"the loss falls fastest at {curve.steepest:.2g}; it is least at {curve.lowest:.2g}, of "
+        f"the loss falls fastest at {curve.steepest:.2g}; before its first rise it is least at "
+        f"{curve.lowest:.2g}, of "
         f"which a tenth is {curve.lowest / 10:.2g}; the curve is in {output}"
     )
     if curve.scale != 1:

@@ -381,7 +381,7 @@ def _left_out(missing: str, rows: list[_Row], sizes: list[int], reader: _Reader)
             "folder of the list",
         )
     count = (
-        f"{len(gone):,} files are missing, such as {gone[0].path}, and count as corrupt"
+        f"missing files, which count as corrupt: {len(gone):,}, such as {gone[0].path}"
         if gone
         else ""
     )

@@ -14,6 +14,7 @@ from resnet_jax.training.config import Config, Loss, given_weights
 
 # How many times the images of the smallest class the largest one has, before a run says so.
 _IMBALANCED = 3
+_NAMED = 8  # classes of a run with several labels an image
 _LISTED = 20  # weights of at most so many classes are all shown
 
 Images = MemoryImages | Source
@@ -165,6 +166,9 @@ loss.class_weights = 'balanced' evens that out
     lines = []
     balanced = config.data.sampler == "balanced"
     names = [visible(name) for name in names]
+    if config.data.multi_label and counts.any():
+        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        lines.append(f"classes: {shown}; {counts.sum():,} labels in all")
     if counts.any():
         there = np.flatnonzero(counts)
         most, least = int(counts.argmax()), int(there[counts[there].argmin()])

@@ -126,6 +126,11 @@ class Evaluations:
         """Step of the best state, the later of two that are as good; None: none was evaluated."""
         return max(self._scored(), key=lambda step: (self.score(step), step), default=None)
 
+    @property
+    def best_value(self) -> float:
+        """The metric of the best state; NaN: none was evaluated."""
+        return math.nan if self.best is None else abs(self.score(self.best))
+
     def since_improved(self, least: float = 0.0) -> int:
         """Counts the evaluations since the last that was better than those before it.
 

@@ -484,9 +484,10 @@ class _Run:
         if done < self.length.steps:
             more = f" by more than {train.min_improvement:g}" if train.min_improvement else ""
             self.telemetry.say(
-                f"train.early_stopping = {train.early_stopping}: {found.metric} has not improved"
-                f"{more} in so many evaluations; the run ends after step {done} of "
-                f"{self.length.steps}, and its best state is that of step {found.best}"
+                f"{found.metric} has not improved{more} in {train.early_stopping} evaluations "
+                f"(train.early_stopping); the run ends after step {done} of {self.length.steps}. "
+                f"Its best state is that of step {found.best}: {found.metric} = "
+                f"{found.best_value:.4g}"
             )
         return True
 
@@ -536,6 +537,11 @@ class _Run:
         )
         if line := describe_cut_warmup(config, self.length):
             self.telemetry.say(line)
+        if config.data.eval_split == config.data.train_split:
+            self.telemetry.say(
+                f"evaluated on the images that are trained on: data.eval_split = "
+                f"data.train_split = {config.data.train_split!r}"
+            )
         for source in sources.values():
             if source.left_out:
                 self.telemetry.say(f"in {source.split}: {source.left_out}")

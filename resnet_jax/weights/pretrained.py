@@ -215,7 +215,9 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
     """The folder on this machine that holds the repository's two files."""
     if Path(repository).is_dir():
         return Path(repository)
-    with importing(f"{repository}, if that is a name on the Hub and no folder,", WeightsError):
+    with importing(
+        f"{repository}: there is no such file or folder here; as a name on the Hub it", WeightsError
+    ):
         import huggingface_hub as hub
     try:
         # One call for both files, so that they are of one commit.

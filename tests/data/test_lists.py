@@ -288,7 +288,7 @@ def test_missing_files_are_said_and_named(place):
     (place / "a" / "4.png").unlink()
     (place / "a" / "4.png").mkdir()
     source = open_source(write(place, TEXT), "train")
-    assert source.left_out == "1 files are missing, such as a/1.png, and count as corrupt"
+    assert source.left_out == "missing files, which count as corrupt: 1, such as a/1.png"
     for position, reason in ((1, "No such file"), (2, "Is a directory")):
         with pytest.raises(DataError, match=rf"cannot read {place}/a/.*\.png: {reason}"):
             source[position]

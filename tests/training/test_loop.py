@@ -352,8 +352,8 @@ def test_early_stopping(tmp_path, monkeypatch, capsys):
         result = train(config, tmp_path)
     assert (result.steps, result.metrics["top1"]) == (4, 0.3)
     line = (
-        "train.early_stopping = 2: top1 has not improved in so many evaluations; the run ends "
-        "after step 4 of 8, and its best state is that of step 2\n"
+        "top1 has not improved in 2 evaluations (train.early_stopping); the run ends after step 4 "
+        "of 8. Its best state is that of step 2: top1 = "
     )
     assert line in capsys.readouterr().err
     assert saved_steps(tmp_path) == [2, 3, 4]

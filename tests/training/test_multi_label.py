@@ -116,6 +116,7 @@ def test_a_batch_without_any_label():
     assert state.step == 1
 
 
+@pytest.mark.slow
 @pytest.mark.devices(2)
 def test_two_devices_and_two_parts_equal_one():
     """Images with labels are not equally many on each device, or in each part."""

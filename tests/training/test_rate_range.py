@@ -203,7 +203,7 @@ def test_the_command(tmp_path, capsys, monkeypatch, measured):
     assert cli.main(["find_rate", *flags]) == 0
     out, err = capsys.readouterr()
     assert out == "--config.optimizer.learning_rate=0.02\n"
-    assert "the loss falls fastest at 0.02; it is least at 0.1, of which a tenth is 0.01" in err
+    assert "the loss falls fastest at 0.02; before its first rise it is least at 0.1, of " in err
     assert "train.batch_size makes them 2 times as much" in err
     assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "rate.csv").open() as file:
@@ -219,7 +219,7 @@ def test_the_command(tmp_path, capsys, monkeypatch, measured):
     assert cli.main(["find_rate", *FLAGS, "--output=rate.csv", "--force"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-2] == "ended after 0.0001: the loss is not a number"
+    assert err.splitlines()[-2] == "ended after the rate 0.0001: the loss is not a number"
     assert err.splitlines()[-1].startswith("error: no rate to suggest")
     assert len((tmp_path / "rate.csv").read_text().splitlines()) == 2
 
