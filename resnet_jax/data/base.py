@@ -76,10 +76,7 @@ class Source(abc.ABC):
 
     def class_counts(self) -> np.ndarray:
         """Images of each class, int64 [classes]."""
-        labels = self.labels()
-        if self.label_shape:
-            return labels.sum(0, dtype=np.int64)
-        return np.bincount(labels, minlength=self.num_classes)
+        return count_labels(self.labels(), self.num_classes)
 
     def image_name(self, index: int) -> str:
         """The image's path, or its place in the split, for messages."""
@@ -161,6 +158,13 @@ class Request:
                 "(evaluate: --allow_missing_classes)"
             )
         return what
+
+
+def count_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Images of each class, int64 [classes], by labels [N] or sets of labels [N, classes]."""
+    if labels.ndim == 2:
+        return np.asarray(labels.sum(0, dtype=np.int64))
+    return np.bincount(labels, minlength=classes)
 
 
 def one_hot(labels: int | np.ndarray, classes: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from resnet_jax.data.base import count_labels
 from resnet_jax.data.loader import BalancedOrder, MemoryImages, Order
 from resnet_jax.data.sources import Source
 from resnet_jax.errors import ConfigError
@@ -75,9 +76,7 @@ def count_at_hand(data: Images, classes: int) -> np.ndarray:
     """Counts the images of each class, int64 [classes]; [0] where they would have to be read."""
     if not isinstance(data, MemoryImages):
         return data.class_counts() if _at_hand(data) else np.zeros(0, np.int64)
-    if data.labels.ndim == 2:
-        return data.labels.sum(0, dtype=np.int64)
-    return np.bincount(data.labels, minlength=classes)
+    return count_labels(data.labels, classes)
 
 
 def _at_hand(data: Source) -> bool:
@@ -156,7 +155,8 @@ def describe(
       weights: From `class_weights`.
 
     Returns:
-      A line for imbalance, for the sampler and for class weights, as far as there are such.
+      A line for the classes of sets of labels, for imbalance, for the sampler and for class
+      weights, as far as there are such.
 
     Example:
       >>> print(*describe(Config(), ["cat", "dog"], np.array([40, 10]), None), sep="\\n")

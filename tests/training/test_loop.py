@@ -353,7 +353,7 @@ def test_early_stopping(tmp_path, monkeypatch, capsys):
     assert (result.steps, result.metrics["top1"]) == (4, 0.3)
     line = (
         "top1 has not improved in 2 evaluations (train.early_stopping); the run ends after step 4 "
-        "of 8. Its best state is that of step 2: top1 = "
+        "of 8. Its best state is that of step 2: top1 = 0.5\n"
     )
     assert line in capsys.readouterr().err
     assert saved_steps(tmp_path) == [2, 3, 4]
@@ -542,10 +542,11 @@ def test_exit_codes(tmp_path, monkeypatch, capsys):
     assert "train.batch_size = -1" in capsys.readouterr().err
 
 
-def test_a_run_that_is_evaluated_on_its_training_images(tmp_path):
+def test_a_run_that_is_evaluated_on_its_training_images(tmp_path, capsys):
     """Its records say what they are, whatever the split is called."""
     config = configuration(data__eval_split="train", log__tensorboard=True)
     metrics = train(config, tmp_path / "run").metrics
+    assert "evaluated on the images that are trained on" in capsys.readouterr().err
     run = read_run(tmp_path / "run")
     assert [record["step"] for record in run.training] == [2, 3, 4, 6]
     assert [record["step"] for record in run.evaluations] == [3, 6]
