@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("default", "high", "highest")
 BN_SYNC = ("none", "all", "group")
 CROPS = ("center", "random_resized", "scale_jitter")
+EVAL_CROPS = ("center", "squash")
 INTERPOLATIONS = ("bilinear", "bicubic")
 OPTIMIZERS = ("sgd", "lars", "lamb", "adamw")
 DECAYS = ("l2", "decoupled")
@@ -93,6 +94,9 @@ class Data:
       interpolation: "bilinear" or "bicubic".
       eval_size: Side of the evaluated images in pixels; 0: image_size.
       eval_resize: Shorter side in pixels before the centre crop of evaluation; 0: eval_size.
+      eval_crop: How evaluation makes an image square: "center" cuts the center out of the resized
+        image; "squash" resizes the whole image to eval_size, without regard to its proportions.
+      upright: Turn images as their EXIF orientation says, in training and evaluation.
       memory_gib: Data sets whose crops do not vary stay in memory up to this size in GiB.
       workers: Processes that read and decode; 0: threads of this process only.
       threads: Reading threads of each process.
@@ -118,6 +122,8 @@ class Data:
     interpolation: str = "bilinear"
     eval_size: int = 0
     eval_resize: int = 0
+    eval_crop: str = "center"
+    upright: bool = False
     memory_gib: float = 2.0
     workers: int = 0
     threads: int = 8

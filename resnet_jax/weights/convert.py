@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +14,11 @@ from flax import traverse_util
 
 from resnet_jax.errors import WeightsError, one_line
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.contents import find_network, listed, short
+from resnet_jax.weights.foreign import translate
 from resnet_jax.weights.naming import Path, Scheme, schemes_for
 
 Variables = dict[str, Any]
-
-# Training scripts save the state dict beside epoch, optimizer and the like.
-_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net")
-_MOST_WRAPPERS = 8  # of dictionaries and prefixes around the tensors; a stranger's may never end
-_MOST_NAMES, _MOST_LETTERS = 200, 200  # in one message
 
 
 def from_torch(
@@ -56,7 +52,7 @@ def from_torch(
       True
     """
     check_model(model)
-    tensors = _unwrap(state_dict)
+    tensors = translate(find_network(state_dict).tensors)
     scheme = _closest_scheme(model, tensors)
     if reset_head:
         prefix = f"{scheme.head}."
@@ -129,7 +125,7 @@ def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int | None:
       >>> head_classes(rj.ResNet20(), rj.to_torch(model, variables))
       7
     """
-    tensors = _unwrap(state_dict)
+    tensors = translate(find_network(state_dict).tensors)
     name = f"{_closest_scheme(model, tensors).head}.weight"
     shape = _check_kind(name, tensors[name]).shape if name in tensors else ()
     return int(shape[0]) if shape else None
@@ -198,38 +194,6 @@ def check_model(model: Any) -> None:
         raise WeightsError(f"the model is a {type(model).__name__}, not a ResNet of this package")
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors themselves: out of a checkpoint's dictionary, without wrappers' prefixes."""
-    if not isinstance(state_dict, Mapping):
-        kind = type(state_dict).__name__
-        raise WeightsError(f"expected a state dict, not a {kind}; pass network.state_dict()")
-    for _ in range(_MOST_WRAPPERS):
-        inner = _inside(state_dict)
-        if inner is None:
-            # A counter of steps that only matters where momentum is None; Flax has no such thing.
-            counter = "num_batches_tracked"
-            return {name: x for name, x in state_dict.items() if not name.endswith(counter)}
-        state_dict = inner
-    raise WeightsError(f"its tensors lie below more than {_MOST_WRAPPERS} dictionaries or prefixes")
-
-
-def _inside(state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What is below the outermost wrapper; None: there is none, these are the tensors."""
-    for key in _WRAPPER_KEYS:
-        if isinstance(state_dict.get(key), Mapping):
-            return state_dict[key]
-    if not all(isinstance(name, str) for name in state_dict):
-        raise WeightsError("no state dict: some of its keys are not names")
-    if not any(hasattr(value, "shape") and "." in name for name, value in state_dict.items()):
-        raise WeightsError(f"no state dict among its keys: {_listed(state_dict) or 'none'}")
-    # "module." of DataParallel, "_orig_mod." of torch.compile, "model." of trainers: a ResNet's
-    # own names never share their first part.
-    first, _, _ = next(iter(state_dict)).partition(".")
-    if len(state_dict) > 1 and all(name.startswith(f"{first}.") for name in state_dict):
-        return {name.removeprefix(f"{first}."): x for name, x in state_dict.items()}
-    return None
-
-
 def _closest_scheme(model: ResNet, tensors: Mapping[str, Any]) -> Scheme:
     """The scheme that shares most names with the file; on a tie the first."""
     paths = variable_shapes(model)
@@ -277,7 +241,7 @@ def _check_fit(
         f"{name} {tuple(arrays[name].shape)} for {_theirs(names[name])}" for name in misshapen
     ]
     faults = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
-    parts = [f"{len(each)} {what}: {_listed(each)}" for what, each in faults if each]
+    parts = [f"{len(each)} {what}: {listed(each)}" for what, each in faults if each]
     if not parts:
         return
     wrong = (*missing, *unexpected, *misshapen)
@@ -290,16 +254,6 @@ def _check_fit(
     raise WeightsError(
         f"the weights ({scheme.name} names) do not fit the model{hint}; {'; '.join(parts)}"
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names in a message: all that a network has, but not a million, nor one of a megabyte."""
-    shown = [_short(name) for name in itertools.islice(names, _MOST_NAMES + 1)]
-    return ", ".join(shown if len(shown) <= _MOST_NAMES else [*shown[:-1], "..."])
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _MOST_LETTERS else f"{name[:_MOST_LETTERS]}..."
 
 
 def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
@@ -318,7 +272,7 @@ def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
 
 def _check_kind(name: str, value: Any) -> Any:
     """A tensor or array as it is, once its kind is one that has numbers to read."""
-    name = _short(name)
+    name = short(name)
     if not hasattr(value, "detach"):  # no tensor of PyTorch's
         if not (hasattr(value, "shape") or isinstance(value, float | int)):
             # Lists too: a stranger's may have itself, or billions of numbers, inside.

@@ -42,6 +42,8 @@ class Preprocessing:
       interpolation: Filter of the resize: "bilinear", "bicubic", ...
       mean: Subtracted from each channel, in units of 1 (255 in a uint8 image).
       std: Divides each channel, in units of 1.
+      crop_mode: "center": the shorter side is resized and the center cut out; "squash": the whole
+        image is resized to the square, without regard to its proportions.
 
     Example:
       >>> preprocessing = Preprocessing(image_size=224, crop_fraction=0.875)
@@ -56,6 +58,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_mode: str = "center"
 
     @property
     def resize_size(self) -> int:
