@@ -81,4 +81,5 @@ def listed(names: Iterable[str]) -> str:
 
 
 def short(name: str) -> str:
+    """A name, cut where it is longer than a message should be."""
     return name if len(name) <= _MOST_LETTERS else f"{name[:_MOST_LETTERS]}..."
