@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +16,54 @@ from flax import traverse_util
 
 from resnet_jax.errors import WeightsError, one_line
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.contents import find_network, listed, short
+from resnet_jax.weights.contents import (
+    Contents,
+    find_network,
+    is_floating,
+    is_surplus,
+    listed,
+    short,
+    summarized,
+)
 from resnet_jax.weights.foreign import translate
 from resnet_jax.weights.naming import Path, Scheme, schemes_for
 
 Variables = dict[str, Any]
 
+# Names of a head, of one layer or several.
+_HEAD = re.compile(r"(?:fc|linear|head|classifier|last_linear)\.")
+
 
 def from_torch(
-    model: ResNet, state_dict: Mapping[str, Any], *, reset_head: bool = False
+    model: ResNet,
+    state_dict: Mapping[str, Any],
+    *,
+    reset_head: bool = False,
+    prefix: str | None = None,
+    weights: str | None = None,
+    strict: bool = True,
 ) -> Variables:
     """Converts a PyTorch state dict to the variables of a model.
 
     The names of torchvision and timm, of CIFAR repositories, and of the review are told apart by
-    themselves, inside a checkpoint's "state_dict" and behind "module." too.
+    themselves, inside the dictionary of a checkpoint and behind prefixes such as "module." too.
 
     Args:
-      model: The ResNet that the weights are for.
+      model: The ResNet that the weights are for. With num_classes=0 a head is left out.
       state_dict: Names to tensors or arrays of any floating-point type, convolutions
         [out, in / groups, H, W].
-      reset_head: Leave the head out and initialise a new one, the same each time, for another
+      reset_head: Leave the head out and initialize a new one, the same each time, for another
         set of classes.
+      prefix: Prefix of the network's names in a checkpoint of several: "encoder_q".
+      weights: "ema" or "raw" where a checkpoint has both. Default: "ema".
+      strict: Refuse entries of the network that the model has no place for. False: leave them out.
 
     Returns:
       {"params", "batch_stats"} of float32 NumPy arrays, convolutions [H, W, in / groups, out].
 
     Raises:
-      WeightsError: Missing or unexpected names or wrong shapes, all of them in one message.
+      WeightsError: Missing or unexpected names or wrong shapes, all of them in one message. Or
+        there is no network, or several.
 
     Example:
       >>> import resnet_jax as rj
@@ -52,25 +75,39 @@ def from_torch(
       True
     """
     check_model(model)
-    tensors = translate(find_network(state_dict).tensors)
+    contents = find_network(state_dict, prefix=prefix, weights=weights)
+    tensors = translate(contents.tensors)
     scheme = _closest_scheme(model, tensors)
-    if reset_head:
-        prefix = f"{scheme.head}."
-        tensors = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-    arrays = {name: _check_kind(name, value) for name, value in tensors.items()}
-    wanted = expected = _expected(model, scheme, arrays)
-    if reset_head:
-        wanted = {path: shape for path, shape in expected.items() if path[1] != "head"}
-    _check_fit(scheme, wanted, arrays, model.stage_sizes, reset_head)
-    leaves = {}
-    for path, shape in wanted.items():
-        name = scheme.torch_name(path)  # memory is taken for what fits only
-        leaves[path] = _from_torch_layout(_to_numpy(name, arrays[name]), len(shape))
+    new_head = reset_head or not model.num_classes
+    names = _torch_names(model, scheme)
+    if new_head:
+        names = {path: name for path, name in names.items() if path[1] != "head"}
+    arrays = {n: _check_kind(n, tensors[n]) for n in names.values() if n in tensors}
+    expected = _expected(model, scheme, arrays)
+    wanted = {name: expected[path] for path, name in names.items()}
+    unexpected = [
+        name
+        for name, value in tensors.items()
+        if strict and name not in wanted and not is_surplus(name, value)
+    ]
+    if new_head:
+        unexpected = [name for name in unexpected if not _HEAD.match(name)]
+    misfit = _Misfit.between(wanted, arrays, unexpected)
+    if misfit:
+        hint = _hint(model, scheme, misfit, contents, tensors)
+        taken = f" ({contents.taken})" if contents.taken else ""
+        raise WeightsError(
+            f"the weights{taken} ({scheme.name} names) do not fit the model{hint}; {misfit}"
+        )
+    leaves = {
+        path: _from_torch_layout(_to_numpy(name, arrays[name]), len(expected[path]))
+        for path, name in names.items()  # memory is taken for what fits only
+    }
     if reset_head:
         leaves |= {
             path: _initial_head(model, path, shape)
             for path, shape in expected.items()
-            if path not in wanted
+            if path[1] == "head"
         }
     return traverse_util.unflatten_dict(leaves)
 
@@ -85,7 +122,8 @@ def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarra
     Returns:
       Names to float32 NumPy arrays: torchvision's names, with timm's for the parts that
       torchvision does not have and for pre-activation networks. Turn the arrays into tensors
-      with `torch.from_numpy`; `load_state_dict` takes the result with `strict=True`.
+      with `torch.from_numpy`; `load_state_dict` takes the result with `strict=True`. Layers of
+      your own keep their own paths: "stem.conv_a.weight".
 
     Raises:
       WeightsError: The variables are not those of this model.
@@ -102,21 +140,29 @@ def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarra
     collections = {key: variables[key] for key in ("params", "batch_stats") if key in variables}
     leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, collections))
     _check_variables(model, leaves)
+    names = _torch_names(model, scheme)
     return {
-        scheme.torch_name(path): _to_torch_layout(leaf, scheme.is_conv(path))
-        for path, leaf in leaves.items()
+        names[path]: _to_torch_layout(leaf, scheme.is_conv(path)) for path, leaf in leaves.items()
     }
 
 
-def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int | None:
+def head_classes(
+    model: ResNet,
+    state_dict: Mapping[str, Any],
+    *,
+    prefix: str | None = None,
+    weights: str | None = None,
+) -> int:
     """How many classes the head in a state dict has.
 
     Args:
       model: A ResNet of the same architecture, with any number of classes.
       state_dict: As for `from_torch`.
+      prefix: Likewise.
+      weights: Likewise.
 
     Returns:
-      The number; None where there is no head under any name that is known.
+      The number; 0 where there is no head of one layer, such as in self-supervised backbones.
 
     Example:
       >>> import resnet_jax as rj
@@ -125,10 +171,10 @@ def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int | None:
       >>> head_classes(rj.ResNet20(), rj.to_torch(model, variables))
       7
     """
-    tensors = translate(find_network(state_dict).tensors)
+    tensors = translate(find_network(state_dict, prefix=prefix, weights=weights).tensors)
     name = f"{_closest_scheme(model, tensors).head}.weight"
     shape = _check_kind(name, tensors[name]).shape if name in tensors else ()
-    return int(shape[0]) if shape else None
+    return int(shape[0]) if shape else 0
 
 
 def fit_variables(
@@ -150,10 +196,9 @@ def fit_variables(
     leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(variables)))
     if reset_head:
         leaves = {path: leaf for path, leaf in leaves.items() if path[1:2] != ("head",)}
-        channels = _channels(leaves.get(("params", "stem", "conv1", "kernel")), axis=2)
         leaves |= {
             path: _initial_head(model, path, shape)
-            for path, shape in variable_shapes(model, channels).items()
+            for path, shape in variable_shapes(model, _channels_of(model, leaves)).items()
             if path[1] == "head"
         }
     _check_variables(model, leaves)
@@ -204,61 +249,147 @@ def _closest_scheme(model: ResNet, tensors: Mapping[str, Any]) -> Scheme:
     return max(schemes_for(model), key=shared)
 
 
+def _torch_names(model: ResNet, scheme: Scheme) -> dict[Path, str]:
+    """A scheme's name of each variable, all different."""
+    names = {path: scheme.torch_name(path) for path in variable_shapes(model)}
+    if len(set(names.values())) < len(names):
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        raise WeightsError(f"several variables would be named {listed(twice)}; rename your layer")
+    return names
+
+
+@functools.lru_cache(maxsize=32)
+def _first_kernel(model: ResNet) -> tuple[Path, int, int]:
+    """(path, axis, its size for 3 channels) of the kernel whose shape tells the image channels."""
+    path: Path = ("params", "stem", "conv1", "kernel")
+    shapes = variable_shapes(model)
+    if path in shapes:
+        return path, 2, 3
+    more = variable_shapes(model, 6)
+    for path, shape in shapes.items():  # of a stem of the user's own
+        for axis, size in enumerate(shape):
+            if more[path][axis] == 2 * size:
+                return path, axis, size
+    return path, 0, 0
+
+
 def _expected(
     model: ResNet, scheme: Scheme, arrays: Mapping[str, Any]
 ) -> dict[Path, tuple[int, ...]]:
     """Our shapes, with as many image channels as the file's first convolution has."""
-    first = arrays.get(scheme.torch_name(("params", "stem", "conv1", "kernel")))
-    return variable_shapes(model, _channels(first, axis=1))
+    path, _, _ = _first_kernel(model)
+    array = arrays.get(scheme.torch_name(path))
+    ndim = len(variable_shapes(model)[path])
+    return variable_shapes(model, _channels(model, _ours(_shape_of(array), ndim)))
 
 
-def _channels(kernel: Any, axis: int) -> int:
-    """Image channels of a first convolution; 3 where it is none, which its shape will tell."""
-    if (
-        kernel is None or len(kernel.shape) != 4 or not math.prod(kernel.shape)
-    ):  # without numbers, any shape is free
-        return 3
-    return int(kernel.shape[axis])
+def _shape_of(array: Any) -> tuple[int, ...]:
+    return () if array is None else tuple(array.shape)
 
 
-def _check_fit(
+def _channels(model: ResNet, shape: tuple[int, ...]) -> int:
+    """Image channels by the first kernel's shape; 3 where it is none, which its shape will tell."""
+    path, axis, size = _first_kernel(model)
+    if not size or len(shape) != len(variable_shapes(model)[path]) or not math.prod(shape):
+        return 3  # without numbers, any shape is free
+    return max(1, shape[axis] * 3 // size)
+
+
+class _Misfit(NamedTuple):
+    """What differs between a model's tensors and a file's, by names in the file.
+
+    Args:
+      missing: Names.
+      unexpected: Names.
+      shapes: Name -> (shape in the file, shape that the model has there).
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @classmethod
+    def between(
+        cls,
+        wanted: Mapping[str, tuple[int, ...]],
+        arrays: Mapping[str, Any],
+        unexpected: Sequence[str],
+    ) -> _Misfit:
+        shapes = {
+            name: (tuple(array.shape), _theirs(wanted[name]))
+            for name, array in arrays.items()
+            if _ours(tuple(array.shape), len(wanted[name])) != wanted[name]
+        }
+        return cls(sorted(wanted.keys() - arrays.keys()), sorted(unexpected), shapes)
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.missing, *self.unexpected, *self.shapes]
+
+    def __str__(self) -> str:
+        shapes = [f"{short(n)} {found} for {ours}" for n, (found, ours) in self.shapes.items()]
+        faults = {
+            "missing": summarized(self.missing),
+            "unexpected": summarized(self.unexpected),
+            "of the wrong shape": ", ".join(shapes[:3]) + (", ..." if len(shapes) > 3 else ""),
+        }
+        counts = map(len, self)
+        return "; ".join(
+            f"{count} {what}: {text}"
+            for count, (what, text) in zip(counts, faults.items(), strict=True)
+            if count
+        )
+
+
+def _hint(
+    model: ResNet,
     scheme: Scheme,
-    wanted: Mapping[Path, tuple[int, ...]],
-    arrays: Mapping[str, Any],
-    stage_sizes: Sequence[int],
-    reset_head: bool,
-) -> None:
-    """Raises one WeightsError that lists every name that is missing, left over or misshapen."""
-    names = {scheme.torch_name(path): shape for path, shape in wanted.items()}
-    missing = sorted(names.keys() - arrays.keys())
-    unexpected = sorted(arrays.keys() - names.keys())
-    misshapen = [
-        name
-        for name, shape in names.items()
-        if name in arrays and _ours(tuple(arrays[name].shape), len(shape)) != shape
-    ]
-    shapes = [
-        f"{name} {tuple(arrays[name].shape)} for {_theirs(names[name])}" for name in misshapen
-    ]
-    faults = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", shapes)]
-    parts = [f"{len(each)} {what}: {listed(each)}" for what, each in faults if each]
-    if not parts:
-        return
-    wrong = (*missing, *unexpected, *misshapen)
-    blocks = scheme.stage_sizes(arrays)
-    hint = ""
-    if all(name.startswith(f"{scheme.head}.") for name in wrong) and not reset_head:
-        hint = "; pass reset_head=True to start with a new head"
-    elif blocks and blocks != tuple(stage_sizes):
-        hint = f": its stages have {blocks} blocks, the model's {tuple(stage_sizes)}"
-    raise WeightsError(
-        f"the weights ({scheme.name} names) do not fit the model{hint}; {'; '.join(parts)}"
-    )
+    misfit: _Misfit,
+    contents: Contents,
+    tensors: Mapping[str, Any],
+) -> str:
+    """What most likely is the matter, with the argument that mends it."""
+    found, ours = scheme.stage_sizes(tensors), tuple(model.stage_sizes)
+    head = f"{scheme.head}."
+    weight, bias = f"{head}weight", f"{head}bias"
+    if weight in misfit.missing and len(contents.dense) > 1:
+        return (
+            f": there are several linear layers ({listed(contents.dense)}) and none is the head; "
+            "for the backbone alone pass reset_head=True, or use a model with num_classes=0"
+        )
+    if weight in misfit.missing and contents.dense:
+        return (
+            f": its head may be {short(contents.dense[0])}, which is no linear layer with a bias "
+            f"from the last stage's features; to use it, rename it {head[:-1]}; to leave it out, "
+            "pass reset_head=True"
+        )
+    if all(name.startswith(head) for name in misfit.names):
+        if weight in misfit.missing and bias in misfit.missing:
+            return (
+                ": they have no head; pass reset_head=True to start with a new one, or use a "
+                "model with num_classes=0"
+            )
+        return "; pass reset_head=True to start with a new head"
+    if found and found != ours:
+        return f": its stages have {_sizes(found)} blocks, the model's {_sizes(ours)}"
+    if not misfit.missing and not misfit.shapes:
+        return ": it has more than the model; pass strict=False to leave that out"
+    return ""
+
+
+def _sizes(stage_sizes: tuple[int, ...]) -> str:
+    return str(stage_sizes) if len(stage_sizes) <= 8 else f"({len(stage_sizes)} stages)"
+
+
+def _channels_of(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> int:
+    return _channels(model, _shape_of(leaves.get(_first_kernel(model)[0])))
 
 
 def _check_variables(model: ResNet, leaves: Mapping[Path, np.ndarray]) -> None:
-    stem = leaves.get(("params", "stem", "conv1", "kernel"))
-    expected = variable_shapes(model, _channels(stem, axis=2))
+    expected = variable_shapes(model, _channels_of(model, leaves))
     wrong = sorted("/".join(path) for path in expected.keys() ^ leaves.keys())
     wrong += [
         f"{'/'.join(path)} {leaves[path].shape} for {shape}"
@@ -278,7 +409,7 @@ def _check_kind(name: str, value: Any) -> Any:
             # Lists too: a stranger's may have itself, or billions of numbers, inside.
             raise WeightsError(f"{name} is not an array but a {type(value).__name__}")
         array = np.asarray(value)
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+        if not is_floating(array):
             raise WeightsError(f"{name} holds {array.dtype}, not floating-point numbers")
         return array
     kind = str(value.dtype).removeprefix("torch.")
@@ -316,12 +447,14 @@ def _ours(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
         shape = shape[:2]
     if len(shape) == 4:
         return (*shape[2:], shape[1], shape[0])
-    return shape[::-1]
+    return shape[::-1] if len(shape) == 2 else shape
 
 
 def _theirs(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The inverse of `_ours`, but for dense layers that are 1x1 convolutions there."""
-    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+    if len(shape) == 4:
+        return (shape[3], shape[2], *shape[:2])
+    return shape[::-1] if len(shape) == 2 else shape
 
 
 def _from_torch_layout(array: np.ndarray, ndim: int) -> np.ndarray:

@@ -10,7 +10,6 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-from resnet_jax.errors import WeightsError
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import DeepStem
 
@@ -51,30 +50,27 @@ class Scheme:
         return self.top["head"]
 
     def torch_name(self, path: Path) -> str:
-        """Their name of one of our leaves.
+        """Their name of one of our leaves; our own path where they have no such layer.
 
         Args:
           path: (collection, module, ..., leaf), such as
             ("params", "stage1", "block1", "conv1", "kernel").
 
         Returns:
-          Such as "layer1.0.conv1.weight".
+          Such as "layer1.0.conv1.weight", or "stem.conv_a.weight" of a stem of your own.
         """
         _, *modules, leaf = path
-        if not modules[0].startswith("stage"):
-            return f"{self.top['/'.join(modules)]}.{_LEAVES[leaf]}"
-        stage, block, *layer = modules
-        number = int(stage.removeprefix("stage"))
-        name = "/".join(layer)
-        if name not in self.layers:
-            raise WeightsError(f"{self.name} names have none for a block's layer {name!r}")
+        ending = _LEAVES.get(leaf, leaf)
+        stage = re.fullmatch(r"stage(\d+)/block(\d+)", "/".join(modules[:2]))
+        if not stage:
+            own = ".".join(modules)
+            return ".".join(filter(None, [self.top.get("/".join(modules), own), ending]))
+        number, block = int(stage[1]), int(stage[2])
         prefix = self.block.format(
-            stage=number,
-            stage_from_0=number - 1,
-            next_stage=number + 1,
-            block=int(block.removeprefix("block")) - 1,
+            stage=number, stage_from_0=number - 1, next_stage=number + 1, block=block - 1
         )
-        return f"{prefix}.{self.layers[name]}.{_LEAVES[leaf]}"
+        layer = self.layers.get("/".join(modules[2:]), ".".join(modules[2:]))
+        return ".".join(filter(None, [prefix, layer, ending]))
 
     def stage_sizes(self, names: Iterable[str]) -> tuple[int, ...]:
         """Blocks in each stage of a network with these names.
@@ -86,7 +82,7 @@ class Scheme:
           One count a stage, () where no block has this scheme's prefix.
         """
         blocks: dict[int, set[int]] = {}
-        stage, block = r"(?P<stage>\d+)", r"(?P<block>\d+)"
+        stage, block = r"(?P<stage>\d{1,9})", r"(?P<block>\d{1,9})"
         prefix = self.block.replace(".", r"\.").format(
             stage=stage, stage_from_0=stage, next_stage=stage, block=block
         )
@@ -110,16 +106,16 @@ def schemes_for(model: ResNet) -> list[Scheme]:
 
     Returns:
       For post-activation networks: torchvision (and timm), the CIFAR repositories, the review
-      and its variant with "_x" (these two without gates and deep stems). For pre-activation
-      networks: timm's.
+      and its variant with "_x" (these two without gates and deep stems), and torchvision's and
+      CIFAR's with each other's head. For pre-activation networks: timm's.
 
     Example:
       >>> import resnet_jax as rj
       >>> [scheme.name for scheme in schemes_for(rj.ResNet50())]
-      ['torchvision', 'CIFAR', 'review', 'review with _x']
+      ['torchvision', 'CIFAR', 'review', 'review with _x', 'CIFAR', 'CIFAR']
     """
     if model.block_cls.preactivation:
-        return [_timm_v2()]
+        return [_timm_v2(model)]
     torchvision = _torchvision(model)
     cifar = dataclasses.replace(
         torchvision,
@@ -127,13 +123,17 @@ def schemes_for(model: ResNet) -> list[Scheme]:
         layers={**torchvision.layers, **_projection("shortcut", 0)},
         top={**torchvision.top, "head": "linear"},
     )
+    mixed = [
+        dataclasses.replace(torchvision, name="CIFAR", top=cifar.top),
+        dataclasses.replace(cifar, top=torchvision.top),
+    ]
     if model.se_ratio or model.stem_type is DeepStem:
-        return [torchvision, cifar]
+        return [torchvision, cifar, *mixed]
     review = _review()
     review_x = dataclasses.replace(
         review, name="review with _x", block="conv{next_stage}_x.{block}"
     )
-    return [torchvision, cifar, review, review_x]
+    return [torchvision, cifar, review, review_x, *mixed]
 
 
 def _torchvision(model: ResNet) -> Scheme:
@@ -174,16 +174,20 @@ def _review() -> Scheme:
     )
 
 
-def _timm_v2() -> Scheme:
+def _timm_v2(model: ResNet) -> Scheme:
     """Names that timm gives pre-activation networks; the head is a 1x1 convolution there."""
     layers = {f"conv{k}": f"conv{k}" for k in (1, 2, 3)}
     layers |= {f"norm{k}": f"norm{k}" for k in (1, 2, 3)}
     layers |= {"projection/conv1": "downsample.conv"}
+    stem = {"stem/conv1": "stem.conv"}
+    if model.stem_type is DeepStem:  # timm's resnetv2_50d
+        each = [f"{kind}{k}" for k in (1, 2, 3) for kind in ("conv", "norm")]
+        stem = {f"stem/{name}": f"stem.{name}" for name in each}
     return Scheme(
         name="timm v2",
         block="stages.{stage_from_0}.blocks.{block}",
         layers=layers,
-        top={"stem/conv1": "stem.conv", "final_norm": "norm", "head": "head.fc"},
+        top={**stem, "final_norm": "norm", "head": "head.fc"},
         dense_as_conv=frozenset({"head"}),
     )
 
