@@ -71,13 +71,13 @@ class _Network(NamedTuple):
       wrappers: Keys that lead to the dictionary.
       prefix: Of its names there, with the last dot; "": none.
       state_dict: The dictionary.
-      count: Tensors with a block's name.
+      size: Tensors with a block's name.
     """
 
     wrappers: tuple[str, ...]
     prefix: str
     state_dict: Mapping[str, Any]
-    count: int
+    size: int
 
     @property
     def label(self) -> str:
@@ -148,8 +148,8 @@ def _networks(state_dict: Mapping[str, Any]) -> tuple[list[_Network], bool]:
         if network.prefix.count(".") > _MOST_WRAPPERS:
             raise WeightsError(f"its names have a prefix of more than {_MOST_WRAPPERS} parts")
     # A few names with another prefix, as of a loss that borrows a stage, are no network.
-    most = max((each.count for each in networks), default=0)
-    return [each for each in networks if 4 * each.count >= most], foreign
+    most = max((each.size for each in networks), default=0)
+    return [each for each in networks if 4 * each.size >= most], foreign
 
 
 def _dictionaries(
@@ -175,9 +175,7 @@ def _dictionaries(
         raise WeightsError(f"its tensors lie below more than {_MOST_WRAPPERS} dictionaries")
 
 
-def _choose(
-    networks: Sequence[_Network], prefix: str | None, weights: str | None
-) -> _Network:
+def _choose(networks: Sequence[_Network], prefix: str | None, weights: str | None) -> _Network:
     """The one network that is asked for, or that the roles of all decide on."""
     found = list(networks)
     if prefix:
@@ -192,7 +190,7 @@ def _choose(
     if weights and not (averaged if weights == "ema" else raw):
         raise WeightsError(f'weights="{weights}": there are none; {_counted(networks)}')
     # A teacher of another size is no average of its student.
-    pairs = {each.count for each in averaged} & {each.count for each in raw}
+    pairs = {each.size for each in averaged} & {each.size for each in raw}
     if weights == "raw":
         found = raw
     elif weights == "ema" or pairs:
@@ -214,7 +212,7 @@ def _rank(network: _Network) -> int:
 
 def _counted(networks: Sequence[_Network]) -> str:
     """The prefixes of networks, with how many tensors each has."""
-    each = [f"{each.label or 'no prefix'} ({each.count})" for each in networks]
+    each = [f"{each.label or 'no prefix'} ({each.size})" for each in networks]
     return f"there are {listed(each)}"
 
 
@@ -266,9 +264,7 @@ def is_surplus(name: str, value: Any) -> bool:
     return bool(_SURPLUS.match(name)) or not _is_array(value) or not is_floating(value)
 
 
-def _settle_head(
-    tensors: dict[str, Any], outside: Mapping[str, Any], taken: str
-) -> Contents:
+def _settle_head(tensors: dict[str, Any], outside: Mapping[str, Any], taken: str) -> Contents:
     """Finds the head: under a usual name, or the only linear layer that takes the features."""
     v2 = any(found["v2"] for found in map(_BLOCK.match, tensors) if found)
     target = "head.fc" if v2 else "fc"
@@ -283,7 +279,7 @@ def _settle_head(
     if head is None and only and _fits(everything, only, tensors):
         head = only
     dense = [name for name in dense if name != head]
-    if head is None or head in _SCHEME_HEADS and f"{head}.weight" in tensors:
+    if head is None or (head in _SCHEME_HEADS and f"{head}.weight" in tensors):
         return Contents(tensors, taken, tuple(dense))
     moved = {f"{head}.{leaf}" for leaf in ("weight", "bias")}
     kept = {name: x for name, x in tensors.items() if name not in moved}

@@ -1,6 +1,7 @@
-"""Weight files: .safetensors, .pth and .npz; read whole or not at all, never unpickled.
+"""Weight files of PyTorch, NumPy, safetensors, Flax and Keras; read whole, never unpickled.
 
-They may come from strangers: what a header claims is compared with the bytes that are there before
+What a file is shows in its content; only an empty or damaged one is called what its suffix says.
+Files may come from strangers: what a header claims is compared with the bytes that are there before
 memory is taken for it, and whatever is wrong is a WeightsError. Reading a file takes a few times
 its own size, and never more than a few times `_SMALL` beyond that.
 """
@@ -12,9 +13,11 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import re
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,8 @@ from resnet_jax.weights.convert import (
     is_sparse,
     to_torch,
 )
+from resnet_jax.weights.flax_msgpack import read_msgpack
+from resnet_jax.weights.hdf5 import read_hdf5
 
 # The largest network here has 0.5 GB of float32 weights; with the averages of AdamW and EMA, in
 # float64, a checkpoint of it has 4 GB.
@@ -47,6 +52,22 @@ _MOST_SHARED = 4
 # The deepest network here (ResNet-1202) has 7,000 tensors, in a header of 1 MB.
 _MOST_TENSORS = 100_000
 _MOST_HEADER = 2**24
+
+# The pickle of torch.save before version 1.6 begins with this number.
+_LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_PICKLES = 5  # in front of its storages
+# PyTorch's list of what may be unpickled is one for all threads.
+_ONE_AT_A_TIME = threading.Lock()
+# How a pickle names the function that makes bytes, and the most bytes of a NumPy scalar.
+_ENCODE, _MOST_SCALAR = b"_codecs\nencode\n", 64
+# Files that are met in the place of weights, by their first bytes.
+_NOT_READ = {
+    b"\4\0\0\0\1\0\0\0": "a file of Lua Torch (.t7), which PyTorch does not read any more",
+    b"\3\0\0\0\1\0\0\0": "a file of Lua Torch (.t7), which PyTorch does not read any more",
+    b"version https://git-lfs": "Git LFS's pointer to a file, not the file; run git lfs pull",
+    b"<!DOCTYPE": "a page of the web, not a file of weights; download it again",
+    b"<html": "a page of the web, not a file of weights; download it again",
+}
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -64,16 +85,23 @@ def load_weights(
     *,
     reset_head: bool = False,
     sha256: str | None = None,
+    prefix: str | None = None,
+    weights: str | None = None,
+    strict: bool = True,
 ) -> Variables:
     """Reads a weight file for a model.
 
     Args:
       model: The ResNet that the weights are for.
-      path: A .safetensors, .npz or .pth (.pt, .bin, .ckpt, .pth.tar) file with any of the names
-        that `from_torch` reads, or the workdir of a run, of which the best state is taken. .pth
-        needs PyTorch, a workdir the extra `train`.
-      reset_head: Leave the file's head out and initialise a new one.
+      path: A file of PyTorch (.pth, .pt, .bin, .ckpt, ...), safetensors, NumPy (.npz), Flax
+        (.msgpack) or Keras (.h5, .keras), whatever its suffix, with any of the names that
+        `from_torch` reads. Or the workdir of a run, of which the best state is taken. PyTorch's
+        need torch, Keras's h5py, a workdir the extra `train`.
+      reset_head: Leave the file's head out and initialize a new one.
       sha256: Checksum that the file must have, as 64 hexadecimal digits.
+      prefix: As for `from_torch`.
+      weights: Likewise; of a workdir too.
+      strict: Likewise.
 
     Returns:
       {"params", "batch_stats"} of float32 NumPy arrays.
@@ -93,12 +121,21 @@ def load_weights(
       True
     """
     check_model(model)
-    path = Path(path)
+    path = _expanded(path)
     if path.is_dir():
-        return _from_workdir(model, path, reset_head)
+        if prefix:
+            raise WeightsError(f"{path} is a workdir, whose network has no prefix={prefix!r}")
+        return _from_workdir(model, path, reset_head, weights)
     state_dict = read_state_dict(path, sha256=sha256)
     try:
-        return from_torch(model, state_dict, reset_head=reset_head)
+        return from_torch(
+            model,
+            state_dict,
+            reset_head=reset_head,
+            prefix=prefix,
+            weights=weights,
+            strict=strict,
+        )
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 
@@ -109,11 +146,12 @@ def read_state_dict(
     """Reads a weight file as it is, for whatever model.
 
     Args:
-      path: A .safetensors, .npz or .pth (.pt, .bin, .ckpt, .pth.tar) file.
+      path: A file as for `load_weights`.
       sha256: Checksum that the file must have, as 64 hexadecimal digits.
 
     Returns:
       What the file holds: names to arrays or tensors, or a checkpoint with such a dictionary.
+      Keras's names are the paths in the file: "layers/conv2d/vars/0".
 
     Raises:
       WeightsError: The file is missing, damaged, of another kind, or has another checksum.
@@ -125,8 +163,7 @@ def read_state_dict(
       ...     sorted(read_state_dict(f"{folder}/weights.npz"))
       ['fc.bias']
     """
-    path = Path(path)
-    read = _choose(path, _READERS)
+    path = _expanded(path)
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise WeightsError(f"sha256 = {sha256!r} is not a checksum of 64 hexadecimal digits")
     try:
@@ -138,17 +175,75 @@ def read_state_dict(
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256.lower():
         raise WeightsError(f"{path} has sha256 {found}, not {sha256}; fetch it again")
     try:
-        return read(path, data)
+        return _READERS[_kind(path, data)](path, data)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 
 
-def _from_workdir(model: ResNet, workdir: Path, reset_head: bool) -> Variables:
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(path))  # unlike Path's, as it is where ~ is nobody's
+
+
+def _kind(path: Path, data: bytes) -> str:
+    """What a file is, by its first bytes; where these say nothing, by its suffix."""
+    for start, reason in _NOT_READ.items():
+        if data.startswith(start):
+            raise WeightsError(reason)
+    suffix = _SUFFIXES.get(path.suffix.lower())
+    if data.startswith(b"PK"):
+        return _kind_of_zip(data) or suffix or "zip"
+    if data.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "hdf5"
+    if _LEGACY_TORCH in data[:32]:
+        return "torch"
+    if data[:1] == b"\x80" and data[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        raise WeightsError(
+            "a Python pickle, not written by torch.save, which is never unpickled here; where you "
+            "trust it, unpickle it and pass its arrays to rj.from_torch"
+        )
+    if data[257:262] == b"ustar":
+        raise WeightsError(
+            "a tar archive; if PyTorch before 0.1.10 wrote it, load it with torch and save its "
+            "state dict anew, else unpack it"
+        )
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8:
+        return "safetensors"
+    # msgpack has no signature, only a first byte that begins a dictionary.
+    if suffix is None and data[:1] and (0x80 < data[0] < 0x90 or data[0] in (0xDE, 0xDF)):
+        return "msgpack"
+    if suffix is None:
+        raise WeightsError(
+            "its content is none of PyTorch's (torch.save), safetensors, NumPy's (.npz), Keras's "
+            "(.h5, .keras) and Flax's (.msgpack)"
+        )
+    return suffix
+
+
+def _kind_of_zip(data: bytes) -> str | None:
+    """What an archive is by its members; None: it is damaged, or of no known kind."""
+    try:
+        with _open_zip(data) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        return None
+    members = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in members:
+        raise WeightsError("a TorchScript archive; save the state dict of the network instead")
+    if "data.pkl" in members:
+        return "torch"
+    if "model.weights.h5" in members:
+        return "keras"
+    return "npz" if members and all(name.endswith(".npy") for name in members) else None
+
+
+def _from_workdir(model: ResNet, workdir: Path, reset_head: bool, weights: str | None) -> Variables:
     # A loader for what the trainer wrote; imported here, so that weights do not need the trainer.
     with importing(f"{workdir} is a folder, and reading a workdir", WeightsError):
         from resnet_jax.training.checkpoint import load_variables
     try:
-        name, variables, _ = load_variables(workdir)
+        name, variables, _ = load_variables(workdir, ema=weights != "raw")
     except ResNetJaxError as error:
         raise WeightsError(str(error)) from error
     try:
@@ -164,7 +259,7 @@ def save_weights(path: str | os.PathLike[str], model: ResNet, variables: Mapping
     file. A FIFO or a device is not replaced.
 
     Args:
-      path: A .safetensors, .npz or .pth (.pt) file. .pth needs PyTorch.
+      path: A .safetensors, .npz or .pth (.pt, .th, .bin, .ckpt) file. .pth needs PyTorch.
       model: The ResNet that the variables belong to.
       variables: {"params", "batch_stats"}.
 
@@ -180,20 +275,17 @@ def save_weights(path: str | os.PathLike[str], model: ResNet, variables: Mapping
       ...     rj.save_weights(f"{folder}/weights.npz", model, variables)
     """
     check_model(model)
-    path = Path(path)
-    data = _choose(path, _WRITERS)(to_torch(model, variables))
+    path = _expanded(path)
+    write = _WRITERS.get(path.suffix.lower())
+    if write is None:
+        raise WeightsError(
+            f"cannot write {path}: its name must end in one of {', '.join(_WRITERS)}"
+        )
+    data = write(to_torch(model, variables))
     try:
         atomic_write(path, data)
     except OSError as error:
         raise WeightsError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _choose(path: Path, functions: Mapping[str, Any]) -> Any:
-    if path.suffix not in functions:
-        raise WeightsError(
-            f"{path} is not a weight file; its name must end in one of {', '.join(functions)}"
-        )
-    return functions[path.suffix]
 
 
 def _read_safetensors(path: Path, data: bytes) -> dict[str, np.ndarray]:
@@ -268,22 +360,75 @@ def _read_array(data: bytes) -> np.ndarray:
     return array.reshape(shape, order="F" if fortran else "C")
 
 
+def _read_hdf5(path: Path, data: bytes) -> dict[str, np.ndarray]:
+    return read_hdf5(data, str(path), max(_MOST_UNPACKED * len(data), _SMALL))
+
+
+def _read_keras(path: Path, data: bytes) -> dict[str, np.ndarray]:
+    def broken(error: Exception) -> WeightsError:
+        return WeightsError(f"not a whole .keras file ({_reason(error)})")
+
+    with library_errors(broken), _open_zip(data) as archive:
+        weights = archive.read("model.weights.h5")
+    return _read_hdf5(path, weights)
+
+
+def _read_msgpack(path: Path, data: bytes) -> dict[str, Any]:
+    return read_msgpack(data)
+
+
+def _read_zip(path: Path, data: bytes) -> dict[str, Any]:
+    raise WeightsError("a zip archive that is damaged, or of neither PyTorch, NumPy nor Keras")
+
+
+class _Inert:
+    """Stands for an object beside the tensors, such as argparse.Namespace; keeps nothing of it."""
+
+    def __new__(cls, *args: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training scripts keep beside their tensors. Nothing of these is called: _Inert takes their
+# places, so that a file cannot use them either.
+_INERT = (
+    "argparse.Namespace",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    *(
+        f"{module}.{kind}Path"
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("Posix", "Windows", "PurePosix", "PureWindows")
+    ),
+)
+
+
 def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
     torch = _import_torch(path)
 
     def explain(error: Exception) -> WeightsError:
         if not isinstance(error, pickle.UnpicklingError):
             return WeightsError(f"not a whole PyTorch file of tensors ({_reason(error)})")
-        if not data.startswith(_TORCH_MAGIC):
+        if not (data.startswith(b"PK") or _LEGACY_TORCH in data[:32]):
             return WeightsError("not a PyTorch file")
+        found = re.search(r"GLOBAL (\S{1,80})", str(error))
         return WeightsError(
-            "holds Python objects beside tensors, which are never unpickled here; where you "
-            "trust it, load it with torch and pass its state dict to rj.from_torch"
+            f"holds Python objects beside tensors{f' ({found[1]})' if found else ''}, which are "
+            "never unpickled here; where you trust it, load it with torch and pass its state dict "
+            "to rj.from_torch"
         )
 
     with library_errors(explain):
         _check_torch(data)
-        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        inert: list[Any] = [(_Inert, name) for name in _INERT]
+        with _ONE_AT_A_TIME, torch.serialization.safe_globals(inert):
+            content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     if not isinstance(content, dict):
         raise WeightsError(f"holds a {type(content).__name__}, not a state dict")
     content, size = _plain(torch, content)
@@ -300,18 +445,66 @@ def _check_torch(data: bytes) -> None:
 
     Its pickles may make bytes of any length, and a pickle's objects are 70 times its size.
     """
-    for word in (b"_codecs\nencode\n", b"bytearray\n"):
-        if word in data:
-            raise WeightsError("holds bytes beside its tensors; save the state dict alone")
-    if not data.startswith(b"PK"):
-        return
-    with _open_zip(data) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise WeightsError(f"{member.filename} is packed, which torch.save never does")
-            if member.filename.endswith(".pkl") and member.file_size > _MOST_HEADER:
-                size = f"{member.file_size:,} bytes"
-                raise WeightsError(f"{member.filename} has {size}, more than that of any weights")
+    if b"bytearray\n" in data:
+        raise WeightsError("holds bytes beside its tensors; save the state dict alone")
+    pickles = [data]
+    if data.startswith(b"PK"):
+        with _open_zip(data) as archive:
+            pickles = [_pickle(archive, each) for each in archive.infolist() if _is_pickle(each)]
+    # Also none where only another reader of archives might find it.
+    if sum(each.count(_ENCODE) for each in pickles) != data.count(_ENCODE) or not all(
+        map(_makes_short_bytes_only, pickles)
+    ):
+        raise WeightsError("holds bytes beside its tensors; save the state dict alone")
+
+
+def _is_pickle(member: zipfile.ZipInfo) -> bool:
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise WeightsError(f"{member.filename} is packed, which torch.save never does")
+    return member.filename.endswith(".pkl")
+
+
+def _pickle(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    if member.file_size > _MOST_HEADER:
+        size = f"{member.file_size:,} bytes"
+        raise WeightsError(f"{member.filename} has {size}, more than that of any weights")
+    return archive.read(member)
+
+
+def _makes_short_bytes_only(data: bytes) -> bool:
+    """Whether a file's pickles make bytes for NumPy scalars only.
+
+    Bytes are made by _codecs.encode(text, "latin1"), at any length, and by other codecs too, which
+    may double them each time. Here each use must be on a short text, spelled out right behind it.
+    """
+    if _ENCODE not in data:
+        return True
+    file = io.BytesIO(data)
+    for _ in range(_LEGACY_PICKLES):
+        memo: dict[int, Any] = {}
+        pushed: Any = None  # the last object, where it matters: a short text, or `_ENCODE`
+        expected: list[Any] = []
+        for operation, value, _ in pickletools.genops(file):
+            name = operation.name
+            if name in ("BINPUT", "LONG_BINPUT"):
+                memo[value] = pushed
+                continue
+            pushed = None
+            if name in ("BINGET", "LONG_BINGET"):
+                pushed = memo.get(value)
+            elif name == "BINUNICODE" and len(value) <= _MOST_SCALAR:
+                pushed = value
+            elif name == "GLOBAL" and value == "_codecs encode":
+                pushed = _ENCODE
+            if expected:
+                wanted = expected.pop(0)
+                if not (isinstance(pushed, str) if wanted is str else wanted in (pushed, name)):
+                    return False
+            elif pushed is _ENCODE:
+                expected = [str, "latin1", "TUPLE2", "REDUCE"]
+        if file.tell() == len(data):
+            break
+    return True
 
 
 def _plain(torch: Any, content: dict[Any, Any]) -> tuple[dict[Any, Any], int]:
@@ -371,21 +564,28 @@ def _import_torch(path: Path) -> Any:
     return torch
 
 
-# A zip archive, or the pickle of versions before 1.6.
-_TORCH_MAGIC = (b"PK", b"\x80")
 _READERS = {
-    ".safetensors": _read_safetensors,
-    ".npz": _read_npz,
-    ".pth": _read_torch,
-    ".pt": _read_torch,
-    ".bin": _read_torch,
-    ".ckpt": _read_torch,
-    ".tar": _read_torch,  # "model_best.pth.tar" is a .pth file
+    "safetensors": _read_safetensors,
+    "npz": _read_npz,
+    "torch": _read_torch,
+    "hdf5": _read_hdf5,
+    "keras": _read_keras,
+    "msgpack": _read_msgpack,
+    "zip": _read_zip,
 }
-WEIGHT_SUFFIXES: tuple[str, ...] = tuple(_READERS)
+# What a file is said to be where it is empty or damaged.
+_SUFFIXES = {
+    ".safetensors": "safetensors",
+    ".npz": "npz",
+    **dict.fromkeys([".pth", ".pt", ".th", ".bin", ".ckpt", ".tar", ".t7"], "torch"),
+    **dict.fromkeys([".h5", ".hdf5"], "hdf5"),
+    ".keras": "keras",
+    ".msgpack": "msgpack",
+}
+# Suffixes, in lower case, by which a path is told from a name on the Hub.
+WEIGHT_SUFFIXES: tuple[str, ...] = (*_SUFFIXES, ".pkl")
 _WRITERS = {
     ".safetensors": _write_safetensors,
     ".npz": _write_npz,
-    ".pth": _write_torch,
-    ".pt": _write_torch,
+    **dict.fromkeys([".pth", ".pt", ".th", ".bin", ".ckpt"], _write_torch),
 }
