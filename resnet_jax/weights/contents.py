@@ -347,7 +347,8 @@ def _flattened(names: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+    # A nested tensor of PyTorch has a shape that raises.
+    return hasattr(type(value), "shape") and hasattr(type(value), "dtype")
 
 
 def is_floating(value: Any) -> bool:

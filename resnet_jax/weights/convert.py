@@ -372,7 +372,9 @@ def _hint(
                 ": they have no head; pass reset_head=True to start with a new one, or use a "
                 "model with num_classes=0"
             )
-        return "; pass reset_head=True to start with a new head"
+        shape, _ = misfit.shapes.get(weight, ((), ()))
+        classes = f": its head has {shape[0]:,} classes, the model's {model.num_classes:,}"
+        return f"{classes if shape else ''}; pass reset_head=True to start with a new head"
     if found and found != ours:
         return f": its stages have {_sizes(found)} blocks, the model's {_sizes(ours)}"
     if not misfit.missing and not misfit.shapes:

@@ -17,9 +17,9 @@ import pickletools
 import re
 import threading
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -484,8 +484,8 @@ def _makes_short_bytes_only(data: bytes) -> bool:
         memo: dict[int, Any] = {}
         pushed: Any = None  # the last object, where it matters: a short text, or `_ENCODE`
         expected: list[Any] = []
-        for operation, value, _ in pickletools.genops(file):
-            name = operation.name
+        for operation, argument, _ in pickletools.genops(file):
+            name, value = operation.name, cast("Any", argument)
             if name in ("BINPUT", "LONG_BINPUT"):
                 memo[value] = pushed
                 continue
