@@ -1,6 +1,7 @@
 """Checkpoints as they are published: which network of them is taken, and what is left out."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -63,7 +64,7 @@ def dense(name, outputs, inputs, bias=True):
 def mlp(name, *sizes, bias=True):
     """Linear, norm, ReLU in turn, as in a projection head."""
     layers = {}
-    for index, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         layers |= dense(f"{name}.{3 * index}", outputs, inputs, bias)
         layers[f"{name}.{3 * index + 1}.running_mean"] = np.ones(outputs, np.float32)
     return layers

@@ -1,8 +1,12 @@
 """Files of PyTorch: tensors of every kind are the right values or one line."""
 
+import argparse
+import codecs
 import collections
+import fractions
 import functools
 import io
+import pathlib
 import pickle
 import tracemalloc
 import zipfile
@@ -81,7 +85,7 @@ def quantized(x):
         (lambda _: torch.ones(1, 1).expand(2**24, 64), "its tensors would be 4,29"),
         (lambda _: torch.ones(64).as_strided((2**22, 64), (0, 1)), "its tensors would be 1,07"),
         (lambda _: torch.empty(2**40, 0), r"fc.weight \(1099511627776, 0\) for"),
-        (lambda _: b"bytes", "holds bytes"),
+        (lambda _: b"b" * 99, "holds bytes"),
     ],
 )
 def test_what_has_no_numbers_is_one_line(change, message, tmp_path):
@@ -125,6 +129,11 @@ def archive(content, kind=zipfile.ZIP_STORED):
     ("data", "message"),
     [
         (archive({"a.b": _Call(bytearray, (2**31 - 1,))}), "holds bytes beside its tensors"),
+        (archive({"a.b": _Call(codecs.encode, ("x" * 65, "latin1"))}), "holds bytes beside"),
+        (archive({"a.b": _Call(codecs.encode, (b"x", "hex"))}), "holds bytes beside"),
+        (archive({"a.b": _Call(codecs.encode, ("x", "utf-32"))}), "holds bytes beside"),
+        (archive([codecs.encode, "x" * 999]), "holds bytes beside"),
+        (archive({"a.b": _Call(np.dtype, ("V2000000000",))}), "no state dict among its keys"),
         (archive("x" * 2**24), "w/data.pkl has 16,7.* bytes, more than that of any weights"),
         (
             archive({"a.b": 1}, zipfile.ZIP_DEFLATED),
@@ -135,7 +144,7 @@ def archive(content, kind=zipfile.ZIP_STORED):
             "no state dict among its keys: none",
         ),
     ],
-    ids=["bytearray", "long", "packed", "attributes"],
+    ids=["bytearray", "text", "doubled", "codec", "kept", "dtype", "long", "packed", "attributes"],
 )
 def test_pickles_that_no_state_dict_has(data, message, tmp_path):
     (tmp_path / "w.pth").write_bytes(data)
@@ -146,6 +155,54 @@ def test_pickles_that_no_state_dict_has(data, message, tmp_path):
 def test_dictionaries_that_never_end(tmp_path):
     inside = dict(state_dict())
     inside["model"] = inside
-    for content in (inside, functools.reduce(lambda x, _: {"model": x}, range(300), state_dict())):
-        with pytest.raises(rj.WeightsError, match="below more than 8 dictionaries"):
-            load(content, tmp_path)
+    assert load(inside, tmp_path)["params"]
+    deep = functools.reduce(lambda x, _: {"model": x}, range(300), state_dict())
+    with pytest.raises(rj.WeightsError, match="below more than 8 dictionaries"):
+        load(deep, tmp_path)
+
+
+def test_checkpoints_of_training_scripts(tmp_path):
+    """What timm's trainer, torchvision's script and others keep beside the tensors."""
+    checkpoint = {
+        "state_dict": state_dict(),
+        "args": argparse.Namespace(lr=0.1, out=pathlib.Path("a/b"), sizes=(1, 2)),
+        "metric": np.float64(93.1),
+        "counts": [np.int64(3), np.float32(0.5), np.bool_(True)],
+        "names": collections.Counter({"a": 1}),
+        "shape": torch.Size([1, 2]),
+        "hparams": {"path": pathlib.PurePosixPath("a"), "windows": pathlib.PureWindowsPath("b")},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    expected = load(state_dict(), tmp_path)["params"]
+    for legacy in (False, True):
+        path = tmp_path / "checkpoint"  # without a suffix
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=not legacy)
+        found = rj.load_weights(rj.ResNet20(), path)["params"]
+        np.testing.assert_array_equal(found["head"]["kernel"], expected["head"]["kernel"])
+    assert torch.serialization.get_safe_globals() == []
+
+
+@pytest.mark.parametrize("suffix", [".th", ".PTH", ".bin", ".ckpt", ".pkl", ".t7", ".npz", ""])
+def test_a_file_is_what_it_holds(suffix, tmp_path):
+    torch.save(state_dict(), tmp_path / f"w{suffix}")
+    assert rj.load_weights(rj.ResNet20(), tmp_path / f"w{suffix}")["params"]
+
+
+@pytest.mark.parametrize("suffix", [".th", ".PTH", ".pt"])
+def test_suffixes_that_are_written(suffix, tmp_path):
+    model = rj.ResNet20()
+    rj.save_weights(tmp_path / f"w{suffix}", model, random_variables(model))
+    written = torch.load(tmp_path / f"w{suffix}").keys()
+    assert written == rj.to_torch(model, random_variables(model)).keys()
+
+
+def test_other_objects_are_not_unpickled(tmp_path):
+    for value in (fractions.Fraction(1, 2), print, np.ones(99)):
+        with pytest.raises(rj.WeightsError, match=r"Python objects beside tensors|holds bytes"):
+            load({"state_dict": state_dict(), "x": value}, tmp_path)
+
+
+def test_torchscript_is_named(tmp_path):
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "w.pt")
+    with pytest.raises(rj.WeightsError, match="a TorchScript archive; save the state dict"):
+        rj.load_weights(rj.ResNet20(), tmp_path / "w.pt")

@@ -4,14 +4,17 @@ import functools
 import hashlib
 import io
 import json
+import pickle
 import struct
 import tracemalloc
 import zipfile
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import msgpack
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -132,9 +135,9 @@ def test_prefixes_of_wrappers(prefix):
 
 
 def test_what_is_no_state_dict():
-    model, variables = network()
-    for content in ({}, {"epoch": 1, "ema": rj.to_torch(model, variables)}):
-        with pytest.raises(rj.WeightsError, match=f"no state dict.*: {'none|epoch, ema'}"):
+    model, _ = network()
+    for content in ({}, {"epoch": 1, "ema": {}}, {"epoch": 1, "args": {"layer1": "0.conv1"}}):
+        with pytest.raises(rj.WeightsError, match="no state dict.*: (none|epoch, (ema|args))$"):
             rj.from_torch(model, content)
     with pytest.raises(rj.WeightsError, match=r"not a ResNet20Torch; pass network.state_dict()"):
         rj.from_torch(model, type("ResNet20Torch", (), {})())
@@ -162,15 +165,22 @@ def _tensor():
 def test_another_head_only_when_asked_for():
     _, variables = network()
     state_dict = rj.to_torch(rj.ResNet20(), variables)
-    for classes in (0, 37):
-        model = rj.ResNet20(num_classes=classes)
-        with pytest.raises(rj.WeightsError, match=r"reset_head=True.*fc\.weight"):
-            rj.from_torch(model, state_dict)
-        loaded = rj.from_torch(model, state_dict, reset_head=True)
-        assert ("head" in loaded["params"]) == bool(classes)
-        if classes:
-            chex.assert_shape(loaded["params"]["head"]["kernel"], (64, 37))
-        chex.assert_trees_all_equal(loaded["params"]["stage1"], variables["params"]["stage1"])
+    model = rj.ResNet20(num_classes=37)
+    with pytest.raises(rj.WeightsError, match=r"10 classes, the model's 37; pass reset_head=True"):
+        rj.from_torch(model, state_dict)
+    loaded = rj.from_torch(model, state_dict, reset_head=True)
+    chex.assert_shape(loaded["params"]["head"]["kernel"], (64, 37))
+    chex.assert_trees_all_equal(loaded["params"]["stage1"], variables["params"]["stage1"])
+
+
+def test_a_backbone_takes_no_head():
+    model, variables = network()
+    expected = {**variables, "params": {**variables["params"]}}
+    del expected["params"]["head"]
+    for reset_head in (False, True):
+        backbone = rj.ResNet20(num_classes=0)
+        found = rj.from_torch(backbone, rj.to_torch(model, variables), reset_head=reset_head)
+        chex.assert_trees_all_equal(found, expected)
 
 
 def test_any_number_of_image_channels():
@@ -214,7 +224,7 @@ def test_truncated_files(suffix, share, tmp_path):
     rj.save_weights(path, model, variables)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(rj.WeightsError, match=r"weights\.\w+: not a whole"):
+    with pytest.raises(rj.WeightsError, match=r"weights\.\w+: .*not a whole"):
         rj.load_weights(model, path)
 
 
@@ -279,6 +289,106 @@ def test_claims_take_no_memory(name, data, message, tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("suffix", ["", ".pth", ".NPZ", ".weights", ".bin"])
+def test_a_file_is_what_it_holds(suffix, tmp_path):
+    model, variables = network()
+    for written in (".safetensors", ".npz"):
+        rj.save_weights(tmp_path / f"w{written}", model, variables)
+        path = (tmp_path / f"w{written}").rename(tmp_path / f"w{suffix}")
+        chex.assert_trees_all_equal(rj.load_weights(model, path), variables)
+
+
+def test_suffixes_in_capitals_are_written(tmp_path):
+    model, variables = network()
+    rj.save_weights(tmp_path / "w.NPZ", model, variables)
+    assert np.load(tmp_path / "w.NPZ")["fc.bias"].shape == (10,)
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, variables = network()
+    rj.save_weights("~/w.npz", model, variables)
+    assert [each.name for each in tmp_path.iterdir()] == ["w.npz"]
+    chex.assert_trees_all_equal(rj.load_weights(model, "~/w.npz"), variables)
+    assert "fc.bias" in read_state_dict("~/w.npz")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "its content is none of PyTorch's"),
+        (b"\4\0\0\0\1\0\0\0\3\0\0\0", r"a file of Lua Torch \(.t7\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS's pointer to a file"),
+        (b"<!DOCTYPE html><html>", "a page of the web"),
+        (pickle.dumps({"fc.bias": [1.0]}), "a Python pickle, not written by torch.save"),
+        (bytes(257) + b"ustar\0", "a tar archive; if PyTorch before 0.1.10"),
+        (b"PK\5\6" + bytes(18), "a zip archive that is damaged, or of neither"),
+        (b"PK\3\4", "a zip archive that is damaged"),
+        (b"\x81\xa1", "not a whole Flax msgpack file"),
+    ],
+)
+def test_other_files_are_named(data, message, tmp_path):
+    (tmp_path / "w").write_bytes(data)
+    with pytest.raises(rj.WeightsError, match=f"w: {message}"):
+        read_state_dict(tmp_path / "w")
+
+
+def test_flax_msgpack(tmp_path):
+    tree = {
+        "params": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32(3)},
+        "batch_stats": {"m": np.ones(3, ml_dtypes.bfloat16), "e": np.zeros((0, 3))},
+        "step": 300,
+        "more": {"list": {"0": -1, "1": 1.5}, "text": "x" * 40, "none": None, "true": True},
+    }
+    (tmp_path / "w").write_bytes(flax.serialization.msgpack_serialize(tree))
+    found = read_state_dict(tmp_path / "w")
+    chex.assert_trees_all_equal(found, tree)
+    assert found["batch_stats"]["m"].dtype == ml_dtypes.bfloat16
+    assert found["batch_stats"]["e"].shape == (0, 3)
+
+
+def test_own_variables_as_msgpack(tmp_path):
+    model, variables = network()
+    (tmp_path / "w.msgpack").write_bytes(flax.serialization.to_bytes(variables))
+    chex.assert_trees_all_equal(rj.load_weights(model, tmp_path / "w.msgpack"), variables)
+
+
+def flax_array(shape, dtype, numbers):
+    content = msgpack.packb((shape, dtype, numbers))
+    return msgpack.packb({"a": msgpack.ExtType(1, content)})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x81\xa1a\xdd\x7f\xff\xff\xff", "not a whole"),  # a list of 2**31 elements
+        (b"\x81\xa1a\xc6\x7f\xff\xff\xff", "not a whole"),
+        (b"\xdf\x7f\xff\xff\xff", "not a whole"),
+        (b"\x81\xa1a" + b"\x91" * 999 + b"\1", "more objects, or deeper ones"),
+        (b"\x81\xa1a\xdd\0\x1e\x84\x80" + b"\1" * 2_000_000, "more objects, or deeper ones"),
+        (b"\x81\1\1", "a int is no name"),
+        (b"\x81\xa1a\1\1", "there is more behind its end"),
+        (b"\x81\xa1a\xc1", "byte 0xc1 begins no value"),
+        (flax_array([2**40], "float32", b"1234"), r"of shape \[1099511627776\] has 4 bytes"),
+        (flax_array([-1], "float32", b"1234"), "has no shape"),
+        (flax_array([0, 2**63], "float32", b""), "no array's shape|has 0 bytes"),
+        (flax_array([1], "O", b"12345678"), "type 'O', not numbers"),
+        (flax_array([1], "V4", b"1234"), "type 'V4', not numbers"),
+        (flax_array([1], "f4,f4", b"12345678"), "type 'f4,f4', not numbers"),
+        (flax_array([1], "x" * 999, b"1234"), "type 'x{80}', which is none"),
+    ],
+)
+def test_hostile_msgpack(data, message, tmp_path):
+    (tmp_path / "w.msgpack").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(rj.WeightsError, match=rf"w.msgpack: .*({message})"):
+            read_state_dict(tmp_path / "w.msgpack")
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(data) + 20_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_names_with_folders_are_names(tmp_path):
     (tmp_path / "w.npz").write_bytes(npz_of({}, bytes(8)))
     assert list(read_state_dict(tmp_path / "w.npz")) == ["../../a"]
@@ -305,10 +415,10 @@ def test_a_name_that_is_there_twice(tmp_path):
         ({"fc.bias": [[1], [2, 3]]}, "fc.bias is not an array"),
         ({5: np.zeros(3)}, "some of its keys are not names"),
         ({"fc.bias": [1.0] * 10}, "fc.bias is not an array but a list"),
-        ({"x" * 10**6: np.zeros(3, np.float32)}, r"unexpected: x{200}\.\.\.$"),
+        ({"x" * 10**6: np.zeros(3, np.float32)}, r"unexpected: x{80}\.\.\.$"),
         (
             {f"x.{n}": np.zeros(1, np.float32) for n in range(10**4)},
-            r"10000 unexp.*x.1177, \.\.\.$",
+            r"10000 unexpected: x \(10000\); such as x.0, x.1, x.10$",
         ),
     ],
 )
@@ -316,7 +426,7 @@ def test_state_dicts_of_strangers(change, message):
     state_dict = {**rj.to_torch(*network()), **change}
     with pytest.raises(rj.WeightsError, match=message) as caught:
         rj.from_torch(rj.ResNet20(), state_dict)
-    assert len(str(caught.value)) < 5000
+    assert len(str(caught.value)) < 1000
 
 
 def test_memory_is_taken_for_what_fits_only():
@@ -348,7 +458,7 @@ def test_files_that_are_not_there(tmp_path):
     with pytest.raises(rj.WeightsError, match=r"cannot read .*No such file"):
         rj.load_weights(model, tmp_path / "none.safetensors")
     with pytest.raises(rj.WeightsError, match=r"must end in one of \.safetensors"):
-        rj.load_weights(model, tmp_path / "weights.h5")
+        rj.save_weights(tmp_path / "weights.h5", model, variables)
     with pytest.raises(rj.WeightsError, match="cannot write"):
         rj.save_weights(tmp_path / "none" / "weights.npz", model, variables)
 
