@@ -30,6 +30,8 @@ from resnet_jax.weights.naming import Path, Scheme, schemes_for
 
 Variables = dict[str, Any]
 
+# Beginnings of names in variables of this package, as in a msgpack file of them.
+_OWN = ("params/stem/", "params/stage1/")
 # Names of a head, of one layer or several.
 _HEAD = re.compile(r"(?:fc|linear|head|classifier|last_linear)\.")
 
@@ -76,9 +78,11 @@ def from_torch(
     """
     check_model(model)
     contents = find_network(state_dict, prefix=prefix, weights=weights)
+    new_head = reset_head or not model.num_classes
+    if any(name.startswith(_OWN) for name in contents.tensors):
+        return fit_variables(model, _unflattened(contents.tensors), reset_head=new_head)
     tensors = translate(contents.tensors)
     scheme = _closest_scheme(model, tensors)
-    new_head = reset_head or not model.num_classes
     names = _torch_names(model, scheme)
     if new_head:
         names = {path: name for path, name in names.items() if path[1] != "head"}
@@ -249,6 +253,13 @@ def _closest_scheme(model: ResNet, tensors: Mapping[str, Any]) -> Scheme:
     return max(schemes_for(model), key=shared)
 
 
+def _unflattened(tensors: Mapping[str, Any]) -> Variables:
+    """The variables in a tree of dictionaries that `find_network` has flattened."""
+    arrays = {name: _check_kind(name, x) for name, x in tensors.items()}
+    paths = {tuple(name.split("/")): _to_numpy(name, x) for name, x in arrays.items()}
+    return traverse_util.unflatten_dict(paths)
+
+
 def _torch_names(model: ResNet, scheme: Scheme) -> dict[Path, str]:
     """A scheme's name of each variable, all different."""
     names = {path: scheme.torch_name(path) for path in variable_shapes(model)}
@@ -373,8 +384,10 @@ def _hint(
                 "model with num_classes=0"
             )
         shape, _ = misfit.shapes.get(weight, ((), ()))
-        classes = f": its head has {shape[0]:,} classes, the model's {model.num_classes:,}"
-        return f"{classes if shape else ''}; pass reset_head=True to start with a new head"
+        classes = ""
+        if shape[:1] not in ((), (model.num_classes,)):
+            classes = f": its head has {shape[0]:,} classes, the model's {model.num_classes:,}"
+        return f"{classes}; pass reset_head=True to start with a new head"
     if found and found != ours:
         return f": its stages have {_sizes(found)} blocks, the model's {_sizes(ours)}"
     if not misfit.missing and not misfit.shapes:

@@ -106,8 +106,8 @@ class _Reader:
         if first in _BYTES:
             return self.take(self.number(_BYTES[first]))
         if 0xD4 <= first <= 0xD8 or first in _EXTENSIONS:
-            fixed = 1 << (first - 0xD4)
-            count = self.number(_EXTENSIONS[first]) if first in _EXTENSIONS else fixed
+            packed = _EXTENSIONS.get(first)
+            count = self.number(packed) if packed else 1 << (first - 0xD4)
             kind = self.number(">b")
             content = self.take(count)
             return _array(content) if kind in (_ARRAY, _SCALAR) else None

@@ -65,6 +65,43 @@ def weights_have_a_name_of_a_megabyte(path):
     path.write_bytes(save({**tiny(), f"x.{'y' * 10**6}\x1b[2J": np.ones(1, np.float32)}))
 
 
+@weight_file("w.msgpack")
+def weights_claim_a_billion_elements(path):
+    path.write_bytes(b"\x81\xa1a\xdd\x7f\xff\xff\xff")
+
+
+@weight_file("w.msgpack")
+def weights_are_dictionaries_without_end(path):
+    path.write_bytes(b"\x81\xa1a" * 10**6)
+
+
+@weight_file("w.msgpack")
+def weights_claim_a_huge_array(path):
+    array = b"\x93\x91\xcf" + (2**40).to_bytes(8, "big") + b"\xa7float32\xc4\x00"
+    path.write_bytes(b"\x81\xa1a\xc7" + bytes([len(array), 1]) + array)
+
+
+@weight_file("w.h5")
+def weights_are_a_damaged_hdf5(path):
+    path.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\xff" * 1000)
+
+
+@weight_file("w.t7")
+def weights_are_of_lua(path):
+    path.write_bytes(b"\4\0\0\0\1\0\0\0\x1b[2J")
+
+
+@weight_file("w.ckpt")
+def weights_are_a_pickle(path):
+    path.write_bytes(b"\x80\4cos\nsystem\n(S'touch owned'\ntR.")
+
+
+@weight_file("w.npz")
+def weights_are_of_thousands_of_networks(path):
+    arrays = {f"{n}.layer1.0.conv1.weight": np.zeros(0, np.float32) for n in range(3000)}
+    np.savez(path, **arrays)
+
+
 PUBLISHED = {"architecture": "tiny", "num_classes": 10, "input_size": [3, 8, 8]}
 
 

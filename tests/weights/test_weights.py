@@ -137,7 +137,7 @@ def test_prefixes_of_wrappers(prefix):
 def test_what_is_no_state_dict():
     model, _ = network()
     for content in ({}, {"epoch": 1, "ema": {}}, {"epoch": 1, "args": {"layer1": "0.conv1"}}):
-        with pytest.raises(rj.WeightsError, match="no state dict.*: (none|epoch, (ema|args))$"):
+        with pytest.raises(rj.WeightsError, match=r"no state dict.*: (none|epoch, (ema|args))$"):
             rj.from_torch(model, content)
     with pytest.raises(rj.WeightsError, match=r"not a ResNet20Torch; pass network.state_dict()"):
         rj.from_torch(model, type("ResNet20Torch", (), {})())
