@@ -394,6 +394,11 @@ class _Inert:
         pass
 
 
+def _no_defaults(*_: Any) -> dict[Any, Any]:
+    """Makes a plain dictionary in the place of a defaultdict; PyTorch fills no other kind."""
+    return {}
+
+
 # What training scripts keep beside their tensors. Nothing of these is called: _Inert takes their
 # places, so that a file cannot use them either.
 _INERT = (
@@ -401,6 +406,7 @@ _INERT = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
+    *(f"builtins.{name}" for name in ("list", "dict", "int", "float")),  # of a defaultdict
     *(
         f"{module}.{kind}Path"
         for module in ("pathlib", "pathlib._local")
@@ -427,6 +433,7 @@ def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
     with library_errors(explain):
         _check_torch(data)
         inert: list[Any] = [(_Inert, name) for name in _INERT]
+        inert.append((_no_defaults, "collections.defaultdict"))
         with _ONE_AT_A_TIME, torch.serialization.safe_globals(inert):
             content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     if not isinstance(content, dict):

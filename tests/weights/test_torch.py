@@ -170,6 +170,7 @@ def test_checkpoints_of_training_scripts(tmp_path):
         "counts": [np.int64(3), np.float32(0.5), np.bool_(True)],
         "names": collections.Counter({"a": 1}),
         "shape": torch.Size([1, 2]),
+        "curves": collections.defaultdict(list, {"loss": [0.5, 0.25]}),
         "hparams": {"path": pathlib.PurePosixPath("a"), "windows": pathlib.PureWindowsPath("b")},
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
     }
