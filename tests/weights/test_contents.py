@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import chex
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -396,23 +397,32 @@ class OwnStem(rj.CifarStem):
         return self.slope * self.norm_a(self.conv_a(x), train)
 
 
+class OwnBlock(rj.BasicBlock):
+    """With a norm that no repository has."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        y = self.conv_cls(self.width, 3, stride=self.stride, name="conv1")(x)
+        return self.add_shortcut(self.norm_cls(name="norm_b")(y, train), x, train)
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("channels", [3, 5])
 def test_own_layers_keep_their_paths(suffix, channels, tmp_path):
-    model = tiny(stem_cls=OwnStem)
+    model = tiny(stem_cls=OwnStem, block_cls=OwnBlock, stage_widths=(16, 16))
     own = model.init(jax.random.key(0), np.zeros((1, 16, 16, channels), np.float32), train=False)
     own = jax.tree.map(np.asarray, own)
     arrays = rj.to_torch(model, own)
     assert arrays["stem.conv_a.weight"].shape == (16, channels, 3, 3)
-    assert {"stem.norm_a.running_var", "stem.slope", "layer2.0.conv1.weight"} <= arrays.keys()
+    names = (
+        "stem.norm_a.running_var",
+        "stem.slope",
+        "layer2.0.conv1.weight",
+        "layer1.0.norm_b.bias",
+    )
+    assert set(names) <= arrays.keys()
     rj.save_weights(tmp_path / f"w{suffix}", model, own)
     chex.assert_trees_all_equal(rj.load_weights(model, tmp_path / f"w{suffix}"), own)
-
-
-class OwnBlock(rj.BasicBlock):
-    def __call__(self, x, train):
-        x = self.norm_cls(name="before")(x, train)
-        return super().__call__(x, train)
 
 
 class ClashingStem(rj.CifarStem):
