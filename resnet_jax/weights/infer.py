@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+from resnet_jax.errors import WeightsError
+from resnet_jax.models.blocks import (
+    BasicBlock,
+    BottleneckBlock,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
+    ResidualBlock,
+)
+from resnet_jax.models.registry import create_model, list_models, model_info
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.stem import CifarStem, DeepStem, ImageNetStem
+from resnet_jax.weights.contents import short
+from resnet_jax.weights.naming import Scheme, schemes_for
 
 
 class Inferred(NamedTuple):
@@ -37,5 +56,380 @@ def infer_model(tensors: Mapping[str, Any]) -> Inferred:
 
     Raises:
       WeightsError: They are of no ResNet; the message says what was found.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, resnet_jax as rj
+      >>> model = rj.ResNet20(num_classes=7)
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+      >>> inferred = infer_model(rj.to_torch(model, variables))
+      >>> inferred.name, inferred.fields, inferred.channels, inferred.image_size
+      ('resnet20', {'num_classes': 7}, 3, 32)
     """
-    raise NotImplementedError
+    layers = _read_layers(tensors)
+    seen = _see(layers)
+    # Of plain and residual networks with the same weights the residual one is the likelier.
+    names = sorted(list_models(), key=lambda name: create_model(name).shortcut == "none")
+    name = min(names, key=lambda name: len(seen.differing(_look(create_model(name)))))
+    registered = create_model(name)
+    fields = {
+        field: value
+        for part in seen.differing(_look(registered))
+        for field, value in seen.fields(part).items()
+    }
+    if seen.norm == "batch" and registered.weight_standardization:
+        fields["weight_standardization"] = False
+    fields["num_classes"] = _classes(layers, tensors)
+    model = create_model(name, **fields)
+    size = model_info(name).image_size
+    if model.stem_type.stride != registered.stem_type.stride:
+        size = 32 if model.stem_type is CifarStem else 224
+    channels = layers.shape("stem", "conv1")[1]
+    return Inferred(name, fields, channels, size, _assumed(model, seen, size))
+
+
+# Reading names. A layer's key is its place here, as ("stage1", "block1", "conv1") or ("stem",
+# "conv1"); stages and blocks count from 1.
+Key = tuple[str, ...]
+_LEAF = r"(?P<module>.+)\.(?P<leaf>weight|bias|running_mean|running_var)"
+_NUMBER = r"\d{1,6}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """The layers that one naming scheme finds among tensors.
+
+    Args:
+      scheme: That naming scheme.
+      model: A network that has it; its block, stem and shortcut are those of the weights.
+      shapes: (key, leaf) -> shape in PyTorch's layout, such as [out, in / groups, H, W].
+      unknown: Names inside blocks that are no layers of ours.
+    """
+
+    scheme: Scheme
+    model: ResNet
+    shapes: Mapping[tuple[Key, str], tuple[int, ...]]
+    unknown: tuple[str, ...]
+
+    def has(self, *key: str) -> bool:
+        return (key, "weight") in self.shapes
+
+    def shape(self, *key: str) -> tuple[int, ...]:
+        """Of a convolution's kernel: [out, in / groups, H, W]."""
+        if not self.has(*key):
+            raise WeightsError(f"no ResNet's weights: {'/'.join(key)} is missing")
+        shape = self.shapes[key, "weight"]
+        if len(shape) != 4 or not math.prod(shape):
+            raise WeightsError(f"no ResNet's weights: {'/'.join(key)} has shape {shape}")
+        return shape
+
+
+def _read_layers(tensors: Mapping[str, Any]) -> _Layers:
+    """The layers by the naming scheme that knows most of the names."""
+    found = [
+        _read_by(scheme, model, tensors) for model in _kinds() for scheme in schemes_for(model)
+    ]
+    best = max(found, key=lambda layers: len(layers.shapes))
+    if not any(key[0].startswith("stage") for key, _ in best.shapes) or not best.has(
+        "stem", "conv1"
+    ):
+        raise WeightsError(f"no ResNet's weights, {_what_else(tensors)}")
+    if best.unknown:
+        raise WeightsError(f"no ResNet of this package, {_what_else(tensors, best.unknown)}")
+    return best
+
+
+@functools.cache
+def _kinds() -> tuple[ResNet, ...]:
+    """One network for every set of names."""
+    return tuple(
+        ResNet(
+            stage_sizes=(1,),
+            stage_widths=(64,),
+            block_cls=block,
+            stem_cls=stem,
+            shortcut=shortcut,
+            se_ratio=se_ratio,
+        )
+        for block in (BottleneckBlock, PreActBottleneckBlock)
+        for stem in (ImageNetStem, DeepStem)
+        for shortcut in ("B", "D")
+        for se_ratio in (0.0, 0.25)
+    )
+
+
+def _read_by(scheme: Scheme, model: ResNet, tensors: Mapping[str, Any]) -> _Layers:
+    inside = {theirs: tuple(ours.split("/")) for ours, theirs in scheme.layers.items()}
+    outside = {theirs: tuple(ours.split("/")) for ours, theirs in scheme.top.items()}
+    stage = f"(?P<stage>{_NUMBER})"
+    block = scheme.block.replace(".", r"\.").format(
+        stage=stage, stage_from_0=stage, next_stage=stage, block=f"(?P<block>{_NUMBER})"
+    )
+    pattern = re.compile(rf"{block}\.(?P<layer>.+)")
+    first = scheme.block.format(stage=1, stage_from_0=0, next_stage=2, block=0)
+    match = pattern.match(f"{first}.any")
+    first_stage = int(match["stage"]) if match else 1
+    shapes: dict[tuple[Key, str], tuple[int, ...]] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        parts = re.fullmatch(_LEAF, name)
+        match = pattern.fullmatch(parts["module"] if parts else name)
+        shape = tuple(getattr(tensor, "shape", ()))
+        if match and parts and match["layer"] in inside:
+            place = (
+                f"stage{int(match['stage']) - first_stage + 1}",
+                f"block{int(match['block']) + 1}",
+            )
+            shapes[(*place, *inside[match["layer"]]), parts["leaf"]] = shape
+        elif match:
+            unknown.append(name)
+        elif parts and parts["module"] in outside:
+            shapes[outside[parts["module"]], parts["leaf"]] = shape
+    return _Layers(scheme, model, shapes, tuple(unknown))
+
+
+# What weights show, of a registered network and of a file.
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What a network's weights show of it, one attribute for what may differ.
+
+    Args:
+      stage_sizes: Blocks in each stage.
+      stage_widths: As `ResNet` has them.
+      block_cls: The class of its blocks.
+      stem: (class, widths of its convolutions, whether one takes the max pool's place).
+      shortcut: "A" for A and "none", whose weights are the same.
+      grouping: (cardinality, base_width).
+      reduced: Channels that squeeze-and-excitation keeps in the last stage; 0: there is none.
+      norm: "batch" or "group".
+    """
+
+    stage_sizes: tuple[int, ...]
+    stage_widths: tuple[int, ...]
+    block_cls: type[ResidualBlock]
+    stem: tuple[Any, tuple[int, ...], bool]
+    shortcut: str
+    grouping: tuple[int, int]
+    reduced: int
+    norm: str
+
+    def differing(self, other: _Seen) -> list[str]:
+        """The attributes in which another network differs."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    def fields(self, part: str) -> dict[str, Any]:
+        """The fields of `ResNet` behind an attribute."""
+        if part == "stem":
+            return {"stem_cls": self._stem_cls()}
+        if part == "grouping":
+            return {"cardinality": self.grouping[0], "base_width": self.grouping[1]}
+        if part == "reduced":
+            return {"se_ratio": self.reduced / self._features()}
+        return {part: getattr(self, part)}
+
+    def _features(self) -> int:
+        return self.stage_widths[-1] * self.block_cls.expansion
+
+    def _stem_cls(self) -> Any:
+        stem, widths, conv_pool = self.stem
+        if stem is DeepStem:
+            return functools.partial(stem, widths=widths, conv_pool=conv_pool)
+        return functools.partial(stem, features=widths[0])
+
+
+@functools.cache
+def _look(model: ResNet) -> _Seen:
+    """What the weights of a network would show."""
+    stem = {field.name: field.default for field in dataclasses.fields(model.stem_type)}
+    stem |= model.stem_cls.keywords if isinstance(model.stem_cls, functools.partial) else {}
+    features = model.stage_widths[-1] * model.block_cls.expansion
+    return _Seen(
+        stage_sizes=tuple(model.stage_sizes),
+        stage_widths=tuple(model.stage_widths),
+        block_cls=model.block_cls,
+        stem=(
+            model.stem_type,
+            tuple(stem["widths"]) if "widths" in stem else (stem["features"],),
+            bool(stem.get("conv_pool")),
+        ),
+        shortcut="A" if model.shortcut == "none" else model.shortcut,
+        grouping=(model.cardinality, model.base_width),
+        reduced=_reduced(features, model.se_ratio),
+        norm=model.norm,
+    )
+
+
+def _reduced(features: int, ratio: float) -> int:
+    """Channels that `SqueezeExcite` keeps."""
+    return max(8, int(features * ratio + 4) // 8 * 8) if ratio else 0
+
+
+def _see(layers: _Layers) -> _Seen:
+    """What a file's layers show."""
+    sizes = _stage_sizes(layers)
+    last = {size: f"block{size}" for size in sizes}
+    bottleneck = layers.has("stage1", "block1", "conv3")
+    preactivation = layers.model.block_cls.preactivation
+    blocks = {
+        (False, False): BasicBlock,
+        (False, True): BottleneckBlock,
+        (True, False): PreActBasicBlock,
+        (True, True): PreActBottleneckBlock,
+    }
+    block_cls = blocks[preactivation, bottleneck]
+    stages = [f"stage{number}" for number in range(1, len(sizes) + 1)]
+    final = "conv3" if bottleneck else "conv2"
+    features = [layers.shape(stage, "block1", final)[0] for stage in stages]
+    widths = tuple(each // block_cls.expansion for each in features)
+    grouping = _grouping(layers, stages, widths) if bottleneck else (1, 64)
+    gate = (stages[-1], last[sizes[-1]], "squeeze_excite", "reduce")
+    stats = any(leaf == "running_var" for _, leaf in layers.shapes)
+    return _Seen(
+        stage_sizes=sizes,
+        stage_widths=widths,
+        block_cls=block_cls,
+        stem=_stem(layers),
+        shortcut=_shortcut(layers, sizes, features),
+        grouping=grouping,
+        reduced=layers.shape(*gate)[0] if layers.has(*gate) else 0,
+        norm="batch" if stats else "group",
+    )
+
+
+def _stage_sizes(layers: _Layers) -> tuple[int, ...]:
+    blocks: dict[int, set[int]] = {}
+    for key, _ in layers.shapes:
+        if key[0].startswith("stage"):
+            stage = int(key[0].removeprefix("stage"))
+            blocks.setdefault(stage, set()).add(int(key[1].removeprefix("block")))
+    for numbers, what in [
+        (blocks, "stages"),
+        *((found, f"the blocks of stage {stage}") for stage, found in sorted(blocks.items())),
+    ]:
+        if max(numbers) != len(numbers) or min(numbers) != 1:
+            raise WeightsError(
+                f"no whole ResNet: {what} are {_some(sorted(numbers))}, where they should count "
+                "from 1 without a gap"
+            )
+    return tuple(len(blocks[stage]) for stage in sorted(blocks))
+
+
+def _grouping(layers: _Layers, stages: list[str], widths: tuple[int, ...]) -> tuple[int, int]:
+    """(cardinality, base_width), from the shapes of the 3x3 convolutions."""
+    shapes = [layers.shape(stage, "block1", "conv2") for stage in stages]
+    inner, group = shapes[0][:2]
+    cardinality, base_width = inner // group, -(-64 * group // max(widths[0], 1))
+    expected = [width * base_width // 64 for width in widths]
+    if [shape[1] for shape in shapes] != expected or any(
+        shape[0] != shape[1] * cardinality for shape in shapes
+    ):
+        raise WeightsError(
+            "no ResNet of this package: the 3x3 convolutions of its stages have shapes "
+            f"{_some(shapes)}, which no one cardinality and base_width explain"
+        )
+    return cardinality, base_width
+
+
+def _stem(layers: _Layers) -> tuple[Any, tuple[int, ...], bool]:
+    features, _, side, _ = layers.shape("stem", "conv1")
+    if layers.model.stem_type is DeepStem:
+        widths = tuple(layers.shape("stem", f"conv{number}")[0] for number in (1, 2, 3))
+        return DeepStem, widths, layers.has("stem", "pool_conv")
+    if side not in (3, 7):
+        raise WeightsError(
+            f"no ResNet of this package: its first convolution is {side}x{side}, not 7x7 or 3x3"
+        )
+    return (ImageNetStem if side == 7 else CifarStem), (features,), False
+
+
+def _shortcut(layers: _Layers, sizes: tuple[int, ...], features: list[int]) -> str:
+    """The option of the shortcuts, from which blocks have a projection."""
+    everywhere = {
+        (f"stage{stage}", f"block{block}")
+        for stage, size in enumerate(sizes, start=1)
+        for block in range(1, size + 1)
+    }
+    found = {place for place in everywhere if layers.has(*place, "projection", "conv1")}
+    stem = "conv3" if layers.has("stem", "conv3") else "conv1"
+    incoming = layers.shape("stem", stem)[0]
+    # The first stage keeps the resolution, so that only its channels may change.
+    changing = {(f"stage{stage}", "block1") for stage in range(2, len(sizes) + 1)}
+    changing |= {("stage1", "block1")} if incoming != features[0] else set()
+    if found == changing:
+        deep_v2 = layers.model.block_cls.preactivation and stem == "conv3"
+        # timm's names of v2 networks are the same with and without the average pool, which goes
+        # with the deep stem there.
+        return "D" if deep_v2 else layers.model.shortcut
+    if not found:
+        return "A"
+    if found == everywhere:
+        return "C"
+    places = sorted("/".join(place) for place in found)
+    raise WeightsError(
+        f"no ResNet of this package: it has projections in {_some(places)}, where every block or "
+        f"those that change the shape should: {_some(sorted('/'.join(p) for p in changing))}"
+    )
+
+
+def _classes(layers: _Layers, tensors: Mapping[str, Any]) -> int:
+    """Outputs of the head; 0 where there is none."""
+    shape = layers.shapes.get((("head",), "weight"))
+    return int(shape[0]) if shape else 0
+
+
+def _assumed(model: ResNet, seen: _Seen, size: int) -> tuple[str, ...]:
+    """What weights do not show, of what they were taken for."""
+    first = "first 1x1 (v1)" if model.stride_in_1x1 else "3x3 (v1.5)"
+    kernels = "standardized" if model.weight_standardization else "not standardized"
+    facts = {
+        f"a bottleneck's stride is on its {first}": model.block_cls.bottleneck
+        and len(model.stage_sizes) > 1,
+        "shortcuts are identities filled with zeros (option A); a plain network has the same "
+        "weights": model.shortcut == "A",
+        "blocks have no shortcuts (a plain network); option A has the same weights": model.shortcut
+        == "none",
+        f"kernels are {kernels}": model.norm == "group",
+        "projections come after an average pool (option D)": model.block_cls.preactivation
+        and model.shortcut == "D",
+        f"the norms' epsilon is {model.bn_epsilon:g}": True,
+        f"images have {size}x{size} pixels": True,
+    }
+    return tuple(fact for fact, holds in facts.items() if holds)
+
+
+# Names that give other families away, the most telling first.
+_FAMILIES = {
+    r"(.*\.)?(cls_token|pos_embed|class_embedding|position_embeddings?)|.*\battn?\.(qkv|in_proj).*": "a vision transformer's",
+    r".*relative_position_bias_table": "a Swin transformer's",
+    r"(.*\.)?attnpool\..*": "those of CLIP's ResNet, which has another stem and attention in "
+    "place of its pool",
+    r".*\.(conv_dw|dwconv|conv_depthwise)\..*|.*\.layer_scale": "those of a network of depthwise "
+    "convolutions (ConvNeXt, EfficientNet, MobileNet)",
+    r"(.*\.)?denseblock\d.*": "a DenseNet's",
+    r"(.*\.)?Mixed_\d.*": "an Inception's",
+    r"features\.\d+\.\d+\..*": "those of a MobileNet or EfficientNet of torchvision",
+    r"features\.\d+\.(weight|bias)": "those of a VGG or AlexNet",
+    r"(.*\.)?(trunk_output\.block\d.*|s\d\.b\d+\..*)": "a RegNet's",
+    r"stage\d\.\d+\.branches.*": "an HRNet's",
+    r"layer\d+\.\d+\.convs\.\d+\..*": "a Res2Net's",
+    r"layer\d+\.\d+\.conv2\.(fc1|bn0|radix|conv_kernel|attn).*": "a ResNeSt's or SKNet's",
+    r"layer\d+\.\d+\.se\.conv\.weight": "those of an ECA-ResNet",
+    r"layer\d+\.\d+\.se_module\..*": "those of a legacy SENet",
+    r"stages\.\d+\.(conv_down|conv_exp|conv_transition\w*)\..*": "a CSPNet's",
+}
+
+
+def _what_else(tensors: Mapping[str, Any], unknown: Iterable[str] = ()) -> str:
+    """What weights are that are no ResNet's, as far as names tell."""
+    for pattern, family in _FAMILIES.items():
+        names = (name for name in tensors if re.fullmatch(pattern, name))
+        if example := next(names, None):
+            return f"but {family} ({short(example)})"
+    if unknown:
+        return f"whose blocks have no layers such as {_some(unknown)}"
+    return f"which have names such as {_some(tensors)}" if tensors else "but no tensors"
+
+
+def _some(values: Iterable[Any], most: int = 4) -> str:
+    shown = [short(str(value)) for value in itertools.islice(values, most + 1)]
+    return ", ".join(shown if len(shown) <= most else [*shown[:-1], "..."])
