@@ -240,7 +240,9 @@ class _Seen:
 @functools.cache
 def _look(model: ResNet) -> _Seen:
     """What the weights of a network would show."""
-    stem = {field.name: field.default for field in dataclasses.fields(model.stem_type)}
+    stem: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(model.stem_type)
+    }
     stem |= model.stem_cls.keywords if isinstance(model.stem_cls, functools.partial) else {}
     features = model.stage_widths[-1] * model.block_cls.expansion
     return _Seen(
@@ -399,22 +401,20 @@ def _assumed(model: ResNet, seen: _Seen, size: int) -> tuple[str, ...]:
 
 # Names that give other families away, the most telling first.
 _FAMILIES = {
-    r"(.*\.)?(cls_token|pos_embed|class_embedding|position_embeddings?)|.*\battn?\.(qkv|in_proj).*": "a vision transformer's",
-    r".*relative_position_bias_table": "a Swin transformer's",
-    r"(.*\.)?attnpool\..*": "those of CLIP's ResNet, which has another stem and attention in "
-    "place of its pool",
-    r".*\.(conv_dw|dwconv|conv_depthwise)\..*|.*\.layer_scale": "those of a network of depthwise "
-    "convolutions (ConvNeXt, EfficientNet, MobileNet)",
+    r"(.*\.)?(cls_token|class_token|pos_embed(ding)?)": "a vision transformer's",
+    r".*\.(attn|self_attention)\.(qkv|in_proj)[._].*": "a vision transformer's",
+    r"(.*\.)?attnpool\..*": "those of CLIP's ResNet, which ends in attention",
+    r".*\.(conv_dw|dwconv|layer_scale)(\..*)?": "those of a network of depthwise convolutions",
+    r"features\.\d+\.\d+\..*": "those of a MobileNet, EfficientNet or ConvNeXt",
+    r"features\.\d+\.(weight|bias)": "a VGG's or AlexNet's",
     r"(.*\.)?denseblock\d.*": "a DenseNet's",
     r"(.*\.)?Mixed_\d.*": "an Inception's",
-    r"features\.\d+\.\d+\..*": "those of a MobileNet or EfficientNet of torchvision",
-    r"features\.\d+\.(weight|bias)": "those of a VGG or AlexNet",
-    r"(.*\.)?(trunk_output\.block\d.*|s\d\.b\d+\..*)": "a RegNet's",
-    r"stage\d\.\d+\.branches.*": "an HRNet's",
+    r"(trunk_output\.block\d|s\d\.b\d+)\..*": "a RegNet's",
+    r"stage\d\.\d+\.branches\..*": "an HRNet's",
     r"layer\d+\.\d+\.convs\.\d+\..*": "a Res2Net's",
-    r"layer\d+\.\d+\.conv2\.(fc1|bn0|radix|conv_kernel|attn).*": "a ResNeSt's or SKNet's",
-    r"layer\d+\.\d+\.se\.conv\.weight": "those of an ECA-ResNet",
-    r"layer\d+\.\d+\.se_module\..*": "those of a legacy SENet",
+    r"layer\d+\.\d+\.conv2\.(fc1|bn0|conv_kernel|attn)\..*": "a ResNeSt's or SKNet's",
+    r"layer\d+\.\d+\.se\.conv\.weight": "an ECA-ResNet's",
+    r"layer\d+\.\d+\.se_module\..*": "a legacy SENet's",
     r"stages\.\d+\.(conv_down|conv_exp|conv_transition\w*)\..*": "a CSPNet's",
 }
 
