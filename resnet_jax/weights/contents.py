@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -64,7 +65,9 @@ def _inside(state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
             return state_dict[key]
     if not all(isinstance(name, str) for name in state_dict):
         raise WeightsError("no state dict: some of its keys are not names")
-    if not any(hasattr(value, "shape") and "." in name for name, value in state_dict.items()):
+    if not any(
+        hasattr(value, "shape") and re.search("[./]", name) for name, value in state_dict.items()
+    ):
         raise WeightsError(f"no state dict among its keys: {listed(state_dict) or 'none'}")
     # "module." of DataParallel, "_orig_mod." of torch.compile, "model." of trainers: a ResNet's
     # own names never share their first part.

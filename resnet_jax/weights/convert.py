@@ -52,7 +52,9 @@ def from_torch(
       True
     """
     check_model(model)
-    tensors = translate(find_network(state_dict).tensors)
+    translated = translate(find_network(state_dict).tensors)
+    translated.check(model)
+    tensors = translated.tensors
     scheme = _closest_scheme(model, tensors)
     if reset_head:
         prefix = f"{scheme.head}."
@@ -125,7 +127,7 @@ def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int | None:
       >>> head_classes(rj.ResNet20(), rj.to_torch(model, variables))
       7
     """
-    tensors = translate(find_network(state_dict).tensors)
+    tensors = translate(find_network(state_dict).tensors).tensors
     name = f"{_closest_scheme(model, tensors).head}.weight"
     shape = _check_kind(name, tensors[name]).shape if name in tensors else ()
     return int(shape[0]) if shape else None

@@ -22,6 +22,7 @@ from resnet_jax.models.registry import create_model, list_models, model_info
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import CifarStem, DeepStem, ImageNetStem
 from resnet_jax.weights.contents import short
+from resnet_jax.weights.foreign import translate
 from resnet_jax.weights.naming import Scheme, schemes_for
 
 
@@ -36,6 +37,8 @@ class Inferred(NamedTuple):
       image_size: Side in pixels for which such networks are made.
       assumed: What the weights do not show, one sentence each: "a bottleneck's stride is on its
         3x3 (v1.5)".
+      preprocessing: Fields of `Preprocessing`, where the framework that the weights come from has
+        its own: mean and std.
     """
 
     name: str
@@ -43,13 +46,14 @@ class Inferred(NamedTuple):
     channels: int
     image_size: int
     assumed: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] = {}
 
 
 def infer_model(tensors: Mapping[str, Any]) -> Inferred:
     """Tells a network from its weights.
 
     Args:
-      tensors: One network's, with the names that `from_torch` reads (`find_network`, `translate`).
+      tensors: One network's (`find_network`), with any names that `from_torch` reads.
 
     Returns:
       The network.
@@ -59,32 +63,38 @@ def infer_model(tensors: Mapping[str, Any]) -> Inferred:
 
     Example:
       >>> import jax, jax.numpy as jnp, resnet_jax as rj
-      >>> model = rj.ResNet20(num_classes=7)
+      >>> model = rj.ResNet8Cifar(num_classes=7)
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
       >>> inferred = infer_model(rj.to_torch(model, variables))
       >>> inferred.name, inferred.fields, inferred.channels, inferred.image_size
-      ('resnet20', {'num_classes': 7}, 3, 32)
+      ('resnet8_cifar', {'num_classes': 7}, 3, 32)
     """
-    layers = _read_layers(tensors)
+    translated = translate(tensors)
+    layers = _read_layers(translated.tensors)
     seen = _see(layers)
+    _check_kernels(layers, seen)
+
+    def differing(model: ResNet) -> dict[str, Any]:
+        """The fields in which the weights' network differs from a registered one."""
+        parts = seen.differing(_look(model))
+        fields = {field: value for part in parts for field, value in seen.fields(part).items()}
+        if seen.norm == "batch" and model.weight_standardization:
+            fields["weight_standardization"] = False
+        known = translated.fields.items()
+        return fields | {field: value for field, value in known if getattr(model, field) != value}
+
     # Of plain and residual networks with the same weights the residual one is the likelier.
     names = sorted(list_models(), key=lambda name: create_model(name).shortcut == "none")
-    name = min(names, key=lambda name: len(seen.differing(_look(create_model(name)))))
+    name = min(names, key=lambda name: len(differing(create_model(name))))
     registered = create_model(name)
-    fields = {
-        field: value
-        for part in seen.differing(_look(registered))
-        for field, value in seen.fields(part).items()
-    }
-    if seen.norm == "batch" and registered.weight_standardization:
-        fields["weight_standardization"] = False
-    fields["num_classes"] = _classes(layers, tensors)
+    fields = {**differing(registered), "num_classes": _classes(layers)}
     model = create_model(name, **fields)
     size = model_info(name).image_size
     if model.stem_type.stride != registered.stem_type.stride:
         size = 32 if model.stem_type is CifarStem else 224
     channels = layers.shape("stem", "conv1")[1]
-    return Inferred(name, fields, channels, size, _assumed(model, seen, size))
+    assumed = (*_assumed(model, size, translated.fields), *translated.assumed)
+    return Inferred(name, fields, channels, size, assumed, translated.preprocessing)
 
 
 # Reading names. A layer's key is its place here, as ("stage1", "block1", "conv1") or ("stem",
@@ -129,12 +139,15 @@ def _read_layers(tensors: Mapping[str, Any]) -> _Layers:
         _read_by(scheme, model, tensors) for model in _kinds() for scheme in schemes_for(model)
     ]
     best = max(found, key=lambda layers: len(layers.shapes))
-    if not any(key[0].startswith("stage") for key, _ in best.shapes) or not best.has(
-        "stem", "conv1"
-    ):
-        raise WeightsError(f"no ResNet's weights, {_what_else(tensors)}")
+    if family := _other_family(tensors):
+        raise WeightsError(f"no ResNet of this package's weights, but {family}")
+    if not best.has("stage1", "block1", "conv1") or not best.has("stem", "conv1"):
+        names = f"which have names such as {_some(tensors)}" if tensors else "but nothing"
+        raise WeightsError(f"no ResNet's weights, {names}")
     if best.unknown:
-        raise WeightsError(f"no ResNet of this package, {_what_else(tensors, best.unknown)}")
+        raise WeightsError(
+            f"no ResNet of this package, where blocks have no layers such as {_some(best.unknown)}"
+        )
     return best
 
 
@@ -283,7 +296,7 @@ def _see(layers: _Layers) -> _Seen:
     final = "conv3" if bottleneck else "conv2"
     features = [layers.shape(stage, "block1", final)[0] for stage in stages]
     widths = tuple(each // block_cls.expansion for each in features)
-    grouping = _grouping(layers, stages, widths) if bottleneck else (1, 64)
+    grouping = _grouping(layers, widths) if bottleneck else (1, 64)
     gate = (stages[-1], last[sizes[-1]], "squeeze_excite", "reduce")
     stats = any(leaf == "running_var" for _, leaf in layers.shapes)
     return _Seen(
@@ -316,20 +329,33 @@ def _stage_sizes(layers: _Layers) -> tuple[int, ...]:
     return tuple(len(blocks[stage]) for stage in sorted(blocks))
 
 
-def _grouping(layers: _Layers, stages: list[str], widths: tuple[int, ...]) -> tuple[int, int]:
-    """(cardinality, base_width), from the shapes of the 3x3 convolutions."""
-    shapes = [layers.shape(stage, "block1", "conv2") for stage in stages]
-    inner, group = shapes[0][:2]
-    cardinality, base_width = inner // group, -(-64 * group // max(widths[0], 1))
-    expected = [width * base_width // 64 for width in widths]
-    if [shape[1] for shape in shapes] != expected or any(
-        shape[0] != shape[1] * cardinality for shape in shapes
-    ):
-        raise WeightsError(
-            "no ResNet of this package: the 3x3 convolutions of its stages have shapes "
-            f"{_some(shapes)}, which no one cardinality and base_width explain"
-        )
-    return cardinality, base_width
+def _grouping(layers: _Layers, widths: tuple[int, ...]) -> tuple[int, int]:
+    """(cardinality, base_width), from the shape of the first 3x3 convolution."""
+    inner, group, *_ = layers.shape("stage1", "block1", "conv2")
+    return inner // group, -(-64 * group // max(widths[0], 1))
+
+
+def _check_kernels(layers: _Layers, seen: _Seen) -> None:
+    """Refuses blocks with other kernels than their width, cardinality and base_width make."""
+    cardinality, base_width = seen.grouping
+    for number, width in enumerate(seen.stage_widths, start=1):
+        features = width * seen.block_cls.expansion
+        expected = {"conv1": (width, 3), "conv2": (width, 3), "projection/conv1": (features, 1)}
+        if seen.block_cls.bottleneck:
+            inner = width * base_width // 64 * cardinality
+            expected |= {"conv1": (inner, 1), "conv2": (inner, 3), "conv3": (features, 1)}
+        for layer, (out, side) in expected.items():
+            key = (f"stage{number}", "block1", *layer.split("/"))
+            if not layers.has(*key) and layer == "projection/conv1":
+                continue
+            shape = layers.shape(*key)
+            groups = cardinality if layer == "conv2" else 1
+            inputs = out // groups if layer == "conv2" else shape[1]
+            if shape != (out, inputs, side, side):
+                raise WeightsError(
+                    f"no ResNet of this package: {'/'.join(key)} has shape {shape}, where the "
+                    f"network's other layers make it {(out, inputs, side, side)}"
+                )
 
 
 def _stem(layers: _Layers) -> tuple[Any, tuple[int, ...], bool]:
@@ -373,37 +399,40 @@ def _shortcut(layers: _Layers, sizes: tuple[int, ...], features: list[int]) -> s
     )
 
 
-def _classes(layers: _Layers, tensors: Mapping[str, Any]) -> int:
+def _classes(layers: _Layers) -> int:
     """Outputs of the head; 0 where there is none."""
     shape = layers.shapes.get((("head",), "weight"))
     return int(shape[0]) if shape else 0
 
 
-def _assumed(model: ResNet, seen: _Seen, size: int) -> tuple[str, ...]:
-    """What weights do not show, of what they were taken for."""
-    first = "first 1x1 (v1)" if model.stride_in_1x1 else "3x3 (v1.5)"
-    kernels = "standardized" if model.weight_standardization else "not standardized"
-    facts = {
-        f"a bottleneck's stride is on its {first}": model.block_cls.bottleneck
-        and len(model.stage_sizes) > 1,
-        "shortcuts are identities filled with zeros (option A); a plain network has the same "
-        "weights": model.shortcut == "A",
-        "blocks have no shortcuts (a plain network); option A has the same weights": model.shortcut
-        == "none",
-        f"kernels are {kernels}": model.norm == "group",
-        "projections come after an average pool (option D)": model.block_cls.preactivation
-        and model.shortcut == "D",
-        f"the norms' epsilon is {model.bn_epsilon:g}": True,
-        f"images have {size}x{size} pixels": True,
-    }
-    return tuple(fact for fact, holds in facts.items() if holds)
+def _assumed(model: ResNet, size: int, known: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the weights of a network do not show, without the fields that are known anyway."""
+    facts = []
+    if model.block_cls.bottleneck and len(model.stage_sizes) > 1 and "stride_in_1x1" not in known:
+        place = "first 1x1 (v1)" if model.stride_in_1x1 else "3x3 (v1.5)"
+        facts.append(f"a bottleneck's stride is on its {place}")
+    if model.shortcut == "A":
+        facts.append(
+            "shortcuts are identities filled with zeros (option A); a plain network has the same "
+            "weights"
+        )
+    if model.shortcut == "none":
+        facts.append("blocks have no shortcuts (plain network); option A has the same weights")
+    if model.shortcut == "D" and model.block_cls.preactivation:
+        facts.append("projections come after an average pool (option D)")
+    if model.norm == "group" and "weight_standardization" not in known:
+        kernels = "standardized" if model.weight_standardization else "not standardized"
+        facts.append(f"kernels are {kernels}")
+    if "bn_epsilon" not in known:
+        facts.append(f"the norms' epsilon is {model.bn_epsilon:g}")
+    return (*facts, f"images have {size}x{size} pixels")
 
 
 # Names that give other families away, the most telling first.
 _FAMILIES = {
+    r"(.*\.)?attnpool\..*|head\.(pos_embed|(q|k|v|qkv)\..*)": "a CLIP's",
     r"(.*\.)?(cls_token|class_token|pos_embed(ding)?)": "a vision transformer's",
     r".*\.(attn|self_attention)\.(qkv|in_proj)[._].*": "a vision transformer's",
-    r"(.*\.)?attnpool\..*": "those of CLIP's ResNet, which ends in attention",
     r".*\.(conv_dw|dwconv|layer_scale)(\..*)?": "those of a network of depthwise convolutions",
     r"features\.\d+\.\d+\..*": "those of a MobileNet, EfficientNet or ConvNeXt",
     r"features\.\d+\.(weight|bias)": "a VGG's or AlexNet's",
@@ -412,22 +441,21 @@ _FAMILIES = {
     r"(trunk_output\.block\d|s\d\.b\d+)\..*": "a RegNet's",
     r"stage\d\.\d+\.branches\..*": "an HRNet's",
     r"layer\d+\.\d+\.convs\.\d+\..*": "a Res2Net's",
-    r"layer\d+\.\d+\.conv2\.(fc1|bn0|conv_kernel|attn)\..*": "a ResNeSt's or SKNet's",
+    r"layer\d+\.\d+\.conv2\.(conv|fc1|bn0|bn1)\..*": "a ResNeSt's",
+    r"layer\d+\.\d+\.conv\d\.(paths|attn)\..*": "an SKNet's",
     r"layer\d+\.\d+\.se\.conv\.weight": "an ECA-ResNet's",
     r"layer\d+\.\d+\.se_module\..*": "a legacy SENet's",
     r"stages\.\d+\.(conv_down|conv_exp|conv_transition\w*)\..*": "a CSPNet's",
 }
 
 
-def _what_else(tensors: Mapping[str, Any], unknown: Iterable[str] = ()) -> str:
-    """What weights are that are no ResNet's, as far as names tell."""
+def _other_family(tensors: Mapping[str, Any]) -> str:
+    """What weights are that are no ResNet's, with the name that tells it; "": names do not tell."""
     for pattern, family in _FAMILIES.items():
         names = (name for name in tensors if re.fullmatch(pattern, name))
         if example := next(names, None):
-            return f"but {family} ({short(example)})"
-    if unknown:
-        return f"whose blocks have no layers such as {_some(unknown)}"
-    return f"which have names such as {_some(tensors)}" if tensors else "but no tensors"
+            return f"{family} ({short(example)})"
+    return ""
 
 
 def _some(values: Iterable[Any], most: int = 4) -> str:
