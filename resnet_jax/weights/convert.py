@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from resnet_jax.errors import WeightsError, one_line
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.channels import with_channels
 from resnet_jax.weights.contents import find_network, listed, short
 from resnet_jax.weights.foreign import translate
 from resnet_jax.weights.naming import Path, Scheme, schemes_for
@@ -22,7 +23,11 @@ Variables = dict[str, Any]
 
 
 def from_torch(
-    model: ResNet, state_dict: Mapping[str, Any], *, reset_head: bool = False
+    model: ResNet,
+    state_dict: Mapping[str, Any],
+    *,
+    reset_head: bool = False,
+    channels: int | None = None,
 ) -> Variables:
     """Converts a PyTorch state dict to the variables of a model.
 
@@ -35,6 +40,8 @@ def from_torch(
         [out, in / groups, H, W].
       reset_head: Leave the head out and initialise a new one, the same each time, for another
         set of classes.
+      channels: Adapt the first convolution to images of so many channels: its filters are summed
+        for grey images, repeated and scaled for more than three. None: as the weights have it.
 
     Returns:
       {"params", "batch_stats"} of float32 NumPy arrays, convolutions [H, W, in / groups, out].
@@ -74,7 +81,7 @@ def from_torch(
             for path, shape in expected.items()
             if path not in wanted
         }
-    return traverse_util.unflatten_dict(leaves)
+    return with_channels(traverse_util.unflatten_dict(leaves), channels)
 
 
 def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

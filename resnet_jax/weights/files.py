@@ -25,6 +25,7 @@ from resnet_jax.errors import ResNetJaxError, WeightsError, importing, library_e
 from resnet_jax.files import atomic_write, read_bytes
 from resnet_jax.limits import host_memory
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.channels import with_channels
 from resnet_jax.weights.convert import (
     Variables,
     check_model,
@@ -64,6 +65,7 @@ def load_weights(
     *,
     reset_head: bool = False,
     sha256: str | None = None,
+    channels: int | None = None,
 ) -> Variables:
     """Reads a weight file for a model.
 
@@ -74,6 +76,7 @@ def load_weights(
         needs PyTorch, a workdir the extra `train`.
       reset_head: Leave the file's head out and initialise a new one.
       sha256: Checksum that the file must have, as 64 hexadecimal digits.
+      channels: Adapt the first convolution to images of so many channels, as `from_torch` does.
 
     Returns:
       {"params", "batch_stats"} of float32 NumPy arrays.
@@ -95,10 +98,10 @@ def load_weights(
     check_model(model)
     path = Path(path)
     if path.is_dir():
-        return _from_workdir(model, path, reset_head)
+        return with_channels(_from_workdir(model, path, reset_head), channels)
     state_dict = read_state_dict(path, sha256=sha256)
     try:
-        return from_torch(model, state_dict, reset_head=reset_head)
+        return from_torch(model, state_dict, reset_head=reset_head, channels=channels)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 
