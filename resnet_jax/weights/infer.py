@@ -153,20 +153,12 @@ def _read_layers(tensors: Mapping[str, Any]) -> _Layers:
 
 @functools.cache
 def _kinds() -> tuple[ResNet, ...]:
-    """One network for every set of names."""
+    """One network for every set of names; those of v2 are the same whatever the shortcut."""
+    kinds = [(BottleneckBlock, "B"), (BottleneckBlock, "D"), (PreActBottleneckBlock, "B")]
     return tuple(
-        ResNet(
-            stage_sizes=(1,),
-            stage_widths=(64,),
-            block_cls=block,
-            stem_cls=stem,
-            shortcut=shortcut,
-            se_ratio=se_ratio,
-        )
-        for block in (BottleneckBlock, PreActBottleneckBlock)
+        ResNet((1,), block_cls=block, stem_cls=stem, stage_widths=(64,), shortcut=shortcut)
+        for block, shortcut in kinds
         for stem in (ImageNetStem, DeepStem)
-        for shortcut in ("B", "D")
-        for se_ratio in (0.0, 0.25)
     )
 
 
