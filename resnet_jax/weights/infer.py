@@ -17,6 +17,7 @@ from resnet_jax.models.blocks import (
     PreActBasicBlock,
     PreActBottleneckBlock,
     ResidualBlock,
+    ShortcutOption,
 )
 from resnet_jax.models.registry import create_model, list_models, model_info
 from resnet_jax.models.resnet import ResNet
@@ -154,6 +155,7 @@ def _read_layers(tensors: Mapping[str, Any]) -> _Layers:
 @functools.cache
 def _kinds() -> tuple[ResNet, ...]:
     """One network for every set of names; those of v2 are the same whatever the shortcut."""
+    kinds: list[tuple[type[ResidualBlock], ShortcutOption]]
     kinds = [(BottleneckBlock, "B"), (BottleneckBlock, "D"), (PreActBottleneckBlock, "B")]
     return tuple(
         ResNet((1,), block_cls=block, stem_cls=stem, stage_widths=(64,), shortcut=shortcut)
