@@ -237,7 +237,7 @@ def _from_keras_3(tensors: Tensors) -> Translated:
     convs = [found[key] for key in sorted(found) if key[0] == "conv2d"]
     norms = [found[key] for key in sorted(found) if key[0] == "batch_normalization"]
     if any(1 not in conv for conv in convs):
-        raise WeightsError(_KERAS_V2 if len(norms) < len(convs) else _not_keras())
+        raise WeightsError(_KERAS_V2 if 0 < len(norms) < len(convs) else _not_keras())
     layers: dict[str, dict[str, Any]] = {}
     names = _keras_order([_shape(conv.get(0)) for conv in convs])
     if len(norms) != len(convs):

@@ -78,7 +78,9 @@ def infer_model(tensors: Mapping[str, Any]) -> Inferred:
     def differing(model: ResNet) -> dict[str, Any]:
         """The fields in which the weights' network differs from a registered one."""
         parts = seen.differing(_look(model))
-        fields = {field: value for part in parts for field, value in seen.fields(part).items()}
+        fields = {
+            field: value for part in parts for field, value in seen.fields(part, model).items()
+        }
         if seen.norm == "batch" and model.weight_standardization:
             fields["weight_standardization"] = False
         known = translated.fields.items()
@@ -224,10 +226,10 @@ class _Seen:
         names = [field.name for field in dataclasses.fields(self)]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
-    def fields(self, part: str) -> dict[str, Any]:
-        """The fields of `ResNet` behind an attribute."""
+    def fields(self, part: str, nearest: ResNet) -> dict[str, Any]:
+        """The fields of `ResNet` behind an attribute, in which a registered network differs."""
         if part == "stem":
-            return {"stem_cls": self._stem_cls()}
+            return {"stem_cls": self._stem_cls(nearest.stem_cls)}
         if part == "grouping":
             return {"cardinality": self.grouping[0], "base_width": self.grouping[1]}
         if part == "reduced":
@@ -237,11 +239,13 @@ class _Seen:
     def _features(self) -> int:
         return self.stage_widths[-1] * self.block_cls.expansion
 
-    def _stem_cls(self) -> Any:
+    def _stem_cls(self, nearest: Any) -> Any:
+        """The stem, with what weights do not show as in a registered one of its class."""
         stem, widths, conv_pool = self.stem
+        keywords = _stem_keywords(nearest) if _stem_class(nearest) is stem else {}
         if stem is DeepStem:
-            return functools.partial(stem, widths=widths, conv_pool=conv_pool)
-        return functools.partial(stem, features=widths[0])
+            return functools.partial(stem, **{**keywords, "widths": widths, "conv_pool": conv_pool})
+        return functools.partial(stem, **{**keywords, "features": widths[0]})
 
 
 @functools.cache
@@ -250,7 +254,7 @@ def _look(model: ResNet) -> _Seen:
     stem: dict[str, Any] = {
         field.name: field.default for field in dataclasses.fields(model.stem_type)
     }
-    stem |= model.stem_cls.keywords if isinstance(model.stem_cls, functools.partial) else {}
+    stem |= _stem_keywords(model.stem_cls)
     features = model.stage_widths[-1] * model.block_cls.expansion
     return _Seen(
         stage_sizes=tuple(model.stage_sizes),
@@ -266,6 +270,14 @@ def _look(model: ResNet) -> _Seen:
         reduced=_reduced(features, model.se_ratio),
         norm=model.norm,
     )
+
+
+def _stem_keywords(stem_cls: Any) -> dict[str, Any]:
+    return dict(stem_cls.keywords) if isinstance(stem_cls, functools.partial) else {}
+
+
+def _stem_class(stem_cls: Any) -> Any:
+    return stem_cls.func if isinstance(stem_cls, functools.partial) else stem_cls
 
 
 def _reduced(features: int, ratio: float) -> int:

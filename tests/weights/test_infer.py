@@ -84,6 +84,14 @@ def test_fields_that_no_registered_network_has_are_told(model, fields):
         assert getattr(found, field) == getattr(model, field)
 
 
+def test_a_wider_big_transfer_network_keeps_its_pool():
+    model = rj.BiTResNet50x1(stage_widths=(192, 384, 768, 1536))
+    model = model.clone(stem_cls=functools.partial(model.stem_cls, features=192))
+    inferred = infer_model(tensors_of(model))
+    stem = rj.create_model(inferred.name, **inferred.fields).stem_cls
+    assert stem.keywords == {"zero_pool_padding": True, "features": 192}
+
+
 def test_channels_of_the_images_are_told():
     assert infer_model(tensors_of(rj.ResNet18(), channels=4)).channels == 4
 
