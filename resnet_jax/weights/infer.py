@@ -209,6 +209,7 @@ class _Seen:
       shortcut: "A" for A and "none", whose weights are the same.
       grouping: (cardinality, base_width).
       reduced: Channels that squeeze-and-excitation keeps in the last stage; 0: there is none.
+      eca: Efficient channel attention in its blocks.
       norm: "batch" or "group".
     """
 
@@ -219,6 +220,7 @@ class _Seen:
     shortcut: str
     grouping: tuple[int, int]
     reduced: int
+    eca: bool
     norm: str
 
     def differing(self, other: _Seen) -> list[str]:
@@ -268,6 +270,7 @@ def _look(model: ResNet) -> _Seen:
         shortcut="A" if model.shortcut == "none" else model.shortcut,
         grouping=(model.cardinality, model.base_width),
         reduced=_reduced(features, model.se_ratio),
+        eca=getattr(model, "eca", False),
         norm=model.norm,
     )
 
@@ -313,6 +316,7 @@ def _see(layers: _Layers) -> _Seen:
         shortcut=_shortcut(layers, sizes, features),
         grouping=grouping,
         reduced=layers.shape(*gate)[0] if layers.has(*gate) else 0,
+        eca=layers.has("stage1", "block1", "eca", "conv"),
         norm="batch" if stats else "group",
     )
 
@@ -449,7 +453,6 @@ _FAMILIES = {
     r"layer\d+\.\d+\.convs\.\d+\..*": "a Res2Net's",
     r"layer\d+\.\d+\.conv2\.(conv|fc1|bn0|bn1)\..*": "a ResNeSt's",
     r"layer\d+\.\d+\.conv\d\.(paths|attn)\..*": "an SKNet's",
-    r"layer\d+\.\d+\.se\.conv\.weight": "an ECA-ResNet's",
     r"layer\d+\.\d+\.se_module\..*": "a legacy SENet's",
     r"stages\.\d+\.(conv_down|conv_exp|conv_transition\w*)\..*": "a CSPNet's",
 }

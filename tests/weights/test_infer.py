@@ -115,7 +115,6 @@ def test_what_weights_do_not_show_is_said():
         ({"stages.0.blocks.0.conv_dw.weight": (8, 1, 7, 7)}, "depthwise convolutions"),
         ({"layer1.0.convs.0.weight": (8, 8, 3, 3)}, "a Res2Net's"),
         ({"layer1.0.conv2.fc1.weight": (8, 8, 1, 1)}, "a ResNeSt's"),
-        ({"layer1.0.se.conv.weight": (1, 1, 5)}, "an ECA-ResNet's"),
         ({"stages.0.conv_exp.conv.weight": (8, 8, 1, 1)}, "a CSPNet's"),
         ({"attnpool.q_proj.weight": (8, 8)}, "a CLIP's"),
         ({"layer1.0.conv9.weight": (64, 64, 3, 3)}, "no layers such as layer1.0.conv9.weight"),
