@@ -10,6 +10,7 @@ import numpy as np
 from resnet_jax.errors import ConfigError, WeightsError
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.config import Config
+from resnet_jax.weights.channels import with_channels
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, load_weights
 from resnet_jax.weights.pretrained import load_pretrained
 
@@ -17,7 +18,8 @@ from resnet_jax.weights.pretrained import load_pretrained
 def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str, Any] | None:
     """The variables that checkpoint.init_from names.
 
-    Those of a network for color also start one of other channels, if data.channels says how many.
+    Those of a network for grey or color images also start one of other channels, if data.channels
+    says how many.
 
     Args:
       config: The configuration of a run.
@@ -53,10 +55,9 @@ def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str,
     except WeightsError as error:
         hint = str(error).replace("reset_head=True", "--config.checkpoint.reset_head=true")
         raise ConfigError(f"checkpoint.init_from = {name!r}: {hint}") from error
-    conv = variables["params"]["stem"]["conv1"]
-    found = conv["kernel"].shape[2]
-    if found == 3 and channels not in (1, 3) and config.data.channels == channels:
-        conv["kernel"] = _repeated(np.asarray(conv["kernel"]), channels)
+    found = np.shape(variables["params"]["stem"]["conv1"]["kernel"])[2]
+    if found in (1, 3) and config.data.channels == channels:
+        variables = with_channels(variables, channels)
     elif found != channels:
         advice = f"set data.channels = {found}"
         if channels not in (1, 3):  # such images cannot be converted
@@ -68,11 +69,3 @@ def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str,
             f"{channels}; {advice}"
         )
     return variables
-
-
-def _repeated(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """Filters of color [side, side, 3, K] for more channels, as timm adapts them.
-
-    They are repeated in turn and scaled by 3 / channels, so that responses keep their size.
-    """
-    return kernel[:, :, np.arange(channels) % 3] * np.float32(3 / channels)

@@ -335,8 +335,10 @@ def _flattened(names: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
     if isinstance(names.get("params"), Mapping):  # not what a train state has beside them
         names = {key: names[key] for key in ("params", "batch_stats") if key in names}
     seen, waiting = {id(names)}, [("", names)]
+    kept = []  # alive, so that no other dictionary gets its id; a FrozenDict makes them on demand
     while waiting:
         path, found = waiting.pop()
+        kept.append(found)
         for key, value in found.items():
             name = f"{path}/{key}" if path else key
             if not isinstance(value, Mapping):

@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from resnet_jax.errors import WeightsError, one_line
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.channels import with_channels
 from resnet_jax.weights.contents import (
     Contents,
     find_network,
@@ -44,6 +45,7 @@ def from_torch(
     prefix: str | None = None,
     weights: str | None = None,
     strict: bool = True,
+    channels: int | None = None,
 ) -> Variables:
     """Converts a PyTorch state dict to the variables of a model.
 
@@ -59,6 +61,8 @@ def from_torch(
       prefix: Prefix of the network's names in a checkpoint of several: "encoder_q".
       weights: "ema" or "raw" where a checkpoint has both. Default: "ema".
       strict: Refuse entries of the network that the model has no place for. False: leave them out.
+      channels: Adapt the first convolution to images of so many channels: its filters are summed
+        for grey images, repeated and scaled for more than three. Default: as the weights have it.
 
     Returns:
       {"params", "batch_stats"} of float32 NumPy arrays, convolutions [H, W, in / groups, out].
@@ -80,8 +84,11 @@ def from_torch(
     contents = find_network(state_dict, prefix=prefix, weights=weights)
     new_head = reset_head or not model.num_classes
     if any(name.startswith(_OWN) for name in contents.tensors):
-        return fit_variables(model, _unflattened(contents.tensors), reset_head=new_head)
-    tensors = translate(contents.tensors)
+        own = fit_variables(model, _unflattened(contents.tensors), reset_head=new_head)
+        return with_channels(own, channels)
+    translated = translate(contents.tensors)
+    translated.check(model)
+    tensors = translated.tensors
     scheme = _closest_scheme(model, tensors)
     names = _torch_names(model, scheme)
     if new_head:
@@ -113,7 +120,7 @@ def from_torch(
             for path, shape in expected.items()
             if path[1] == "head"
         }
-    return traverse_util.unflatten_dict(leaves)
+    return with_channels(traverse_util.unflatten_dict(leaves), channels)
 
 
 def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -175,7 +182,7 @@ def head_classes(
       >>> head_classes(rj.ResNet20(), rj.to_torch(model, variables))
       7
     """
-    tensors = translate(find_network(state_dict, prefix=prefix, weights=weights).tensors)
+    tensors = translate(find_network(state_dict, prefix=prefix, weights=weights).tensors).tensors
     name = f"{_closest_scheme(model, tensors).head}.weight"
     shape = _check_kind(name, tensors[name]).shape if name in tensors else ()
     return int(shape[0]) if shape else 0

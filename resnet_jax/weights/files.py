@@ -28,6 +28,7 @@ from resnet_jax.errors import ResNetJaxError, WeightsError, importing, library_e
 from resnet_jax.files import atomic_write, read_bytes
 from resnet_jax.limits import host_memory
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.channels import with_channels
 from resnet_jax.weights.convert import (
     Variables,
     check_model,
@@ -88,6 +89,7 @@ def load_weights(
     prefix: str | None = None,
     weights: str | None = None,
     strict: bool = True,
+    channels: int | None = None,
 ) -> Variables:
     """Reads a weight file for a model.
 
@@ -102,6 +104,7 @@ def load_weights(
       prefix: As for `from_torch`.
       weights: Likewise; of a workdir too.
       strict: Likewise.
+      channels: Likewise.
 
     Returns:
       {"params", "batch_stats"} of float32 NumPy arrays.
@@ -125,7 +128,7 @@ def load_weights(
     if path.is_dir():
         if prefix:
             raise WeightsError(f"{path} is a workdir, whose network has no prefix={prefix!r}")
-        return _from_workdir(model, path, reset_head, weights)
+        return with_channels(_from_workdir(model, path, reset_head, weights), channels)
     state_dict = read_state_dict(path, sha256=sha256)
     try:
         return from_torch(
@@ -135,6 +138,7 @@ def load_weights(
             prefix=prefix,
             weights=weights,
             strict=strict,
+            channels=channels,
         )
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error

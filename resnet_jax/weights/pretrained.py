@@ -16,6 +16,7 @@ from resnet_jax.files import MIB, read_json
 from resnet_jax.limits import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.channels import colors_for
 from resnet_jax.weights.convert import Variables
 from resnet_jax.weights.files import load_weights
 
@@ -85,6 +86,7 @@ def load_pretrained(
     *,
     revision: str | None = None,
     reset_head: bool = False,
+    channels: int | None = None,
     **overrides: Any,
 ) -> Pretrained:
     """Loads a network from a repository of the Hugging Face Hub, or from a folder like one.
@@ -96,6 +98,8 @@ def load_pretrained(
       repository: "owner/name" on the Hub, or a folder with those two files.
       revision: Branch, tag or commit on the Hub; name a commit to get the same weights for ever.
       reset_head: Leave the head out and initialise a new one; set num_classes with it.
+      channels: Adapt the first convolution to images of so many channels, as `from_torch` does;
+        mean and std are averaged for one channel, repeated for more than three.
       **overrides: Fields of `ResNet`, such as num_classes, dtype or output_stride.
 
     Returns:
@@ -123,8 +127,14 @@ def load_pretrained(
         model = create_model(config.architecture, **{**config.fields, **overrides})
     except ModelError as error:
         raise WeightsError(f"{repository}: {error}") from error
-    variables = load_weights(model, folder / "model.safetensors", reset_head=reset_head)
-    return Pretrained(model, variables, config.preprocessing)
+    variables = load_weights(
+        model, folder / "model.safetensors", reset_head=reset_head, channels=channels
+    )
+    preprocessing = config.preprocessing
+    if channels:
+        mean, std = (colors_for(each, channels) for each in (preprocessing.mean, preprocessing.std))
+        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
+    return Pretrained(model, variables, preprocessing)
 
 
 def pretrained_name(repository: str | os.PathLike[str], *, revision: str | None = None) -> str:
