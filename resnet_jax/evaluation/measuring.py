@@ -75,6 +75,7 @@ class Evaluator:
         self.scales: tuple[int, ...] = ()
         if self.views == "multi_scale":
             self.scales = tuple(scales) or default_scales(self.size)
+            _check_whole_images(network)
         least = network.model.strides()[-1]
         if any(scale < least for scale in self.scales):
             raise ConfigError(
@@ -170,7 +171,9 @@ class Evaluator:
             channels=network.channels,
             eval_size=size,
             eval_resize=resize,
-            interpolation=network.preprocessing.interpolation,
+            eval_crop=network.crop.eval_crop,
+            interpolation=network.crop.interpolation,
+            upright=network.crop.upright,
         )
 
     def _batches(
