@@ -216,8 +216,9 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     """Decodes an image of any of FORMATS or a .npy array; of an animation, the first frame.
 
     Palettes are looked up, transparency is dropped, CMYK becomes RGB. Values of more than 8 bits
-    become 0..255 as `arrays.to_uint8` says. Colour becomes grey by Rec. 601 luma. A JPEG or JPEG 2000 that would take more than
-    the whole budget of memory is decoded at 1/2, 1/4 or 1/8 of its size.
+    become 0..255 as `arrays.to_uint8` says. Colour becomes grey by Rec. 601 luma. A JPEG or JPEG
+    2000 that would take more than the whole budget of memory is decoded at 1/2, 1/4 or 1/8 of its
+    size.
 
     With any other number of channels than 1 and 3, the image must have as many, and nothing is
     converted or dropped: 4 keeps the transparency of an RGBA image.
@@ -324,7 +325,9 @@ def _decoded_otherwise(
     need = stored.decoding_bytes(len(data)) + channels * height * width + beside(height, width)
     amount, _ = budget.fitting(height, width, lambda shrink: need, (1,))
     with budget.BUDGET.take(amount):
-        turn = turn_by_tag(stored.orientation) if upright else AS_STORED
+        turn = AS_STORED
+        if upright and isinstance(stored, tiff.Tiff):
+            turn = turn_by_tag(stored.orientation)
         yield turn.apply(arrays.with_channels(stored.pixels(data), channels))
 
 

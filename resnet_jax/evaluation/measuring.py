@@ -315,5 +315,19 @@ class _Results:
         return {name: np.concatenate([part[name] for part in self._each]) for name in names}
 
 
+def _check_whole_images(network: Network) -> None:
+    """Refuses to resize images by their shape as stored where the network is to see another."""
+    if network.crop.eval_crop == "squash":
+        raise ConfigError(
+            f"--views=multi_scale: keeps the proportions of images, and {network.source} takes "
+            "them squashed; take --views=one_crop, flip or ten_crop"
+        )
+    if network.crop.upright:
+        raise ConfigError(
+            "--views=multi_scale: takes images as they are stored, not upright; give --no-upright, "
+            "or another view"
+        )
+
+
 def _joined(scales: Sequence[int]) -> str:
     return ",".join(map(str, scales))

@@ -30,10 +30,10 @@ from resnet_jax.training.config import (
 from resnet_jax.training.ownership import is_own
 from resnet_jax.training.setup import make_model
 from resnet_jax.training.workdir import read_class_names, read_config
+from resnet_jax.weights.config_json import MULTI_LABEL
 from resnet_jax.weights.convert import Variables, fit_variables, from_torch, head_classes
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, read_state_dict
 from resnet_jax.weights.pretrained import (
-    MULTI_LABEL,
     Preprocessing,
     load_pretrained,
     pretrained_labels,

@@ -41,10 +41,10 @@ class Classifier:
     Images are a path, an encoded image as bytes or an open binary file, an image of Pillow's, an
     array of NumPy, JAX or the like ([H, W, C], [N, H, W, C] or grey [H, W]), or a list of these,
     mixed as they may be. They are turned upright as their EXIF tag says (unless the network was
-    opened with upright=False), converted to the network's colours (transparency is dropped), resized
-    and cropped as in evaluation. Arrays are uint8, or have values as docs/decoding.md says of files:
-    floating-point from 0 to 1, for example. For a network of other than 1 or 3 channels, images must
-    have as many: RGBA images, TIFF and .npy files, and arrays may have.
+    opened with upright=False), converted to the network's colours (transparency is dropped),
+    resized and cropped as in evaluation. Arrays are uint8, or have values as docs/decoding.md says
+    of files: floating-point from 0 to 1, for example. For a network of other than 1 or 3 channels,
+    images must have as many: RGBA images, TIFF and .npy files, and arrays may have.
 
     The same image gives the same numbers whatever the others are, because every batch is filled
     up to `batch_size`. For one small image at a time, batch_size=1 saves that work.
@@ -231,8 +231,8 @@ def _each(images: Any) -> Iterator[Any]:
             yield from _each(image)
     else:
         raise DataError(
-            f"images: {type(images).__name__} is none; give paths, bytes, open binary files, Pillow "
-            "images, arrays"
+            f"images: {type(images).__name__} is none; give paths, bytes, open binary files, "
+            "Pillow images, arrays"
         )
 
 

@@ -274,7 +274,9 @@ def _content(file: Any) -> bytes:
             file.seek(0)
         data = file.read(FILE_BYTES + 1)
     if not isinstance(data, bytes):
-        raise DataError(f'{name}: the open file gives text; open it as a binary one, with mode "rb"')
+        raise DataError(
+            f'{name}: the open file gives text; open it as a binary one, with mode "rb"'
+        )
     if len(data) > FILE_BYTES:
         raise DataError(f"{name}: has more than the limit of {FILE_BYTES:,} bytes")
     return data

@@ -168,7 +168,9 @@ DAMAGED = {
     "channels first": _npy(np.zeros((5, 32, 32), np.uint8)),
     "too many channels": _npy(np.zeros((1, 2, 1025), np.uint8)),
     "negative": _header("{'descr': '|u1', 'fortran_order': False, 'shape': (-4, -4, 5)}"),
-    "integers": _npy(np.zeros((4, 4, 5), np.int64)),
+    "integers above 255": _npy(np.full((4, 4, 5), 256, np.int64)),
+    "integers below 0": _npy(np.full((4, 4, 5), -1, np.int8)),
+    "truth values": _npy(np.zeros((4, 4, 5), bool)),
 }
 
 

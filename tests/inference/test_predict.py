@@ -142,7 +142,10 @@ def test_grey_network(tmp_path, photos):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((8, 8, 3), np.float32), "array of float32; give uint8"),
+        (np.full((8, 8, 3), 2.0), "values from 2 to 2; they must be from 0 to 1"),
+        (np.zeros((8, 8, 3), bool), "array of bool; images are uint8"),
+        (io.StringIO("text"), "an image in memory: the open file gives text"),
+        (b"GIF89a", "an image in memory: not a whole image"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
         (np.zeros((0, 8), np.uint8), r"shape \(0, 8\)"),
         (7, "int is none"),
