@@ -5,6 +5,7 @@ What would give other outputs than theirs and is not known here is refused, by n
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,10 @@ def _read(path: Path) -> Any:
 
 
 def _checked(path: Path, library: str, parse: Callable[[], Any]) -> Any:
-    """What `parse` makes of a file; any value of another type than it expects is an error."""
+    """What `parse` makes of a file; any value of another type than it expects is an error.
+
+    A ModelError is of a file that is in order, and of a network that is not known here.
+    """
     try:
         return parse()
     except ModelError as error:
@@ -106,7 +110,7 @@ def _checked(path: Path, library: str, parse: Callable[[], Any]) -> Any:
 def _timm_network(config: dict[str, Any], use_test_size: bool) -> Description:
     name = config["architecture"]
     if name in _OTHER_NETWORKS:
-        raise WeightsError(f"timm's {name} {_OTHER_NETWORKS[name]}")
+        raise ModelError(f"timm's {name} {_OTHER_NETWORKS[name]}")
     # Facts of the weights stand in "pretrained_cfg", or beside all else.
     facts = {**config, **(config.get("pretrained_cfg") or {})}
     arguments = {
@@ -121,13 +125,15 @@ def _timm_network(config: dict[str, Any], use_test_size: bool) -> Description:
     return Description(
         name,
         fields,
-        _timm_preprocessing(facts, use_test_size),
+        _timm_preprocessing(facts, arguments.get("in_chans"), use_test_size),
         _labels(facts.get("label_names") or facts.get("labels"), fields["num_classes"]),
         _threshold(config),
     )
 
 
-def _timm_preprocessing(facts: dict[str, Any], use_test_size: bool) -> Preprocessing:
+def _timm_preprocessing(
+    facts: dict[str, Any], in_chans: int | None, use_test_size: bool
+) -> Preprocessing:
     """Where it does not say, timm assumes bicubic, and the rest as `Preprocessing` does."""
     default = Preprocessing(interpolation="bicubic")
 
@@ -137,17 +143,18 @@ def _timm_preprocessing(facts: dict[str, Any], use_test_size: bool) -> Preproces
         return otherwise if known is None else known
 
     channels, height, width = fact("input_size", [3, default.image_size, default.image_size])
+    channels = channels if in_chans is None else in_chans
     _count("input_size", channels, 1, MAX_CHANNELS)
     _count("input_size", height, 1, 4096)
     _count("input_size", width, 1, 4096)
     if height != width:
-        raise WeightsError(
+        raise ModelError(
             f"input_size = {[channels, height, width]}: images are square here, and those of this "
             "network are not; to use it on squares all the same, write one side twice"
         )
     mode = fact("crop_mode", "center")
     if mode not in _CROP_MODES:
-        raise WeightsError(
+        raise ModelError(
             f"crop_mode = {str(mode)[:100]!r}: images are prepared by {' or '.join(_CROP_MODES)} "
             "here; to use the network with one of these all the same, write it there"
         )
@@ -160,7 +167,11 @@ def _timm_preprocessing(facts: dict[str, Any], use_test_size: bool) -> Preproces
         crop_mode=mode,
     )
     _check_preprocessing(preprocessing, channels)
-    return preprocessing
+    if len(preprocessing.mean) in (1, channels):
+        return preprocessing
+    # Those of color beside other channels: timm takes their mean for each.
+    mean, std = (sum(part) / len(part) for part in (preprocessing.mean, preprocessing.std))
+    return dataclasses.replace(preprocessing, mean=(mean,), std=(std,))
 
 
 # Arguments of timm's networks that change no output, or that the weights tell.
@@ -414,7 +425,7 @@ def _threshold(config: dict[str, Any]) -> float | None:
 
 
 def _refuse(field: str, value: Any) -> NoReturn:
-    raise WeightsError(f"{f'{field} = {value!r}'[:200]} has no counterpart here")
+    raise ModelError(f"{f'{field} = {value!r}'[:200]} has no counterpart here")
 
 
 def _one_of(field: str, value: Any, known: Mapping[str, Any]) -> Any:
@@ -468,7 +479,7 @@ def _check_preprocessing(preprocessing: Preprocessing, channels: int) -> None:
             f"crop_pct = {crop}: images would be resized to {size / crop:,.0f} pixels, where "
             f"{MAX_SIDE:,} are the most"
         )
-    # timm also writes three for networks of other channels.
+    # timm may write three for networks of other channels.
     if len(mean) not in (1, 3, channels) or not all(map(math.isfinite, mean)):
         more = "" if channels in (1, 3) else f", or {channels:,}"
         raise WeightsError(f"mean = {str(mean)[:200]}: must be 1 or 3 numbers{more}")
