@@ -279,6 +279,7 @@ _LOADING: dict[str, _Loading] = {
     "AVIF": _avif,
     "BMP": _by_python,
     "GIF": _gif,
+    "HEIF": _avif,
     "JPEG": _jpeg,
     "MPO": _jpeg,
     "JPEG2000": _jpeg2000,

@@ -32,7 +32,7 @@ from PIL import Image, Jpeg2KImagePlugin, UnidentifiedImageError
 from resnet_jax.data import arrays, budget, tiff
 from resnet_jax.data.jpeg import Frame, jpeg_frame
 from resnet_jax.data.orientation import AS_STORED, Region, Turn, turn_by_tag, turn_of
-from resnet_jax.errors import DataError, import_failure, library_errors
+from resnet_jax.errors import DataError, import_failure, importing, library_errors
 from resnet_jax.files import open_regular, read_bytes
 from resnet_jax.training.config import Data
 
@@ -53,6 +53,9 @@ _LARGE_FILE = 2**24
 # What Pillow may try. It knows 40 formats, runs Ghostscript for one of them, and looks at the bytes
 # instead of the name, so each of them would be open to any file.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Photos of iPhones, which pillow-heif reads where it is installed: brands in a file's first bytes.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_BRANDS = 64
 # Numbers of channels that images are converted to; any other must be what they have.
 _CONVERTED = (1, 3)
 _GREY = {"1", "L", "LA", "La", "I", "F"}  # of Pillow's modes, and "I;16" with its byte orders
@@ -127,13 +130,36 @@ def open_image(file: BinaryIO) -> Image.Image:
 
 def _identified(file: BinaryIO) -> Image.Image | None:
     """`open_image`; None of what Pillow does not know."""
-    with library_errors(not_whole):
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError:
-            return None
+    file.seek(0)
+    start = file.read(_BRANDS)
+    file.seek(0)
+    image: Image.Image
+    if _is_heic(start):
+        image = _open_heic(file)
+    else:
+        with library_errors(not_whole):
+            try:
+                image = Image.open(file, formats=FORMATS)
+            except UnidentifiedImageError:
+                return None
     check_size(image.height, image.width)
     return image
+
+
+def _is_heic(start: bytes) -> bool:
+    """Whether a file that begins so names itself HEIC, the photos of iPhones, among its brands."""
+    if start[4:8] != b"ftyp":
+        return False
+    brands = start[8 : min(int.from_bytes(start[:4], "big"), _BRANDS)]
+    return any(brands[at : at + 4] in _HEIC for at in range(0, len(brands), 4))
+
+
+def _open_heic(file: BinaryIO) -> Image.Image:
+    """`open_image`, by pillow-heif. It turns the image by itself, and takes its tag away."""
+    with importing("an image in HEIC format", DataError):
+        from pillow_heif import HeifImageFile
+    with library_errors(not_whole):
+        return HeifImageFile(file)
 
 
 class Header(NamedTuple):
