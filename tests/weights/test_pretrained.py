@@ -36,7 +36,8 @@ def timm(folder, facts=None, use_test_size=False, **top):
     [
         ({"num_classes": 5, "in_chans": 4, "global_pool": "avg"}, {"num_classes": 5}),
         ({"pretrained": True, "drop_block_rate": 0.1, "aa_layer": None, "act_layer": "relu"}, {}),
-        ({"drop_rate": 0.2, "drop_path_rate": 0.1}, {"dropout_rate": 0.2, "stochastic_depth_rate": 0.1}),
+        ({"drop_rate": 0.2}, {"dropout_rate": 0.2}),
+        ({"drop_path_rate": 0.1}, {"stochastic_depth_rate": 0.1}),
         ({"zero_init_last": True}, {"zero_init_residual": True}),
         ({"output_stride": 8, "avg_down": True}, {"output_stride": 8, "shortcut": "D"}),
         ({"cardinality": 32, "base_width": 4}, {"cardinality": 32, "base_width": 4}),
