@@ -177,7 +177,8 @@ def test_upright_images_are_those_that_were_turned_before(decoder, kind, orienta
         return eval_crop(encoded, config, 3)
 
     found, expected = cropped(data), cropped(encode(seen, "PNG"))
-    assert difference(found, expected).mean() <= (3 if kind == "JPEG" else 0)
+    # Half sizes move a JPEG's edges by up to a pixel, turned or not; a wrong turn makes it 30.
+    assert difference(found, expected).mean() <= (6 if kind == "JPEG" else 0)
     assert found.flags.c_contiguous
 
 
