@@ -7,9 +7,8 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.data.decode import eval_crop
-from resnet_jax.data.memory import load_memory
-from resnet_jax.data.stream import streamed_evaluation_batches
-from resnet_jax.evaluation.measuring import Measuring
+from resnet_jax.data.loader import load_memory, streamed_evaluation_batches
+from resnet_jax.evaluation.measuring import Evaluator
 from resnet_jax.evaluation.network import Network
 from resnet_jax.inference.hub import hub_config, model_card
 from resnet_jax.training.config import Config, Data
@@ -59,4 +58,4 @@ def test_whole_images_are_neither_squashed_nor_turned():
         (network(upright=True), "multi_scale: takes images as they are stored"),
     ):
         with pytest.raises(rj.ConfigError, match=message):
-            Measuring(each, "multi_scale")
+            Evaluator(each, "multi_scale")
