@@ -24,7 +24,7 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 MULTI_LABEL = "multi_label_classification"  # a "problem_type" of transformers'
 # Of ImageNet-21k's classes, the names take 1 MB.
 _MOST_CONFIG = 16 * MIB
-_MOST_STAGES = 64
+_MOST_STAGES, _MOST_BLOCKS = 16, 1000  # ResNet-1202 has 600 blocks
 _CROP_MODES = ("center", "squash")
 # Networks of timm's with one of our names and another function.
 _OTHER_NETWORKS = {
@@ -197,7 +197,7 @@ _OF_ALL: dict[str, Callable[[str, Any], dict[str, Any]]] = {
     "drop_rate": lambda name, value: {"dropout_rate": _number(name, value)},
     "drop_path_rate": lambda name, value: {"stochastic_depth_rate": _number(name, value)},
     "zero_init_last": lambda name, value: {"zero_init_residual": _truth(name, value)},
-    "layers": lambda name, value: {"stage_sizes": _counts(name, value, 10_000)},
+    "layers": lambda name, value: {"stage_sizes": _blocks(name, value)},
 }
 _OF_V1: dict[str, Callable[[str, Any], dict[str, Any]]] = {
     "channels": lambda name, value: {"stage_widths": _counts(name, value, MAX_SIDE)},
@@ -301,7 +301,7 @@ def _transformers_network(config: dict[str, Any]) -> Description:
         _refuse("downsample_in_first_stage", True)
     layer = config.get("layer_type", "bottleneck")
     nearest, expansion = _one_of("layer_type", layer, _NEAREST)
-    depths = _counts("depths", config.get("depths", [3, 4, 6, 3]), 10_000)
+    depths = _blocks("depths", config.get("depths", [3, 4, 6, 3]))
     sizes = config.get("hidden_sizes", [256, 512, 1024, 2048])
     widths = _counts("hidden_sizes", sizes, expansion * MAX_SIDE)
     if len(widths) != len(depths) or any(width % expansion for width in widths):
@@ -466,6 +466,14 @@ def _counts(field: str, values: Any, most: int) -> tuple[int, ...]:
     if not isinstance(values, Sequence) or not 0 < len(values) <= _MOST_STAGES:
         raise WeightsError(f"{field} = {str(values)[:100]}: must be a number for each stage")
     return tuple(_count(field, value, 1, most) for value in values)
+
+
+def _blocks(field: str, values: Any) -> tuple[int, ...]:
+    """Blocks of each stage: as many as can be traced in seconds."""
+    found = _counts(field, values, _MOST_BLOCKS)
+    if sum(found) > _MOST_BLOCKS:
+        raise WeightsError(f"{field} = {list(found)}: at most {_MOST_BLOCKS:,} blocks in all")
+    return found
 
 
 def _check_preprocessing(preprocessing: Preprocessing, channels: int) -> None:

@@ -92,6 +92,8 @@ _CONFIGURATIONS = {
     "a_mean_of_letters": {"mean": "555"},
     "a_name_of_a_megabyte": {"architecture": "x" * 10**6},
     "an_argument_of_a_megabyte": {"model_args": {"x": "y" * 10**6}},
+    "millions_of_blocks": {"architecture": "resnet18", "model_args": {"layers": [999] * 999}},
+    "a_layer_of_nothing": {"model_type": "resnet", "depths": [], "hidden_sizes": [[]]},
 }
 for _name, _changes in _CONFIGURATIONS.items():
     _make = hub(**_changes)

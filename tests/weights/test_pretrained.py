@@ -84,6 +84,8 @@ def test_stems_of_timm(name, arguments, widths, conv_pool, tmp_path):
         ({"model_args": {"replace_stem_pool": True}}, "replace_stem_pool = True has no"),
         ({"model_args": {"stem_type": "wide"}}, "stem_type = 'wide' has no"),
         ({"model_args": {"new": 1}}, "new = 1 has no counterpart here"),
+        ({"model_args": {"layers": [501, 500]}}, "layers = .*: at most 1,000 blocks in all"),
+        ({"model_args": {"layers": [1] * 17}}, "layers = .*: must be a number for each stage"),
         ({"model_args": {"cardinality": 0}}, "cardinality = 0: must be from 1"),
         ({"model_args": {"layers": []}}, "layers = .*: must be a number for each stage"),
         ({"architecture": "resnetv2_50", "model_args": {"avg_down": True}}, "avg_down = True"),
