@@ -30,7 +30,7 @@ def get_config(data: str = "tfds:oxford_flowers102") -> Config:
             crop="random_resized",
             crop_area=(0.35, 1.0),
             interpolation="bicubic",
-            eval_resize=236,
+            eval_resize=235,
         ),
         augment=Augment(
             flip=True,

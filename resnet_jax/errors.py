@@ -35,6 +35,7 @@ _PACKAGES = {
     "google.protobuf": "protobuf",
     "orbax.checkpoint": "orbax-checkpoint",
     "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
     "sklearn": "scikit-learn",
     "tensorflow": "tensorflow-cpu",
     "tree": "dm-tree",

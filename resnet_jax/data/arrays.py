@@ -1,8 +1,9 @@
 """Images as arrays of any number of channels: NumPy files, and the rules for values and channels.
 
-An array has the values 0 to 255 on its way to the device, whatever its file stores. uint8 is taken
-as it is; of uint16 the upper 8 bits are kept, as of a 16-bit PNG; floating-point values must lie
-between 0 and 1 and are multiplied by 255.
+An image has the values 0 to 255 on its way to the device, whatever its file stores. The type says
+how they are stored, so that no image is scaled by its own brightness: uint8 is taken as it is; of
+uint16 the upper 8 bits are kept, as of a 16-bit PNG; floating-point values must lie between 0 and 1
+and are multiplied by 255; other integers must lie between 0 and 255. What lies outside is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from resnet_jax.limits import MAX_CHANNELS
 NPY_MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 10_000  # NumPy's own limit: Python parses the header as a literal
 _VERSIONS = {1: 2, 2: 4}  # of the format: bytes of the header's length
-_TYPES = ("u1", "u2", "f2", "f4", "f8")
+TYPES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 
 
 class Npy(NamedTuple):
@@ -29,7 +30,7 @@ class Npy(NamedTuple):
 
     Args:
       shape: [H, W, C].
-      dtype: One of _TYPES, of either byte order.
+      dtype: One of TYPES, of either byte order.
       fortran: The first axis varies fastest in the file.
       start: Where the values begin, in bytes.
     """
@@ -107,11 +108,17 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _image_type(dtype: np.dtype) -> np.dtype:
-    if dtype.kind + str(dtype.itemsize) not in _TYPES or dtype.shape:
-        raise DataError(
-            f"an array of {dtype.name}; images are uint8, uint16, or floating-point from 0 to 1"
-        )
+    check_type(dtype)
     return dtype
+
+
+def check_type(dtype: np.dtype) -> None:
+    """Refuses an array that holds no numbers of an image."""
+    if dtype.kind + str(dtype.itemsize) not in TYPES or dtype.shape:
+        raise DataError(
+            f"an array of {dtype.name}; images are uint8, uint16, floating-point from 0 to 1, or "
+            "other integers from 0 to 255"
+        )
 
 
 def scaling_bytes(shape: tuple[int, int, int]) -> int:
@@ -123,19 +130,23 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     """Brings the values of an image to 0..255, by the rules at the top of this file.
 
     Args:
-      values: uint8, uint16 or floating-point [H, W, C].
+      values: [H, W, C] of one of `TYPES`.
 
     Returns:
       uint8 [H, W, C]; the array itself if it is uint8.
 
     Raises:
-      DataError: A floating-point value is not within 0 and 1.
+      DataError: A floating-point value is not within 0 and 1, or an integer not within 0 and 255.
 
     Example:
       >>> to_uint8(np.array([[[0.0, 0.5, 1.0]]])).tolist()
       [[[0, 128, 255]]]
       >>> to_uint8(np.array([[[0x1234]]], np.uint16)).tolist()
       [[[18]]]
+      >>> to_uint8(np.array([[[300]]]))
+      Traceback (most recent call last):
+      resnet_jax.errors.DataError: int64 values from 300 to 300; they must be from 0 to 255, or \
+stored as uint8 or uint16
     """
     if values.dtype == np.uint8:
         return values
@@ -143,17 +154,33 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     rows = max(1, budget.BAND_PIXELS // math.prod(values.shape[1:]))
     for top in range(0, len(values), rows):
         band = values[top : top + rows]
-        pixels[top : top + rows] = band >> 8 if values.dtype.kind == "u" else _from_shares(band)
+        pixels[top : top + rows] = _levels(band)
     return pixels
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """`to_uint8`, of a band of rows."""
+    if values.dtype.kind == "f":
+        return _from_shares(values)
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return values >> 8
+    if values.min() < 0 or values.max() > 255:
+        raise DataError(
+            f"{values.dtype.name} values from {values.min()} to {values.max()}; they must be from "
+            "0 to 255, or stored as uint8 or uint16"
+        )
+    return values
 
 
 def _from_shares(values: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         levels = np.rint(values.astype(np.float64) * 255)
         if not ((levels >= 0) & (levels <= 255)).all():  # also where there is no number
+            found = f"from {values.min():g} to {values.max():g}"
+            if np.isnan(values).any():
+                found = "that are not numbers (NaN)"
             raise DataError(
-                f"floating-point values from {values.min():g} to {values.max():g}; they must be "
-                "from 0 to 1, or stored as uint8"
+                f"floating-point values {found}; they must be from 0 to 1, or stored as uint8"
             )
     return levels.astype(np.uint8)
 

@@ -190,6 +190,8 @@ def pillow_bytes(
     loading, fixed = _LOADING.get(image.format or "", _plain)(image, data, shrink)
     pixels = height * width
     later = max(channels * pixels + beside(height, width), (stored + channels) * pixels)
+    if image.mode == "F":  # a band as float64, three times
+        fixed += 24 * min(pixels, BAND_PIXELS)
     return max(stored * pixels + loading, later) + fixed + _small(height, width)
 
 
@@ -277,6 +279,7 @@ _LOADING: dict[str, _Loading] = {
     "AVIF": _avif,
     "BMP": _by_python,
     "GIF": _gif,
+    "HEIF": _avif,
     "JPEG": _jpeg,
     "MPO": _jpeg,
     "JPEG2000": _jpeg2000,

@@ -5,7 +5,8 @@ for speed: a JPEG is decoded at a smaller scale where the crop allows it and onl
 crop's last row, and OpenCV resizes it (figures in docs/decoding.md). Every call works on its own
 data and leaves the interpreter lock while it decodes and resizes, so threads run side by side.
 
-Orientation tags (EXIF) are not applied: the published accuracies are of images as stored.
+Orientation tags (EXIF) are applied where `data.upright` says so. By default they are not: the
+published accuracies are of images as stored.
 
 Images may come from strangers. Only regular files of limited size are read, what a header claims is
 checked before memory is taken for it and counted in a budget that all threads share (budget.py),
@@ -30,7 +31,8 @@ from PIL import Image, Jpeg2KImagePlugin, UnidentifiedImageError
 
 from resnet_jax.data import arrays, budget, tiff
 from resnet_jax.data.jpeg import Frame, jpeg_frame
-from resnet_jax.errors import DataError, import_failure, library_errors
+from resnet_jax.data.orientation import AS_STORED, Region, Turn, turn_by_tag, turn_of
+from resnet_jax.errors import DataError, import_failure, importing, library_errors
 from resnet_jax.files import open_regular, read_bytes
 from resnet_jax.training.config import Data
 
@@ -43,9 +45,6 @@ except ImportError as error:
             "%s; Pillow decodes JPEGs instead, which takes longer", import_failure(error)
         )
 
-# Rows and columns of a region of an image.
-Region = tuple[slice, slice]
-
 # Most pixels of an image, as stored and as resized before a crop: as many as the largest sensors
 # have. budget.py allows fewer where the format cannot be decoded at a smaller scale.
 MAX_PIXELS = 200_000_000
@@ -54,6 +53,9 @@ _LARGE_FILE = 2**24
 # What Pillow may try. It knows 40 formats, runs Ghostscript for one of them, and looks at the bytes
 # instead of the name, so each of them would be open to any file.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Photos of iPhones, which pillow-heif reads where it is installed: brands in a file's first bytes.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_BRANDS = 64
 # Numbers of channels that images are converted to; any other must be what they have.
 _CONVERTED = (1, 3)
 _GREY = {"1", "L", "LA", "La", "I", "F"}  # of Pillow's modes, and "I;16" with its byte orders
@@ -128,13 +130,36 @@ def open_image(file: BinaryIO) -> Image.Image:
 
 def _identified(file: BinaryIO) -> Image.Image | None:
     """`open_image`; None of what Pillow does not know."""
-    with library_errors(not_whole):
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError:
-            return None
+    file.seek(0)
+    start = file.read(_BRANDS)
+    file.seek(0)
+    image: Image.Image
+    if _is_heic(start):
+        image = _open_heic(file)
+    else:
+        with library_errors(not_whole):
+            try:
+                image = Image.open(file, formats=FORMATS)
+            except UnidentifiedImageError:
+                return None
     check_size(image.height, image.width)
     return image
+
+
+def _is_heic(start: bytes) -> bool:
+    """Whether a file that begins so names itself HEIC, the photos of iPhones, among its brands."""
+    if start[4:8] != b"ftyp":
+        return False
+    brands = start[8 : min(int.from_bytes(start[:4], "big"), _BRANDS)]
+    return any(brands[at : at + 4] in _HEIC for at in range(0, len(brands), 4))
+
+
+def _open_heic(file: BinaryIO) -> Image.Image:
+    """`open_image`, by pillow-heif. It turns the image by itself, and takes its tag away."""
+    with importing("an image in HEIC format", DataError):
+        from pillow_heif import HeifImageFile
+    with library_errors(not_whole):
+        return HeifImageFile(file)
 
 
 class Header(NamedTuple):
@@ -216,13 +241,13 @@ def check_size(height: int, width: int) -> None:
 def decode(data: bytes, channels: int) -> np.ndarray:
     """Decodes an image of any of FORMATS or a .npy array; of an animation, the first frame.
 
-    Palettes are looked up, transparency is dropped, CMYK becomes RGB, and of 16 bits the upper 8
-    are kept. Colour becomes grey by Rec. 601 luma. A JPEG or JPEG 2000 that would take more than
-    the whole budget of memory is decoded at 1/2, 1/4 or 1/8 of its size.
+    Palettes are looked up, transparency is dropped, CMYK becomes RGB. Values of more than 8 bits
+    become 0..255 as `arrays.to_uint8` says. Colour becomes grey by Rec. 601 luma. A JPEG or JPEG
+    2000 that would take more than the whole budget of memory is decoded at 1/2, 1/4 or 1/8 of its
+    size.
 
     With any other number of channels than 1 and 3, the image must have as many, and nothing is
-    converted or dropped: 4 keeps the transparency of an RGBA image. Values of arrays and of TIFFs
-    that Pillow does not open become 0..255 as `arrays.to_uint8` says.
+    converted or dropped: 4 keeps the transparency of an RGBA image.
 
     Args:
       data: The encoded image.
@@ -254,7 +279,8 @@ def decoded(
     data: bytes,
     channels: int,
     beside: budget.Beside = no_bytes,
-    look: Callable[[Image.Image], object] | None = None,
+    *,
+    upright: bool = False,
 ) -> Iterator[np.ndarray]:
     """Decodes as `decode`, and counts the image's memory in the budget until the block ends.
 
@@ -262,7 +288,7 @@ def decoded(
       data: The encoded image.
       channels: As for `decode`.
       beside: Bytes that the block takes beside pixels of that height and width.
-      look: Called with the image once Pillow has loaded it, unless it is a JPEG.
+      upright: Turn the image as its orientation tag says; the pixels are then a view.
 
     Yields:
       uint8 pixels [H, W, channels].
@@ -270,6 +296,8 @@ def decoded(
     Raises:
       DataError: The data is damaged, cut short, too large, or no image.
     """
+    if upright:
+        beside = _either_way(beside)
     frame = _small_frame(data) if channels in _CONVERTED else None
     if frame is not None and simplejpeg is not None:
         amount, shrink = budget.fitting(
@@ -281,10 +309,26 @@ def decoded(
         with budget.BUDGET.take(amount):
             pixels = _decode_jpeg(data, frame, channels, frame.height, shrink, exact=True)
             if pixels is not None:
-                yield pixels
+                yield _turn_of_jpeg(data, upright).apply(pixels)
                 return
-    with _decoded_otherwise(data, channels, beside, look) as pixels:
+    with _decoded_otherwise(data, channels, beside, upright) as pixels:
         yield pixels
+
+
+def _either_way(beside: budget.Beside) -> budget.Beside:
+    """The most that a block takes beside an image or the same one on its side."""
+    return lambda height, width: max(beside(height, width), beside(width, height))
+
+
+def _turn_of_jpeg(data: bytes, upright: bool) -> Turn:
+    """How a JPEG is to be turned, whose pixels another decoder than Pillow has."""
+    # Most have no such tag, in EXIF or XMP, and need not be opened.
+    if not upright or not (b"Exif\0\0" in data or b"tiff:Orientation" in data):
+        return AS_STORED
+    try:
+        return turn_of(open_image(io.BytesIO(data)))
+    except DataError:  # damage that the other decoder takes no offence at
+        return AS_STORED
 
 
 @contextlib.contextmanager
@@ -292,12 +336,12 @@ def _decoded_otherwise(
     data: bytes,
     channels: int,
     beside: budget.Beside,
-    look: Callable[[Image.Image], object] | None = None,
+    upright: bool,
 ) -> Iterator[np.ndarray]:
     """`decoded`, of all but the JPEGs that simplejpeg decodes."""
     stored = _stored_array(data, channels)
     if stored is None:
-        with _decoded_by_pillow(data, channels, beside, look) as pixels:
+        with _decoded_by_pillow(data, channels, beside, upright) as pixels:
             yield pixels
         return
     height, width, found = stored.shape
@@ -307,7 +351,10 @@ def _decoded_otherwise(
     need = stored.decoding_bytes(len(data)) + channels * height * width + beside(height, width)
     amount, _ = budget.fitting(height, width, lambda shrink: need, (1,))
     with budget.BUDGET.take(amount):
-        yield arrays.with_channels(stored.pixels(data), channels)
+        turn = AS_STORED
+        if upright and isinstance(stored, tiff.Tiff):
+            turn = turn_by_tag(stored.orientation)
+        yield turn.apply(arrays.with_channels(stored.pixels(data), channels))
 
 
 def _stored_array(data: bytes, channels: int) -> arrays.Npy | tiff.Tiff | None:
@@ -327,7 +374,7 @@ def _decoded_by_pillow(
     data: bytes,
     channels: int,
     beside: budget.Beside,
-    look: Callable[[Image.Image], object] | None = None,
+    upright: bool,
 ) -> Iterator[np.ndarray]:
     with contextlib.ExitStack() as taken:
         early = budget.bytes_to_open(data, channels, beside)
@@ -347,20 +394,21 @@ def _decoded_by_pillow(
             )
             taken.enter_context(budget.BUDGET.take(amount))
         pixels = _load(image, channels, shrink)
-        if look is not None and image.format not in ("JPEG", "MPO"):
-            look(image)
+        if upright:
+            pixels = turn_of(image).apply(pixels)
         del image  # its memory is counted until here
         yield pixels
 
 
 def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
-    """Decodes an image, resizes its shorter side and cuts out the centre, as torchvision does.
+    """Decodes an image, resizes it and cuts out the centre, as torchvision does.
 
     Args:
       data: The encoded image.
-      config: The shorter side is `eval_resize` pixels (0: the side of the crop), the side of the
-        crop S `eval_size` (0: `image_size`); resized with the antialiased `interpolation`. An
-        image that has the shorter side already is not resampled.
+      config: The shorter side is resized to `eval_resize` pixels (0: the side of the crop), or
+        with `eval_crop` "squash" both sides are. The side of the crop S is `eval_size` (0:
+        `image_size`); the filter the antialiased `interpolation`. An image that has its size
+        already is not resampled. With `upright` it is first turned as its EXIF orientation says.
       channels: As for `decode`.
 
     Returns:
@@ -376,7 +424,8 @@ def eval_crop(data: bytes, config: Data, channels: int) -> np.ndarray:
       >>> eval_crop(file.getvalue(), config, channels=3).shape
       (224, 224, 3)
     """
-    with decoded(data, channels, crop_bytes(config, channels)) as pixels:
+    beside = crop_bytes(config, channels)
+    with decoded(data, channels, beside, upright=config.upright) as pixels:
         return crop_pixels(pixels, config)
 
 
@@ -397,8 +446,10 @@ def crop_pixels(pixels: np.ndarray, config: Data) -> np.ndarray:
       >>> crop_pixels(np.zeros((30, 40, 1), np.uint8), Data(eval_size=24)).shape
       (24, 24, 1)
     """
-    shorter, size = _eval_sides(config)
-    return _centre_crop(pixels, shorter, size, config.interpolation)
+    resized, size = _eval_sides(config)
+    if config.eval_crop == "squash" and pixels.shape[:2] != (resized, resized):
+        pixels = resize(pixels, resized, resized, config.interpolation)
+    return _centre_crop(pixels, resized, size, config.interpolation)
 
 
 def _eval_sides(config: Data) -> tuple[int, int]:
@@ -420,7 +471,10 @@ def crop_bytes(config: Data, channels: int = 3) -> budget.Beside:
       >>> crop_bytes(Data(eval_resize=256))(256, 1000)
       0
     """
-    return _centre_bytes(_eval_sides(config)[0], channels)
+    resized, _ = _eval_sides(config)
+    if config.eval_crop == "squash":
+        return lambda height, width: resize_bytes(height, resized, resized, channels)
+    return _centre_bytes(resized, channels)
 
 
 def _centre_bytes(shorter: int, channels: int) -> budget.Beside:
@@ -447,7 +501,8 @@ def train_crop(
       data: The encoded image.
       config: The side of the crop S is `image_size` pixels; `crop` says how it is drawn: of
         random area and ratio (Szegedy et al. 2015, section 6, drawn as torchvision does), from a
-        random scale (He et al. 2015, section 3.4), or the centre, as `eval_crop` cuts it.
+        random scale (He et al. 2015, section 3.4), or the centre. With `upright` the image is
+        turned before that as its EXIF orientation says.
       channels: As for `decode`.
       rng: Draws the crop.
       out: Where to write the pixels, contiguous; None: into new memory.
@@ -468,28 +523,37 @@ def train_crop(
     """
     size = config.image_size
     if config.crop == "center":
-        with decoded(data, channels, _centre_bytes(size, channels)) as pixels:
+        beside = _centre_bytes(size, channels)
+        with decoded(data, channels, beside, upright=config.upright) as pixels:
             pixels = _centre_crop(pixels, size, size, config.interpolation)
             return _resize(pixels, size, config.interpolation, out)
     draw = {"random_resized": _random_region, "scale_jitter": _jittered_region}[config.crop]
 
-    def beside(height: int, width: int) -> int:  # blurred; or as Pillow has it
-        return (4 + channels) * height * width
+    # Blurred, or as Pillow has it; and of a turned image the crop once more, for OpenCV.
+    each = 4 + channels + (channels if config.upright else 0)
+
+    def whole(height: int, width: int) -> int:
+        return each * height * width
 
     frame = _small_frame(data) if channels in _CONVERTED else None
     if frame is None:
-        with _decoded_otherwise(data, channels, beside) as pixels:
+        with _decoded_otherwise(data, channels, whole, config.upright) as pixels:
             region = draw(pixels.shape[0], pixels.shape[1], config, rng)
-            return _resize(pixels[region], size, config.interpolation, out)
-    region = draw(frame.height, frame.width, config, rng)
+            pixels = np.ascontiguousarray(pixels[region]) if config.upright else pixels[region]
+            return _resize(pixels, size, config.interpolation, out)
+    turn = _turn_of_jpeg(data, config.upright)
+    region = draw(*turn.size(frame.height, frame.width), config, rng)
+    region = turn.stored(region, frame.height, frame.width)
     amount, shrink = budget.fitting(
         frame.height,
         frame.width,
-        lambda shrink: budget.jpeg_bytes(frame, channels, shrink, beside),
+        lambda shrink: budget.jpeg_bytes(frame, channels, shrink, whole),
         _SHRINKS[_SHRINKS.index(_shrink_of(region, size)) :],
     )
     with budget.BUDGET.take(amount):
         pixels = _decode_region(data, frame, channels, region, size, shrink)
+        if turn != AS_STORED:
+            pixels = np.ascontiguousarray(turn.apply(pixels))
         return _resize(pixels, size, config.interpolation, out)
 
 
@@ -759,22 +823,33 @@ def image_pixels(image: Image.Image, channels: int) -> np.ndarray:
     """
     with library_errors(not_whole):
         image.load()
+    depth = _depth(image)
     width, height = image.size
     if height * width <= budget.BAND_PIXELS:
-        return _converted(image, channels)
+        return _converted(image, channels, depth)
     pixels = np.empty((height, width, channels), np.uint8)
     rows = max(1, budget.BAND_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         with library_errors(not_whole):
             band = image.crop((0, top, width, bottom))
-        pixels[top:bottom] = _converted(band, channels)
+        pixels[top:bottom] = _converted(band, channels, depth)
     return pixels
 
 
-def _converted(image: Image.Image, channels: int) -> np.ndarray:
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+def _depth(image: Image.Image) -> int:
+    """Bits of a value that Pillow gives more room than it has; 0: as many as the mode says."""
+    if image.format == "PPM":  # 16 bits in 32
+        return 16
+    return tiff.bits_of(getattr(image, "tag_v2", {})) if image.mode == "I;16" else 0
+
+
+def _converted(image: Image.Image, channels: int, depth: int) -> np.ndarray:
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.dtype.kind != "f" and depth:
+            values = values.astype(np.uint16) << (16 - depth)
+        image = _image(arrays.to_uint8(values[:, :, None]))
     with library_errors(not_whole):
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")

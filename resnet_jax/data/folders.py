@@ -20,7 +20,7 @@ from resnet_jax.files import open_regular
 # What is an image in a folder, by the formats that are decoded.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".npy"),
+    *(".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".npy"),
 )
 # Images whose headers are read, evenly from all of a split and at least 16 of each class, to learn
 # how many channels there are. Most data sets have color, which is clear after a few.

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from resnet_jax.data.arrays import scaling_bytes, to_uint8
+from resnet_jax.data.arrays import TYPES, scaling_bytes, to_uint8
 from resnet_jax.errors import DataError, library_errors
 from resnet_jax.limits import MAX_CHANNELS
 
@@ -24,10 +24,16 @@ MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 _FILL_ORDER, _STRIPS, _SAMPLES, _ROWS, _STRIP_SIZES, _PLANAR = 266, 273, 277, 278, 279, 284
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_SIZES = 317, 322, 323, 324, 325
-_EXTRA, _FORMAT = 338, 339
+_ORIENTATION, _EXTRA, _FORMAT = 274, 338, 339
 # Codecs of bytes, which do not know what they mean: none, LZW, Deflate, PackBits, LZMA, Zstandard.
 _OF_BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)
-_TYPES = {(1, 8): "u1", (1, 16): "u2", (3, 16): "f2", (3, 32): "f4", (3, 64): "f8"}
+_KINDS = {1: "u", 2: "i", 3: "f"}  # of the sample format
+_TYPES = {
+    (number, 8 * int(kind[1])): kind
+    for number, letter in _KINDS.items()
+    for kind in TYPES
+    if kind[0] == letter
+}
 _MOST = 2**31 - 1
 
 
@@ -44,6 +50,7 @@ class Tiff(NamedTuple):
       compression: One of _OF_BYTES.
       offsets: Of the strips or tiles, in bytes.
       sizes: Of the strips or tiles, in bytes.
+      orientation: The tag's value; 1: as stored.
     """
 
     shape: tuple[int, int, int]
@@ -55,6 +62,7 @@ class Tiff(NamedTuple):
     compression: int
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    orientation: int = 1
 
     @property
     def _samples(self) -> int:
@@ -160,7 +168,7 @@ def read_tiff(file: BinaryIO) -> Tiff:
     stored = _one(tags, _FORMAT, 1), _one(tags, _BITS, 1)
     for what, known, allowed in (
         ("compression", compression, compression in _OF_BYTES),
-        ("predictor", predictor, predictor == 1 or (predictor == 2 and stored[0] == 1)),
+        ("predictor", predictor, predictor == 1 or (predictor == 2 and stored[0] in (1, 2))),
         ("fill order", _one(tags, _FILL_ORDER, 1), _one(tags, _FILL_ORDER, 1) == 1),
         ("planar configuration", _one(tags, _PLANAR, 1), _one(tags, _PLANAR, 1) in (1, 2)),
         ("sample format and bits", f"{stored[0]}, {stored[1]}", stored in _TYPES),
@@ -185,7 +193,10 @@ def read_tiff(file: BinaryIO) -> Tiff:
         raise DataError(f"not a whole TIFF ({len(offsets):,} of {parts:,} strips or tiles)")
     dtype = np.dtype(_TYPES[stored]).newbyteorder("<" if tags.prefix == b"II" else ">")
     shape = height, width, channels
-    return Tiff(shape, dtype, separate, part, tiled, predictor == 2, compression, offsets, sizes)
+    differences, orientation = predictor == 2, _one(tags, _ORIENTATION, 1)
+    return Tiff(
+        shape, dtype, separate, part, tiled, differences, compression, offsets, sizes, orientation
+    )
 
 
 def read_tags(file: BinaryIO) -> ImageFileDirectory_v2:
@@ -214,6 +225,16 @@ def channels_of(tags: Any) -> int:
     if _one(tags, _PHOTOMETRIC, 1) not in (0, 1, 2):
         return 0
     return samples if unspecified else 0
+
+
+def bits_of(tags: Any) -> int:
+    """Bits of a value of one channel, such as 12; 0 where they are 16 or the tags do not say.
+
+    Args:
+      tags: Of the image.
+    """
+    bits = _one(tags, _BITS, 0)
+    return bits if bits < 16 else 0
 
 
 def _many(tags: Any, tag: int) -> tuple[int, ...]:

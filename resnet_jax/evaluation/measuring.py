@@ -75,6 +75,7 @@ class Evaluator:
         self.scales: tuple[int, ...] = ()
         if self.views == "multi_scale":
             self.scales = tuple(scales) or default_scales(self.size)
+            _check_whole_images(network)
         least = network.model.strides()[-1]
         if any(scale < least for scale in self.scales):
             raise ConfigError(
@@ -170,7 +171,9 @@ class Evaluator:
             channels=network.channels,
             eval_size=size,
             eval_resize=resize,
-            interpolation=network.preprocessing.interpolation,
+            eval_crop=network.crop.eval_crop,
+            interpolation=network.crop.interpolation,
+            upright=network.crop.upright,
         )
 
     def _batches(
@@ -310,6 +313,20 @@ class _Results:
     def each(self) -> dict[str, np.ndarray]:
         names = self._each[0] if self._each else {}
         return {name: np.concatenate([part[name] for part in self._each]) for name in names}
+
+
+def _check_whole_images(network: Network) -> None:
+    """Refuses to resize images by their shape as stored where the network is to see another."""
+    if network.crop.eval_crop == "squash":
+        raise ConfigError(
+            f"--views=multi_scale: keeps the proportions of images, and {network.source} takes "
+            "them squashed; take --views=one_crop, flip or ten_crop"
+        )
+    if network.crop.upright:
+        raise ConfigError(
+            "--views=multi_scale: takes images as they are stored, not upright; give --no-upright, "
+            "or another view"
+        )
 
 
 def _joined(scales: Sequence[int]) -> str:

@@ -30,10 +30,10 @@ from resnet_jax.training.config import (
 from resnet_jax.training.ownership import is_own
 from resnet_jax.training.setup import make_model
 from resnet_jax.training.workdir import read_class_names, read_config
+from resnet_jax.weights.config_json import MULTI_LABEL
 from resnet_jax.weights.convert import Variables, fit_variables, from_torch, head_classes
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, read_state_dict
 from resnet_jax.weights.pretrained import (
-    MULTI_LABEL,
     Preprocessing,
     load_pretrained,
     pretrained_labels,
@@ -61,6 +61,8 @@ class Network:
       multi_label: It was trained for images with none, one or several labels: the probability of
         a class is the logistic function of its logit, and not the softmax.
       threshold: Probability from which a class is predicted, where it is multi_label.
+      upright: Turn images as their EXIF orientation says; None: predictions turn them, and
+        evaluation does as the run's data.upright says.
     """
 
     source: str
@@ -76,13 +78,19 @@ class Network:
     own: bool = False
     multi_label: bool = False
     threshold: float = 0.5
+    upright: bool | None = None
 
     @property
     def crop(self) -> Data:
-        """The preprocessing's geometry, as `data.decode.eval_crop` takes it."""
-        size, resize = self.preprocessing.image_size, self.preprocessing.resize_size
-        interpolation = self.preprocessing.interpolation
-        return Data(eval_size=size, eval_resize=resize, interpolation=interpolation)
+        """How images are prepared for evaluation, as `data.decode.eval_crop` takes it."""
+        trained_upright = self.config is not None and self.config.data.upright
+        return Data(
+            eval_size=self.preprocessing.image_size,
+            eval_resize=self.preprocessing.resize_size,
+            eval_crop=self.preprocessing.crop_mode,
+            interpolation=self.preprocessing.interpolation,
+            upright=trained_upright if self.upright is None else self.upright,
+        )
 
     @property
     def colours(self) -> Augment:
@@ -221,6 +229,7 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
             interpolation=data.interpolation,
             mean=tuple(config.augment.mean),
             std=tuple(config.augment.std),
+            crop_mode=data.eval_crop,
         ),
         channels=_channels(variables),
         class_names=_class_names(classes, names),

@@ -16,6 +16,7 @@ from resnet_jax.errors import ConfigError, DataError, library_errors
 from resnet_jax.evaluation.multi_label import is_predicted, sigmoid
 from resnet_jax.evaluation.network import Network, open_network
 from resnet_jax.inference.forward import Forward
+from resnet_jax.inference.images import ImageFile, from_memory, name_of
 from resnet_jax.limits import MAX_CHANNELS
 
 
@@ -37,11 +38,13 @@ class Prediction:
 class Classifier:
     """A trained network that takes images as they come and gives names and probabilities.
 
-    Images are a path, an image of Pillow's, an array of uint8 pixels ([H, W, C], [N, H, W, C] or
-    grey [H, W]), or a list of these, mixed as they may be. They are turned upright as their EXIF
-    tag says, converted to the network's colours (transparency is dropped, of 16 bits the upper 8
-    are kept), resized and cropped as in evaluation. For a network of other than 1 or 3 channels,
-    images must have as many, as TIFF and .npy files and arrays may.
+    Images are a path, an encoded image as bytes or an open binary file, an image of Pillow's, an
+    array of NumPy, JAX or the like ([H, W, C], [N, H, W, C] or grey [H, W]), or a list of these,
+    mixed as they may be. They are turned upright as their EXIF tag says (unless the network was
+    opened with upright=False), converted to the network's colours (transparency is dropped),
+    resized and cropped as in evaluation. Arrays are uint8, or have values as docs/decoding.md says
+    of files: floating-point from 0 to 1, for example. For a network of other than 1 or 3 channels,
+    images must have as many: RGBA images, TIFF and .npy files, and arrays may have.
 
     The same image gives the same numbers whatever the others are, because every batch is filled
     up to `batch_size`. For one small image at a time, batch_size=1 saves that work.
@@ -213,27 +216,27 @@ def _or_raise(row: np.ndarray | DataError) -> np.ndarray:
 
 def _each(images: Any) -> Iterator[Any]:
     """The single images of whatever the caller gave."""
-    if isinstance(images, str | os.PathLike):
+    images = from_memory(images)
+    if isinstance(images, str | os.PathLike | ImageFile):
         yield images
     elif isinstance(images, Image.Image):
-        name = getattr(images, "filename", "") or "an image in memory"
+        name = name_of(images)
         with library_errors(lambda error: DataError(f"{name}: {not_whole(error)}")):
             images.load()  # here, because two threads cannot load one image
         yield images
-    elif hasattr(images, "__array__"):
-        yield from _each_pixels(np.asarray(images))
+    elif isinstance(images, np.ndarray):
+        yield from _each_pixels(images)
     elif isinstance(images, Iterable):
         for image in images:
             yield from _each(image)
     else:
         raise DataError(
-            f"images: {type(images).__name__} is none; give paths, Pillow images, uint8 arrays"
+            f"images: {type(images).__name__} is none; give paths, bytes, open binary files, "
+            "Pillow images, arrays"
         )
 
 
 def _each_pixels(pixels: np.ndarray) -> Iterator[np.ndarray]:
-    if pixels.dtype != np.uint8:
-        raise DataError(f"images: an array of {pixels.dtype}; give uint8 pixels from 0 to 255")
     if pixels.ndim == 4:
         for each in pixels:
             yield from _each_pixels(each)

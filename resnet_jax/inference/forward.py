@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import os
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +14,7 @@ from resnet_jax.data.augment import normalize
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.evaluation.network import Network
-from resnet_jax.inference.images import in_threads, read_crop
+from resnet_jax.inference.images import in_threads, name_of, read_crop
 from resnet_jax.limits import MAX_BATCH
 from resnet_jax.training.config import INTERPOLATIONS
 from resnet_jax.training.parallel import data_parallel_outputs, place, put
@@ -63,6 +63,8 @@ class Forward:
                 f"there is {' and '.join(INTERPOLATIONS)}"
             )
         self._network = network
+        # Photos of a user's own are turned upright, whatever the network was evaluated on.
+        self._data = dataclasses.replace(network.crop, upright=network.upright is not False)
         self._side = network.preprocessing.image_size
         devices = jax.local_device_count()
         self.batch_size = -(-(batch_size or _fast_batch(self._side)) // devices) * devices
@@ -114,7 +116,7 @@ class Forward:
         yield from waiting
 
     def _crop(self, image: Any) -> np.ndarray:
-        return read_crop(image, self._network.channels, self._network.crop)
+        return read_crop(image, self._network.channels, self._data)
 
     def _batches(self, images: Iterable[Any]) -> Iterator[tuple[_Entries, np.ndarray]]:
         shape = (self.batch_size, self._side, self._side, self._network.channels)
@@ -148,9 +150,5 @@ def _fast_batch(side: int) -> int:
 
 def _noted(images: Iterable[Any], names: collections.deque[str]) -> Iterator[Any]:
     for image in images:
-        if isinstance(image, str | os.PathLike):
-            names.append(os.fspath(image))
-        else:  # an `ImageFile`, an image of Pillow's, or an array
-            name = getattr(image, "name", "") or getattr(image, "filename", "")
-            names.append(name or "an image in memory")
+        names.append(name_of(image))
         yield image

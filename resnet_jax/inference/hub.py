@@ -15,6 +15,7 @@ from resnet_jax.output import json_text, visible
 from resnet_jax.training.records import is_training, read_records
 from resnet_jax.weights.files import save_weights
 from resnet_jax.weights.naming import schemes_for
+from resnet_jax.weights.preprocessing import Preprocessing
 
 # What config.json has no word for; a network that differs here from its name is no such network.
 _OF_THE_NAME = (
@@ -99,7 +100,7 @@ def hub_config(network: Network) -> dict[str, Any]:
             "pool_size": [pool, pool],
             "interpolation": preprocessing.interpolation,
             "crop_pct": preprocessing.crop_fraction,
-            "crop_mode": "center",
+            "crop_mode": preprocessing.crop_mode,
             "mean": _a_channel(preprocessing.mean, channels),
             "std": _a_channel(preprocessing.std, channels),
             "num_classes": model.num_classes,
@@ -167,8 +168,7 @@ def _facts(network: Network) -> dict[str, str]:
     facts = {
         "parameters": f"{counts.parameters:,}",
         "multiply-adds": f"{counts.multiply_adds:,} an image",
-        "image": f"{shape[1]} x {shape[2]} pixels, {'grey' if shape[3] == 1 else 'RGB'}: the "
-        f"centre, once the shorter side is {preprocessing.resize_size} pixels "
+        "image": f"{shape[1]} x {shape[2]} pixels, {_colors(shape[3])}: {_geometry(preprocessing)} "
         f"({preprocessing.interpolation})",
         "classes": str(network.model.num_classes)
         + (", none, one or several for an image" if network.multi_label else ""),
@@ -191,6 +191,18 @@ def _facts(network: Network) -> dict[str, str]:
             facts["images evaluated"] = f"{record['images']:,}"
         facts["state"] = f"after {record['step']:,} steps{average}"
     return facts
+
+
+def _colors(channels: int) -> str:
+    return {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+
+
+def _geometry(preprocessing: Preprocessing) -> str:
+    size, resized = preprocessing.image_size, preprocessing.resize_size
+    if preprocessing.crop_mode == "center":
+        return f"the centre, once the shorter side is {resized} pixels"
+    of = "" if resized == size else f"the centre of {resized} x {resized} pixels: "
+    return f"{of}the whole image, without regard to its proportions"
 
 
 def _plain(name: object) -> str:

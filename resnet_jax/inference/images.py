@@ -1,7 +1,8 @@
-"""Images to predict: found in folders and on standard input, read in threads, turned upright.
+"""Images to predict: found in folders, on standard input or in memory, and read in threads.
 
-Training and evaluation take images as they are stored, because that is how published accuracies
-were measured. Here a photo is to be the way up that its camera noted (EXIF orientation).
+A photo is turned the way up that its camera noted (EXIF orientation), unless the caller says
+otherwise. Training and evaluation take images as they are stored, because that is how published
+accuracies were measured; `data.upright` changes that.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
-from resnet_jax.data.arrays import with_channels
+from resnet_jax.data.arrays import check_type, to_uint8, with_channels
 from resnet_jax.data.budget import FILE_BYTES, Beside
 from resnet_jax.data.decode import (
     crop_bytes,
@@ -28,12 +29,11 @@ from resnet_jax.data.decode import (
     decoded,
     image_pixels,
     no_bytes,
-    not_whole,
-    open_image,
     read_encoded,
     read_header,
 )
 from resnet_jax.data.folders import IMAGE_SUFFIXES
+from resnet_jax.data.orientation import turn_of
 from resnet_jax.errors import DataError, library_errors
 from resnet_jax.training.config import Data
 
@@ -42,16 +42,7 @@ STDIN = "-"
 _MOST_VISITS = 100
 # Images that a thread takes at a time: waking it costs as much as decoding a small one.
 _AT_A_TIME = 4
-# How stored pixels [H, W, C] become upright ones, by the value of the orientation tag.
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
-}
+_NAMELESS = "an image in memory"
 
 T = TypeVar("T")
 
@@ -166,13 +157,16 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
         ]
 
 
-def read_pixels(image: Any, channels: int) -> np.ndarray:
-    """An image as pixels, upright.
+def read_pixels(image: Any, channels: int, *, upright: bool = True) -> np.ndarray:
+    """An image as pixels.
 
     Args:
-      image: A path, an `ImageFile`, an image of Pillow's, or uint8 pixels [H, W, C] or [H, W].
+      image: A path, an `ImageFile`, an encoded image as bytes or an open binary file, an image of
+        Pillow's, or an array [H, W, C] or [H, W] of NumPy, JAX and the like. The values of arrays
+        become 0..255 as those of a .npy file (`data.arrays.to_uint8`).
       channels: 3 (RGB) or 1 (grey), to which images are converted as `data.decode` does; or as many
         as the image has.
+      upright: Turn it as its EXIF orientation says.
 
     Returns:
       uint8 pixels [H, W, channels].
@@ -185,7 +179,7 @@ def read_pixels(image: Any, channels: int) -> np.ndarray:
       >>> read_pixels(Image.new("LA", (8, 4)), channels=3).shape
       (4, 8, 3)
     """
-    with upright(image, channels) as pixels:
+    with opened_pixels(image, channels, upright=upright) as pixels:
         return pixels
 
 
@@ -203,18 +197,22 @@ def read_crop(image: Any, channels: int, config: Data) -> np.ndarray:
     Raises:
       DataError: As `read_pixels` and `data.decode.crop_pixels`.
     """
-    with upright(image, channels, crop_bytes(config, channels)) as pixels:
+    beside = crop_bytes(config, channels)
+    with opened_pixels(image, channels, beside, upright=config.upright) as pixels:
         return crop_pixels(pixels, config)
 
 
 @contextlib.contextmanager
-def upright(image: Any, channels: int, beside: Beside = no_bytes) -> Iterator[np.ndarray]:
+def opened_pixels(
+    image: Any, channels: int, beside: Beside = no_bytes, *, upright: bool = True
+) -> Iterator[np.ndarray]:
     """`read_pixels`; of a file, the memory is counted until the block ends.
 
     Args:
       image: As for `read_pixels`.
       channels: As for `read_pixels`.
       beside: Bytes that the block takes beside pixels of that height and width.
+      upright: As for `read_pixels`.
 
     Yields:
       uint8 pixels [H, W, channels].
@@ -222,20 +220,20 @@ def upright(image: Any, channels: int, beside: Beside = no_bytes) -> Iterator[np
     Raises:
       DataError: As `read_pixels`; one of the block's is given the image's name.
     """
+    image = from_memory(image)
     if isinstance(image, np.ndarray):
-        yield _of_array(image if image.ndim == 3 else image[:, :, None], channels)
+        yield _of_array(image, channels)
         return
-    name = getattr(image, "filename", "") or "an image in memory"
+    name = name_of(image)
     try:
         if isinstance(image, Image.Image):
             # The tag comes second: loading a TIFF, Pillow turns it and takes its tag away.
             pixels = image_pixels(image, channels)
-            yield _turned(pixels, _orientation(image))
+            yield turn_of(image).apply(pixels) if upright else pixels
             return
         file = image if isinstance(image, ImageFile) else ImageFile(os.fspath(image))
-        name = file.name
         data = read_encoded(name) if file.data is None else file.data
-        with _decoded_upright(data, channels, beside) as pixels:
+        with decoded(data, channels, beside, upright=upright) as pixels:
             yield pixels
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
@@ -243,8 +241,61 @@ def upright(image: Any, channels: int, beside: Beside = no_bytes) -> Iterator[np
         raise DataError(f"{name}: {error}") from error
 
 
+def from_memory(image: Any) -> Any:
+    """An image that the caller holds, as one of the kinds that are read here.
+
+    Args:
+      image: Anything.
+
+    Returns:
+      An `ImageFile` of bytes and of an open binary file, which is read to its end; a NumPy array of
+      any array; all else as it is.
+
+    Raises:
+      DataError: The file cannot be read, is larger than images may be, or gives text.
+
+    Example:
+      >>> from_memory(io.BytesIO(b"GIF89a"))
+      ImageFile(name='an image in memory', label='', data=b'GIF89a')
+    """
+    if isinstance(image, ImageFile | Image.Image | np.ndarray | str | os.PathLike):
+        return image
+    if isinstance(image, bytes | bytearray | memoryview):
+        return ImageFile(_NAMELESS, data=bytes(image))
+    if hasattr(image, "read"):
+        return ImageFile(name_of(image), data=_content(image))
+    return np.asarray(image) if hasattr(image, "__array__") else image
+
+
+def _content(file: Any) -> bytes:
+    name = name_of(file)
+    with library_errors(lambda error: DataError(f"{name}: cannot be read ({error})")):
+        if file.seekable():  # one that was just written is at its end
+            file.seek(0)
+        data = file.read(FILE_BYTES + 1)
+    if not isinstance(data, bytes):
+        raise DataError(
+            f'{name}: the open file gives text; open it as a binary one, with mode "rb"'
+        )
+    if len(data) > FILE_BYTES:
+        raise DataError(f"{name}: has more than the limit of {FILE_BYTES:,} bytes")
+    return data
+
+
+def name_of(image: Any) -> str:
+    """What an image is called in messages: its path, where it has one."""
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    name = getattr(image, "filename", "") or getattr(image, "name", "")
+    return name if isinstance(name, str) and name else _NAMELESS
+
+
 def _of_array(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Pixels [H, W, C], converted as the same image in a file would be."""
+    """Pixels [H, W, C] or [H, W], converted as the same image in a file would be."""
+    if pixels.ndim not in (2, 3) or not pixels.size:
+        raise DataError(f"an array of shape {pixels.shape}: an image is [H, W, C] or [H, W]")
+    check_type(pixels.dtype)
+    pixels = to_uint8(pixels if pixels.ndim == 3 else pixels[:, :, None])
     if pixels.shape[2] == channels:
         return pixels
     if channels in (1, 3) and pixels.shape[2] in (2, 4):  # the last one is opacity
@@ -253,33 +304,6 @@ def _of_array(pixels: np.ndarray, channels: int) -> np.ndarray:
         return with_channels(pixels, channels)
     except DataError as error:
         raise DataError(f"an array of shape {pixels.shape}: {error}") from error
-
-
-@contextlib.contextmanager
-def _decoded_upright(data: bytes, channels: int, beside: Beside) -> Iterator[np.ndarray]:
-    orientation = 1
-
-    def look(image: Image.Image) -> None:
-        nonlocal orientation
-        orientation = _orientation(image)
-
-    with decoded(data, channels, beside, look) as pixels:
-        if data[:2] == b"\xff\xd8":  # a JPEG, of which Pillow reads the tag only
-            look(open_image(io.BytesIO(data)))
-        yield _turned(pixels, orientation)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        with library_errors(not_whole):
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except DataError:  # damaged tags are no reason to refuse whole pixels
-        return 1
-
-
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    turn = _TURNS.get(orientation)
-    return pixels if turn is None else turn(pixels)
 
 
 def in_threads(

@@ -93,9 +93,10 @@ class Data:
       jitter_sides: Least and largest shorter side in pixels for the scale jitter.
       interpolation: "bilinear" or "bicubic".
       eval_size: Side of the evaluated images in pixels; 0: image_size.
-      eval_resize: Shorter side in pixels before the centre crop of evaluation; 0: eval_size.
-      eval_crop: How evaluation makes an image square: "center" cuts the center out of the resized
-        image; "squash" resizes the whole image to eval_size, without regard to its proportions.
+      eval_resize: Shorter side in pixels before the centre crop of evaluation, or both sides with
+        eval_crop "squash"; 0: eval_size.
+      eval_crop: How evaluation makes an image square: "center" resizes the shorter side; "squash"
+        both sides, without regard to proportions. Then the center of eval_size is cut out.
       upright: Turn images as their EXIF orientation says, in training and evaluation.
       memory_gib: Data sets whose crops do not vary stay in memory up to this size in GiB.
       workers: Processes that read and decode; 0: threads of this process only.

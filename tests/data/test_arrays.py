@@ -13,6 +13,7 @@ from resnet_jax.data import arrays, budget, decode, tiff
 from resnet_jax.data.decode import eval_crop, read_header, train_crop
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
+from resnet_jax.inference.images import ImageFile, read_pixels
 from resnet_jax.training.config import Data
 
 # Written by tifffile 2026.3.3, of `_pattern`; the last words are channels and type.
@@ -78,6 +79,83 @@ def test_values_of_arrays():
     ):
         np.testing.assert_array_equal(decode.decode(_npy(values), 5), pixels)
     np.testing.assert_array_equal(decode.decode(_npy(pixels[:, :, 0]), 1), pixels[:, :, :1])
+
+
+GREY = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)
+
+
+def _tiff(values):
+    return _encoded(Image.fromarray(values), "TIFF")
+
+
+def _twelve_bits(values):
+    """A TIFF of 12 bits a value, two of them in three bytes, as microscopes write it."""
+    first, second = values.reshape(-1, 2).astype(np.uint16).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1)
+    data = packed.astype(np.uint8).tobytes()
+    tags = {
+        **{tiff._WIDTH: (values.shape[1],), tiff._HEIGHT: (values.shape[0],), tiff._BITS: (12,)},
+        **{tiff._COMPRESSION: (1,), tiff._PHOTOMETRIC: (1,), tiff._SAMPLES: (1,)},
+        **{tiff._ROWS: (values.shape[0],), tiff._STRIPS: (8,), tiff._STRIP_SIZES: (len(data),)},
+    }
+    return tiff._with_tags(b"II*\0\0\0\0\0" + data, tags)
+
+
+GREY_FILES = {
+    "int32": _tiff(GREY.astype(np.int32)),
+    "uint16": _tiff(GREY.astype(np.uint16) << 8 | 0x7F),
+    "float32": _tiff(GREY / np.float32(255)),
+    "12 bits": _twelve_bits(GREY.astype(np.uint16) << 4 | 7),
+    "PGM of 16 bits": b"P5 8 6 65535\n"
+    + (GREY.astype(np.uint16) << 8 | 0x7F).astype(">u2").tobytes(),
+    **{f".npy {kind}": _npy(GREY.astype(kind)) for kind in ("i2", ">i4", "u4", "i8", "u8")},
+    **{f".npy {kind}": _npy((GREY / 255).astype(kind)) for kind in ("f2", ">f4", "f8")},
+}
+
+
+@pytest.mark.parametrize("data", GREY_FILES.values(), ids=GREY_FILES)
+def test_one_rule_of_values(data):
+    """Every type is scaled in one way, in training, evaluation and prediction."""
+    np.testing.assert_array_equal(decode.decode(data, 1)[:, :, 0], GREY)
+    np.testing.assert_array_equal(decode.decode(data, 3), np.stack([GREY] * 3, -1))
+    config = Data(image_size=6)
+    png = _encoded(Image.fromarray(GREY), "PNG")
+    np.testing.assert_array_equal(eval_crop(data, config, 1), eval_crop(png, config, 1))
+    found, expected = (train_crop(each, config, 1, RNG) for each in (data, png))
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(read_pixels(ImageFile("x", data=data), 1)[:, :, 0], GREY)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (GREY.astype(np.float32), "floating-point values from 0 to 235; they must be from 0 to 1"),
+        (np.full((4, 4), np.nan, np.float32), r"values that are not numbers \(NaN\); they must"),
+        (np.full((4, 4), np.inf, np.float32), "values from inf to inf; they must be from 0 to 1"),
+        (GREY.astype(np.int32) * 257, "int32 values from 0 to 60395; they must be from 0 to 255"),
+        (GREY.astype(np.int32) - 1, "int32 values from -1 to 234; they must be from 0 to 255"),
+    ],
+)
+def test_values_without_a_rule_are_refused(values, message):
+    for data in (_tiff(values), _npy(values)):
+        for channels in (1, 3):
+            with pytest.raises(DataError, match=message):
+                decode.decode(data, channels)
+    with pytest.raises(DataError, match=message):
+        read_pixels(values, 1)
+    with pytest.raises(DataError, match=message):
+        read_pixels(Image.fromarray(values), 1)
+
+
+def test_tiffs_of_several_channels_are_turned_where_asked_for(monkeypatch):
+    path = next(path for path in FIXTURES if path.stem.endswith("5_u1"))
+    read = tiff.read_tiff
+    monkeypatch.setattr(tiff, "read_tiff", lambda file: read(file)._replace(orientation=6))
+    stored = _pattern(5, "u1")
+    data = path.read_bytes()
+    for upright, expected in ((False, stored), (True, np.rot90(stored, -1))):
+        with decode.decoded(data, 5, upright=upright) as pixels:
+            np.testing.assert_array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize("value", [1.01, -0.01, np.nan, np.inf, 255.0, 1e300])
@@ -168,7 +246,9 @@ DAMAGED = {
     "channels first": _npy(np.zeros((5, 32, 32), np.uint8)),
     "too many channels": _npy(np.zeros((1, 2, 1025), np.uint8)),
     "negative": _header("{'descr': '|u1', 'fortran_order': False, 'shape': (-4, -4, 5)}"),
-    "integers": _npy(np.zeros((4, 4, 5), np.int64)),
+    "integers above 255": _npy(np.full((4, 4, 5), 256, np.int64)),
+    "integers below 0": _npy(np.full((4, 4, 5), -1, np.int8)),
+    "truth values": _npy(np.zeros((4, 4, 5), bool)),
 }
 
 

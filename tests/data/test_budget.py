@@ -252,6 +252,8 @@ def test_bands_are_converted_alike(mode, channels, monkeypatch):
     image = photo(61, 47)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    if mode == "F":
+        image = Image.fromarray(np.asarray(image.convert("L")) / np.float32(255))
     options = {"transparency": bytes(range(64))} if mode == "P" else {}
     data = encode(image if mode == "I;16" else image.convert(mode), MODES[mode], **options)
     whole = decode(data, channels)

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from resnet_jax.data import decode as module
 from resnet_jax.data.decode import decode, eval_crop, train_crop
+from resnet_jax.data.orientation import AS_STORED, turn_by_tag
 from resnet_jax.errors import DataError
 from resnet_jax.training.config import Data
 from tests.data.photos import bombs
@@ -116,6 +117,96 @@ def test_center_is_evaluations_geometry():
     data = encode(photo(120, 90))
     a = train_crop(data, Data(crop="center", image_size=64), 3, np.random.default_rng(0))
     assert difference(a, eval_crop(data, Data(eval_size=64), 3)).max() == 0
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("resized", "size"), [(0, 64), (71, 64)])
+@pytest.mark.parametrize("sides", [(120, 90), (64, 64), (40, 300), (71, 71)])
+def test_squashed_images_keep_all_of_the_image(sides, resized, size, kind):
+    """Timm's crop_mode "squash": both sides become `eval_resize`, then the centre is cut."""
+    image, side = photo(*sides), resized or size
+    config = Data(eval_size=size, eval_resize=resized, eval_crop="squash", interpolation=kind)
+    left = round((side - size) / 2)
+    expected = np.asarray(image.resize((side, side), FILTERS[kind]))
+    expected = expected[left : left + size, left : left + size]
+    found = eval_crop(encode(image, "PNG"), config, 3)
+    assert difference(found, expected).max() == 0
+    assert found.flags.c_contiguous
+
+
+def test_a_strip_can_be_squashed():
+    strip = encode(Image.new("RGB", (20_000, 10), (9, 9, 9)), "PNG")
+    found = eval_crop(strip, Data(eval_size=32, eval_crop="squash"), 3)
+    assert found.shape == (32, 32, 3)
+    assert found.min() == found.max() == 9
+
+
+# Orientation.
+
+KINDS = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+
+
+def tagged(kind: str, orientation: int) -> tuple[bytes, Image.Image]:
+    """An encoded photo with that tag, and the photo as it is to be seen."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    # Smooth, because a JPEG may be decoded at half its size.
+    smooth = photo(20, 15).resize((150, 110), Image.Resampling.BICUBIC)
+    data = encode(smooth, kind, exif=exif, **KINDS[kind])
+    with Image.open(io.BytesIO(data)) as image:
+        return data, ImageOps.exif_transpose(image)
+
+
+@pytest.mark.parametrize("crop", ["eval", "squash", "center", "random_resized", "scale_jitter"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", KINDS)
+def test_upright_images_are_those_that_were_turned_before(decoder, kind, orientation, crop):
+    data, seen = tagged(kind, orientation)
+    training = crop not in ("eval", "squash")
+    config = Data(
+        image_size=48,
+        crop=crop if training else "center",
+        eval_crop="squash" if crop == "squash" else "center",
+        jitter_sides=(50, 70),
+        upright=True,
+    )
+
+    def cropped(encoded: bytes) -> np.ndarray:
+        if training:
+            return train_crop(encoded, config, 3, np.random.default_rng(orientation))
+        return eval_crop(encoded, config, 3)
+
+    found, expected = cropped(data), cropped(encode(seen, "PNG"))
+    # Half sizes move a JPEG's edges by up to a pixel, turned or not; a wrong turn makes it 30.
+    assert difference(found, expected).mean() <= (6 if kind == "JPEG" else 0)
+    assert found.flags.c_contiguous
+
+
+def test_images_are_taken_as_stored_by_default(decoder):
+    data, seen = tagged("JPEG", 6)
+    stored = encode(seen.transpose(Image.Transpose.ROTATE_90), "PNG")
+    for config in (Data(image_size=48), Data(image_size=48, crop="random_resized")):
+        assert difference(eval_crop(data, config, 3), eval_crop(stored, config, 3)).mean() <= 3
+        found, expected = (
+            train_crop(each, config, 3, np.random.default_rng(0)) for each in (data, stored)
+        )
+        assert difference(found, expected).mean() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_regions_are_found_in_the_stored_image(orientation):
+    turn = turn_by_tag(orientation)
+    stored = np.arange(7 * 5).reshape(7, 5, 1)
+    seen = turn.apply(stored)
+    assert seen.shape[:2] == turn.size(7, 5)
+    region = (slice(1, 3), slice(2, 5))
+    part = turn.apply(stored[turn.stored(region, 7, 5)])
+    np.testing.assert_array_equal(part, seen[region])
+
+
+@pytest.mark.parametrize("value", [0, 9, -1, 2**40, "6", None, 6.0])
+def test_strange_tags_turn_nothing(value):
+    assert turn_by_tag(value) == AS_STORED
 
 
 # Random crops. An image whose red is the column and green the row tells where a crop was.

@@ -275,3 +275,9 @@ def lists_that_never_end(places):
     (places.here / "rows.csv").write_text(rows)
     (places.here / "one_line.csv").write_bytes(b"path,label\n")
     os.truncate(places.here / "one_line.csv", 10**9)
+
+
+@case(PREDICT, FEATURES, **SKIPPED)
+def image_is_the_head_of_a_heic_photo(places):
+    """Its brands are said to go on for 4 GB; pillow-heif may be there or not."""
+    put(places, b"\xff\xff\xff\xffftypheic" + b"mif1" * 20)

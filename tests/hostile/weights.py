@@ -129,6 +129,7 @@ _CONFIGURATIONS = {
     "a_mean_of_letters": {"mean": "555"},
     "a_name_of_a_megabyte": {"architecture": "x" * 10**6},
     "an_argument_of_a_megabyte": {"model_args": {"x": "y" * 10**6}},
+    "millions_of_blocks": {"architecture": "resnet18", "model_args": {"layers": [999] * 999}},
 }
 for _name, _changes in _CONFIGURATIONS.items():
     _make = hub(**_changes)
@@ -141,6 +142,19 @@ def hub_configuration_is_a_fifo(places):
     folder = hub()(places)
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
+
+
+@case(*OPEN)
+def hub_of_transformers_has_stages_of_nothing(places):
+    config = {"model_type": "resnet", "depths": [1, 1], "hidden_sizes": [[], {}]}
+    (hub()(places) / "config.json").write_text(json.dumps(config))
+
+
+@case(*OPEN)
+def hub_of_transformers_has_a_processor_of_nothing(places):
+    folder = hub()(places)
+    (folder / "config.json").write_text(json.dumps({"model_type": "resnet"}))
+    (folder / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 1e999}}')
 
 
 @case(*OPEN)

@@ -1,9 +1,12 @@
 """Images of every mode and orientation against Pillow; where images are found."""
 
+import dataclasses
 import io
 import os
+import sys
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -11,7 +14,8 @@ from PIL import Image, ImageOps
 import resnet_jax as rj
 from resnet_jax.data import decode as decode_module
 from resnet_jax.inference import images as module
-from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_pixels
+from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_crop, read_pixels
+from resnet_jax.training.config import Data
 from tests.data.photos import bombs
 
 RNG = np.random.default_rng(0)
@@ -160,6 +164,74 @@ def test_a_damaged_image_of_pillows():
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(rj.DataError, match=r"none\.png: cannot be read"):
         read_pixels(tmp_path / "none.png", 3)
+
+
+def test_images_as_stored():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(PICTURE, "PNG", exif=exif)
+    for image in (ImageFile("x", data=data), Image.open(io.BytesIO(data))):
+        np.testing.assert_array_equal(read_pixels(image, 3, upright=False), COLOUR)
+        np.testing.assert_array_equal(read_pixels(image, 3), np.rot90(COLOUR, -1))
+    config = Data(image_size=24)
+    for upright, expected in ((False, COLOUR[:, 4:28]), (True, np.rot90(COLOUR[:, 4:28], -1))):
+        found = read_crop(data, 3, dataclasses.replace(config, upright=upright))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_images_in_memory(tmp_path):
+    data = MODES["RGB"]
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    at_the_end = io.BytesIO()
+    PICTURE.save(at_the_end, "PNG")
+    with path.open("rb") as file:
+        images = [data, bytearray(data), memoryview(data), io.BytesIO(data), at_the_end, file]
+        images += [COLOUR, jnp.asarray(COLOUR), COLOUR / 255, jnp.asarray(COLOUR / np.float32(255))]
+        for image in images:
+            np.testing.assert_array_equal(read_pixels(image, 3), COLOUR)
+
+
+def test_open_files_that_give_no_image(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    path.write_bytes(MODES["RGB"][:60])
+    with path.open("rb") as file:
+        with pytest.raises(rj.DataError, match=r"x\.png: not a whole image"):
+            read_pixels(file, 3)
+        monkeypatch.setattr(module, "FILE_BYTES", 59)
+        with pytest.raises(rj.DataError, match=r"x\.png: has more than the limit of 59 bytes"):
+            read_pixels(file, 3)
+    with pytest.raises(rj.DataError, match=r"x\.png: cannot be read .*closed"):
+        read_pixels(file, 3)
+    with (
+        path.open(encoding="latin-1") as file,
+        pytest.raises(rj.DataError, match=r'gives text.*"rb"'),
+    ):
+        read_pixels(file, 3)
+
+
+# The first bytes of a photo of an iPhone.
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(100)
+
+
+def test_heic_names_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(rj.DataError, match=r"^a\.heic: an image in HEIC format needs pillow_heif"):
+        read_pixels(ImageFile("a.heic", data=HEIC), 3)
+    avif = encoded(PICTURE, "AVIF")
+    assert b"ftyp" in avif[:12]
+    assert read_pixels(ImageFile("a.avif", data=avif), 3).shape == (24, 32, 3)
+
+
+def test_heic_is_read_and_broken_files_are_named():
+    heif = pytest.importorskip("pillow_heif", reason="reads HEIC")
+    file = io.BytesIO()
+    heif.from_pillow(PICTURE.resize((320, 240))).save(file, quality=95)
+    found = read_pixels(file, 3).astype(int)
+    assert np.abs(found - np.asarray(PICTURE.resize((320, 240)))).mean() < 6
+    for data in (HEIC, file.getvalue()[:-500], HEIC[:20]):
+        with pytest.raises(rj.DataError, match=r"^a\.heic: not a whole image"):
+            read_pixels(ImageFile("a.heic", data=data), 3)
 
 
 @pytest.fixture

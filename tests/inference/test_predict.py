@@ -139,10 +139,52 @@ def test_grey_network(tmp_path, photos):
     assert (logits == logits[0]).all()
 
 
+def test_images_in_memory_are_those_of_files(classifier, photos):
+    path = files_of(photos)[0]
+    pixels = np.asarray(Image.open(path))
+    with path.open("rb") as file:
+        images = [path, path.read_bytes(), file, pixels, jnp.asarray(pixels), pixels / 255]
+        found = classifier.logits([*images, ImageFile(str(path))])
+    assert (found == found[0]).all()
+    np.testing.assert_array_equal(classifier.logits(io.BytesIO(path.read_bytes())), found[:1])
+
+
+def test_four_channels(tmp_path):
+    network = open_network(
+        write_network(tmp_path / "w.safetensors", channels=4), model="resnet8_cifar"
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 36, 4), np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    with pytest.raises(rj.ConfigError, match="mean"):  # three numbers, those of color
+        rj.Classifier(network, batch_size=BATCH).logits(pixels)
+    colors = dataclasses.replace(network.preprocessing, mean=(0.5,), std=(0.25,))
+    classifier = rj.Classifier(dataclasses.replace(network, preprocessing=colors), batch_size=BATCH)
+    found = classifier.logits([pixels, image, tmp_path / "a.png", np.stack([pixels, pixels])])
+    assert (found == found[0]).all()
+    with pytest.raises(rj.DataError, match="has 3 channels, and 4 are needed"):
+        classifier.logits(image.convert("RGB"))
+
+
+def test_photos_are_turned_unless_the_network_is_opened_otherwise(classifier, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (36, 40, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    turned = np.rot90(pixels, -1)
+    for upright, expected in ((None, turned), (True, turned), (False, pixels)):
+        network = dataclasses.replace(classifier.network, upright=upright)
+        found = rj.Classifier(network, batch_size=BATCH).logits([tmp_path / "a.png", expected])
+        np.testing.assert_array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((8, 8, 3), np.float32), "array of float32; give uint8"),
+        (np.full((8, 8, 3), 2.0), "values from 2 to 2; they must be from 0 to 1"),
+        (np.zeros((8, 8, 3), bool), "array of bool; images are uint8"),
+        (io.StringIO("text"), "an image in memory: the open file gives text"),
+        (b"GIF89a", "an image in memory: not a whole image"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
         (np.zeros((0, 8), np.uint8), r"shape \(0, 8\)"),
         (7, "int is none"),

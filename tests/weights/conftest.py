@@ -1,0 +1,3 @@
+"""The recorder needs other frameworks, which the default suite does without."""
+
+collect_ignore = ["record_foreign.py"]
