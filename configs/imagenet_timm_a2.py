@@ -30,7 +30,7 @@ def get_config(model: str = "resnet50") -> Config:
             image_size=224,
             crop="random_resized",
             interpolation="bicubic",
-            eval_resize=236,
+            eval_resize=235,
             repeats=3,
             workers=8,
         ),

@@ -31,7 +31,7 @@ def get_config(model: str = "resnet50") -> Config:
             crop="random_resized",
             interpolation="bicubic",
             eval_size=224,
-            eval_resize=236,
+            eval_resize=235,
             workers=8,
         ),
         augment=Augment(

@@ -92,7 +92,7 @@ SOURCES = {
     "imagenet_timm_a1": {
         "model.stochastic_depth_rate": 0.05,
         "data.image_size": 224,
-        "data.eval_resize": 236,  # 224 / 0.95
+        "data.eval_resize": 235,  # 224 / 0.95, cut
         "data.repeats": 3,
         "augment.rand_layers": 2,
         "augment.rand_magnitude": 7.0,
@@ -112,7 +112,7 @@ SOURCES = {
     "imagenet_timm_a2": {
         "model.stochastic_depth_rate": 0.05,
         "data.image_size": 224,
-        "data.eval_resize": 236,
+        "data.eval_resize": 235,
         "data.repeats": 3,
         "augment.rand_layers": 2,
         "augment.rand_magnitude": 7.0,
@@ -132,7 +132,7 @@ SOURCES = {
         "model.stochastic_depth_rate": 0.0,
         "data.image_size": 160,
         "data.eval_size": 224,
-        "data.eval_resize": 236,
+        "data.eval_resize": 235,
         "data.repeats": 1,
         "augment.rand_layers": 2,
         "augment.rand_magnitude": 6.0,
