@@ -173,9 +173,9 @@ class Evaluator:
             channels=network.channels,
             eval_size=size,
             eval_resize=resize,
-            interpolation=network.preprocessing.interpolation,
-            eval_crop=network.preprocessing.crop_mode,
-            upright=network.evaluated_upright,
+            eval_crop=network.crop.eval_crop,
+            interpolation=network.crop.interpolation,
+            upright=network.crop.upright,
         )
 
     def _batches(

@@ -70,8 +70,8 @@ class Network:
         a class is the logistic function of its logit, and not the softmax.
       threshold: Probability from which a class is predicted, where it is multi_label.
       named: `class_names` were given: by the run, by the repository on the Hub, or by the user.
-      upright: Turn images as their EXIF orientation says. None: as the run does in evaluation, and
-        always in prediction.
+      upright: Turn images as their EXIF orientation says; None: predictions turn them, and
+        evaluation does as the run's data.upright says.
       assumed: What was taken for granted where the source does not say it, one sentence each.
       usual: Whose mean and std those of `preprocessing` are, where they are assumed: "ImageNet's".
     """
@@ -96,21 +96,15 @@ class Network:
 
     @property
     def crop(self) -> Data:
-        """The preprocessing's geometry, as `data.decode.eval_crop` takes it for prediction."""
+        """How images are prepared for evaluation, as `data.decode.eval_crop` takes it."""
+        trained_upright = self.config is not None and self.config.data.upright
         return Data(
             eval_size=self.preprocessing.image_size,
             eval_resize=self.preprocessing.resize_size,
-            interpolation=self.preprocessing.interpolation,
             eval_crop=self.preprocessing.crop_mode,
-            upright=self.upright is not False,
+            interpolation=self.preprocessing.interpolation,
+            upright=trained_upright if self.upright is None else self.upright,
         )
-
-    @property
-    def evaluated_upright(self) -> bool:
-        """Whether evaluation turns images as their EXIF orientation says."""
-        if self.upright is not None:
-            return self.upright
-        return self.config is not None and self.config.data.upright
 
     @property
     def colours(self) -> Augment:

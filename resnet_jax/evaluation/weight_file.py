@@ -6,6 +6,7 @@ prepared is nowhere in it, so the values that such networks are usually trained 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,14 +125,20 @@ def _named(name: str, tensors: Mapping[str, Any]) -> _Opened:
         return found
 
 
+# Arguments of the library in errors, and what takes their place where a network is only opened.
+_ARGUMENTS = {
+    r"pass reset_head=True": "fine-tune it with --config.checkpoint.reset_head=true",
+    r"pass strict=False to leave that out": "rj.load_weights(..., strict=False) leaves that out",
+    r"weights=(['\"])raw\1": "--no-ema",
+    r"\bprefix=(['\"])": r"--prefix=\1",
+}
+
+
 def _with_flags(message: str) -> str:
-    """An error of the library's in terms of the command line, which only opens networks."""
-    for sign in ('"', "'"):
-        message = message.replace(f"weights={sign}raw{sign}", "--no-ema")
-        message = message.replace(f"prefix={sign}", f"--prefix={sign}")
-    return message.replace(
-        "; pass reset_head=True to start with a new head", ": its head is not whole"
-    )
+    """An error of the library's in terms of commands, which do not have all its arguments."""
+    for argument, flag in _ARGUMENTS.items():
+        message = re.sub(argument, flag, message)
+    return message
 
 
 class _Colors(NamedTuple):

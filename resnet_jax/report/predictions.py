@@ -74,11 +74,7 @@ class Predictions:
             sets = match_classes(network, self.source).translate(np.array([label]))
             labels = sets.nonzero()[1]
         return Example(
-            eval_crop(
-                data,
-                dataclasses.replace(network.crop, upright=network.evaluated_upright),
-                network.channels,
-            ),
+            eval_crop(data, network.crop, network.channels),
             tuple(map(int, labels)),
             int(report.predictions[place]),
             float(report.confidences[place]),

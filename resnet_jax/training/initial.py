@@ -224,6 +224,16 @@ def _model_facts(network: Network, config: Config) -> dict[str, Any]:
     return found
 
 
+def _is_path(name: str) -> bool:
+    """Whether it names a file or folder rather than a repository on the Hub."""
+    path = Path(name)
+    return path.expanduser().exists() or name.count("/") != 1 or path.suffix in WEIGHT_SUFFIXES
+
+
+def _is_hub_folder(path: Path) -> bool:
+    return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
+
+
 def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str, Any] | None:
     """The variables that checkpoint.init_from names.
 
@@ -276,16 +286,6 @@ def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str,
             f"{channels}; {advice}"
         )
     return variables
-
-
-def _is_path(name: str) -> bool:
-    """Whether it names a file or folder rather than a repository on the Hub."""
-    path = Path(name)
-    return path.expanduser().exists() or name.count("/") != 1 or path.suffix in WEIGHT_SUFFIXES
-
-
-def _is_hub_folder(path: Path) -> bool:
-    return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
 
 
 def _repeated(kernel: np.ndarray, channels: int) -> np.ndarray:
