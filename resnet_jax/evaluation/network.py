@@ -69,9 +69,9 @@ class Network:
       multi_label: It was trained for images with none, one or several labels: the probability of
         a class is the logistic function of its logit, and not the softmax.
       threshold: Probability from which a class is predicted, where it is multi_label.
-      named: `class_names` were given: by the run, by the repository on the Hub, or by the user.
       upright: Turn images as their EXIF orientation says; None: predictions turn them, and
         evaluation does as the run's data.upright says.
+      named: `class_names` were given: by the run, by the repository on the Hub, or by the user.
       assumed: What was taken for granted where the source does not say it, one sentence each.
       usual: Whose mean and std those of `preprocessing` are, where they are assumed: "ImageNet's".
     """
@@ -89,8 +89,8 @@ class Network:
     own: bool = False
     multi_label: bool = False
     threshold: float = 0.5
-    named: bool = False
     upright: bool | None = None
+    named: bool = False
     assumed: tuple[str, ...] = ()
     usual: str = ""
 
@@ -248,8 +248,9 @@ def require_head(network: Network, purpose: str) -> None:
     """
     if not network.model.num_classes:
         raise ConfigError(
-            f"{network.source}: the network has no head, which {purpose} needs; `features` writes "
-            "what it computes of images, and fine-tuning (configs/finetune.py) gives it a head"
+            f"{network.source}: the network has no head of one linear layer, which {purpose} needs; "
+            "`features` writes what it computes of images, and fine-tuning (configs/finetune.py) "
+            "gives it a head"
         )
 
 

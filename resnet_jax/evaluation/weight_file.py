@@ -6,6 +6,7 @@ prepared is nowhere in it, so the values that such networks are usually trained 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,6 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.contents import find_network
 from resnet_jax.weights.convert import Variables, from_torch, head_classes
 from resnet_jax.weights.files import read_state_dict
-from resnet_jax.weights.foreign import translate
 from resnet_jax.weights.infer import infer_model
 from resnet_jax.weights.pretrained import Preprocessing
 
@@ -60,11 +60,11 @@ def open_weight_file(
       WeightsError: The file cannot be read, or the tensors are not those of such a network.
       ModelError: No network is called `name`.
     """
-    contents = read_state_dict(path)
+    state_dict = read_state_dict(path)
     try:
-        tensors, taken = find_network(contents, prefix=prefix or None, weights=weights or None)
-        found = translate(tensors)
-        opened = _named(name, found) if name else _inferred(found)
+        contents = find_network(state_dict, prefix=prefix or None, weights=weights or None)
+        tensors = contents.tensors
+        opened = _named(name, tensors) if name else _inferred(tensors)
     except (ModelError, WeightsError) as error:  # such as a head of too many classes
         raise WeightsError(f"{path}: {_with_flags(str(error))}") from error
     channels = int(opened.variables["params"]["stem"]["conv1"]["kernel"].shape[2])
@@ -78,10 +78,11 @@ def open_weight_file(
         mean=usual.mean if whole else _average(usual.mean),
         std=usual.std if whole else _average(usual.std),
     )
-    assumed = (*opened.assumed, f"the weights are {taken}") if taken else opened.assumed
-    return WeightFile(
-        opened.name, opened.model, opened.variables, preprocessing, usual.whose, assumed
-    )
+    taken = (f"the weights are {contents.taken}",) if contents.taken else ()
+    assumed = (*taken, *opened.assumed)
+    preprocessing = dataclasses.replace(preprocessing, **opened.preprocessing)
+    whose = "" if "mean" in opened.preprocessing else usual.whose
+    return WeightFile(opened.name, opened.model, opened.variables, preprocessing, whose, assumed)
 
 
 class _Opened(NamedTuple):
@@ -90,6 +91,7 @@ class _Opened(NamedTuple):
     variables: Variables
     image_size: int
     assumed: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] = {}  # fields that the names tell, of some frameworks
 
 
 def _inferred(tensors: Mapping[str, Any]) -> _Opened:
@@ -98,9 +100,18 @@ def _inferred(tensors: Mapping[str, Any]) -> _Opened:
     # The head's width is no assumption.
     fields = [_shown(*field) for field in found.fields.items() if field[0] != "num_classes"]
     having = f" with {', '.join(fields)}" if fields else ""
-    network = f"the network is a {found.name}{having}, by its names and shapes (--model)"
+    # The images are said with the rest of what is assumed of them.
+    facts = [fact for fact in found.assumed if not fact.startswith("images have")]
+    network = "; ".join([f"a {found.name}{having}, by its names and shapes (--model)", *facts])
     variables = from_torch(model, tensors)
-    return _Opened(found.name, model, variables, found.image_size, (network, *found.assumed))
+    return _Opened(
+        found.name,
+        model,
+        variables,
+        found.image_size,
+        (network,),
+        getattr(found, "preprocessing", {}),
+    )
 
 
 def _shown(field: str, value: Any) -> str:
