@@ -248,9 +248,9 @@ def require_head(network: Network, purpose: str) -> None:
     """
     if not network.model.num_classes:
         raise ConfigError(
-            f"{network.source}: the network has no head of one linear layer, which {purpose} needs; "
-            "`features` writes what it computes of images, and fine-tuning (configs/finetune.py) "
-            "gives it a head"
+            f"{network.source}: the network has no head of one linear layer, which {purpose} "
+            "needs; `features` writes what it computes of images, and fine-tuning "
+            "(configs/finetune.py) gives it a head"
         )
 
 
