@@ -253,7 +253,7 @@ def test_classes_that_do_not_match(tmp_path):
 def test_data_that_nobody_named():
     with pytest.raises(ConfigError, match="--data: net is no workdir"):
         evaluate_data(tiny_network())
-    with pytest.raises(DataError, match="--data=tfds:cifar10: .*prepare cifar10"):
+    with pytest.raises(DataError, match=r"--data=tfds:cifar10: .*prepare cifar10"):
         evaluate_data(tiny_network(), "tfds:cifar10")
     with pytest.raises(DataError, match=r"--data=cifar --split=test: data\.name = 'cifar'"):
         evaluate_data(tiny_network(), "cifar", "test")

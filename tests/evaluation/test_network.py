@@ -199,9 +199,9 @@ def test_a_file_without_a_head(tmp_path, inferred):
         assert (network.model.num_classes, network.class_names) == (0, ())
         maps = network.model.apply(network.variables, jnp.zeros((1, 8, 8, 3)), train=False)
         assert maps.shape == (1, 64)
-        with pytest.raises(rj.ConfigError, match="no head .* which export needs; `features`"):
+        with pytest.raises(rj.ConfigError, match=r"no head .* which export needs; `features`"):
             require_head(network, "export")
-        with pytest.raises(rj.ConfigError, match="no head .* which evaluate needs"):
+        with pytest.raises(rj.ConfigError, match=r"no head .* which evaluate needs"):
             evaluate_data(network, "digits")
 
 
