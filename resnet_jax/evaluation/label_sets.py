@@ -170,12 +170,19 @@ def _outputs(wanted: Sequence[str], network: Network, source: Source) -> tuple[n
     same_number = len(wanted) == len(network.class_names)
     if same_number and not _is_named(network) and not _some_are_imagenets(wanted, network):
         return np.arange(len(wanted), dtype=np.int32), "order"
+    here, there = _only(wanted, network.class_names), _only(network.class_names, wanted)
+    which = f"{len(here)} of its" if 0 < len(here) < len(wanted) else "its"
     raise DataError(
-        f"{source.name}: its {len(wanted)} classes ({named(wanted, network.class_names)}) are not "
-        f"among the {len(network.class_names)} of {network.source} "
-        f"({named(network.class_names, wanted)}); take the data set that the network was trained "
-        "for" + _remedy(network, same_number)
+        f"{source.name}: {which} {len(wanted)} classes ({named(here, network.class_names)}) are "
+        f"not among the {len(network.class_names)} of {network.source} ({named(there, wanted)}); "
+        "take the data set that the network was trained for" + _remedy(network, same_number)
     )
+
+
+def _only(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The names that the others lack; all where there is none."""
+    known = set(others)
+    return [name for name in names if name not in known] or list(names)
 
 
 def _remedy(network: Network, same_number: bool) -> str:
