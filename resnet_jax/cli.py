@@ -132,6 +132,15 @@ def _images(text: str) -> int:
     return int(text)
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    """The type of a number for each channel, with commas."""
+    try:
+        return tuple(map(float, text[:1000].split(",")))
+    except ValueError as error:
+        shown = text[:40]
+        raise argparse.ArgumentTypeError(f"{shown!r}: must be numbers with commas") from error
+
+
 def _fail(error: Exception, code: int, word: str = "error") -> int:
     with contextlib.suppress(OSError):  # a log on a full disk; the exit code still tells
         say(f"{word}: {one_line(error)}")
@@ -304,9 +313,15 @@ def _add_features(parsers: Any) -> None:
 def _add_evaluate(parsers: Any) -> None:
     parser = parsers.add_parser("evaluate", help="measure a network on a data set")
     _add_network(parser)
+    _add_upright(parser, "as a run was evaluated; else no")
     add = parser.add_argument
     add("--data", default="", help=f"{DATA_NAMES} (default: a workdir's own)")
-    add("--split", default="", help="or parts of it (default: a workdir's own)")
+    add(
+        "--split",
+        default="",
+        help="or parts of it (default: a workdir's own, or the only one that is called test, val, "
+        "valid or validation)",
+    )
     add(
         "--allow_missing_classes",
         action="store_true",
@@ -347,7 +362,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that opens a trained network."""
     add = parser.add_argument
     add("source", help="a workdir, a weight file, a folder in the Hub's form, or OWNER/NAME there")
-    add("--model", default="", help="the network's name; for a weight file")
+    add("--model", default="", help="the network's name (default: as the weights show)")
     add(
         "--state",
         choices=("best", "newest"),
@@ -358,8 +373,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--ema",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="the moving average, where a workdir has one",
+        help="the moving average, where a workdir or a checkpoint file has one",
     )
+    add("--prefix", default="", help="of the names in a weight file with several networks")
+    add("--classes", default="", metavar="FILE", help="names of the outputs: a line each, or JSON")
     add("--image_size", type=_count, default=0, help="side of the crop in pixels")
     add(
         "--crop_fraction",
@@ -367,6 +384,16 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="side of the crop as a share of the resized image's shorter side",
     )
+    add("--crop_mode", default="", help="center, or squash: whole images, made square")
+    add("--interpolation", default="", help="bilinear or bicubic")
+    add(
+        "--mean",
+        type=_numbers,
+        default=(),
+        metavar="R,G,B",
+        help="subtracted from each channel, in units of 1, such as 0.485,0.456,0.406",
+    )
+    add("--std", type=_numbers, default=(), metavar="R,G,B", help="divides each channel, likewise")
     add(
         "--threshold",
         type=float,
@@ -375,8 +402,17 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_upright(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--upright",
+        action=argparse.BooleanOptionalAction,
+        help=f"turn images as their EXIF orientation says (default: {default})",
+    )
+
+
 def _add_images(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that reads images and writes what a network makes of them."""
+    _add_upright(parser, "yes")
     add = parser.add_argument
     add(
         "inputs",

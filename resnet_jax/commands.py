@@ -272,7 +272,7 @@ def export(options: argparse.Namespace) -> None:
     from resnet_jax.inference.export import export_network
 
     agreement = export_network(
-        _open_network(options),
+        _open_network(options, "export"),
         options.format,
         options.output,
         platforms=options.platforms,
@@ -300,7 +300,7 @@ def predict(options: argparse.Namespace) -> int:
 
     files = list_images(options.inputs)
     skipped = write_predictions(
-        lambda: Classifier(_open_network(options), batch_size=options.batch_size),
+        lambda: Classifier(_open_network(options, "predict"), batch_size=options.batch_size),
         files,
         top=options.top,
         form=options.format,
@@ -343,7 +343,7 @@ def evaluate(options: argparse.Namespace) -> None:
         file = new_file(options.json, options.force, "--json", stream=True)
     with file as stream:
         report = evaluate_data(
-            _open_network(options),
+            _open_network(options, "evaluate"),
             options.data,
             options.split,
             options.data_dir,
@@ -374,13 +374,17 @@ def doctor(options: argparse.Namespace) -> int:
         return doctor([*arguments, *options.rest], as_json=options.json)
 
 
-def _open_network(options: argparse.Namespace) -> Any:
+def _open_network(options: argparse.Namespace, purpose: str = "") -> Any:
+    """Opens the network of a command and says what is assumed of it.
+
+    `purpose` is what needs a head.
+    """
     _start_backend()
     from resnet_jax.compile_cache import use_compile_cache
-    from resnet_jax.evaluation.network import open_network
+    from resnet_jax.evaluation.network import open_network, require_head
 
     use_compile_cache()
-    return open_network(
+    network = open_network(
         options.source,
         model=options.model,
         best=options.state == "best",
@@ -388,7 +392,19 @@ def _open_network(options: argparse.Namespace) -> Any:
         image_size=options.image_size,
         crop_fraction=options.crop_fraction,
         threshold=options.threshold,
+        mean=options.mean,
+        std=options.std,
+        interpolation=options.interpolation,
+        crop_mode=options.crop_mode,
+        classes=options.classes,
+        prefix=options.prefix,
+        upright=getattr(options, "upright", None),  # no flag of export
     )
+    for line in network.assumed:
+        say(f"assumed: {line}")
+    if purpose:
+        require_head(network, purpose)
+    return network
 
 
 def _say_skipped(skipped: int, images: int) -> int:

@@ -108,11 +108,27 @@ def read_image(path: Path) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def folder_splits(root: Path, name: str) -> list[str]:
+    """The folders of a data set, which are its splits.
+
+    Args:
+      root: PATH.
+      name: As in `data.name`, for messages.
+
+    Returns:
+      Their names.
+
+    Raises:
+      DataError: There is no such folder.
+    """
+    if not os.path.isdir(root):
+        raise fault("data.name", name, f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS")
+    return _folders(root, "data.name", name)
+
+
 def _find_splits(root: Path, request: Request) -> dict[str, tuple[Span, ...]]:
     """The split folders that are asked for, and which parts of each."""
-    if not os.path.isdir(root):
-        reason = f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS"
-        raise fault("data.name", request.name, reason)
+    folder_splits(root, request.name)
     parts = _parts(root, request.split, request.field)
     for name in parts:
         if ".." in Path(name).parts or Path(name).is_absolute():
@@ -135,7 +151,7 @@ def _is_split(root: Path, name: str) -> bool:
 
 
 def _no_split(root: Path, split: str, request: Request) -> DataError:
-    there = _folders(root, "data.name", request.name)
+    there = folder_splits(root, request.name)
     if not there:
         reason = f"{root} has no folders; it needs {split}/CLASS/image.jpg"
         return fault("data.name", request.name, reason)

@@ -110,6 +110,23 @@ class ListSource(Source):
         return stored_channels(folder, none, files, request.field, request.split)
 
 
+def list_splits(kind: str, path: Path, request: Request) -> list[str]:
+    """The splits of a list: ["train"] where its lines do not say any.
+
+    Args:
+      kind: "csv" or "jsonl".
+      path: Of the file.
+      request: What may be opened.
+
+    Returns:
+      Their names, in the order of the list.
+
+    Raises:
+      DataError: It cannot be read.
+    """
+    return [*_Reader(path, request).read(kind)]
+
+
 class _Reader:
     """Reads the rows of a list, and says in which line a mistake is.
 

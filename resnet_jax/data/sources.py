@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.data.base import Label, Request, Source, digest, fault
-from resnet_jax.data.folders import FolderSource
-from resnet_jax.data.lists import ListSource
+from resnet_jax.data.folders import FolderSource, folder_splits
+from resnet_jax.data.lists import ListSource, list_splits
 from resnet_jax.data.tfds_files import (
     find_prepared,
     import_tfds,
@@ -96,6 +96,39 @@ def open_source(
     )
     path = Path(os.path.expanduser(rest)).absolute()
     return FolderSource(path, request) if kind == "folder" else ListSource(kind, path, request)
+
+
+def split_names(name: str, data_dir: str = "", label_separator: str = "|") -> list[str]:
+    """The splits that a data set has.
+
+    Args:
+      name: As for `open_source`.
+      data_dir: Likewise.
+      label_separator: Likewise.
+
+    Returns:
+      Their names.
+
+    Raises:
+      DataError: The data set is missing or damaged.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     split_names("digits", folder)
+      ['train', 'test']
+    """
+    kind, _, rest = name.partition(":")
+    if name == "digits" or (kind == "tfds" and rest):
+        folder = prepare_digits(data_dir) if name == "digits" else find_prepared(rest, data_dir)
+        return [*_open_builder(name, folder).info.splits]
+    if kind not in DATA_PLACES or not rest:
+        raise fault("data.name", name, f"must be {DATA_NAMES}")
+    path = Path(os.path.expanduser(rest)).absolute()
+    if kind == "folder":
+        return folder_splits(path, name)
+    request = Request(name, "", "data.eval_split", label_separator=label_separator)
+    return list_splits(kind, path, request)
 
 
 def open_split(data: Data, split: str, **options: Any) -> Source:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.data.sources import Source, open_source
+from resnet_jax.data.sources import Source, open_source, split_names
 from resnet_jax.data.tfds_files import prepared_configs
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.label_sets import CORRUPTED, data_set_name
 from resnet_jax.evaluation.measuring import Evaluator
-from resnet_jax.evaluation.network import Network, evaluated_data
+from resnet_jax.evaluation.network import Network, evaluated_data, require_head
 from resnet_jax.evaluation.results import CorruptionReport, Report
 from resnet_jax.training.config import DATA_PLACES, Data, data_place
 from resnet_jax.training.workdir import read_class_names, read_json
@@ -29,6 +29,8 @@ _SPLITS = {
     "imagenet_r": "test",
     "imagenet_sketch": "test",
 }
+# Splits that are kept for measuring, by their names.
+_HELD_OUT = ("test", "val", "valid", "validation")
 
 
 def evaluate_network(
@@ -136,7 +138,8 @@ def evaluate_data(
     Args:
       network: The network.
       data: As in `data.name`; "": what the network was trained for, in a workdir.
-      split: Of it; "": that of the run's evaluation, or the one that an ImageNet variant has.
+      split: Of it; "": that of the run's evaluation, the one that an ImageNet variant has, or
+        the data set's only split that is called test, val, valid or validation.
       data_dir: Where TFDS keeps its data sets; "": the run's where this user trained it, else
         TFDS's own default.
       allow_missing_classes: Measure a run on its own data although some of its classes have no
@@ -147,10 +150,11 @@ def evaluate_data(
       The measures.
 
     Raises:
-      ConfigError: Neither the run nor the flags say which data or split; or the run, which
-        somebody else trained, names a folder.
+      ConfigError: Neither the run nor the flags say which data or split; the run, which somebody
+        else trained, names a folder; or the network has no head.
       DataError: As `open_source` and `evaluate_network` raise it.
     """
+    require_head(network, "evaluate")
     config = network.config.data if network.config else None
     if not data:
         trained = evaluated_data(network)
@@ -161,10 +165,10 @@ def evaluate_data(
     split = split or (own.eval_split if own else _SPLITS.get(data_set_name(data), ""))
     if data == f"tfds:{CORRUPTED}":
         return evaluate_corruptions(network, data_dir, split, **options)
-    if not split and data == "digits":
-        split = "test"
-    if not split:
-        raise ConfigError(f"--split: say which split of {data} to measure")
+    try:
+        split = split or _held_out_split(data, data_dir)
+    except DataError as error:
+        raise DataError(f"--data={data}: {error}") from error
     try:
         source = open_held_out(network, data, split, data_dir, allow_missing_classes)
     except DataError as error:
@@ -175,10 +179,27 @@ def evaluate_data(
     if own and split == own.eval_split and _has_changed(network, source):
         say(f"{source.name} has changed since the run was evaluated on it")
     report = evaluate_network(network, source, **options)
-    compete, known = len(report.class_names), len(network.class_names)
-    if compete < known and data.partition(":")[0] in DATA_PLACES:
-        say(f"{split} has {compete} of the network's {known} classes, and only these compete")
+    compete = len(report.class_names)
+    if compete < report.outputs and data.partition(":")[0] in DATA_PLACES:
+        say(
+            f"{split} has {compete} of the network's {report.outputs} classes, and only these "
+            "compete"
+        )
     return report
+
+
+def _held_out_split(data: str, data_dir: str) -> str:
+    """The split to measure on, where there is no doubt.
+
+    Raises:
+      ConfigError: There is none, or there are several.
+    """
+    splits = split_names(data, data_dir)
+    held_out = [split for split in splits if split in _HELD_OUT]
+    if len(held_out) == 1:
+        return held_out[0]
+    shown = ", ".join(splits[:8]) + (", ..." if len(splits) > 8 else "")
+    raise ConfigError(f"--split: say which split of {data} to measure; it has: {shown or 'none'}")
 
 
 def open_held_out(

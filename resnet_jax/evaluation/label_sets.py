@@ -1,9 +1,11 @@
 """Which of a network's outputs the labels of a data set mean.
 
-Labels are matched by name: a workdir knows its classes, a network of a thousand classes is taken
-for one of ImageNet's. So the order of class folders does not matter, and a data set of some of the
-classes is judged among those only. ImageNet-A and ImageNet-R are of that kind: TFDS numbers
-their labels as ImageNet's thousand, and the authors let only their 200 classes compete.
+Labels are matched by name: a workdir knows its classes, a repository on the Hub or the user may say
+them, a network of a thousand classes is taken for one of ImageNet's. So the order of class folders
+does not matter, and a data set of some of the classes is judged among those only. Where nobody says
+what the outputs are called, they are taken in the order of the data set's classes, with a warning.
+TFDS numbers the labels of ImageNet-A and ImageNet-R as ImageNet's thousand, and
+their authors let only their 200 classes compete.
 """
 
 from __future__ import annotations
@@ -52,11 +54,15 @@ class Classes:
       outputs: The network's output for each; None: all outputs as they are.
       places: int32, for each label of the data set its place among the classes, -1 where it has
         none; None: the labels as they are.
+      matched: How labels were matched to outputs: by "name", "number" or "order".
+      doubt: A line for people, where outputs may mean other classes than those; else "".
     """
 
     names: tuple[str, ...]
     outputs: np.ndarray | None = None
     places: np.ndarray | None = None
+    matched: str = "name"
+    doubt: str = ""
 
     def translate(self, labels: np.ndarray) -> np.ndarray:
         """Labels of the data set, [N] or [N, labels] of 0 and 1, as places among the classes.
@@ -137,33 +143,71 @@ def match_classes(network: Network, source: Source) -> Classes:
     """
     subset = data_set_name(source.name)
     wanted = subset_ids(subset) if subset in SUBSETS else source.class_names
-    outputs = _outputs(wanted, network, source)
-    names = tuple(network.class_names[output] for output in outputs)
+    outputs, matched = _outputs(wanted, network, source)
+    # Outputs that nobody named are called as the classes that they are taken for.
+    known = network.class_names if matched != "order" else tuple(wanted)
+    names = tuple(known[output] for output in outputs)
     if subset in SUBSETS:  # labels count all of ImageNet's classes
         place = {name: number for number, name in enumerate(wanted)}
         places = [place.get(name, -1) for name in source.class_names]
-        return Classes(names, outputs, np.array(places, np.int32))
-    if len(outputs) == len(network.class_names):
+        return Classes(names, outputs, np.array(places, np.int32), matched)
+    doubt = _doubt(network, source) if matched == "order" else ""
+    if len(outputs) == len(known):
         in_order = (outputs == np.arange(len(outputs))).all()
-        return Classes(network.class_names, None, None if in_order else outputs)
-    if names == network.class_names[: len(names)] and _is_filler(network, len(names)):
-        return Classes(network.class_names)  # all outputs compete, as while training
-    return Classes(names, outputs)
+        return Classes(known, None, None if in_order else outputs, matched, doubt)
+    if names == known[: len(names)] and _is_filler(network, len(names)):
+        return Classes(known, matched=matched)  # all outputs compete, as while training
+    return Classes(names, outputs, None, matched)
 
 
-def _outputs(wanted: Sequence[str], network: Network, source: Source) -> np.ndarray:
-    """The output of each name."""
+def _outputs(wanted: Sequence[str], network: Network, source: Source) -> tuple[np.ndarray, str]:
+    """The output of each name, and how it was matched."""
     for names in _names(network):
         number = {name: place for place, name in enumerate(names)}
         if len(number) == len(names) and number.keys() >= set(wanted):
-            return np.array([number[name] for name in wanted], np.int32)
-    if network.config is None and len(wanted) == len(network.class_names):
-        return np.arange(len(wanted), dtype=np.int32)  # nobody knows its names
+            by = "number" if names == _numbers(network) else "name"
+            return np.array([number[name] for name in wanted], np.int32), by
+    same_number = len(wanted) == len(network.class_names)
+    if same_number and not _is_named(network) and not _some_are_imagenets(wanted, network):
+        return np.arange(len(wanted), dtype=np.int32), "order"
+    here, there = _only(wanted, network.class_names), _only(network.class_names, wanted)
+    which = f"{len(here)} of its" if 0 < len(here) < len(wanted) else "its"
     raise DataError(
-        f"{source.name}: its {len(wanted)} classes ({named(wanted, network.class_names)}) are not "
-        f"among the {len(network.class_names)} of {network.source} "
-        f"({named(network.class_names, wanted)}); take the data set that the network was trained "
-        "for"
+        f"{source.name}: {which} {len(wanted)} classes ({named(here, network.class_names)}) are "
+        f"not among the {len(network.class_names)} of {network.source} ({named(there, wanted)}); "
+        "take the data set that the network was trained for" + _remedy(network, same_number)
+    )
+
+
+def _only(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The names that the others lack; all where there is none."""
+    known = set(others)
+    return [name for name in names if name not in known] or list(names)
+
+
+def _remedy(network: Network, same_number: bool) -> str:
+    if network.config is None and same_number:
+        return ", or name the outputs as its classes are called with --classes=FILE"
+    return ""
+
+
+def _is_named(network: Network) -> bool:
+    """Whether somebody said what the outputs are called."""
+    return network.named or network.config is not None
+
+
+def _some_are_imagenets(wanted: Sequence[str], network: Network) -> bool:
+    """Whether a data set has classes of ImageNet's, among others, for a network of ImageNet."""
+    known = network.class_names == imagenet_names() and {*imagenet_ids(), *imagenet_names()}
+    return bool(known and known & set(wanted))
+
+
+def _doubt(network: Network, source: Source) -> str:
+    first, last = source.class_names[0], source.class_names[-1]
+    return (
+        f"the network's {len(network.class_names)} outputs are matched to the classes of "
+        f"{source.name} by order, not by name ({first} ... {last}): --classes=FILE says what they "
+        "are called"
     )
 
 
@@ -173,7 +217,11 @@ def _names(network: Network) -> Iterator[tuple[str, ...]]:
     if network.class_names in (imagenet_ids(), imagenet_names()):
         yield from (imagenet_ids(), imagenet_names())
     if network.config is None:
-        yield tuple(map(str, range(len(network.class_names))))
+        yield _numbers(network)
+
+
+def _numbers(network: Network) -> tuple[str, ...]:
+    return tuple(map(str, range(len(network.class_names))))
 
 
 def _is_filler(network: Network, known: int) -> bool:

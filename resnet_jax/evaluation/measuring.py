@@ -29,7 +29,7 @@ from resnet_jax.distributed.device_memory import check_batch_memory, explain_out
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
 from resnet_jax.evaluation.label_sets import CORRUPTED, Classes, data_set_name, match_classes
 from resnet_jax.evaluation.multi_label import Scores, check_scores_memory, sigmoid
-from resnet_jax.evaluation.network import Network
+from resnet_jax.evaluation.network import Network, require_head
 from resnet_jax.evaluation.results import Report
 from resnet_jax.evaluation.views import VIEWS, default_scales, make_measuring_step
 from resnet_jax.limits import MAX_BATCH, MAX_SIDE
@@ -48,7 +48,7 @@ class Evaluator:
       network: The network; the other arguments are those of `evaluator.evaluate_network`.
 
     Raises:
-      ConfigError: An unknown view, or sizes that do not go together.
+      ConfigError: An unknown view, sizes that do not go together, or a network without a head.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Evaluator:
         bar: bool = False,
         alone: bool = False,
     ) -> None:
+        require_head(network, "evaluate")
         flips = network.config is not None and network.config.evaluate.flip
         self.network = network
         self.views = views or ("flip" if flips else "one_crop")
@@ -115,6 +116,8 @@ class Evaluator:
     def measure(self, source: Source) -> Report:
         """Measures the network on one data set, as `evaluator.evaluate_network` says."""
         classes = match_classes(self.network, source)
+        if classes.doubt:
+            self.say(classes.doubt)
         if self.network.multi_label:
             what = f"--data={source.name} --split={source.split}"
             remedy = "take a part of the split, such as test[:10%]"
@@ -276,6 +279,9 @@ class Evaluator:
             hits=each["top1"][order],
             seconds=seconds,
             multi_label=measures,
+            outputs=network.model.num_classes,
+            matched=classes.matched,
+            assumed=network.assumed,
         )
 
 

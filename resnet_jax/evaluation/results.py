@@ -91,6 +91,9 @@ class Report:
       hits: bool [N], whether the prediction is right.
       seconds: That it took, without opening network and data.
       multi_label: Of a multi-label network: average precision, F1 and what they are made of.
+      outputs: Of the network, whether or not they competed.
+      matched: How labels were matched to outputs: by "name", "number" or "order".
+      assumed: What was taken for granted of the network.
     """
 
     network: str
@@ -117,6 +120,9 @@ class Report:
     hits: np.ndarray
     seconds: float
     multi_label: MultiLabelMeasures | None = None
+    outputs: int = 0
+    matched: str = "name"
+    assumed: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
@@ -183,6 +189,9 @@ class Report:
             **_setting(self),
             **self.summary(),
             "classes": len(self.class_names),
+            "outputs": self.outputs,
+            "matched_by": self.matched,
+            "assumed": self.assumed,
             "calibration": None if self.multi_label else [each._asdict() for each in self.bins],
             "per_class": None if per_class is None else [each._asdict() for each in per_class],
             "confusion": None
@@ -203,6 +212,7 @@ class Report:
         """
         rows = [
             ("images", f"{self.images:,}" + self._left_out()),
+            ("classes", f"{len(self.class_names):,}{self._matched()}"),
             *(self._multi_label_rows(self.multi_label) if self.multi_label else ()),
             ("top-1", f"{self.top1:.2%}"),
             ("top-5", f"{self.top5:.2%}"),
@@ -229,6 +239,12 @@ class Report:
             ("mAP", f"{found.map:.2%}  ({classes})"),
             ("F1", f"{f1}  (probability {found.threshold:g} or more)"),
         ]
+
+    def _matched(self) -> str:
+        """How many compete is said where it is not the number of outputs."""
+        some = f" of {self.outputs:,} outputs" if len(self.class_names) < self.outputs else ""
+        how = {"order": "order, not by name", "number": "number"}.get(self.matched, self.matched)
+        return f"{some}, matched by {how}"
 
     def _left_out(self) -> str:
         unlabelled = "of them have no label" if self.multi_label else "more have no label"

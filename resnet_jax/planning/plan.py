@@ -21,7 +21,8 @@ from resnet_jax.limits import MAX_BATCH, MAX_CLASSES
 from resnet_jax.packages import installed_versions
 from resnet_jax.planning.ahead import Program, step_compiler
 from resnet_jax.planning.topology import Topology, check_rate, parse_topology
-from resnet_jax.training.config import Config, check
+from resnet_jax.training.config import Config, check, check_types
+from resnet_jax.training.initial import look_at_weights
 from resnet_jax.training.optimizer import Length
 from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
 
@@ -73,6 +74,8 @@ def make_plan(
         for it is not installed or fails.
       DataError: Nothing is known of the data set.
     """
+    check_types(config)
+    config = look_at_weights(config).config
     check(config)
     place = parse_topology(topology, network_gbits)
     for name, value, most in (

@@ -37,7 +37,10 @@ class Model:
     """The network.
 
     Args:
-      name: One of `resnet_jax.list_models()`.
+      name: One of `resnet_jax.list_models()`; "": that of the weights in checkpoint.init_from. With
+        these, data.image_size, interpolation and eval_crop and augment.mean and std may be empty
+        (0, "", ()) too, and are then as the weights need them; so are data.channels, eval_size and
+        eval_resize at 0.
       num_classes: Classes of the head; 0: as many as the data set has.
       dtype: Type of the computation: float32, bfloat16 or float16 (with a loss scale).
       precision: How float32 numbers are multiplied: "default" (rounded to bfloat16 on a TPU and to
@@ -343,7 +346,8 @@ class Checkpoint:
         moving average it is the average's. It may change from one start to the next.
       init_from: Weight file, workdir or Hub name ("timm/resnet50.a1_in1k") of the initial
         parameters; "": random ones.
-      reset_head: Start with a new head, for other classes than those of init_from.
+      reset_head: Start with a new head, for other classes than those of init_from; unset: where
+        its head has another number of classes, or is known to have others.
       allow_change: Resume although the configuration differs from the workdir's.
       copy_to: A bucket ("gs://BUCKET/RUN"; needs gcsfs) or any other place that fsspec opens, where
         states and records are copied after each save. A start first takes from there what the
@@ -355,7 +359,7 @@ class Checkpoint:
     keep_best: int = 1
     best_metric: str = "top1"
     init_from: str = ""
-    reset_head: bool = False
+    reset_head: Optional[bool] = False  # noqa: UP045 (the flags library reads Optional only)
     allow_change: bool = False
     copy_to: str = ""
 
@@ -421,6 +425,26 @@ def check(config: Config) -> None:
     from resnet_jax.training.rules import find_faults  # which is about the fields above
 
     if faults := find_faults(config):
+        raise ConfigError("; ".join(faults))
+
+
+def check_types(config: Config) -> None:
+    """Checks that each field has a value of its type, before anything is made of it.
+
+    Args:
+      config: The configuration of a run.
+
+    Raises:
+      ConfigError: Lists every field that has not.
+
+    Example:
+      >>> check_types(Config(train=Train(batch_size="64")))
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: train.batch_size = '64': must be of type int
+    """
+    from resnet_jax.training.rules import find_type_faults
+
+    if faults := [*find_type_faults(config)]:
         raise ConfigError("; ".join(faults))
 
 

@@ -93,9 +93,9 @@ class Evaluations:
                 self.add(record)
 
     def add(self, record: Record) -> None:
-        """Adds an evaluation record."""
+        """Adds an evaluation record; one of step 0 does not count, which no state is saved of."""
         weights = record.get("weights", RAW)
-        if record["split"] == self._split and weights in (RAW, EMA):
+        if record["step"] and record["split"] == self._split and weights in (RAW, EMA):
             metrics = {name: record[name] for name in MEASURES if is_number(record.get(name))}
             self._found.setdefault(record["step"], {})[weights] = metrics
 

@@ -17,6 +17,9 @@ from resnet_jax.errors import ConfigError, import_failure, one_line
 
 _PACKAGE = Path(__file__).parents[1]
 
+# No recipe resizes by more than 256 / 224 = 1.14.
+_FAR_ABOVE = 1.5
+
 _HELP = """usage: python train.py [--config=RECIPE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]
 
 Trains the network that a configuration describes; the same command goes on with a stopped run.
@@ -72,6 +75,7 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
         config.model.shortcut = None
     if not isinstance(config, Config):
         raise ConfigError(f"--config={file}: {_file_fault(Path(file))}")
+    _check_resize(config, arguments)
     name = "-".join(part for part in (Path(file).stem, argument) if part)
     name = re.sub(r"[/:]+", "-", name)  # of an argument such as folder:PATH
     if "://" in (values.workdir or ""):
@@ -80,6 +84,25 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
             "bucket there is --config.checkpoint.copy_to=gs://BUCKET/RUN"
         )
     return config, Path(values.workdir or Path("runs") / name)
+
+
+def _check_resize(config: Any, arguments: Sequence[str]) -> None:
+    """Refuses a recipe's eval_resize for an image size that flags have made much smaller.
+
+    Evaluation would cut small crops out of large images and see a fraction of each.
+    """
+    given = {each.lstrip("-").partition("=")[0].removeprefix("config.") for each in arguments}
+    data = config.data
+    field = "data.eval_size" if data.eval_size else "data.image_size"
+    side = data.eval_size or data.image_size
+    if "data.eval_resize" in given or field not in given or side < 1:
+        return
+    if data.eval_resize > _FAR_ABOVE * side:
+        raise ConfigError(
+            f"{field} = {side}: the recipe resizes images to data.eval_resize = "
+            f"{data.eval_resize} before the evaluated crop, which would show {side} of "
+            f"{data.eval_resize} pixels a side; set data.eval_resize too, such as {side}"
+        )
 
 
 def _with_recipe(arguments: Sequence[str]) -> list[str]:

@@ -34,6 +34,7 @@ from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
+from resnet_jax.output import say
 from resnet_jax.training import parallel
 from resnet_jax.training.balance import (
     class_weights,
@@ -45,11 +46,11 @@ from resnet_jax.training.balance import (
 from resnet_jax.training.batches import load_images, training_batches
 from resnet_jax.training.bucket import Bucket
 from resnet_jax.training.checkpoint import Checkpoints
-from resnet_jax.training.config import Config, check, profile_steps
+from resnet_jax.training.config import Config, check, check_types, profile_steps
 from resnet_jax.training.distributed import Peers, together
 from resnet_jax.training.environment import computes_on, write_environment
 from resnet_jax.training.evaluations import EMA, RAW, Evaluations
-from resnet_jax.training.initial import initial_variables
+from resnet_jax.training.initial import Start, initial_variables, look_at_weights
 from resnet_jax.training.optimizer import Length, describe_cut_warmup, make_optimizer
 from resnet_jax.training.recorder import Recorder, Trace
 from resnet_jax.training.records import EVALUATION, Record
@@ -120,8 +121,16 @@ def train(config: Config, workdir: str | Path) -> Result:
       2
     """
     with together() as peers:
-        check(config)
-        sources = open_sources(config)
+        folder = Path(workdir).expanduser()
+        check_types(config)
+        start = look_at_weights(config, folder) if peers.is_first else Start(config)
+        start = Start.from_json(peers.tell(start.to_json()))
+        check(start.config)
+        sources = open_sources(start.config)
+        start = start.with_head(sources["train"].class_names)
+        config = start.config
+        for line in start.taken if peers.is_first else ():
+            say(line)
         model = make_model(config, sources["train"].num_classes)
         check_batches(config)
         check_calls(config, sources["train"])
@@ -135,7 +144,7 @@ def train(config: Config, workdir: str | Path) -> Result:
         # its program in the cache would leave the others waiting for its part.
         together_on_gpus = peers.count > 1 and jax.default_backend() == "gpu"
         use_compile_cache("" if together_on_gpus else config.log.compile_cache)
-        folder, initial, bucket = Path(workdir).expanduser(), None, None
+        initial, bucket = None, None
         with Signals() as signals, contextlib.ExitStack() as stack:
             if peers.is_first:  # the only one that touches the workdir
                 bucket = _open_bucket(config, folder, fingerprints(sources))
@@ -384,7 +393,14 @@ class _Run:
         return training_batches(config, data, order, start, stop, self.corrupt, **self.hosts)
 
     def _metrics_at_start(self, done: int) -> dict[str, float]:
-        """Evaluates the restored state where the last start saved it and did not come to that."""
+        """Evaluates the restored state where the last start saved it and did not come to that.
+
+        And weights that the run starts from with their head: a mistake about their classes or
+        images shows before training hides it.
+        """
+        if not done and self.config.checkpoint.init_from and not self.config.checkpoint.reset_head:
+            self.telemetry.say("evaluating the weights that the run starts from")
+            self._measure(done, [RAW], write=True)
         if done and self._evaluates_at(done) and self.evaluations.missing(done):
             self.telemetry.say(f"the state of step {done} was saved but not evaluated; evaluating")
             return self._evaluate(done)
@@ -421,7 +437,9 @@ class _Run:
             seconds = time.monotonic() - start
             images = metrics.pop("images")
             if not math.isfinite(metrics["loss"]):  # and no record: JSON has no NaN
-                raise DivergedError(self._divergence("evaluated loss", done, discard=write))
+                raise DivergedError(
+                    self._divergence("evaluated loss", done, discard=write and done > 0)
+                )
             record: Record = {"step": done, "split": self.config.data.eval_split}
             record |= {"kind": EVALUATION, **metrics}
             record["images_per_second"] = images / seconds

@@ -24,9 +24,9 @@ from resnet_jax.errors import ConfigError
 from resnet_jax.training import parallel
 from resnet_jax.training.balance import class_weights, count_classes, training_order
 from resnet_jax.training.batches import load_images, training_batches
-from resnet_jax.training.config import Config, Schedule, check
+from resnet_jax.training.config import Config, Schedule, check, check_types
 from resnet_jax.training.environment import computes_on
-from resnet_jax.training.initial import initial_variables
+from resnet_jax.training.initial import initial_variables, look_at_weights
 from resnet_jax.training.optimizer import Length, make_optimizer, peak_learning_rate
 from resnet_jax.training.setup import (
     channels_of,
@@ -197,9 +197,15 @@ def find_rate(
       >>> curve.losses.shape
       (20,)
     """
-    check(config)
+    check_types(config)
+    start = look_at_weights(config)
+    check(start.config)
     _check_range(low, high, steps)
-    sources = open_sources(config)
+    sources = open_sources(start.config)
+    start = start.with_head(sources["train"].class_names)
+    config = start.config
+    for line in start.taken:
+        say(line)
     source, channels = sources["train"], channels_of(config, sources["train"])
     scale = peak_learning_rate(_with_rate(config, 1.0))
     config = _without_schedule(config, steps)

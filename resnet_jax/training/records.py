@@ -65,7 +65,9 @@ def parse_record(line: bytes) -> Record | None:
 
 def _is_valid(record: Record) -> bool:
     step, split = record.get("step"), record.get("split")
-    if type(step) is not int or not 1 <= step <= LARGEST_STEP:
+    # Weights that a run starts from are evaluated as step 0.
+    least = 0 if record.get("kind") == EVALUATION else 1
+    if type(step) is not int or not least <= step <= LARGEST_STEP:
         return False
     if not isinstance(split, str) or not split:
         return False
@@ -179,6 +181,6 @@ def split_at(path: Path, step: int) -> tuple[bytes, bytes]:
             record = parse_record(line)
             if record is None:
                 bad += [line] if line.endswith(b"\n") else []
-            elif record["step"] <= step:
+            elif record["step"] <= step > 0:  # a run that starts anew evaluates its start anew
                 kept.append(line)
     return b"".join(kept), b"".join(bad)

@@ -210,13 +210,14 @@ def find_faults(config: Config) -> list[str]:
       ['train.batch_size = 0: must be 1 or more, up to 16,777,216']
     """
     # Values of the wrong type cannot be compared.
-    faults = list(_type_faults(config)) or list(_value_faults(config))
+    faults = list(find_type_faults(config)) or list(_value_faults(config))
     if not any(fault.startswith("model.") for fault in faults):
         faults += _model_faults(config)
     return faults
 
 
-def _type_faults(config: Config) -> Iterator[str]:
+def find_type_faults(config: Config) -> Iterator[str]:
+    """Fields whose values are not of their types, or too large for any use."""
     for part in dataclasses.fields(config):
         section = getattr(config, part.name)
         for name, hint in get_type_hints(type(section)).items():
@@ -287,7 +288,8 @@ def _model_faults(config: Config) -> Iterator[str]:
     try:
         create_model(config.model.name, **registered_overrides(config.model))
     except ModelError as error:
-        yield f"model.name = {_shown(config.model.name)}: {error}"
+        advice = "" if config.model.name else "; or name weights in checkpoint.init_from"
+        yield f"model.name = {_shown(config.model.name)}: {error}{advice}"
 
 
 def _joint_faults(config: Config) -> Iterator[str]:

@@ -112,11 +112,67 @@ def test_an_existing_file_stays(place, tmp_path, capsys):
 def test_mistakes_are_one_line(flags, data, message, place, capsys):
     assert evaluate(place, *flags, data=data) == 2
     printed = capsys.readouterr()
-    lines = [each for each in printed.err.splitlines() if not each.startswith("skipped ")]
+    said = ("skipped ", "assumed: ", "the network's 4 outputs are matched")
+    lines = [each for each in printed.err.splitlines() if not each.startswith(said)]
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert printed.out == ""
+
+
+def test_classes_by_order_and_by_name(place, tmp_path, capsys):
+    """Names in another order move the outputs; without names their order is guessed, and said."""
+    assert evaluate(place, "--json=-") == 0
+    printed = capsys.readouterr()
+    by_order = json.loads(printed.out)
+    assert (by_order["matched_by"], by_order["outputs"]) == ("order", 4)
+    assert "matched to the classes of folder:" in printed.err
+    assert "by order, not by name (class0 ... class3): --classes=FILE" in printed.err
+    assert any("mean" in line for line in by_order["assumed"])
+    found = {}
+    for names in ("class0 class1 class2 class3", "class1 class0 class2 class3"):
+        (tmp_path / "names.txt").write_text(names.replace(" ", "\n"))
+        assert evaluate(place, f"--classes={tmp_path}/names.txt", "--json=-") == 0
+        printed = capsys.readouterr()
+        assert "by order" not in printed.err
+        found[names] = json.loads(printed.out)
+        assert found[names]["matched_by"] == "name"
+    same, moved = found.values()
+    assert same["confusion"] == by_order["confusion"]
+    assert moved["confusion"] != by_order["confusion"]
+    (tmp_path / "names.txt").write_text("class0\nclass1\ncat\ndog\n")
+    assert evaluate(place, f"--classes={tmp_path}/names.txt") == 2
+    err = capsys.readouterr().err
+    assert "2 of its 4 classes (class2, class3) are not among the 4 of" in err
+    assert "(cat, dog); take the data set" in err
+
+
+def test_the_only_held_out_split_is_the_default(place, tmp_path, capsys):
+    shutil.copytree(place / "data", tmp_path / "data")
+    command = ["evaluate", f"{place}/w.npz", "--model=tiny", "--image_size=8"]
+    assert main([*command, f"--data=folder:{tmp_path}/data", "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out)["split"] == "test"
+    shutil.copytree(tmp_path / "data/test", tmp_path / "data/val")
+    assert main([*command, f"--data=folder:{tmp_path}/data"]) == 2
+    assert "--split: say which split of folder:" in (err := capsys.readouterr().err)
+    assert err.endswith("to measure; it has: test, val\n")
+    (tmp_path / "list.csv").write_text("path,label\na.png,a\nb.png,b\n")
+    assert main([*command, f"--data=csv:{tmp_path}/list.csv"]) == 2
+    assert capsys.readouterr().err.endswith("to measure; it has: train\n")
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "error: --data: " in err
+    assert "and --split where the data has several" in err
+
+
+@pytest.mark.parametrize(
+    "flag", ["--mean=a,b", "--std=", "--crop_mode=border", "--interpolation=lanczos"]
+)
+def test_flags_of_preprocessing(flag, place, capsys):
+    assert evaluate(place, flag) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {flag.partition('=')[0]}")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("source", ["nothing.npz", "foreign.npz", "."])

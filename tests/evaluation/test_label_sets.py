@@ -1,5 +1,6 @@
 """ImageNet's variants, written with the features and label encodings of TFDS's own builders."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -18,6 +19,7 @@ from resnet_jax.evaluation.label_sets import (
 )
 from resnet_jax.evaluation.network import imagenet_ids, imagenet_names
 from tests.evaluation.settings import (
+    SetsOfLabels,
     imagenet_network,
     logits,
     photo,
@@ -231,13 +233,27 @@ def test_classes_that_do_not_match(tmp_path):
     ):
         evaluate_network(tiny_network(classes=6, names=tuple("abcdef")), source)
     # Nobody knows what the outputs of a weight file are called; their number fits.
-    assert match_classes(tiny_network(names=tuple("0123")), source).names == tuple("0123")
+    classes = match_classes(tiny_network(names=tuple("0123")), source)
+    assert (classes.names, classes.matched) == (source.class_names, "order")
+    assert "by order, not by name (class0 ... class3): --classes=FILE" in classes.doubt
+    # Where somebody says it, other names are another network's.
+    known = dataclasses.replace(tiny_network(names=("class0", "class1", "cat", "dog")), named=True)
+    with pytest.raises(DataError, match=r"2 of its 4 .*class2, class3.* \(cat, dog\); .*--classes"):
+        match_classes(known, source)
+    # Some of ImageNet's classes among others are no ImageNet.
+    folder = SetsOfLabels([], [], [*imagenet_ids()[:-1], "cat"], sets=False)
+    with pytest.raises(DataError, match="its 1000 classes"):
+        match_classes(imagenet_network(), folder)
+    other = SetsOfLabels([], [], [f"class{number}" for number in range(1000)], sets=False)
+    assert match_classes(imagenet_network(), other).matched == "order"
+    numbers = SetsOfLabels([], [], [*map(str, range(1000))], sets=False)
+    assert match_classes(imagenet_network(), numbers).matched == "number"
 
 
 def test_data_that_nobody_named():
     with pytest.raises(ConfigError, match="--data: net is no workdir"):
         evaluate_data(tiny_network())
-    with pytest.raises(ConfigError, match="--split: say which split of tfds:cifar10"):
+    with pytest.raises(DataError, match=r"--data=tfds:cifar10: .*prepare cifar10"):
         evaluate_data(tiny_network(), "tfds:cifar10")
     with pytest.raises(DataError, match=r"--data=cifar --split=test: data\.name = 'cifar'"):
         evaluate_data(tiny_network(), "cifar", "test")

@@ -12,9 +12,12 @@ from typing import get_type_hints
 
 import pytest
 
+import resnet_jax as rj
 from resnet_jax import cli
 from resnet_jax.errors import ConfigError
 from resnet_jax.training import config as c
+from resnet_jax.training.initial import look_at_weights
+from tests.variables import random_variables
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -29,13 +32,28 @@ def changed(name, value):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes(recipe):
+def test_recipes(recipe, tmp_path):
     config, workdir = cli.parse_train_flags([f"--config={CONFIGS / recipe}"])
+    if not config.model.name:  # the weights say it
+        model = rj.ResNet20()
+        rj.save_weights(tmp_path / "w.npz", model, random_variables(model))
+        config.checkpoint.init_from = str(tmp_path / "w.npz")
+        config = look_at_weights(config).config
     c.check(config)
     assert workdir == pathlib.Path("runs") / recipe.removesuffix(".py")
     text = (CONFIGS / recipe).read_text()
     for part in ("Command: ", "Hardware: ", "Expected"):
         assert part in text.split('"""')[1]
+
+
+def test_a_recipes_resize_is_not_kept_for_far_smaller_images():
+    flags = ["--config=imagenet_he2015", "--config.data.image_size=64"]
+    with pytest.raises(ConfigError, match=r"data.image_size = 64: .* data.eval_resize = 256 .*too"):
+        cli.parse_train_flags(flags)
+    given = "--config.data.eval_resize=256"
+    assert cli.parse_train_flags([*flags, given])[0].data.eval_resize == 256
+    flags[1] = "--config.data.image_size=192"
+    assert cli.parse_train_flags(flags)[0].data.eval_resize == 256
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "cifar100", "fashion_mnist"])
