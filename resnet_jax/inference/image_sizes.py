@@ -69,9 +69,8 @@ def parse_image_sizes(text: str, model: ResNet, image_size: int) -> ImageSizes:
       >>> parse_image_sizes("96x160", rj.ResNet50(), 224)
       ImageSizes(height=96, width=160, least=32, is_open=False)
     """
-    stride = list(model.feature_info().values())[-1].stride
-    # The network takes images of four rows or fewer for [N, C, H, W].
-    least = max(stride, 5)
+    # The model takes images of four rows or fewer for [N, C, H, W].
+    least = max(model.output_stride or model.strides()[-1], 5)
     if text in ("", "open"):
         return ImageSizes(image_size, image_size, least, is_open=text == "open")
     sides = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text, re.ASCII)
