@@ -73,14 +73,14 @@ def write_onnx(
     """
     _check_opset(opset)
     _check_bytes(variables, weights_path)
+    images: list[int | str | None]
     if sizes.is_open:
-        height, width = "height", "width"
+        images = ["batch", "height", "width", channels]
         graph, classes = _graph_of_any_size(predict, variables, channels, opset, output)
     else:
-        height, width = sizes.height, sizes.width
-        shape = (height, width, channels)
+        images = ["batch", sizes.height, sizes.width, channels]
+        shape = (sizes.height, sizes.width, channels)
         graph, classes = _trace(predict, variables, shape, opset, output)
-    images = ["batch", height, width, channels]
     proto = helper.make_graph(
         graph.nodes,
         "resnet_jax",
@@ -138,8 +138,8 @@ def _check_bytes(variables: Any, weights_path: Path | None) -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     if weights_path is None and size > MOST_EMBEDDED:
         raise ExportError(
-            f"--format=onnx: the weights have {size / 1e9:.1f} GB, and one file of ONNX holds 2 GB; "
-            "give --weights=beside"
+            f"--format=onnx: the weights have {size / 1e9:.1f} GB, and one file of ONNX holds "
+            "2 GB; give --weights=beside"
         )
 
 

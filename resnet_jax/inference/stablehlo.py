@@ -85,7 +85,7 @@ def write_stablehlo(
     path.write_bytes(program.serialize())
 
 
-def _batch_and_sides(sizes: ImageSizes) -> tuple[Any, ...]:
+def _batch_and_sides(sizes: ImageSizes) -> Sequence[Any]:
     """N, H and W: numbers, or names where any number goes."""
     if not sizes.is_open:
         return (*export.symbolic_shape("batch"), sizes.height, sizes.width)

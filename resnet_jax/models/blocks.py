@@ -86,7 +86,7 @@ class Shortcut(nn.Module):
         order of its channels. Half on each side is what published CIFAR weights expect.
         """
         if self.stride > 1:
-            # lax.slice, because x[:, ::stride] has another formula for a symbolic size (jax.export).
+            # lax.slice: x[:, ::stride] has another formula for a symbolic size (jax.export).
             x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, self.stride, self.stride, 1))
         extra = self.features - x.shape[-1]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
