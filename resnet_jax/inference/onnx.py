@@ -313,17 +313,11 @@ def _window_sum(graph: Graph, arguments: Sequence[Value], shape: Any, params: An
 def _pixels(window: Window) -> np.ndarray:
     """How many pixels each window has inside its images: [1, H, W, 1]."""
     counts = []
-    for axis, side in enumerate(window.sides):
-        size, stride, dilation, before, after = (
-            window.attributes[key][at]
-            for key, at in (
-                ("kernel_shape", axis),
-                ("strides", axis),
-                ("dilations", axis),
-                ("pads", axis),
-                ("pads", axis + 2),
-            )
-        )
+    attributes = window.attributes
+    names = ("kernel_shape", "strides", "dilations")
+    pads = attributes["pads"][:2], attributes["pads"][2:]
+    axes = zip(window.sides, *(attributes[name] for name in names), *pads)
+    for side, size, stride, dilation, before, after in axes:
         first = np.arange(-before, side + after - dilation * (size - 1), stride)
         taps = first[:, None] + dilation * np.arange(size)
         counts.append(((taps >= 0) & (taps < side)).sum(1))
