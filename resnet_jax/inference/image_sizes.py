@@ -76,7 +76,7 @@ def parse_image_sizes(text: str, model: ResNet, image_size: int) -> ImageSizes:
     sides = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text, re.ASCII)
     if sides is None:
         raise ExportError(
-            f"--input_size={text}: is not HEIGHTxWIDTH in pixels, such as 224x320, or open"
+            f"--input_size={text[:40]}: is not HEIGHTxWIDTH in pixels, such as 224x320, or open"
         )
     height, width = map(int, sides.groups())
     if not least <= min(height, width) <= max(height, width) <= MAX_SIDE:
