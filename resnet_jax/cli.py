@@ -252,7 +252,14 @@ def _add_export(parsers: Any) -> None:
     add("--output", required=True, help="file, or for hub folder, to write")
     add("--platforms", default="", help="of stablehlo (default: cpu,cuda,tpu)")
     add("--fold_batch_norm", action="store_true", help="fold batch norms into the convolutions")
-    add("--weights", default="", help="of stablehlo: embedded (default), or beside in .safetensors")
+    add("--weights", default="", help="embedded (default), or beside the program or graph")
+    add(
+        "--input_size",
+        default="",
+        metavar="HEIGHTxWIDTH|open",
+        help="size of the images in pixels, or open for any size (default: a square)",
+    )
+    add("--opset", type=_count, default=0, help="of onnx, from 17 (default: 21)")
     add("--push", default="", metavar="OWNER/NAME", help="upload hub's folder")
     add("--force", action="store_true", help="replace what is there")
     parser.set_defaults(command=commands.export)

@@ -278,6 +278,8 @@ def export(options: argparse.Namespace) -> None:
         platforms=options.platforms,
         fold_batch_norm=options.fold_batch_norm,
         weights=options.weights,
+        input_size=options.input_size,
+        opset=options.opset,
         push=options.push,
         force=options.force,
     )

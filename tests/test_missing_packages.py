@@ -77,7 +77,7 @@ CASES = {
     "digits": (lambda at: open_source("digits", "train", str(at)), "sklearn", DataError, ()),
     "tfds": (lambda at: import_tfds(), "tensorflow_datasets", DataError, ()),
     "onnx": (
-        lambda at: export._write_onnx(None, [], None, ""),
+        lambda at: export._write_onnx(None),
         "onnxruntime",
         ExportError,
         ("resnet_jax.inference.onnx",),

@@ -22,6 +22,7 @@ from resnet_jax.errors import ExportError, ModelError, WeightsError, importing, 
 from resnet_jax.evaluation.network import Network
 from resnet_jax.files import new_folder, sync
 from resnet_jax.inference.files import explained, special_file
+from resnet_jax.inference.image_sizes import ImageSizes, parse_image_sizes
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.pretrained import Preprocessing
 
@@ -38,22 +39,46 @@ class Agreement:
     """How an export agrees with its source.
 
     Args:
-      difference: Largest between two logits.
-      largest: Largest absolute logit of the source.
+      difference: Largest between two outputs (logits, or features of a network without head).
+      largest: Largest absolute output of the source.
       paths: The files that were written.
+      sizes: (height, width) of the images, each of which was tried; the numbers are of the size
+        that agrees least.
     """
 
     difference: float
     largest: float
     paths: tuple[Path, ...]
+    sizes: tuple[tuple[int, int], ...]
 
     def __str__(self) -> str:
         size = sum(path.stat().st_size for path in self.paths) / 1e6
+        pixels = [f"{height}x{width}" for height, width in self.sizes]
         return (
             f"{', '.join(map(str, self.paths))} ({size:.1f} MB): largest difference from the "
-            f"source on {IMAGES} real images {self.difference:.1e}, largest logit "
-            f"{self.largest:.3g}"
+            f"source on {IMAGES} real images of {', '.join(pixels)} pixels {self.difference:.1e}, "
+            f"largest output {self.largest:.3g}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a writer writes, and how."""
+
+    network: Network
+    files: Sequence[Path]
+    sizes: ImageSizes
+    platforms: str
+    opset: int
+
+    @property
+    def predict(self) -> Callable[[Any, jax.Array], jax.Array]:
+        return functools.partial(predict, self.network.model, self.network.preprocessing)
+
+    @property
+    def beside(self) -> Path | None:
+        """Where the weights go that are not embedded."""
+        return self.files[1] if len(self.files) > 1 else None
 
 
 def export_network(
@@ -64,6 +89,8 @@ def export_network(
     platforms: str = "",
     fold_batch_norm: bool = False,
     weights: str = "",
+    input_size: str = "",
+    opset: int = 0,
     push: str = "",
     force: bool = False,
 ) -> Agreement:
@@ -75,8 +102,11 @@ def export_network(
       output: File or, for "hub", folder.
       platforms: Of a program, with commas; "": "cpu,cuda,tpu".
       fold_batch_norm: Fold the batch norms into the convolutions; not for "hub".
-      weights: Of a program: "embedded" in it, or "beside" it in a .safetensors file of the same
-        name; "": embedded.
+      weights: "embedded" in the program or graph, or "beside" it: a program's in a .safetensors
+        file of the same name, a graph's in FILE.data; "": embedded. Not for "hub".
+      input_size: "HEIGHTxWIDTH" of the images in pixels, or "open" for any size; "": squares of
+        the network's image size. Not for "hub".
+      opset: Of a graph, the version of ONNX's operators; 0: 21.
       push: Of a folder: "owner/name" on the Hugging Face Hub to upload it to.
       force: Replace what is there.
 
@@ -101,20 +131,15 @@ def export_network(
       (['README.md', 'config.json', 'model.safetensors'], 0.0)
     """
     output = Path(output).expanduser()
-    _check_options(format, platforms, fold_batch_norm, weights, push)
+    _check_options(format, platforms, fold_batch_norm, weights, input_size, opset, push)
     network = _in_float32(network)
+    sizes = parse_image_sizes(input_size, network.model, network.preprocessing.image_size)
     exported = _folded(network) if fold_batch_norm else network
     names, folder = _file_names(format, output, weights == "beside")
     with _staged(output, names, folder, force) as (stage, paths):
-        images = sample_images(network)
-        expected = source_logits(network.model, network.variables, network.preprocessing, images)
-        if not np.isfinite(expected).all():
-            raise WeightsError(
-                f"{network.source}: the network's outputs are not finite numbers; take another "
-                "state or file"
-            )
-        found = _WRITERS[format](exported, [stage / name for name in names], images, platforms)
-        agreement = _compare(expected, found, paths)
+        job = _Job(exported, [stage / name for name in names], sizes, platforms, opset)
+        run = _WRITERS[format](job)
+        agreement = _compare(network, run, sizes.checked, paths)
     if push:
         from resnet_jax.inference.hub import push_folder
 
@@ -122,15 +147,18 @@ def export_network(
     return agreement
 
 
-def sample_images(network: Network, count: int = IMAGES) -> np.ndarray:
+def sample_images(
+    network: Network, count: int = IMAGES, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Real images, prepared as a network's are: scikit-learn's photographs, or grey digits.
 
     Args:
       network: Whose preprocessing they get.
       count: How many.
+      size: Their height and width; None: squares of the network's image size.
 
     Returns:
-      uint8 [count, S, S, C].
+      uint8 [count, H, W, C].
 
     Example:
       >>> # Stands in for a network.
@@ -142,7 +170,7 @@ def sample_images(network: Network, count: int = IMAGES) -> np.ndarray:
     with importing("an export, which is checked on images of scikit-learn,", ExportError):
         from PIL import Image
         from sklearn import datasets
-    side = network.preprocessing.image_size
+    height, width = size or (network.preprocessing.image_size,) * 2
     if network.channels == 1:
         digits = datasets.load_digits().images[:count] * (255 / 16)
         pictures = [digit.astype(np.uint8) for digit in digits]
@@ -152,11 +180,11 @@ def sample_images(network: Network, count: int = IMAGES) -> np.ndarray:
         pictures = [
             photo[start // 2 :, start : start + 427] for start in starts for photo in photos
         ]
-    squares = [
-        np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
+    resized = [
+        np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
         for picture in pictures[:count]
     ]
-    stack = np.stack(squares).reshape(count, side, side, -1)
+    stack = np.stack(resized).reshape(count, height, width, -1)
     # A network of other channels gets colours in turn.
     return np.ascontiguousarray(stack[..., np.arange(network.channels) % stack.shape[-1]])
 
@@ -164,7 +192,7 @@ def sample_images(network: Network, count: int = IMAGES) -> np.ndarray:
 def predict(
     model: ResNet, preprocessing: Preprocessing, variables: Any, images: jax.Array
 ) -> jax.Array:
-    """What every export computes: uint8 images [N, S, S, C] -> logits [N, num_classes]."""
+    """What every export computes: uint8 images [N, H, W, C] -> logits [N, num_classes]."""
     return jnp.asarray(model.apply(variables, preprocessing.normalize(images), train=False))
 
 
@@ -212,14 +240,18 @@ def _folded(network: Network) -> Network:
     return dataclasses.replace(network, model=model, variables=variables)
 
 
-def _check_options(format: str, platforms: str, fold: bool, weights: str, push: str) -> None:
+def _check_options(
+    format: str, platforms: str, fold: bool, weights: str, input_size: str, opset: int, push: str
+) -> None:
     if format not in FORMATS:
         raise ExportError(f"--format={format}: {unknown_name('format', format, FORMATS)}")
     if weights not in ("", *WEIGHTS):
         raise ExportError(f"--weights={weights}: {unknown_name('place', weights, WEIGHTS)}")
     only = {
         f"--platforms={platforms}": (platforms, ("stablehlo",)),
-        f"--weights={weights}": (weights == "beside", ("stablehlo",)),
+        f"--weights={weights}": (weights == "beside", ("stablehlo", "onnx")),
+        f"--input_size={input_size}": (input_size, ("stablehlo", "onnx")),
+        f"--opset={opset}": (opset, ("onnx",)),
         f"--push={push}": (push, ("hub",)),
         "--fold_batch_norm": (fold, ("stablehlo", "onnx")),
     }
@@ -237,72 +269,122 @@ def _file_names(format: str, output: Path, beside: bool) -> tuple[list[str], boo
         return ["README.md", "config.json", "model.safetensors"], True
     if not beside:
         return [output.name], False
+    if format == "onnx":
+        return [output.name, f"{output.name}.data"], False
     if output.suffix == ".safetensors":
         raise ExportError(f"--output={output}: is the name of the weights beside it; take another")
     return [output.name, output.with_suffix(".safetensors").name], False
 
 
-def _write_stablehlo(
-    network: Network, files: Sequence[Path], images: np.ndarray, platforms: str
-) -> np.ndarray:
-    from resnet_jax.inference.stablehlo import parse_platforms, run_stablehlo, write_stablehlo
-
-    chosen = parse_platforms(platforms or "cpu,cuda,tpu")
-    program, weights = files[0], files[1] if len(files) > 1 else None
-    function = functools.partial(predict, network.model, network.preprocessing)
-    write_stablehlo(function, network.variables, images.shape[1:], chosen, program, weights)
-    with _on_cpu():
-        return run_stablehlo(program, weights, images)
+# A writer writes the files and returns what runs them: uint8 images -> logits.
+_Writer = Callable[[_Job], Callable[[np.ndarray], np.ndarray]]
 
 
-def _write_onnx(
-    network: Network, files: Sequence[Path], images: np.ndarray, platforms: str
-) -> np.ndarray:
+def _write_stablehlo(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
+    from resnet_jax.inference.stablehlo import open_stablehlo, parse_platforms, write_stablehlo
+
+    platforms = parse_platforms(job.platforms or "cpu,cuda,tpu")
+    network, path = job.network, job.files[0]
+    write_stablehlo(
+        *(job.predict, network.variables, job.sizes, network.channels),
+        *(platforms, path, job.beside),
+    )
+    program = open_stablehlo(path, job.beside)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with _on_cpu():
+            return program(images)
+
+    return run
+
+
+def _write_onnx(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
     with importing("--format=onnx", ExportError):
-        import onnxruntime  # noqa: F401 (which run_onnx needs)
+        import onnxruntime  # noqa: F401 (which open_onnx needs)
 
-        from resnet_jax.inference.onnx import run_onnx, write_onnx
+        from resnet_jax.inference.onnx import OPSET, open_onnx, write_onnx
 
-    function = functools.partial(predict, network.model, network.preprocessing)
-    facts = {
+    network, path = job.network, job.files[0]
+    write_onnx(
+        *(job.predict, network.variables, job.sizes, network.channels, _onnx_facts(job), path),
+        opset=job.opset or OPSET,
+        output="logits" if network.model.num_classes else "features",
+        weights_path=job.beside,
+    )
+    return open_onnx(path)
+
+
+def _onnx_facts(job: _Job) -> dict[str, Any]:
+    """The metadata of a graph: what its images are, and what its outputs mean."""
+    network = job.network
+    return {
         "architecture": network.name,
         "class_names": network.class_names,
+        "input": {
+            "layout": "NHWC",
+            "type": "uint8, 0 to 255; the graph subtracts mean and divides by std itself",
+            "channels": network.channels,
+            **job.sizes.describe(),
+        },
         "preprocessing": dataclasses.asdict(network.preprocessing),
         **network.problem,
     }
-    write_onnx(function, network.variables, images.shape[1:], facts, files[0])
-    return run_onnx(files[0], images)
 
 
-def _write_hub(
-    network: Network, files: Sequence[Path], images: np.ndarray, platforms: str
-) -> np.ndarray:
+def _write_hub(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
     from resnet_jax.inference.hub import write_hub
     from resnet_jax.weights.pretrained import load_pretrained
 
-    folder = files[0].parent
-    write_hub(network, folder)
+    folder = job.files[0].parent
+    write_hub(job.network, folder)
     try:
-        return source_logits(*load_pretrained(folder), images)
+        model, variables, preprocessing = load_pretrained(folder)
     except WeightsError as error:
-        raise ExportError(f"--format=hub: {network.name} cannot be read back: {error}") from error
+        raise ExportError(
+            f"--format=hub: {job.network.name} cannot be read back: {error}"
+        ) from error
+    return functools.partial(source_logits, model, variables, preprocessing)
 
 
-_WRITERS: Mapping[str, Callable[..., np.ndarray]] = {
+_WRITERS: Mapping[str, _Writer] = {
     "stablehlo": _write_stablehlo,
     "onnx": _write_onnx,
     "hub": _write_hub,
 }
 
 
-def _compare(expected: np.ndarray, found: np.ndarray, paths: Sequence[Path]) -> Agreement:
-    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+def _compare(
+    network: Network,
+    run: Callable[[np.ndarray], np.ndarray],
+    sizes: tuple[tuple[int, int], ...],
+    paths: Sequence[Path],
+) -> Agreement:
+    """How what was written, run, agrees with the network on real images of each size."""
+    found = [_difference(network, run, size) for size in sizes]
+    difference, largest = max(found, key=lambda each: each[0] / each[1] if each[1] else 0)
+    return Agreement(difference, largest, tuple(paths), sizes)
+
+
+def _difference(
+    network: Network, run: Callable[[np.ndarray], np.ndarray], size: tuple[int, int]
+) -> tuple[float, float]:
+    """The largest difference of two outputs, and the source's largest output, at one size."""
+    images = sample_images(network, size=size)
+    expected = source_logits(network.model, network.variables, network.preprocessing, images)
+    if not np.isfinite(expected).all():
+        raise WeightsError(
+            f"{network.source}: the network's outputs are not finite numbers; take another state "
+            "or file"
+        )
+    difference = float(np.abs(run(images) - expected).max())
+    largest = float(np.abs(expected).max())
     if not difference <= TOLERANCE * largest:  # NaN is no agreement
         raise ExportError(
-            f"the export disagrees with its source by {difference:.1e}; allowed is {TOLERANCE:g} "
-            f"of the largest logit, {largest:.3g}; nothing was written"
+            f"the export disagrees with its source by {difference:.1e} on images of "
+            f"{size[0]}x{size[1]} pixels; allowed is {TOLERANCE:g} of the largest output, "
+            f"{largest:.3g}; nothing was written"
         )
-    return Agreement(difference, largest, tuple(paths))
+    return difference, largest
 
 
 @contextlib.contextmanager

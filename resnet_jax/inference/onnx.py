@@ -8,7 +8,6 @@ as ONNX has them; images come in as everywhere here, uint8 NHWC.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,86 +18,164 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 from jax.extend import core
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from resnet_jax.errors import ExportError
-from resnet_jax.inference.onnx_layers import NCHW, Graph, Tensor, Value, record_layer
+from resnet_jax.errors import ExportError, library_errors, one_line
+from resnet_jax.inference.image_sizes import ImageSizes
+from resnet_jax.inference.onnx_layers import (
+    NCHW,
+    OPSET,
+    Graph,
+    Tensor,
+    Value,
+    Window,
+    record_layer,
+)
 from resnet_jax.output import json_text
 
-OPSET = 21  # the first with per-channel GroupNormalization
-IR_VERSION = 10  # the file format that belongs to it; onnx itself would write its newest
+OLDEST_OPSET = 17
+MOST_EMBEDDED = 2**31 - 2**24  # bytes of weights in one file, which protobuf limits to 2 GiB
+# Sides at which a graph for any size is traced: the maps of all strides up to 128 have even sides
+# in one, and odd sides in the other.
+_TRACED_SIDES = (256, 257)
+_END = np.iinfo(np.int64).max  # of a slice: wherever the axis ends
 
 
 def write_onnx(
     predict: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
-    image_shape: Sequence[int],
+    sizes: ImageSizes,
+    channels: int,
     metadata: Mapping[str, Any],
     path: Path,
+    *,
+    opset: int = OPSET,
+    output: str = "logits",
+    weights_path: Path | None = None,
 ) -> None:
     """Writes the graph.
 
     Args:
-      predict: (variables, uint8 images [N, S, S, C]) -> logits [N, num_classes].
+      predict: (variables, uint8 images [N, H, W, C]) -> logits [N, num_classes].
       variables: Its first argument, NumPy arrays.
-      image_shape: (S, S, C); N stays open.
+      sizes: H and W, fixed or open; N stays open.
+      channels: C.
       metadata: Kept in the file, each value as JSON.
       path: Where the graph goes.
+      opset: Version of ONNX's operators.
+      output: Name of the result.
+      weights_path: Where the weights go, in the same folder; None: into the graph's file.
 
     Raises:
-      ExportError: The network has an operation that this translation does not know.
+      ExportError: The network has an operation that this translation does not know, or the graph
+        depends on the size of the images where that is to be open; onnx does not know the opset;
+        the weights are too many for one file.
     """
+    _check_opset(opset)
+    _check_bytes(variables, weights_path)
+    images: list[int | str | None]
+    if sizes.is_open:
+        images = ["batch", "height", "width", channels]
+        graph, classes = _graph_of_any_size(predict, variables, channels, opset, output)
+    else:
+        images = ["batch", sizes.height, sizes.width, channels]
+        shape = (sizes.height, sizes.width, channels)
+        graph, classes = _trace(predict, variables, shape, opset, output)
+    proto = helper.make_graph(
+        graph.nodes,
+        "resnet_jax",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, images)],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", classes])],
+        graph.constants,
+    )
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(proto, opset_imports=opsets, producer_name="resnet_jax")
+    # The oldest file format that has the opset; onnx itself would write its newest.
+    model.ir_version = helper.find_min_ir_version_for(opsets)
+    helper.set_model_props(model, {key: json_text(value) for key, value in metadata.items()})
+    if weights_path is None:
+        onnx.save(model, path)
+    else:
+        onnx.save(model, path, save_as_external_data=True, location=weights_path.name)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def open_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Reads a graph with onnxruntime.
+
+    Args:
+      path: What `write_onnx` wrote.
+
+    Returns:
+      uint8 images [N, H, W, C] -> logits [N, num_classes].
+
+    Raises:
+      ExportError: onnxruntime does not run it.
+    """
+    import onnxruntime
+
+    def refused(error: Exception) -> ExportError:
+        return ExportError(
+            f"--format=onnx: onnxruntime {onnxruntime.__version__} does not run the graph "
+            f"({one_line(error)}); try another --opset"
+        )
+
+    with library_errors(refused):
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
+
+
+def _check_opset(opset: int) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise ExportError(
+            f"--opset={opset}: must be from {OLDEST_OPSET} to {newest}, the newest that onnx "
+            f"{onnx.__version__} knows"
+        )
+
+
+def _check_bytes(variables: Any, weights_path: Path | None) -> None:
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    if weights_path is None and size > MOST_EMBEDDED:
+        raise ExportError(
+            f"--format=onnx: the weights have {size / 1e9:.1f} GB, and one file of ONNX holds "
+            "2 GB; give --weights=beside"
+        )
+
+
+def _graph_of_any_size(
+    predict: Callable[..., jax.Array], variables: Any, channels: int, opset: int, output: str
+) -> tuple[Graph, int]:
+    """A graph that is the same whatever the size of the images it is traced at."""
+    (graph, classes), (other, _) = (
+        _trace(predict, variables, (side, side, channels), opset, output) for side in _TRACED_SIDES
+    )
+    if graph.nodes != other.nodes or graph.constants != other.constants:
+        raise ExportError(
+            "--input_size=open: the ONNX graph of this network depends on the size of its images; "
+            "give one, HEIGHTxWIDTH"
+        )
+    return graph, classes
+
+
+def _trace(
+    predict: Callable[..., jax.Array],
+    variables: Any,
+    image_shape: tuple[int, int, int],
+    opset: int,
+    output: str,
+) -> tuple[Graph, int]:
+    """The graph for images of one shape (H, W, C), and the width of its output."""
     # Two images stand for any number: nothing below looks at the first axis.
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
     with nn.intercept_methods(record_layer):
         traced = jax.make_jaxpr(lambda images: predict(variables, images))(images)
-    graph = Graph()
-    (logits,) = _translate(graph, traced.jaxpr, traced.consts, [Tensor("images")])
-    classes = traced.out_avals[0].shape[1]
-    graph.nodes[-1].output[0] = "logits"  # made by the last node, the head
-    if not isinstance(logits, Tensor):
-        raise ExportError("the network's logits do not depend on the images")
-    nodes = _used(graph.nodes)
-    read = {name for node in nodes for name in node.input}
-    proto = helper.make_graph(
-        nodes,
-        "resnet_jax",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *image_shape])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", classes])],
-        [constant for constant in graph.constants if constant.name in read],
-    )
-    opsets = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(proto, opset_imports=opsets, producer_name="resnet_jax")
-    model.ir_version = IR_VERSION
-    helper.set_model_props(model, {key: json_text(value) for key, value in metadata.items()})
-    onnx.save(model, path)
-    onnx.checker.check_model(path, full_check=True)
-
-
-def run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
-    """Runs a graph with onnxruntime.
-
-    Args:
-      path: What `write_onnx` wrote.
-      images: uint8 [N, S, S, C].
-
-    Returns:
-      Logits [N, num_classes].
-    """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(["logits"], {"images": images})[0]
-
-
-def _used(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The nodes that the logits depend on."""
-    wanted, kept = {"logits"}, []
-    for node in reversed(nodes):
-        if wanted & set(node.output):
-            wanted |= set(node.input)
-            kept.append(node)
-    return kept[::-1]
+    graph = Graph(opset)
+    (result,) = _translate(graph, traced.jaxpr, traced.consts, [Tensor("images")])
+    if not isinstance(result, Tensor):
+        raise ExportError(f"the network's {output} do not depend on the images")
+    graph.finish(result.name, output)
+    return graph, traced.out_avals[0].shape[1]
 
 
 # What stands between the layers, by JAX's name of the operation.
@@ -158,6 +235,9 @@ def _div(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any) -> s
     images, count = graph.sums.get(getattr(x, "name", ""), ("", 0))
     if count and isinstance(divisor, np.ndarray) and (divisor == count).all():  # a mean
         return graph.add("Flatten", graph.add("GlobalAveragePool", images))
+    window = graph.window_sums.get(getattr(x, "name", ""))
+    if window and isinstance(divisor, np.ndarray) and np.array_equal(divisor, _pixels(window)):
+        return _window_mean(graph, x.name, window)
     return _binary("Div")(graph, arguments, shape, params)
 
 
@@ -196,7 +276,12 @@ def _slice(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any) ->
     parts = zip(params["start_indices"], params["limit_indices"], strides, shape)
     cut = [(axis, part) for axis, part in enumerate(parts) if part != (0, part[3], 1, part[3])]
     _require(len(shape) == 4 and all(axis for axis, _ in cut), "this slice")
-    columns = zip(*((*part[:2], NCHW.index(axis), part[2]) for axis, part in cut))
+    columns = zip(
+        *(
+            (start, _END if limit == side else limit, NCHW.index(axis), stride)
+            for axis, (start, limit, stride, side) in cut
+        )
+    )
     return graph.add("Slice", arguments[0].name, *(graph.constant(list(each)) for each in columns))
 
 
@@ -216,9 +301,41 @@ def _max_pool(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any)
 
 
 def _window_sum(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any) -> str:
+    """A sum over windows as a convolution with ones, one group for each channel."""
+    (x,) = arguments
     window = _window(params)
-    mean = graph.add("AveragePool", arguments[0].name, count_include_pad=1, **window)
-    return graph.add("Mul", mean, graph.constant(np.float32(math.prod(window["kernel_shape"]))))
+    ones = np.ones((shape[3], 1, *window["kernel_shape"]), np.float32)
+    name = graph.add("Conv", x.name, graph.constant(ones), group=shape[3], **window)
+    graph.window_sums[name] = Window(x.name, shape[1:3], window)
+    return name
+
+
+def _pixels(window: Window) -> np.ndarray:
+    """How many pixels each window has inside its images: [1, H, W, 1]."""
+    counts = []
+    attributes = window.attributes
+    names = ("kernel_shape", "strides", "dilations")
+    pads = attributes["pads"][:2], attributes["pads"][2:]
+    axes = zip(window.sides, *(attributes[name] for name in names), *pads)
+    for side, size, stride, dilation, before, after in axes:
+        first = np.arange(-before, side + after - dilation * (size - 1), stride)
+        taps = first[:, None] + dilation * np.arange(size)
+        counts.append(((taps >= 0) & (taps < side)).sum(1))
+    return np.outer(*counts)[None, :, :, None]
+
+
+def _window_mean(graph: Graph, window_sum: str, window: Window) -> str:
+    """The mean of the pixels that each window has inside its images."""
+    attributes = dict(window.attributes)
+    if set(attributes["dilations"]) == {1}:
+        del attributes["dilations"]  # AveragePool has none before opset 19
+        return graph.add("AveragePool", window.images, count_include_pad=0, **attributes)
+    sides = graph.add("Shape", window.images, start=2)
+    shape = graph.add("Concat", graph.constant([1, 1]), sides, axis=0)
+    one = numpy_helper.from_array(np.ones(1, np.float32))
+    pixels = graph.add("ConstantOfShape", shape, value=one)
+    kernel = graph.constant(np.ones((1, 1, *attributes["kernel_shape"]), np.float32))
+    return graph.add("Div", window_sum, graph.add("Conv", pixels, kernel, **attributes))
 
 
 def _require(holds: bool, what: str) -> None:

@@ -24,6 +24,7 @@ from resnet_jax.models.layers import Conv, standardize_kernel
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 
 NCHW = (0, 3, 1, 2)  # the NHWC axis that stands at each place
+OPSET = 21  # the first with per-channel GroupNormalization
 
 
 class Tensor(NamedTuple):
@@ -35,8 +36,19 @@ class Tensor(NamedTuple):
 Value = Any  # a Tensor, or an array in JAX's layout
 
 
+class Window(NamedTuple):
+    """A window over the pixels of a tensor, as the attributes of an ONNX node."""
+
+    images: str  # the tensor
+    sides: tuple[int, int]  # of its images
+    attributes: dict[str, Any]
+
+
 class Graph:
     """Nodes and constants of an ONNX graph under construction.
+
+    Args:
+      opset: Version of ONNX's operators.
 
     Example:
       >>> graph = Graph()
@@ -44,10 +56,12 @@ class Graph:
       ('Relu_0', 'Relu')
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opset: int = OPSET) -> None:
+        self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.sums: dict[str, tuple[str, int]] = {}  # of all pixels: their images, their count
+        self.window_sums: dict[str, Window] = {}
         self._numbers = itertools.count()
 
     def add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
@@ -62,6 +76,19 @@ class Graph:
         # Not ascontiguousarray, which makes a vector of a scalar.
         self.constants.append(numpy_helper.from_array(np.array(array, order="C"), name))
         return name
+
+    def finish(self, result: str, name: str) -> None:
+        """Gives the result its name; keeps only the nodes and constants that it depends on."""
+        wanted, kept = {result}, []
+        for node in reversed(self.nodes):
+            if wanted & set(node.output):
+                wanted |= set(node.input)
+                kept.append(node)
+        for node in kept:
+            for names in (node.input, node.output):
+                names[:] = [name if each == result else each for each in names]
+        self.nodes = kept[::-1]
+        self.constants = [each for each in self.constants if each.name in wanted]
 
     def name_of(self, value: Value) -> str:
         """The name of a value, which becomes a constant in ONNX's layout if it is none yet."""
@@ -150,22 +177,35 @@ def _folded_norm(module: FoldedNorm, leaves: Mapping[str, Any], shape: Any) -> t
             node = next(node for node in graph.nodes if node.output[0] == x)
             node.input.append(graph.constant(leaves["bias"], f"{name}/bias"))
             return x
-        scale, bias = (
-            graph.constant(leaves[leaf][:, None, None], f"{name}/{leaf}")
-            for leaf in ("scale", "bias")
-        )
-        return graph.add("Add", graph.add("Mul", x, scale), bias, name=name)
+        return _scale_and_shift(graph, x, name, leaves)
 
     return emit, shape
+
+
+def _scale_and_shift(graph: Graph, x: str, name: str, leaves: Mapping[str, np.ndarray]) -> str:
+    scale, bias = (
+        graph.constant(leaves[leaf][:, None, None], f"{name}/{leaf}") for leaf in ("scale", "bias")
+    )
+    return graph.add("Add", graph.add("Mul", x, scale), bias, name=name)
 
 
 def _group_norm(module: GroupNorm, leaves: Mapping[str, Any], shape: Any) -> tuple[_Emit, Any]:
     def emit(graph: Graph, x: str) -> str:
         name = "/".join(module.path)
-        inputs = [graph.constant(leaves[leaf], f"{name}/{leaf}") for leaf in ("scale", "bias")]
         groups = math.gcd(32, shape[-1])
+        if graph.opset < 21:  # there scale and bias are one number a group
+            return _decomposed(graph, x, name, groups)
+        inputs = [graph.constant(leaves[leaf], f"{name}/{leaf}") for leaf in ("scale", "bias")]
         options = {"num_groups": groups, "epsilon": module.epsilon}
         return graph.add("GroupNormalization", x, *inputs, name=name, **options)
+
+    def _decomposed(graph: Graph, x: str, name: str, groups: int) -> str:
+        """A group as one channel of an instance norm, then scale and bias of each channel."""
+        ones, zeros = (graph.constant(np.full(groups, fill, np.float32)) for fill in (1, 0))
+        y = graph.add("Reshape", x, graph.constant([0, groups, -1]))
+        y = graph.add("InstanceNormalization", y, ones, zeros, epsilon=module.epsilon)
+        y = graph.add("Reshape", y, graph.add("Shape", x))
+        return _scale_and_shift(graph, y, name, leaves)
 
     return emit, shape
 

@@ -17,6 +17,7 @@ from flax import traverse_util
 from jax import export
 
 from resnet_jax.errors import ExportError, unknown_name
+from resnet_jax.inference.image_sizes import ImageSizes
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -46,7 +47,8 @@ def parse_platforms(text: str) -> tuple[str, ...]:
 def write_stablehlo(
     predict: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
-    image_shape: Sequence[int],
+    sizes: ImageSizes,
+    channels: int,
     platforms: Sequence[str],
     path: Path,
     weights_path: Path | None,
@@ -54,17 +56,17 @@ def write_stablehlo(
     """Writes the program.
 
     Args:
-      predict: (variables, uint8 images [N, S, S, C]) -> logits [N, num_classes].
+      predict: (variables, uint8 images [N, H, W, C]) -> logits [N, num_classes].
       variables: Its first argument.
-      image_shape: (S, S, C); N stays open.
+      sizes: H and W, fixed or open; N stays open.
+      channels: C.
       platforms: Such as ("cpu", "cuda", "tpu").
       path: Where the program goes.
       weights_path: Where the weights go, as safetensors; None: into the program.
     """
     if importlib.util.find_spec("flatbuffers") is None:
         raise ExportError("--format=stablehlo needs flatbuffers: pip install flatbuffers")
-    batch = export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((*batch, *image_shape), jnp.uint8)
+    images = jax.ShapeDtypeStruct((*_batch_and_sides(sizes), channels), jnp.uint8)
     to_program = _exporter(platforms)
     if weights_path is None:
         program = to_program(lambda images: predict(variables, images))(images)
@@ -83,6 +85,14 @@ def write_stablehlo(
     path.write_bytes(program.serialize())
 
 
+def _batch_and_sides(sizes: ImageSizes) -> Sequence[Any]:
+    """N, H and W: numbers, or names where any number goes."""
+    if not sizes.is_open:
+        return (*export.symbolic_shape("batch"), sizes.height, sizes.width)
+    constraints = [f"{side} >= {sizes.least}" for side in ("height", "width")]
+    return export.symbolic_shape("batch, height, width", constraints=constraints)
+
+
 def _exporter(platforms: Sequence[str]) -> Callable[..., Any]:
     def make(function: Callable[..., jax.Array]) -> Callable[..., export.Exported]:
         return export.export(jax.jit(function), platforms=platforms)  # it takes nothing but jit's
@@ -90,20 +100,20 @@ def _exporter(platforms: Sequence[str]) -> Callable[..., Any]:
     return make
 
 
-def run_stablehlo(path: Path, weights_path: Path | None, images: np.ndarray) -> np.ndarray:
-    """Reads a program and runs it.
+def open_stablehlo(path: Path, weights_path: Path | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Reads a program.
 
     Args:
       path: What `write_stablehlo` wrote.
       weights_path: Of the weights beside it; None: they are in it.
-      images: uint8 [N, S, S, C].
 
     Returns:
-      Logits [N, num_classes].
+      uint8 images [N, H, W, C] -> logits [N, num_classes].
     """
     program = export.deserialize(bytearray(path.read_bytes()))
     if weights_path is None:
-        return np.asarray(program.call(images))
+        return lambda images: np.asarray(program.call(images))
     from safetensors.numpy import load_file
 
-    return np.asarray(program.call(load_file(weights_path), images))
+    weights = load_file(weights_path)
+    return lambda images: np.asarray(program.call(weights, images))

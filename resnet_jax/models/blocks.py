@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from resnet_jax.models.convolution import Precision
 from resnet_jax.models.layers import Conv, Initializer, ModuleDef, average_pool_2x2
@@ -84,7 +85,9 @@ class Shortcut(nn.Module):
         The paper does not say where the zeros go, and any place is the same network up to the
         order of its channels. Half on each side is what published CIFAR weights expect.
         """
-        x = x[:, :: self.stride, :: self.stride]
+        if self.stride > 1:
+            # lax.slice: x[:, ::stride] has another formula for a symbolic size (jax.export).
+            x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, self.stride, self.stride, 1))
         extra = self.features - x.shape[-1]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 

@@ -196,9 +196,8 @@ def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:
     """
 
     def window_sum(values: jax.Array) -> jax.Array:
-        # ceil(H / stride) windows, the last of which starts at a multiple of the stride.
-        beyond = [(-(-side // stride) - 1) * stride + dilation + 1 - side for side in x.shape[1:3]]
-        padding = [(0, 0), *((0, max(extra, 0)) for extra in beyond), (0, 0)]
+        # ceil(H / stride) windows for every H; the last may reach `dilation` pixels past the edge.
+        edges = (0, dilation)
         # A NumPy zero: where it is traced, under jit, JAX does not see that this is a sum, and has
         # no gradient for it.
         return lax.reduce_window(
@@ -207,7 +206,7 @@ def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:
             lax.add,
             window_dimensions=(1, 2, 2, 1),
             window_strides=(1, stride, stride, 1),
-            padding=padding,
+            padding=((0, 0), edges, edges, (0, 0)),
             window_dilation=(1, dilation, dilation, 1),
         )
 

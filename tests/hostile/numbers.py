@@ -53,6 +53,8 @@ workdir("model.name", "x" * 10**6)
     f"evaluate {{here}}/run --data=digits --json={{here}}/{LONG}{LONG}",
     f"features {{here}}/run {{image}} --output={{here}}/{LONG}{LONG}.npz",
     f"export {{here}}/run --format=stablehlo --output={{here}}/{LONG}{LONG}.stablehlo",
+    f"export {{here}}/run --format=stablehlo --input_size={DIGITS}x8 --output={{here}}/new",
+    f"export {{here}}/run --format=onnx --opset={DIGITS} --output={{here}}/new",
     f"report {{here}}/run --output={{here}}/{LONG}{LONG}.html",
     f"report {{here}}/{LONG}{LONG}",
 )

@@ -1,8 +1,11 @@
-"""The Python of docs/predict.md runs, around the commands that it names."""
+"""The Python of docs/predict.md and docs/export.md runs, around the commands that they name."""
 
 import json
 import pathlib
 import re
+
+import numpy as np
+import pytest
 
 import resnet_jax as rj
 from resnet_jax.cli import main
@@ -11,9 +14,13 @@ from tests.variables import random_variables
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "predict.md"
 
 
-def test_blocks(tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def digits(tmp_path, monkeypatch):
+    """A network in runs/digits.
+
+    Random weights in the Hub's form stand for the trained run; the commands are the same.
+    """
     monkeypatch.chdir(tmp_path)
-    # Random weights in the Hub's form stand for the trained run; the commands are the same.
     folder = tmp_path / "runs" / "digits"
     folder.mkdir(parents=True)
     model = rj.ResNet20(num_classes=10)
@@ -23,6 +30,8 @@ def test_blocks(tmp_path, monkeypatch, capsys):
     config = {"architecture": "resnet20", "num_classes": 10, "pretrained_cfg": facts}
     (folder / "config.json").write_text(json.dumps(config))
 
+
+def test_blocks(capsys):
     text = DOCS.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     _, in_python, apply, as_files, neighbours = blocks  # the first: tests/inference/test_predict.py
@@ -37,3 +46,24 @@ def test_blocks(tmp_path, monkeypatch, capsys):
     exec(compile(neighbours, str(DOCS), "exec"), names)  # noqa: S102
     # Even random features tell most digits apart, if paths, labels and rows belong together.
     assert float(capsys.readouterr().out.partition("%")[0]) > 80
+
+
+def test_onnx_block(tmp_path, capsys):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    docs = DOCS.with_name("export.md")
+    section = docs.read_text().split("## ONNX")[1].split("\n## ")[0]
+    (command,) = re.findall(r"^python -m resnet_jax (export .*)$", section, re.MULTILINE)
+    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert main(command.split()) == 0
+    assert "of 16x16, 13x21, 5x5 pixels" in capsys.readouterr().out
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 17, 1)).astype(np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    names = {}
+    exec(compile(block, str(docs), "exec"), names)  # noqa: S102
+    model, variables, preprocessing = rj.load_pretrained("runs/digits")
+    expected = model.apply(variables, preprocessing.normalize(images), train=False)
+    tolerance = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(names["logits"], expected, rtol=0, atol=tolerance)
+    assert names["names"] == [str(number) for number in np.argmax(expected, 1)]
+    assert names["least"] == 5

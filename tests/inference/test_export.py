@@ -17,11 +17,12 @@ from flax import traverse_util
 
 import resnet_jax as rj
 from resnet_jax import cli
-from resnet_jax.evaluation.network import open_network
+from resnet_jax.evaluation.network import Network, open_network
 from resnet_jax.inference import export, hub
 from resnet_jax.inference.export import export_network, sample_images, source_logits
 from resnet_jax.inference.fold import fold_batch_norm
-from resnet_jax.inference.stablehlo import run_stablehlo
+from resnet_jax.inference.image_sizes import ImageSizes, parse_image_sizes
+from resnet_jax.inference.stablehlo import open_stablehlo, write_stablehlo
 from resnet_jax.training.config import Config, Data
 from tests.variables import random_variables
 
@@ -40,9 +41,14 @@ KINDS = {
     "deep D, gates, dilated": functools.partial(
         _small,
         stem_cls=functools.partial(rj.DeepStem, widths=(4, 4, 8)),
+        stage_sizes=(2, 1, 1),
+        stage_widths=(8, 16, 16),
         shortcut="D",
         se_ratio=0.25,
-        output_stride=4,
+        output_stride=4,  # stage3's shortcut averages pixels at a distance of 2
+    ),
+    "deep D": functools.partial(
+        _small, stem_cls=functools.partial(rj.DeepStem, widths=(4, 4, 8)), shortcut="D"
     ),
     "deep, strided": functools.partial(
         _small, stem_cls=functools.partial(rj.DeepStem, widths=(4, 4, 8), conv_pool=True)
@@ -66,10 +72,23 @@ def case(kind):
     """A network of a kind, images for it, and its logits."""
     model = GROUP_NORM() if kind == "group norm" else KINDS[kind]()
     variables, preprocessing = random_variables(model), rj.Preprocessing()
-    side = SIDE if "A" in kind else SIDE + 1  # option A is made for even maps
-    images = np.random.default_rng(1).integers(0, 256, (3, side, side, 3)).astype(np.uint8)
+    images = noise(*SIZES[0])
     logits = source_logits(model, variables, preprocessing, images)
     return model, variables, preprocessing, images, logits
+
+
+@functools.cache
+def case_logits(kind, size):
+    return source_logits(*case(kind)[:3], noise(*size))
+
+
+def noise(height, width):
+    return np.random.default_rng(1).integers(0, 256, (3, height, width, 3)).astype(np.uint8)
+
+
+# What a graph or program of any size is tried at, from sides of 8 up: odd and even maps.
+SIZES = [(17, 17), (8, 24)]
+ANY_SIZE = ImageSizes(17, 17, least=8, is_open=True)
 
 
 @pytest.fixture(scope="module")
@@ -148,61 +167,206 @@ def test_one_platform_and_any_number_of_images(network, images, logits, tmp_path
     program = jax.export.deserialize(bytearray(path.read_bytes()))
     assert program.platforms == ("cpu",)
     for count in (1, 2):
-        close(run_stablehlo(path, None, images[:count]), logits[:count])
+        close(open_stablehlo(path, None)(images[:count]), logits[:count])
 
 
-def test_onnx_is_a_graph_of_layers(network, images, logits, tmp_path):
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+@pytest.mark.parametrize("kind", ["basic A", "deep D, gates, dilated", "deep D", "group norm"])
+def test_stablehlo_of_any_size(kind, tmp_path):
+    model, variables, preprocessing, *_ = case(kind)
+    path = tmp_path / "network"
+    predict = functools.partial(export.predict, model, preprocessing)
+    write_stablehlo(predict, variables, ANY_SIZE, 3, ("cpu",), path, None)
+    run = open_stablehlo(path, None)
+    for size in SIZES:
+        close(run(noise(*size)), case_logits(kind, size))
+
+
+@pytest.fixture
+def onnx():
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from resnet_jax.inference.onnx import run_onnx
+    return pytest.importorskip("onnx", reason="onnx is not installed")
+
+
+def facts_of(model):
+    return {each.key: json.loads(each.value) for each in model.metadata_props}
+
+
+def test_onnx_is_a_graph_of_layers(network, images, logits, tmp_path, onnx):
+    from resnet_jax.inference.onnx import open_onnx
 
     path = tmp_path / "network.onnx"
     done = export_network(network, "onnx", path)
     assert done.difference <= 1e-5 * done.largest
+    run = open_onnx(path)
     for count in (1, 3):
-        close(run_onnx(path, images[:count]), logits[:count])
+        close(run(images[:count]), logits[:count])
     model = onnx.load(path)
     operators = [node.op_type for node in model.graph.node]
     counts = {name: operators.count(name) for name in ("Conv", "BatchNormalization", "Relu")}
     assert counts == {"Conv": 19, "BatchNormalization": 19, "Relu": 19}
     assert operators.count("Transpose") == 1
     assert operators[-2:] == ["Flatten", "Gemm"]
-    facts = {each.key: json.loads(each.value) for each in model.metadata_props}
+    assert [each.name for each in model.graph.output] == ["logits"]
+    assert (model.opset_import[0].version, model.ir_version) == (21, 10)
+    facts = facts_of(model)
     assert facts["class_names"] == list("0123456")
     assert facts["preprocessing"]["image_size"] == SIDE
+    described = facts["input"]
+    assert "divides by std itself" in described.pop("type")
+    assert described == {"layout": "NHWC", "channels": 3, "height": SIDE, "width": SIDE}
     export_network(network, "onnx", path, fold_batch_norm=True, force=True)
-    close(run_onnx(path, images), logits)
+    close(open_onnx(path)(images), logits)
     operators = {node.op_type for node in onnx.load(path).graph.node}
     assert not operators & {"BatchNormalization", "Mul"}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "group norm"])
-def test_onnx_knows_every_kind_of_network(kind, tmp_path):
-    pytest.importorskip("onnx", reason="onnx is not installed")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    from resnet_jax.inference.onnx import run_onnx, write_onnx
+def test_onnx_knows_every_kind_of_network_at_any_size(kind, tmp_path, onnx):
+    from resnet_jax.inference.onnx import open_onnx, write_onnx
+
+    source = case(kind)[:3]
+    versions = [source[:2]] if kind == "group norm" else [source[:2], fold_batch_norm(*source[:2])]
+    for number, (model, variables) in enumerate(versions):
+        path = tmp_path / f"{number}.onnx"
+        predict = functools.partial(export.predict, model, source[2])
+        write_onnx(predict, variables, ANY_SIZE, 3, {}, path)
+        run = open_onnx(path)
+        for size in SIZES:
+            close(run(noise(*size)), case_logits(kind, size))
+
+
+@pytest.mark.parametrize("kind", ["basic A", "deep D, gates, dilated", "deep D", "group norm"])
+def test_onnx_of_every_opset(kind, tmp_path, onnx):
+    from resnet_jax.inference.onnx import OLDEST_OPSET, open_onnx, write_onnx
 
     model, variables, preprocessing, images, logits = case(kind)
-    path = tmp_path / "network.onnx"
+    sizes = ImageSizes(*images.shape[1:3], least=8)
     predict = functools.partial(export.predict, model, preprocessing)
-    write_onnx(predict, variables, images.shape[1:], {}, path)
-    close(run_onnx(path, images), logits)
-    if kind != "group norm":
-        folded, smaller = fold_batch_norm(model, variables)
-        predict = functools.partial(export.predict, folded, preprocessing)
-        write_onnx(predict, smaller, images.shape[1:], {}, path)
-        close(run_onnx(path, images), logits)
+    for opset in range(OLDEST_OPSET, onnx.defs.onnx_opset_version() + 1):
+        path = tmp_path / f"{opset}.onnx"
+        write_onnx(predict, variables, sizes, 3, {}, path, opset=opset)  # runs onnx's checker
+        close(open_onnx(path)(images), logits)
+        loaded = onnx.load(path)
+        assert loaded.opset_import[0].version == opset
+        operators = {node.op_type for node in loaded.graph.node}
+        if kind == "group norm":
+            expected = "GroupNormalization" if opset >= 21 else "InstanceNormalization"
+            assert {each for each in operators if "Normalization" in each} == {expected}
 
 
-def test_onnx_names_what_it_cannot_do(tmp_path):
-    pytest.importorskip("onnx", reason="onnx is not installed")
+def test_an_average_of_windows_is_one_node(tmp_path, onnx):
     from resnet_jax.inference.onnx import write_onnx
+
+    model, variables, preprocessing, *_ = case("deep D")
+    predict = functools.partial(export.predict, model, preprocessing)
+    write_onnx(predict, variables, ANY_SIZE, 3, {}, tmp_path / "x")
+    operators = [node.op_type for node in onnx.load(tmp_path / "x").graph.node]
+    assert operators.count("AveragePool") == 1
+    assert operators.count("Div") == 2  # by 255 and by std
+    assert "Shape" not in operators
+
+
+@pytest.mark.parametrize("format", ["stablehlo", "onnx"])
+def test_images_of_any_size(format, network, tmp_path, onnx):
+    done = export_network(network, format, tmp_path / "x", input_size="open")
+    assert done.sizes == ((SIDE, SIDE), (13, 21), (5, 5))
+    assert done.difference <= 1e-5 * done.largest
+    assert "8 real images of 16x16, 13x21, 5x5 pixels" in str(done)
+    if format == "stablehlo":
+        program = jax.export.deserialize(bytearray((tmp_path / "x").read_bytes()))
+        assert str(program.in_avals[0]) == "uint8[batch,height,width,3]"
+        with pytest.raises(ValueError, match="shapes"):  # said by JAX
+            program.call(np.zeros((1, 4, 16, 3), np.uint8))
+    else:
+        model = onnx.load(tmp_path / "x")
+        shape = model.graph.input[0].type.tensor_type.shape.dim
+        assert [each.dim_param or each.dim_value for each in shape] == [
+            *("batch", "height", "width"),
+            3,
+        ]
+        described = facts_of(model)["input"]
+        assert {key: described[key] for key in ("height", "width", "least_side")} == {
+            **{"height": "any", "width": "any"},
+            "least_side": 5,
+        }
+
+
+def test_images_that_are_not_square(network, tmp_path, onnx):
+    from resnet_jax.inference.onnx import open_onnx
+
+    done = export_network(network, "onnx", tmp_path / "x", input_size="12x20")
+    assert done.sizes == ((12, 20),)
+    images = sample_images(network, size=(12, 20))
+    chex.assert_shape(images, (8, 12, 20, 3))
+    close(open_onnx(tmp_path / "x")(images), source_logits(*network_parts(network), images))
+
+
+def network_parts(network):
+    return network.model, network.variables, network.preprocessing
+
+
+def test_the_smallest_image():
+    dilated = rj.ResNet50(output_stride=8)
+    assert [parse_image_sizes("open", model, 224).least for model in (rj.ResNet50(), dilated)] == [
+        32,
+        8,
+    ]
+    with pytest.raises(rj.ExportError, match=r"--input_size=31x64: each side must be from 32 pix"):
+        parse_image_sizes("31x64", rj.ResNet50(), 224)
+
+
+def test_a_graph_that_depends_on_the_size_is_not_open(tmp_path, onnx):
+    from resnet_jax.inference.onnx import write_onnx
+
+    def predict(variables, images):
+        x = images.astype(jnp.float32)
+        return (x * x.shape[1]).mean((1, 2))
+
+    write_onnx(predict, {}, ImageSizes(8, 8, least=8), 3, {}, tmp_path / "x")
+    with pytest.raises(rj.ExportError, match="depends on the size of its images; give one"):
+        write_onnx(predict, {}, ANY_SIZE, 3, {}, tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("format", ["stablehlo", "onnx", "hub"])
+def test_a_network_without_head(format, tmp_path, onnx):
+    model = rj.ResNet20(num_classes=0)
+    variables = random_variables(model)
+    named = rj.Preprocessing(image_size=SIDE, crop_fraction=1.0)
+    network = Network("w.npz", "resnet20", model, variables, named, 3, ())
+    done = export_network(network, format, tmp_path / "x")
+    assert done.difference <= 1e-5 * done.largest
+    if format == "onnx":
+        (output,) = onnx.load(tmp_path / "x").graph.output
+        assert output.name == "features"
+        assert output.type.tensor_type.shape.dim[1].dim_value == 64
+
+
+def test_the_weights_of_a_graph_beside_it(network, images, logits, tmp_path, monkeypatch, onnx):
+    from resnet_jax.inference import onnx as ours
+
+    monkeypatch.setattr(ours, "MOST_EMBEDDED", 2**20)  # of 2 GiB
+    with pytest.raises(rj.ExportError, match=r"and one file of ONNX holds 2 GB; give --weights=be"):
+        export_network(network, "onnx", tmp_path / "network.onnx")
+    assert not list(tmp_path.iterdir())
+    export_network(network, "onnx", tmp_path / "network.onnx", weights="beside")
+    graph, weights = sorted(tmp_path.iterdir())
+    assert (graph.name, weights.name) == ("network.onnx", "network.onnx.data")
+    assert graph.stat().st_size < 0.1 * weights.stat().st_size
+    close(ours.open_onnx(graph)(images), logits)
+
+
+def test_onnx_names_what_it_cannot_do(tmp_path, onnx):
+    from resnet_jax.inference.onnx import open_onnx, write_onnx
 
     def predict(variables, images):
         return jnp.cumsum(images.astype(jnp.float32), 0)
 
     with pytest.raises(rj.ExportError, match="'cumsum', which the ONNX export does not know"):
-        write_onnx(predict, {}, (4, 4, 3), {}, tmp_path / "network.onnx")
+        write_onnx(predict, {}, ImageSizes(4, 4, least=4), 3, {}, tmp_path / "network.onnx")
+    (tmp_path / "network.onnx").write_bytes(b"no graph")
+    with pytest.raises(rj.ExportError, match=r"does not run the graph \(.*\); try another --opset"):
+        open_onnx(tmp_path / "network.onnx")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -358,12 +522,14 @@ def test_an_export_that_disagrees_leaves_nothing_behind(network, tmp_path, monke
     right = export_network(network, "stablehlo", path, platforms="cpu")
     before = path.read_bytes()
 
-    def wrong(network, files, images, platforms):
-        files[0].write_bytes(b"wrong")
-        noise = np.zeros((len(images), 7), np.float32)
-        noise[0, 0] = 2 * export.TOLERANCE * right.largest
-        logits = source_logits(network.model, network.variables, network.preprocessing, images)
-        return logits + noise
+    def wrong(job):
+        job.files[0].write_bytes(b"wrong")
+
+        def run(images):
+            logits = source_logits(*network_parts(job.network), images)
+            return logits + 2 * export.TOLERANCE * right.largest
+
+        return run
 
     monkeypatch.setitem(export._WRITERS, "stablehlo", wrong)
     with pytest.raises(rj.ExportError, match="disagrees with its source"):
@@ -399,7 +565,15 @@ MISTAKES = [
     ),
     (["{w}", "--format=stablehlo", "--platforms=,", "--output=x"], "unknown platform ''"),
     (["{w}", "--format=stablehlo", "--weights=apart", "--output=x"], "--weights=apart: unknown"),
-    (["{w}", "--format=onnx", "--weights=beside", "--output=x"], "goes with --format=stablehlo"),
+    (["{w}", "--format=hub", "--weights=beside", "--output=x"], "stablehlo or onnx, not hub"),
+    (["{w}", "--format=hub", "--input_size=open", "--output=x"], "stablehlo or onnx, not hub"),
+    (["{w}", "--format=onnx", "--input_size=32", "--output=x"], "=32: is not HEIGHTxWIDTH"),
+    (["{w}", "--format=onnx", "--input_size=4x32", "--output=x"], "each side must be from 5 "),
+    (["{w}", "--format=onnx", "--input_size=32x9000", "--output=x"], "to 8,192"),
+    (["{w}", "--format=stablehlo", "--opset=17", "--output=x"], "goes with --format=onnx"),
+    (["{w}", "--format=onnx", "--opset=16", "--output=x"], r"--opset=16: must be from 17 to \d\d"),
+    (["{w}", "--format=onnx", "--opset=99", "--output=x"], r"--opset=99: must be from 17 to \d\d"),
+    (["{w}", "--format=onnx", "--opset=new", "--output=x"], "--opset: 'new': must be a whole"),
     (["{w}", "--format=onnx", "--platforms=cpu", "--output=x"], "goes with --format=stablehlo"),
     (["{w}", "--format=onnx", "--push=a/b", "--output=x"], "goes with --format=hub"),
     (["{w}", "--format=hub", "--push=b", "--output=x"], "--push=b: is not OWNER/NAME"),
@@ -437,7 +611,10 @@ def test_a_missing_package_is_named(network, tmp_path, monkeypatch):
 
 
 def test_command(weight_file, tmp_path, capsys):
-    flags = ["--model=resnet20", f"--image_size={SIDE}", "--format=stablehlo", "--platforms=tpu"]
+    flags = ["--model=resnet20", "--format=stablehlo", "--platforms=tpu", "--input_size=12x20"]
     assert cli.main(["export", str(weight_file), *flags, f"--output={tmp_path}/x"]) == 0
     line = capsys.readouterr().out
-    assert re.search(r"x \(1\.1 MB\): largest difference .* on 8 real images \d\.\de-\d\d", line)
+    shown = r"x \(1\.1 MB\): largest difference .* on 8 real images of 12x20 pixels \d\.\de-\d\d"
+    assert re.search(shown, line), line
+    program = jax.export.deserialize(bytearray((tmp_path / "x").read_bytes()))
+    assert str(program.in_avals[0]) == "uint8[batch,12,20,3]"
