@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from resnet_jax.models.convolution import ConvOptions, Precision, convolve
+from resnet_jax.models.sharding import BATCH, over_batch
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -94,6 +95,7 @@ class Conv(nn.Module):
         return standardize_kernel(kernel) if self.standardize else kernel
 
 
+@over_batch(BATCH)
 def max_pool(x: jax.Array, zero_padding: bool = False) -> jax.Array:
     """The stem's 3x3 max pool with stride 2 (He et al. 2015, Table 1).
 
@@ -177,6 +179,7 @@ def _larger_tangent(
     return _larger(*primals), jnp.where(primals[0] >= primals[1], *tangents)
 
 
+@over_batch(BATCH)
 def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:
     """The 2x2 average in ResNet-D's shortcut (He et al. 2018, Figure 2c).
 
