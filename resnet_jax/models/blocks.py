@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.errors import ModelError
 from resnet_jax.models.convolution import Precision
 from resnet_jax.models.layers import Conv, Initializer, ModuleDef, average_pool_2x2
 from resnet_jax.models.norms import BatchNorm, conv_norm
@@ -37,7 +38,6 @@ class Shortcut(nn.Module):
       features: Channels of the block's output.
       option: A, B, C or D.
       stride: Stride of the block.
-      dilation: Dilation of the incoming map.
       halves: The block ends the resolution of its input: by its stride, or by dilating what
         comes after it.
       conv_cls: Makes a convolution.
@@ -45,6 +45,9 @@ class Shortcut(nn.Module):
 
     Returns:
       Called on [N, H, W, C] with `train`: [N, ceil(H / stride), ceil(W / stride), features].
+
+    Raises:
+      ModelError: Option A with fewer channels than x has.
 
     Example:
       >>> x = jnp.ones((1, 8, 8, 16))
@@ -56,7 +59,6 @@ class Shortcut(nn.Module):
     features: int
     option: ShortcutOption = "B"
     stride: int = 1
-    dilation: int = 1
     halves: bool = False
     conv_cls: ModuleDef = Conv
     norm_cls: ModuleDef | None = BatchNorm
@@ -70,7 +72,7 @@ class Shortcut(nn.Module):
             return x
         stride = self.stride
         if self.option == "D" and self.halves:
-            x, stride = average_pool_2x2(x, stride, self.dilation), 1
+            x, stride = average_pool_2x2(x, stride), 1
         conv = self.conv_cls(self.features, 1, stride=stride, name="conv1")
         return (
             conv(x)
@@ -84,8 +86,14 @@ class Shortcut(nn.Module):
         The paper does not say where the zeros go, and any place is the same network up to the
         order of its channels. Half on each side is what published CIFAR weights expect.
         """
-        x = x[:, :: self.stride, :: self.stride]
         extra = self.features - x.shape[-1]
+        if extra < 0:
+            raise ModelError(
+                f"shortcut = 'A' cannot go from {x.shape[-1]} channels to {self.features}: it adds "
+                "channels of zeros and drops none; choose stage_widths that do not shrink (the "
+                "stem's channels included), or shortcut = 'B'"
+            )
+        x = x[:, :: self.stride, :: self.stride]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
@@ -227,7 +235,6 @@ class ResidualBlock(nn.Module):
             features=self.features,
             option=self.shortcut,
             stride=self.stride,
-            dilation=self.dilation,
             halves=self.halves,
             conv_cls=self.conv_cls,
             norm_cls=None if self.preactivation else self.norm_cls,

@@ -21,7 +21,14 @@ from resnet_jax.models.blocks import (
     ShortcutOption,
 )
 from resnet_jax.models.convolution import PRECISIONS, Precision
-from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, he_fan_out
+from resnet_jax.models.layers import (
+    Conv,
+    Dtype,
+    Initializer,
+    ModuleDef,
+    he_fan_out,
+    normal_001,
+)
 from resnet_jax.models.norms import NORM_KINDS, BatchNorm, GroupNorm, NormKind
 from resnet_jax.models.stem import ImageNetStem
 
@@ -118,7 +125,10 @@ class ResNet(nn.Module):
       stochastic_depth_rate: Drop rate of the last block; it grows linearly from the first.
       dropout_rate: Drop rate of the pooled features.
       output_stride: Image pixels per pixel of the last map. Smaller than the network's own:
-        later stages dilate instead of striding, with the same weights. None: the network's own.
+        later stages dilate instead of striding, with the same weights. Every position of the
+        finer maps then sees the same pixels as before, except with shortcut D: its 2x2 average
+        takes neighboring pixels, and zeros beyond the lower and right edges, as timm's networks
+        do, so that weights give the same numbers there and here. None: the network's own.
       remat: Recompute each block in the backward pass instead of storing its activations.
 
     Returns:
@@ -156,7 +166,7 @@ class ResNet(nn.Module):
     bn_group_size: int | None = None
     zero_init_residual: bool = False
     kernel_init: Initializer = he_fan_out
-    head_init: Initializer = nn.initializers.normal(0.01)
+    head_init: Initializer = normal_001
     stochastic_depth_rate: float = 0.0
     dropout_rate: float = 0.0
     output_stride: int | None = None
