@@ -110,7 +110,7 @@ def rand_augment(
         identity = len(RAND_OPERATIONS) - 1
         index = jax.random.randint(chosen, (), 0, identity)
         index = jnp.where(jax.random.bernoulli(applied), index, identity)
-        level = magnitude + magnitude_std * jax.random.normal(strength)
+        level = magnitude + magnitude_std * jax.random.normal(strength, dtype=jnp.float32)
         level = jnp.clip(level, 0, 10) / 10
         return _choose(image, RAND_OPERATIONS, index, level, _sign(side))
 

@@ -10,6 +10,7 @@ The order inside a block is what separates the versions of the paper:
 from __future__ import annotations
 
 import functools
+import math
 from typing import ClassVar, Literal, get_args
 
 import flax.linen as nn
@@ -129,6 +130,44 @@ class SqueezeExcite(nn.Module):
         return x * gate[:, None, None, :].astype(x.dtype)
 
 
+class EfficientChannelAttention(nn.Module):
+    """Scales each channel by a gate computed from the means of its neighbors (Wang et al. 2020).
+
+    The gate convolves the means along the channels. Its kernel grows with their number C as in
+    the paper: the odd number from log2(C) / 2 + 1/2 up, and at least 3.
+
+    Returns:
+      Called on [N, H, W, C]: the same shape.
+
+    Example:
+      >>> x = jnp.ones((1, 4, 4, 256))
+      >>> variables = EfficientChannelAttention().init(jax.random.key(0), x)
+      >>> variables["params"]["conv"]["kernel"].shape
+      (5, 1, 1)
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size = int((math.log2(x.shape[-1]) + 1) / 2)
+        conv = ChannelConv(max(size if size % 2 else size + 1, 3), name="conv")
+        gate = nn.sigmoid(conv(x.mean((1, 2), dtype=jnp.float32)))  # [N, C]
+        return x * gate[:, None, None, :].astype(x.dtype)
+
+
+class ChannelConv(nn.Module):
+    """Convolves [N, C] along the channels with one filter of odd size, padded with zeros."""
+
+    kernel_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, reach, channels = (self.kernel_size, 1, 1), self.kernel_size // 2, x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        padded = jnp.pad(x, ((0, 0), (reach, reach)))
+        taps = (padded[:, k : k + channels] * kernel[k, 0, 0] for k in range(self.kernel_size))
+        return functools.reduce(jnp.add, taps)
+
+
 class StochasticDepth(nn.Module):
     """Drops the residual of some images while training (Huang et al. 2016).
 
@@ -174,6 +213,7 @@ class ResidualBlock(nn.Module):
       cardinality: Bottlenecks only: groups of the 3x3 convolution (ResNeXt).
       base_width: Bottlenecks only: channels of a group, in 64ths of `width`.
       se_ratio: Reduction of squeeze-and-excitation; 0: none.
+      eca: Efficient channel attention.
       stochastic_depth_rate: Probability that this block's residual is dropped.
       zero_init_residual: Start as the identity: the last norm's scale (pre-activation: the last
         kernel) is 0 (Goyal et al. 2017, section 5.1).
@@ -207,6 +247,7 @@ class ResidualBlock(nn.Module):
     cardinality: int = 1
     base_width: int = 64
     se_ratio: float = 0.0
+    eca: bool = False
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
     first_in_network: bool = False
@@ -248,6 +289,8 @@ class ResidualBlock(nn.Module):
                 self.se_ratio, dtype=self.dtype, precision=self.precision, name="squeeze_excite"
             )
             residual = gate(residual)
+        if self.eca:
+            residual = EfficientChannelAttention(name="eca")(residual)
         if self.shortcut == "none":
             return residual
         if self.stochastic_depth_rate:

@@ -112,6 +112,7 @@ class ResNet(nn.Module):
       cardinality: Groups of a bottleneck's 3x3 convolution.
       base_width: Channels of a bottleneck's group in 64ths of the stage's width.
       se_ratio: Reduction of squeeze-and-excitation (1/16 in SE-ResNet); 0: none.
+      eca: Efficient channel attention in every block (ECA-Net), in place of se_ratio.
       norm: "batch" or "group".
       weight_standardization: Standardise every kernel; goes with norm="group".
       bn_momentum: Share of the old running statistics kept each step.
@@ -158,6 +159,7 @@ class ResNet(nn.Module):
     cardinality: int = 1
     base_width: int = 64
     se_ratio: float = 0.0
+    eca: bool = False
     norm: NormKind = "batch"
     weight_standardization: bool = False
     bn_momentum: float = 0.9
@@ -298,6 +300,7 @@ class ResNet(nn.Module):
                 cardinality=self.cardinality,
                 base_width=self.base_width,
                 se_ratio=self.se_ratio,
+                eca=self.eca,
                 zero_init_residual=self.zero_init_residual,
                 conv_cls=conv_cls,
                 norm_cls=norm_cls,
@@ -426,6 +429,7 @@ def _check_fields(model: ResNet) -> None:
             "1 or more, and 64 without bottleneck blocks",
         ),
         "se_ratio": (0 <= model.se_ratio <= 1, "between 0 (none) and 1"),
+        "eca": (not (model.eca and model.se_ratio), "False with se_ratio more than 0"),
         "bn_momentum": (0 <= model.bn_momentum < 1, "in [0, 1)"),
         "bn_epsilon": (model.bn_epsilon > 0, "more than 0"),
         "bn_group_size": (

@@ -201,7 +201,7 @@ def _gradients(
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     augment_key, dropout_key = jax.random.split(key)
     split = {name: x.reshape(parts, size, *x.shape[1:]) for name, x in batch.items()}
-    split["first"] = (device * parts + jnp.arange(parts)) * size
+    split["first"] = (device * parts + jnp.arange(parts, dtype=jnp.int32)) * size
 
     def loss_of_part(
         params: Any, batch_stats: Any, part: Batch
