@@ -143,7 +143,7 @@ def trivial_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
     def draw(image: jax.Array, key: jax.Array) -> Edit:
         chosen, strength, side = jax.random.split(key, 3)
         index = jax.random.randint(chosen, (), 0, len(TRIVIAL_OPERATIONS))
-        level = jax.random.randint(strength, (), 0, 31) / 30
+        level = jax.random.randint(strength, (), 0, 31).astype(jnp.float32) / 30
         return _choose(image, TRIVIAL_OPERATIONS, index, level, _sign(side))
 
     return _apply(images, jax.vmap(draw)(images, keys), 0.0, nearest=True)
@@ -193,7 +193,7 @@ def _grey(image: jax.Array) -> jax.Array:
 
 
 def _sign(key: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+    return jnp.where(jax.random.bernoulli(key), jnp.float32(1), jnp.float32(-1))
 
 
 def _round(values: jax.Array) -> jax.Array:

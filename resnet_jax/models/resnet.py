@@ -228,7 +228,8 @@ class ResNet(nn.Module):
 
         Returns:
           {"stem", ..., "stage4"} -> [N, ceil(H / stride), ceil(W / stride), channels] in `dtype`;
-          `feature_info` tells channels and strides beforehand. Pre-activation networks return
+          `feature_info` tells channels and strides beforehand, and the order: `jax.jit` sorts
+          the keys of what it returns, so that "stem" comes last. Pre-activation networks return
           the raw sums, before the final norm and ReLU.
 
         Example:
