@@ -308,7 +308,10 @@ def _draw_erased(key: jax.Array, shape: tuple[int, int], probability: float) -> 
     happens, area, ratio, place = jax.random.split(key, 4)
     sides = jnp.array(shape)
     low, high = ERASE_AREA
-    area = jax.random.uniform(area, (ERASE_TRIES,), jnp.float32, minval=low, maxval=high) * sides.prod()
+    area = (
+        jax.random.uniform(area, (ERASE_TRIES,), jnp.float32, minval=low, maxval=high)
+        * sides.prod()
+    )
     low, high = jnp.log(jnp.array(ERASE_RATIO, jnp.float32))
     ratio = jnp.exp(jax.random.uniform(ratio, (ERASE_TRIES,), jnp.float32, minval=low, maxval=high))
     boxes = jnp.round(jnp.sqrt(jnp.stack((area * ratio, area / ratio), axis=1))).astype(jnp.int32)

@@ -38,7 +38,6 @@ def normal_001(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32)
     return nn.initializers.normal(0.01)(key, shape, dtype)
 
 
-
 def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-8) -> jax.Array:
     """Gives each output channel's filter mean 0 and variance 1 (Qiao et al. 2019, section 3).
 

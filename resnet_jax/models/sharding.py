@@ -57,7 +57,9 @@ def over_batch(*outputs: bool) -> Callable[[Callable[..., Any]], Callable[..., A
                 return function(x, *merged, **options)
 
             out_sharding = shardings if len(shardings) > 1 else shardings[0]
-            automatic = jax.sharding.auto_axes(call, axes=mesh.explicit_axes, out_sharding=out_sharding)
+            automatic = jax.sharding.auto_axes(
+                call, axes=mesh.explicit_axes, out_sharding=out_sharding
+            )
             return automatic(x, *itertools.compress(args, arrays))
 
         return wrapped

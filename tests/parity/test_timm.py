@@ -45,7 +45,7 @@ def test_same_logits_as_timm(name):
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize("name", ["resnet50d", "resnet50t", "resnetrs50", "resnet50", "seresnet50"])
 def test_same_logits_as_timm_with_dilation(name, output_stride):
-    """timm's nets get narrow by their own fields; sides of the images are odd."""
+    """At odd sizes, with narrow networks."""
     torch.manual_seed(0)
     network = timm.create_model(name, output_stride=output_stride, channels=(8, 16, 24, 32)).eval()
     randomize(network, offset=0.0)
