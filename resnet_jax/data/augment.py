@@ -329,7 +329,7 @@ def _draw_share(key: jax.Array, shape: tuple[int, int], config: Augment) -> jax.
     pastes = jnp.asarray(config.cutmix > 0)
     if config.mixup and config.cutmix:
         pastes = jax.random.bernoulli(which)
-    alpha = jnp.where(pastes, *jnp.array((config.cutmix, config.mixup), jnp.float32))
+    alpha = jnp.where(pastes, jnp.float32(config.cutmix), jnp.float32(config.mixup))
     # 1 - lambda, which has the distribution of lambda.
     share = jax.random.beta(strength, alpha, alpha, dtype=jnp.float32)[None, None]
     if not config.cutmix:

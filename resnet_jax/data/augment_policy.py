@@ -153,7 +153,12 @@ def _choose(
     image: jax.Array, operations: Operations, index: jax.Array, level: jax.Array, sign: jax.Array
 ) -> Edit:
     def branch(name: str, value: Value) -> Callable[..., Edit]:
-        return lambda image, level, sign: EDITS[name](image, value(level, sign))
+        def edit(image: jax.Array, level: jax.Array, sign: jax.Array) -> Edit:
+            found = EDITS[name](image, value(level, sign))
+            # Under jax_enable_x64 some operations compute in float64.
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), found, _identity(image))
+
+        return edit
 
     branches = [branch(name, value) for name, value in operations.items()]
     return lax.switch(index, branches, image, level, sign)

@@ -1,4 +1,4 @@
-"""Meshes whose axes are explicit, as `jax.make_mesh` makes them: batches may be split, layers follow.
+"""Batches that are split over a mesh with explicit axes, as `jax.make_mesh` makes them.
 
 On such a mesh an array's sharding is part of its type, and JAX (0.10 to 0.12) has no rule for some
 operations of a network: for the derivatives of a convolution, for windows, for a slice of the
@@ -35,7 +35,8 @@ def over_batch(*outputs: bool) -> Callable[[Callable[..., Any]], Callable[..., A
       ... def first_row(images):
       ...     return images[:, 0]
       >>> mesh = jax.make_mesh((1,), ("data",))
-      >>> images = jax.device_put(jax.numpy.ones((2, 4, 4, 3)), jax.NamedSharding(mesh, jax.P("data")))
+      >>> split = jax.NamedSharding(mesh, jax.P("data"))
+      >>> images = jax.device_put(jax.numpy.ones((2, 4, 4, 3)), split)
       >>> jax.typeof(jax.jit(first_row)(images))
       ShapedArray(float32[2@data,4,3])
     """
