@@ -19,7 +19,13 @@ import jax.numpy as jnp
 
 from resnet_jax.errors import ModelError
 from resnet_jax.models.convolution import Precision
-from resnet_jax.models.layers import Conv, Initializer, ModuleDef, average_pool_2x2
+from resnet_jax.models.layers import (
+    Conv,
+    Initializer,
+    ModuleDef,
+    average_pool_2x2,
+    dot_general,
+)
 from resnet_jax.models.norms import BatchNorm, conv_norm
 
 ShortcutOption = Literal["A", "B", "C", "D", "none"]
@@ -124,7 +130,9 @@ class SqueezeExcite(nn.Module):
         channels = x.shape[-1]
         reduced = max(8, int(channels * self.ratio + 4) // 8 * 8)
         gate = x.mean((1, 2), dtype=jnp.float32)  # [N, C]
-        dense = functools.partial(nn.Dense, dtype=self.dtype, precision=self.precision)
+        dense = functools.partial(
+            nn.Dense, dtype=self.dtype, precision=self.precision, dot_general=dot_general
+        )
         gate = nn.relu(dense(reduced, name="reduce")(gate))
         gate = nn.sigmoid(dense(channels, name="expand")(gate))
         return x * gate[:, None, None, :].astype(x.dtype)

@@ -38,6 +38,10 @@ def normal_001(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32)
     return nn.initializers.normal(0.01)(key, shape, dtype)
 
 
+# For `nn.Dense`, whose kernel JAX cannot differentiate by where only the images' type has a mesh.
+dot_general = over_batch(BATCH)(lax.dot_general)
+
+
 def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-8) -> jax.Array:
     """Gives each output channel's filter mean 0 and variance 1 (Qiao et al. 2019, section 3).
 

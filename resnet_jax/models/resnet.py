@@ -26,6 +26,7 @@ from resnet_jax.models.layers import (
     Dtype,
     Initializer,
     ModuleDef,
+    dot_general,
     he_fan_out,
     normal_001,
 )
@@ -204,7 +205,10 @@ class ResNet(nn.Module):
         if self.num_classes:
             # float32 whatever `dtype` and `precision` are: the loss is sensitive, the work small.
             self.head = nn.Dense(
-                self.num_classes, kernel_init=self.head_init, precision=lax.Precision.HIGHEST
+                self.num_classes,
+                kernel_init=self.head_init,
+                precision=lax.Precision.HIGHEST,
+                dot_general=dot_general,
             )
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
