@@ -272,7 +272,7 @@ def export(options: argparse.Namespace) -> None:
     from resnet_jax.inference.export import export_network
 
     agreement = export_network(
-        _open_network(options, "export"),
+        _open_network(options),
         options.format,
         options.output,
         platforms=options.platforms,

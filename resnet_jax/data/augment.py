@@ -108,7 +108,7 @@ def augment(
             "cutmix cannot pair; choose one that gives an even number"
         )
     check_channels(config, images.shape[-1])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count, dtype=jnp.int32))
     if mirrored is not None:
         images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     images = _before_normalization(images.astype(jnp.float32), keys, config)
@@ -140,7 +140,7 @@ def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
       ([[0.0, 0.0, 1.0]], [[1.0, 1.0, 0.0]])
     """
     if labels.ndim == 1:
-        return jax.nn.one_hot(labels, num_classes)
+        return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, num_classes - labels.shape[1])))
 
 
@@ -266,7 +266,7 @@ def _jitter(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:
     """ColorJitter of torchvision in a fixed order, then AlexNet's colour shift."""
     if config.brightness:
         factor = 1 + _uniform(_stream(key, "brightness"), config.brightness)
-        image = blend(image, jnp.zeros(()), factor)
+        image = blend(image, jnp.zeros((), jnp.float32), factor)
     if config.contrast:
         image = adjust_contrast(image, 1 + _uniform(_stream(key, "contrast"), config.contrast))
     if image.shape[-1] != 3:
@@ -277,13 +277,13 @@ def _jitter(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:
     if config.hue:
         image = adjust_hue(image, _uniform(_stream(key, "hue"), config.hue))
     if config.pca:
-        weights = config.pca * jax.random.normal(_stream(key, "pca"), (3,))
+        weights = config.pca * jax.random.normal(_stream(key, "pca"), (3,), jnp.float32)
         image = shift_colors(image, weights)
     return image
 
 
 def _uniform(key: jax.Array, largest: float) -> jax.Array:
-    return jax.random.uniform(key, minval=-largest, maxval=largest)
+    return jax.random.uniform(key, dtype=jnp.float32, minval=-largest, maxval=largest)
 
 
 def _after_normalization(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:
@@ -308,9 +308,12 @@ def _draw_erased(key: jax.Array, shape: tuple[int, int], probability: float) -> 
     happens, area, ratio, place = jax.random.split(key, 4)
     sides = jnp.array(shape)
     low, high = ERASE_AREA
-    area = jax.random.uniform(area, (ERASE_TRIES,), minval=low, maxval=high) * sides.prod()
-    low, high = jnp.log(jnp.array(ERASE_RATIO))
-    ratio = jnp.exp(jax.random.uniform(ratio, (ERASE_TRIES,), minval=low, maxval=high))
+    area = (
+        jax.random.uniform(area, (ERASE_TRIES,), jnp.float32, minval=low, maxval=high)
+        * sides.prod()
+    )
+    low, high = jnp.log(jnp.array(ERASE_RATIO, jnp.float32))
+    ratio = jnp.exp(jax.random.uniform(ratio, (ERASE_TRIES,), jnp.float32, minval=low, maxval=high))
     boxes = jnp.round(jnp.sqrt(jnp.stack((area * ratio, area / ratio), axis=1))).astype(jnp.int32)
     fits = (boxes < sides).all(1)
     # The first box that fits; where none does, nothing is erased.
@@ -326,9 +329,9 @@ def _draw_share(key: jax.Array, shape: tuple[int, int], config: Augment) -> jax.
     pastes = jnp.asarray(config.cutmix > 0)
     if config.mixup and config.cutmix:
         pastes = jax.random.bernoulli(which)
-    alpha = jnp.where(pastes, config.cutmix, config.mixup)
+    alpha = jnp.where(pastes, jnp.float32(config.cutmix), jnp.float32(config.mixup))
     # 1 - lambda, which has the distribution of lambda.
-    share = jax.random.beta(strength, alpha, alpha)[None, None]
+    share = jax.random.beta(strength, alpha, alpha, dtype=jnp.float32)[None, None]
     if not config.cutmix:
         return share
     # Sides of sqrt(1 - lambda) about a random pixel (Yun et al. 2019, equation 2).

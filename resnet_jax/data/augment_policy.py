@@ -110,7 +110,7 @@ def rand_augment(
         identity = len(RAND_OPERATIONS) - 1
         index = jax.random.randint(chosen, (), 0, identity)
         index = jnp.where(jax.random.bernoulli(applied), index, identity)
-        level = magnitude + magnitude_std * jax.random.normal(strength)
+        level = magnitude + magnitude_std * jax.random.normal(strength, dtype=jnp.float32)
         level = jnp.clip(level, 0, 10) / 10
         return _choose(image, RAND_OPERATIONS, index, level, _sign(side))
 
@@ -143,7 +143,7 @@ def trivial_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
     def draw(image: jax.Array, key: jax.Array) -> Edit:
         chosen, strength, side = jax.random.split(key, 3)
         index = jax.random.randint(chosen, (), 0, len(TRIVIAL_OPERATIONS))
-        level = jax.random.randint(strength, (), 0, 31) / 30
+        level = jax.random.randint(strength, (), 0, 31).astype(jnp.float32) / 30
         return _choose(image, TRIVIAL_OPERATIONS, index, level, _sign(side))
 
     return _apply(images, jax.vmap(draw)(images, keys), 0.0, nearest=True)
@@ -153,7 +153,12 @@ def _choose(
     image: jax.Array, operations: Operations, index: jax.Array, level: jax.Array, sign: jax.Array
 ) -> Edit:
     def branch(name: str, value: Value) -> Callable[..., Edit]:
-        return lambda image, level, sign: EDITS[name](image, value(level, sign))
+        def edit(image: jax.Array, level: jax.Array, sign: jax.Array) -> Edit:
+            found = EDITS[name](image, value(level, sign))
+            # Under jax_enable_x64 some operations compute in float64.
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), found, _identity(image))
+
+        return edit
 
     branches = [branch(name, value) for name, value in operations.items()]
     return lax.switch(index, branches, image, level, sign)
@@ -193,7 +198,7 @@ def _grey(image: jax.Array) -> jax.Array:
 
 
 def _sign(key: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+    return jnp.where(jax.random.bernoulli(key), jnp.float32(1), jnp.float32(-1))
 
 
 def _round(values: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -80,6 +81,10 @@ class Classifier:
             lambda variables, images: jnp.asarray(model.apply(variables, images, train=False)),
             batch_size,
         )
+
+    def __reduce__(self) -> Any:  # the compiled program stays; the copy compiles its own
+        make = functools.partial(type(self), batch_size=self.outputs.batch_size)
+        return make, (self.network,)
 
     @classmethod
     def load(

@@ -20,7 +20,8 @@ from resnet_jax.weights.preprocessing import Preprocessing
 # What config.json has no word for; a network that differs here from its name is no such network.
 _OF_THE_NAME = (
     *("stage_sizes", "block_cls", "stem_cls", "stage_widths", "shortcut", "stride_in_1x1"),
-    *("cardinality", "base_width", "se_ratio", "norm", "weight_standardization", "bn_epsilon"),
+    *("cardinality", "base_width", "se_ratio", "eca", "norm", "weight_standardization"),
+    "bn_epsilon",
 )
 # Registered names that are not timm's.
 _ONLY_HERE = (

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 from jax.extend import core
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from resnet_jax.errors import ExportError, library_errors, one_line
 from resnet_jax.inference.image_sizes import ImageSizes
@@ -236,8 +236,8 @@ def _div(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any) -> s
     if count and isinstance(divisor, np.ndarray) and (divisor == count).all():  # a mean
         return graph.add("Flatten", graph.add("GlobalAveragePool", images))
     window = graph.window_sums.get(getattr(x, "name", ""))
-    if window and isinstance(divisor, np.ndarray) and np.array_equal(divisor, _pixels(window)):
-        return _window_mean(graph, x.name, window)
+    if window and _is_mean(window, divisor):
+        return _window_mean(graph, window)
     return _binary("Div")(graph, arguments, shape, params)
 
 
@@ -324,18 +324,19 @@ def _pixels(window: Window) -> np.ndarray:
     return np.outer(*counts)[None, :, :, None]
 
 
-def _window_mean(graph: Graph, window_sum: str, window: Window) -> str:
+def _is_mean(window: Window, divisor: Value) -> bool:
+    """Whether the sums over undilated windows are divided by the numbers of their pixels."""
+    dilated = set(window.attributes["dilations"]) != {1}
+    return (
+        not dilated and isinstance(divisor, np.ndarray) and np.array_equal(divisor, _pixels(window))
+    )
+
+
+def _window_mean(graph: Graph, window: Window) -> str:
     """The mean of the pixels that each window has inside its images."""
     attributes = dict(window.attributes)
-    if set(attributes["dilations"]) == {1}:
-        del attributes["dilations"]  # AveragePool has none before opset 19
-        return graph.add("AveragePool", window.images, count_include_pad=0, **attributes)
-    sides = graph.add("Shape", window.images, start=2)
-    shape = graph.add("Concat", graph.constant([1, 1]), sides, axis=0)
-    one = numpy_helper.from_array(np.ones(1, np.float32))
-    pixels = graph.add("ConstantOfShape", shape, value=one)
-    kernel = graph.constant(np.ones((1, 1, *attributes["kernel_shape"]), np.float32))
-    return graph.add("Div", window_sum, graph.add("Conv", pixels, kernel, **attributes))
+    del attributes["dilations"]  # all 1; AveragePool has none before opset 19
+    return graph.add("AveragePool", window.images, count_include_pad=0, **attributes)
 
 
 def _require(holds: bool, what: str) -> None:

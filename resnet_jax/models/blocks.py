@@ -10,6 +10,7 @@ The order inside a block is what separates the versions of the paper:
 from __future__ import annotations
 
 import functools
+import math
 from typing import ClassVar, Literal, get_args
 
 import flax.linen as nn
@@ -17,8 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resnet_jax.errors import ModelError
 from resnet_jax.models.convolution import Precision
-from resnet_jax.models.layers import Conv, Initializer, ModuleDef, average_pool_2x2
+from resnet_jax.models.layers import (
+    Conv,
+    Initializer,
+    ModuleDef,
+    average_pool_2x2,
+    dot_general,
+)
 from resnet_jax.models.norms import BatchNorm, conv_norm
 
 ShortcutOption = Literal["A", "B", "C", "D", "none"]
@@ -38,7 +46,6 @@ class Shortcut(nn.Module):
       features: Channels of the block's output.
       option: A, B, C or D.
       stride: Stride of the block.
-      dilation: Dilation of the incoming map.
       halves: The block ends the resolution of its input: by its stride, or by dilating what
         comes after it.
       conv_cls: Makes a convolution.
@@ -46,6 +53,9 @@ class Shortcut(nn.Module):
 
     Returns:
       Called on [N, H, W, C] with `train`: [N, ceil(H / stride), ceil(W / stride), features].
+
+    Raises:
+      ModelError: Option A with fewer channels than x has.
 
     Example:
       >>> x = jnp.ones((1, 8, 8, 16))
@@ -57,7 +67,6 @@ class Shortcut(nn.Module):
     features: int
     option: ShortcutOption = "B"
     stride: int = 1
-    dilation: int = 1
     halves: bool = False
     conv_cls: ModuleDef = Conv
     norm_cls: ModuleDef | None = BatchNorm
@@ -71,7 +80,7 @@ class Shortcut(nn.Module):
             return x
         stride = self.stride
         if self.option == "D" and self.halves:
-            x, stride = average_pool_2x2(x, stride, self.dilation), 1
+            x, stride = average_pool_2x2(x, stride), 1
         conv = self.conv_cls(self.features, 1, stride=stride, name="conv1")
         return (
             conv(x)
@@ -85,10 +94,16 @@ class Shortcut(nn.Module):
         The paper does not say where the zeros go, and any place is the same network up to the
         order of its channels. Half on each side is what published CIFAR weights expect.
         """
+        extra = self.features - x.shape[-1]
+        if extra < 0:
+            raise ModelError(
+                f"shortcut = 'A' cannot go from {x.shape[-1]} channels to {self.features}: it adds "
+                "channels of zeros and drops none; choose stage_widths that do not shrink (the "
+                "stem's channels included), or shortcut = 'B'"
+            )
         if self.stride > 1:
             # lax.slice: x[:, ::stride] has another formula for a symbolic size (jax.export).
             x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, self.stride, self.stride, 1))
-        extra = self.features - x.shape[-1]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
@@ -118,10 +133,50 @@ class SqueezeExcite(nn.Module):
         channels = x.shape[-1]
         reduced = max(8, int(channels * self.ratio + 4) // 8 * 8)
         gate = x.mean((1, 2), dtype=jnp.float32)  # [N, C]
-        dense = functools.partial(nn.Dense, dtype=self.dtype, precision=self.precision)
+        dense = functools.partial(
+            nn.Dense, dtype=self.dtype, precision=self.precision, dot_general=dot_general
+        )
         gate = nn.relu(dense(reduced, name="reduce")(gate))
         gate = nn.sigmoid(dense(channels, name="expand")(gate))
         return x * gate[:, None, None, :].astype(x.dtype)
+
+
+class EfficientChannelAttention(nn.Module):
+    """Scales each channel by a gate computed from the means of its neighbors (Wang et al. 2020).
+
+    The gate convolves the means along the channels. Its kernel grows with their number C as in
+    the paper: the odd number from log2(C) / 2 + 1/2 up, and at least 3.
+
+    Returns:
+      Called on [N, H, W, C]: the same shape.
+
+    Example:
+      >>> x = jnp.ones((1, 4, 4, 256))
+      >>> variables = EfficientChannelAttention().init(jax.random.key(0), x)
+      >>> variables["params"]["conv"]["kernel"].shape
+      (5, 1, 1)
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size = int((math.log2(x.shape[-1]) + 1) / 2)
+        conv = ChannelConv(max(size if size % 2 else size + 1, 3), name="conv")
+        gate = nn.sigmoid(conv(x.mean((1, 2), dtype=jnp.float32)))  # [N, C]
+        return x * gate[:, None, None, :].astype(x.dtype)
+
+
+class ChannelConv(nn.Module):
+    """Convolves [N, C] along the channels with one filter of odd size, padded with zeros."""
+
+    kernel_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, reach, channels = (self.kernel_size, 1, 1), self.kernel_size // 2, x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        padded = jnp.pad(x, ((0, 0), (reach, reach)))
+        taps = (padded[:, k : k + channels] * kernel[k, 0, 0] for k in range(self.kernel_size))
+        return functools.reduce(jnp.add, taps)
 
 
 class StochasticDepth(nn.Module):
@@ -169,6 +224,7 @@ class ResidualBlock(nn.Module):
       cardinality: Bottlenecks only: groups of the 3x3 convolution (ResNeXt).
       base_width: Bottlenecks only: channels of a group, in 64ths of `width`.
       se_ratio: Reduction of squeeze-and-excitation; 0: none.
+      eca: Efficient channel attention.
       stochastic_depth_rate: Probability that this block's residual is dropped.
       zero_init_residual: Start as the identity: the last norm's scale (pre-activation: the last
         kernel) is 0 (Goyal et al. 2017, section 5.1).
@@ -202,6 +258,7 @@ class ResidualBlock(nn.Module):
     cardinality: int = 1
     base_width: int = 64
     se_ratio: float = 0.0
+    eca: bool = False
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
     first_in_network: bool = False
@@ -230,7 +287,6 @@ class ResidualBlock(nn.Module):
             features=self.features,
             option=self.shortcut,
             stride=self.stride,
-            dilation=self.dilation,
             halves=self.halves,
             conv_cls=self.conv_cls,
             norm_cls=None if self.preactivation else self.norm_cls,
@@ -244,6 +300,8 @@ class ResidualBlock(nn.Module):
                 self.se_ratio, dtype=self.dtype, precision=self.precision, name="squeeze_excite"
             )
             residual = gate(residual)
+        if self.eca:
+            residual = EfficientChannelAttention(name="eca")(residual)
         if self.shortcut == "none":
             return residual
         if self.stochastic_depth_rate:

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resnet_jax.models.sharding import BATCH, over_batch
+
 # Networks repeat a layer many times. What is called through this is traced and differentiated once
 # for each set of shapes, which halves the time to trace the gradient of a ResNet; the program
 # stays the same.
@@ -46,6 +48,7 @@ class ConvOptions(NamedTuple):
 
 
 @functools.partial(once_per_shape, static_argnames="options")
+@over_batch(BATCH)
 def convolve(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
     """Convolves images with a square kernel of odd side, padded symmetrically.
 

@@ -7,7 +7,7 @@ convolution on one side only and make weights from other frameworks inexact.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,14 +17,29 @@ import numpy as np
 from jax import lax
 
 from resnet_jax.models.convolution import ConvOptions, Precision, convolve
+from resnet_jax.models.sharding import BATCH, over_batch
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
 ModuleDef = Callable[..., Any]
 
-# He et al. 2015a ("Delving deep into rectifiers") keep the variance of a ReLU network constant
-# with N(0, 2 / fan). Counting the fan of the output keeps that of the gradients.
-he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+# Functions of this module, because those that Flax makes cannot be pickled, nor a model with them.
+def he_fan_out(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
+    """N(0, 2 / fan of the output), which keeps the variance of a ReLU network's gradients.
+
+    He et al. 2015a ("Delving deep into rectifiers"), equation 14.
+    """
+    return nn.initializers.variance_scaling(2.0, "fan_out", "normal")(key, shape, dtype)
+
+
+def normal_001(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
+    """N(0, 0.01^2), the head's in Goyal et al. 2017, section 5.1."""
+    return nn.initializers.normal(0.01)(key, shape, dtype)
+
+
+# For `nn.Dense`, whose kernel JAX cannot differentiate by where only the images' type has a mesh.
+dot_general = over_batch(BATCH)(lax.dot_general)
 
 
 def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-8) -> jax.Array:
@@ -94,6 +109,7 @@ class Conv(nn.Module):
         return standardize_kernel(kernel) if self.standardize else kernel
 
 
+@over_batch(BATCH)
 def max_pool(x: jax.Array, zero_padding: bool = False) -> jax.Array:
     """The stem's 3x3 max pool with stride 2 (He et al. 2015, Table 1).
 
@@ -177,27 +193,32 @@ def _larger_tangent(
     return _larger(*primals), jnp.where(primals[0] >= primals[1], *tangents)
 
 
-def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:
+@over_batch(BATCH)
+def average_pool_2x2(x: jax.Array, stride: int) -> jax.Array:
     """The 2x2 average in ResNet-D's shortcut (He et al. 2018, Figure 2c).
 
-    Windows that reach past the lower or right edge average the pixels they have.
+    Where windows reach past the lower or right edge, those with stride 2 average the pixels they
+    have, and those with stride 1 count zeros beyond the edge. That is how timm's published
+    networks compute them.
 
     Args:
       x: [N, H, W, C].
       stride: 2, or 1 where a dilated network keeps its resolution.
-      dilation: Distance of the four pixels on the input grid.
 
     Returns:
       [N, ceil(H / stride), ceil(W / stride), C].
 
     Example:
-      >>> average_pool_2x2(jnp.arange(9.0).reshape(1, 3, 3, 1), 2, 1)[0, :, :, 0].tolist()
+      >>> x = jnp.arange(9.0).reshape(1, 3, 3, 1)
+      >>> average_pool_2x2(x, 2)[0, :, :, 0].tolist()
       [[2.0, 3.5], [6.5, 8.0]]
+      >>> average_pool_2x2(x, 1)[0, :, :, 0].tolist()
+      [[2.0, 3.0, 1.75], [5.0, 6.0, 3.25], [3.25, 3.75, 2.0]]
     """
 
     def window_sum(values: jax.Array) -> jax.Array:
-        # ceil(H / stride) windows for every H; the last may reach `dilation` pixels past the edge.
-        edges = (0, dilation)
+        # ceil(side / stride) windows for every side; the last may reach one pixel past the edge.
+        edges = (0, 1)
         # A NumPy zero: where it is traced, under jit, JAX does not see that this is a sum, and has
         # no gradient for it.
         return lax.reduce_window(
@@ -207,8 +228,9 @@ def average_pool_2x2(x: jax.Array, stride: int, dilation: int) -> jax.Array:
             window_dimensions=(1, 2, 2, 1),
             window_strides=(1, stride, stride, 1),
             padding=((0, 0), edges, edges, (0, 0)),
-            window_dilation=(1, dilation, dilation, 1),
         )
 
+    if stride == 1:
+        return window_sum(x) / 4
     pixels = window_sum(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
     return window_sum(x) / pixels

@@ -28,6 +28,7 @@ from jax import lax
 from resnet_jax.errors import ModelError
 from resnet_jax.models.convolution import ConvOptions, Precision, convolve, once_per_shape
 from resnet_jax.models.layers import Conv, Dtype, Initializer, max_pool
+from resnet_jax.models.sharding import BATCH, WHOLE, over_batch
 
 NormKind = Literal["batch", "group"]
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
@@ -206,6 +207,7 @@ def _affine_tangent(
 
 
 @once_per_shape
+@over_batch(WHOLE, WHOLE)
 def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
     """Mean and biased variance [C] of x [N, H, W, C] in one pass.
 
@@ -256,6 +258,7 @@ def _moments_tangent(
 
 
 @functools.partial(once_per_shape, static_argnames=("epsilon", "sharing", "precision"))
+@over_batch(BATCH, WHOLE, WHOLE)
 def widening_norm(
     x: jax.Array,
     kernel: jax.Array,

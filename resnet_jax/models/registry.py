@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from resnet_jax.errors import ModelError, unknown_name
@@ -29,6 +29,8 @@ XIE_2017 = "Xie et al. 2017, arXiv:1611.05431"
 HU_2018 = "Hu et al. 2018, arXiv:1709.01507"
 HE_2018 = "He et al. 2018, arXiv:1812.01187"
 KOLESNIKOV_2020 = "Kolesnikov et al. 2020, arXiv:1912.11370"
+WU_2018 = "Wu & He 2018, arXiv:1803.08494"
+WANG_2020 = "Wang et al. 2020, arXiv:1910.03151"
 BELLO_2021 = "Bello et al. 2021, arXiv:2103.07579"
 
 
@@ -38,7 +40,8 @@ class Architecture:
 
     Args:
       name: Its name for `create_model`.
-      constructor: Makes the module; takes the fields of `ResNet` as keywords.
+      constructor: Makes the module; takes the fields of `ResNet` as keywords. A function of this
+        package where the model has one, such as `resnet_jax.ResNet50`.
       paper: Where it comes from.
       parameters: Trainable parameters with its default number of classes.
       multiply_adds: Of convolutions and head, for one image of `image_size`.
@@ -85,15 +88,11 @@ def _register(
     image_size: int = 224,
     **fields: Any,
 ) -> Callable[..., ResNet]:
-    """Adds an architecture and returns its constructor."""
+    """Adds an architecture and returns its constructor, which has a name and documentation."""
+    _register_name(name, paper, parameters, multiply_adds, image_size, **fields)
 
     def construct(**overrides: Any) -> ResNet:
-        for field in overrides:
-            if field == "pretrained":
-                raise ModelError(f"{name}: weights come from rj.load_pretrained or rj.load_weights")
-            if field not in _FIELDS:
-                raise ModelError(f"{name}: {unknown_name('field', field, _FIELDS)}")
-        return ResNet(**{**fields, **overrides})
+        return _construct(name, fields, **overrides)
 
     construct.__name__ = construct.__qualname__ = constructor
     construct.__doc__ = _DOCUMENTATION.format(
@@ -105,10 +104,32 @@ def _register(
         side=image_size,
         classes=fields.get("num_classes", 1000),
     )
-    _ARCHITECTURES[name] = Architecture(
-        name, construct, paper, parameters, multiply_adds, image_size
-    )
+    _ARCHITECTURES[name] = dataclasses.replace(_ARCHITECTURES[name], constructor=construct)
     return construct
+
+
+def _register_name(
+    name: str,
+    paper: str,
+    parameters: int,
+    multiply_adds: int,
+    image_size: int = 224,
+    **fields: Any,
+) -> None:
+    """Adds an architecture that only `create_model` makes."""
+    constructor = functools.partial(_construct, name, fields)
+    _ARCHITECTURES[name] = Architecture(
+        name, constructor, paper, parameters, multiply_adds, image_size
+    )
+
+
+def _construct(name: str, fields: Mapping[str, Any], /, **overrides: Any) -> ResNet:
+    for field in overrides:
+        if field == "pretrained":
+            raise ModelError(f"{name}: weights come from rj.load_pretrained or rj.load_weights")
+        if field not in _FIELDS:
+            raise ModelError(f"{name}: {unknown_name('field', field, _FIELDS)}")
+    return ResNet(**{**fields, **overrides})
 
 
 def create_model(name: str, **overrides: Any) -> ResNet:
@@ -142,8 +163,8 @@ def list_models(pattern: str = "*") -> list[str]:
       The names that match, in alphabetical order.
 
     Example:
-      >>> list_models("resnext*")
-      ['resnext101_32x8d', 'resnext101_64x4d', 'resnext50_32x4d']
+      >>> list_models("resnext50*")
+      ['resnext50_32x4d', 'resnext50d_32x4d']
     """
     return sorted(fnmatch.filter(_ARCHITECTURES, pattern))
 
@@ -255,4 +276,52 @@ ResNetV2_164 = _cifar_v2("resnetv2_164", "ResNetV2_164", HE_2016, 1_703_258, 247
 _bit = functools.partial(_bottleneck_v2, stem_cls=functools.partial(ImageNetStem, zero_pool_padding=True), norm="group", weight_standardization=True)
 BiTResNet50x1 = _bit("resnetv2_50x1_bit", "BiTResNet50x1", KOLESNIKOV_2020, 25_549_352, 4_089_184_256, stage_sizes=(3, 4, 6, 3))
 BiTResNet101x1 = _bit("resnetv2_101x1_bit", "BiTResNet101x1", KOLESNIKOV_2020, 44_541_480, 7_801_405_440, stage_sizes=(3, 4, 23, 3))
+
+# Networks that timm has weights for and that only `create_model` makes.
+_named = functools.partial(_register_name, block_cls=BottleneckBlock)
+_named_c = functools.partial(_named, stem_cls=DeepStem)
+_named_s = functools.partial(_named, stem_cls=functools.partial(DeepStem, widths=(64, 64, 128)))
+_named_d = functools.partial(_named_c, shortcut="D")
+_named_t = functools.partial(_named, **_tiered.keywords)
+_named_rs = functools.partial(_named, **_rs.keywords)
+# He et al. 2015 and 2018 in other depths and with other norms.
+_named("resnet26", HE_2015, 15_995_176, 2_342_256_640, stage_sizes=(2, 2, 2, 2))
+_named("resnet50_gn", WU_2018, 25_557_032, 4_089_184_256, stage_sizes=(3, 4, 6, 3), norm="group")
+_named_t("resnet10t", HE_2018, 5_435_488, 698_688_000, 176, stage_sizes=(1, 1, 1, 1), block_cls=BasicBlock)
+_named_t("resnet14t", HE_2018, 10_081_632, 1_067_618_816, 176, stage_sizes=(1, 1, 1, 1))
+_named_t("resnet26t", HE_2018, 16_011_872, 3_330_359_296, 256, stage_sizes=(2, 2, 2, 2))
+_named_d("resnet18d", HE_2018, 11_708_744, 2_053_713_920, stage_sizes=(2, 2, 2, 2), block_cls=BasicBlock)
+_named_d("resnet34d", HE_2018, 21_816_904, 3_903_401_984, stage_sizes=(3, 4, 6, 3), block_cls=BasicBlock)
+_named_d("resnet26d", HE_2018, 16_014_408, 2_581_897_216, stage_sizes=(2, 2, 2, 2))
+_named_d("resnet200d", HE_2018, 64_693_064, 19_913_981_952, 256, stage_sizes=(3, 24, 36, 3))
+_named_c("resnet101c", HE_2018, 44_568_392, 8_041_046_016, stage_sizes=(3, 4, 23, 3))
+_named_c("resnet152c", HE_2018, 60_212_040, 11_753_267_200, stage_sizes=(3, 8, 36, 3))
+_named_s("resnet50s", HE_2018, 25_680_808, 5_444_337_664, stage_sizes=(3, 4, 6, 3))
+_named_s("resnet101s", HE_2018, 44_672_936, 9_156_558_848, stage_sizes=(3, 4, 23, 3))
+_named_s("resnet152s", HE_2018, 60_316_584, 12_868_780_032, stage_sizes=(3, 8, 36, 3))
+# ResNeXt, squeeze-and-excitation, and both; with D's stem and shortcut where the name has a d.
+_named("resnext101_32x4d", XIE_2017, 44_177_704, 7_969_996_800, stage_sizes=(3, 4, 23, 3), cardinality=32, base_width=4)
+_named("resnext101_32x16d", XIE_2017, 194_026_792, 36_163_289_088, stage_sizes=(3, 4, 23, 3), cardinality=32, base_width=16)
+_named("resnext101_32x32d", XIE_2017, 468_530_472, 87_106_781_184, stage_sizes=(3, 4, 23, 3), cardinality=32, base_width=32)
+_named_d("resnext50d_32x4d", XIE_2017, 25_048_136, 4_470_120_448, stage_sizes=(3, 4, 6, 3), cardinality=32, base_width=4)
+_named("seresnext50_32x4d", HU_2018, 27_559_896, 4_232_994_816, stage_sizes=(3, 4, 6, 3), cardinality=32, base_width=4, se_ratio=1 / 16)
+_named("seresnext101_32x4d", HU_2018, 48_955_416, 7_974_739_968, stage_sizes=(3, 4, 23, 3), cardinality=32, base_width=4, se_ratio=1 / 16)
+_named("seresnext101_32x8d", HU_2018, 93_569_048, 16_418_758_656, stage_sizes=(3, 4, 23, 3), cardinality=32, base_width=8, se_ratio=1 / 16)
+_named("seresnext101_64x4d", HU_2018, 88_232_984, 15_465_013_248, stage_sizes=(3, 4, 23, 3), cardinality=64, base_width=4, se_ratio=1 / 16)
+_named_d("seresnext101d_32x8d", HU_2018, 93_588_280, 16_658_399_232, stage_sizes=(3, 4, 23, 3), cardinality=32, base_width=8, se_ratio=1 / 16)
+_named_d("seresnext26d_32x4d", HU_2018, 16_809_512, 2_711_740_416, stage_sizes=(2, 2, 2, 2), cardinality=32, base_width=4, se_ratio=1 / 16)
+_named_t("seresnext26t_32x4d", HU_2018, 16_806_976, 2_680_129_536, stage_sizes=(2, 2, 2, 2), cardinality=32, base_width=4, se_ratio=1 / 16)
+_named_d("seresnet152d", HU_2018, 66_841_080, 15_357_157_376, 256, stage_sizes=(3, 8, 36, 3), se_ratio=1 / 16)
+# ECA-Net: a gate from the means of neighboring channels.
+_named_t("ecaresnet26t", WANG_2020, 16_011_916, 3_330_405_888, 256, stage_sizes=(2, 2, 2, 2), eca=True)
+_named_t("ecaresnet50t", WANG_2020, 25_573_814, 5_612_148_480, 256, stage_sizes=(3, 4, 6, 3), eca=True)
+_named_d("ecaresnet50d", WANG_2020, 25_576_350, 4_328_912_640, stage_sizes=(3, 4, 6, 3), eca=True)
+_named_d("ecaresnet101d", WANG_2020, 44_568_563, 8_041_220_864, stage_sizes=(3, 4, 23, 3), eca=True)
+_named_d("ecaresnet269d", WANG_2020, 102_093_077, 41_364_716_288, 320, stage_sizes=(3, 30, 48, 8), eca=True)
+_named("ecaresnetlight", WANG_2020, 30_162_046, 4_089_287_424, stage_sizes=(1, 1, 11, 3), shortcut="D", eca=True)
+# Deeper ResNet-RS.
+_named_rs("resnetrs200", BELLO_2021, 93_209_992, 20_093_386_752, 256, stage_sizes=(3, 24, 36, 3))
+_named_rs("resnetrs270", BELLO_2021, 129_861_448, 26_950_189_056, 256, stage_sizes=(4, 29, 53, 4))
+_named_rs("resnetrs350", BELLO_2021, 163_956_168, 43_493_793_792, 288, stage_sizes=(4, 36, 72, 4))
+_named_rs("resnetrs420", BELLO_2021, 191_891_656, 63_942_344_704, 320, stage_sizes=(4, 44, 87, 4))
 # fmt: on

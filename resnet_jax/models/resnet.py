@@ -21,7 +21,15 @@ from resnet_jax.models.blocks import (
     ShortcutOption,
 )
 from resnet_jax.models.convolution import PRECISIONS, Precision
-from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, he_fan_out
+from resnet_jax.models.layers import (
+    Conv,
+    Dtype,
+    Initializer,
+    ModuleDef,
+    dot_general,
+    he_fan_out,
+    normal_001,
+)
 from resnet_jax.models.norms import NORM_KINDS, BatchNorm, GroupNorm, NormKind
 from resnet_jax.models.stem import ImageNetStem
 
@@ -105,6 +113,7 @@ class ResNet(nn.Module):
       cardinality: Groups of a bottleneck's 3x3 convolution.
       base_width: Channels of a bottleneck's group in 64ths of the stage's width.
       se_ratio: Reduction of squeeze-and-excitation (1/16 in SE-ResNet); 0: none.
+      eca: Efficient channel attention in every block (ECA-Net), in place of se_ratio.
       norm: "batch" or "group".
       weight_standardization: Standardise every kernel; goes with norm="group".
       bn_momentum: Share of the old running statistics kept each step.
@@ -118,7 +127,10 @@ class ResNet(nn.Module):
       stochastic_depth_rate: Drop rate of the last block; it grows linearly from the first.
       dropout_rate: Drop rate of the pooled features.
       output_stride: Image pixels per pixel of the last map. Smaller than the network's own:
-        later stages dilate instead of striding, with the same weights. None: the network's own.
+        later stages dilate instead of striding, with the same weights. Every position of the
+        finer maps then sees the same pixels as before, except with shortcut D: its 2x2 average
+        takes neighboring pixels, and zeros beyond the lower and right edges, as timm's networks
+        do, so that weights give the same numbers there and here. None: the network's own.
       remat: Recompute each block in the backward pass instead of storing its activations.
 
     Returns:
@@ -148,6 +160,7 @@ class ResNet(nn.Module):
     cardinality: int = 1
     base_width: int = 64
     se_ratio: float = 0.0
+    eca: bool = False
     norm: NormKind = "batch"
     weight_standardization: bool = False
     bn_momentum: float = 0.9
@@ -156,7 +169,7 @@ class ResNet(nn.Module):
     bn_group_size: int | None = None
     zero_init_residual: bool = False
     kernel_init: Initializer = he_fan_out
-    head_init: Initializer = nn.initializers.normal(0.01)
+    head_init: Initializer = normal_001
     stochastic_depth_rate: float = 0.0
     dropout_rate: float = 0.0
     output_stride: int | None = None
@@ -192,7 +205,10 @@ class ResNet(nn.Module):
         if self.num_classes:
             # float32 whatever `dtype` and `precision` are: the loss is sensitive, the work small.
             self.head = nn.Dense(
-                self.num_classes, kernel_init=self.head_init, precision=lax.Precision.HIGHEST
+                self.num_classes,
+                kernel_init=self.head_init,
+                precision=lax.Precision.HIGHEST,
+                dot_general=dot_general,
             )
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -216,7 +232,8 @@ class ResNet(nn.Module):
 
         Returns:
           {"stem", ..., "stage4"} -> [N, ceil(H / stride), ceil(W / stride), channels] in `dtype`;
-          `feature_info` tells channels and strides beforehand. Pre-activation networks return
+          `feature_info` tells channels and strides beforehand, and the order: `jax.jit` sorts
+          the keys of what it returns, so that "stem" comes last. Pre-activation networks return
           the raw sums, before the final norm and ReLU.
 
         Example:
@@ -288,6 +305,7 @@ class ResNet(nn.Module):
                 cardinality=self.cardinality,
                 base_width=self.base_width,
                 se_ratio=self.se_ratio,
+                eca=self.eca,
                 zero_init_residual=self.zero_init_residual,
                 conv_cls=conv_cls,
                 norm_cls=norm_cls,
@@ -416,6 +434,7 @@ def _check_fields(model: ResNet) -> None:
             "1 or more, and 64 without bottleneck blocks",
         ),
         "se_ratio": (0 <= model.se_ratio <= 1, "between 0 (none) and 1"),
+        "eca": (not (model.eca and model.se_ratio), "False with se_ratio more than 0"),
         "bn_momentum": (0 <= model.bn_momentum < 1, "in [0, 1)"),
         "bn_epsilon": (model.bn_epsilon > 0, "more than 0"),
         "bn_group_size": (

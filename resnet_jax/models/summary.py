@@ -11,11 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.models.blocks import ChannelConv
 from resnet_jax.models.layers import Conv
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.models.resnet import ResNet
 
-_COUNTED = (Conv, nn.Conv, nn.Dense, BatchNorm, nn.BatchNorm, GroupNorm, nn.GroupNorm)
+_COUNTED = (
+    *(Conv, ChannelConv, nn.Conv, nn.Dense),
+    *(BatchNorm, nn.BatchNorm, GroupNorm, nn.GroupNorm),
+)
 
 # Simonyan & Zisserman 2015, Table 1, column D: 3x3 convolutions, M a 2x2 max pool.
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")

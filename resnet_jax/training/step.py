@@ -201,7 +201,7 @@ def _gradients(
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     augment_key, dropout_key = jax.random.split(key)
     split = {name: x.reshape(parts, size, *x.shape[1:]) for name, x in batch.items()}
-    split["first"] = (device * parts + jnp.arange(parts)) * size
+    split["first"] = (device * parts + jnp.arange(parts, dtype=jnp.int32)) * size
 
     def loss_of_part(
         params: Any, batch_stats: Any, part: Batch
@@ -331,7 +331,7 @@ def _average(state: TrainState, config: Config) -> dict[str, Any]:
     section 3). With a decay of nearly 1, the average of random weights would stay nearly random.
     """
     decay, every = config.train.ema_decay, config.train.ema_every
-    updates = jnp.maximum(state.step // every, 1)
+    updates = jnp.maximum(state.step // every, 1).astype(jnp.float32)
     rate = (1 - decay) / -jnp.expm1(updates * math.log(decay))
     moved = optax.incremental_update(state.variables, state.ema, rate)
     due = state.step % every == 0

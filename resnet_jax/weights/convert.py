@@ -480,7 +480,12 @@ def _theirs(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _from_torch_layout(array: np.ndarray, ndim: int) -> np.ndarray:
-    """[out, in, H, W] -> [H, W, in, out]; [out, in] or [out, in, 1, 1] -> [in, out]."""
+    """[out, in, H, W] -> [H, W, in, out]; [out, in] or [out, in, 1, 1] -> [in, out].
+
+    Of a convolution along one axis, [out, in, K] -> [K, in, out].
+    """
+    if ndim == 3:
+        return np.ascontiguousarray(array.T)
     if ndim == 4:
         return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
     if ndim == 2:
@@ -493,6 +498,8 @@ def _to_torch_layout(leaf: np.ndarray, dense_as_conv: bool) -> np.ndarray:
     leaf = leaf.astype(np.float32)
     if leaf.ndim == 4:
         return np.ascontiguousarray(leaf.transpose(3, 2, 0, 1))
+    if leaf.ndim == 3:
+        return np.ascontiguousarray(leaf.T)
     if leaf.ndim == 2:
         matrix = np.ascontiguousarray(leaf.T)
         return matrix[:, :, None, None] if dense_as_conv else matrix

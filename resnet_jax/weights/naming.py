@@ -127,7 +127,7 @@ def schemes_for(model: ResNet) -> list[Scheme]:
         dataclasses.replace(torchvision, name="CIFAR", top=cifar.top),
         dataclasses.replace(cifar, top=torchvision.top),
     ]
-    if model.se_ratio or model.stem_type is DeepStem:
+    if model.se_ratio or model.eca or model.stem_type is DeepStem:
         return [torchvision, cifar, *mixed]
     review = _review()
     review_x = dataclasses.replace(
@@ -146,6 +146,7 @@ def _torchvision(model: ResNet) -> Scheme:
     layers |= {f"norm{k}": f"bn{k}" for k in (1, 2, 3)}
     layers |= _projection("downsample", 1 if model.shortcut == "D" else 0)
     layers |= {"squeeze_excite/reduce": "se.fc1", "squeeze_excite/expand": "se.fc2"}
+    layers |= {"eca/conv": "se.conv"}
     if model.stem_type is DeepStem:
         stem = {"conv1": "conv1.0", "norm1": "conv1.1", "conv2": "conv1.3", "norm2": "conv1.4"}
         stem |= {"conv3": "conv1.6", "norm3": "bn1"}

@@ -67,13 +67,13 @@ def test_a_number_that_is_not_finite_reaches_every_window_that_has_it():
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 6, 2), (1, 5, 3, 2)], ids=str)
-@pytest.mark.parametrize(("stride", "dilation"), [(2, 1), (1, 1), (1, 2)])
-def test_the_average_pool_has_gradients_in_a_jitted_program(shape, stride, dilation):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_average_pool_has_gradients_in_a_jitted_program(shape, stride):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
     @jax.jit
     def pool(x):
-        return average_pool_2x2(x, stride, dilation)
+        return average_pool_2x2(x, stride)
 
     check_grads(pool, (x,), order=2, modes=["fwd", "rev"], rtol=1e-2, atol=1e-2)
 
@@ -99,5 +99,5 @@ def test_average_pool_and_gradient_are_those_of_flax(size):
         return value_and_gradient(x)
 
     chex.assert_trees_all_close(
-        run(lambda x: average_pool_2x2(x, 2, 1)), run(plain), rtol=0, atol=1e-6
+        run(lambda x: average_pool_2x2(x, 2)), run(plain), rtol=0, atol=1e-6
     )

@@ -68,7 +68,6 @@ def test_features_have_the_promised_strides(name):
         {"block_cls": rj.BasicBlock},
         {"block_cls": rj.BasicBlock, "shortcut": "A"},
         {"shortcut": "C"},
-        {"shortcut": "D"},
         {"block_cls": rj.PreActBottleneckBlock},
     ],
     ids=str,
@@ -85,6 +84,28 @@ def test_dilated_maps_contain_the_strided_ones(fields, output_stride):
     assert fine_map.shape[1] == 64 // output_stride
     step = 32 // output_stride
     chex.assert_trees_all_close(fine_map[:, ::step, ::step], coarse_map, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("next_dilation", [2, 4])
+def test_a_dilated_average_shortcut_is_that_of_timm(next_dilation):
+    """The average of four neighbors, whatever the dilation, and zeros beyond the edge."""
+    x = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    block = rj.BasicBlock(
+        width=2, shortcut="D", dilation=next_dilation // 2, next_dilation=next_dilation
+    )
+    variables = jax.tree.map(jnp.zeros_like, block.init(jax.random.key(0), x, train=False))
+    variables["params"]["projection"]["conv1"]["kernel"] = jnp.ones((1, 1, 1, 2))
+    variables["params"]["projection"]["norm1"]["scale"] = jnp.full(2, np.sqrt(1 + 1e-5))
+    variables["batch_stats"] = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    variables["batch_stats"]["projection"]["norm1"]["var"] = jnp.ones(2)
+    y = block.apply(variables, x, train=False)[0, :, :, 1]
+    expected = [[2.0, 3.0, 1.75], [5.0, 6.0, 3.25], [3.25, 3.75, 2.0]]
+    chex.assert_trees_all_close(y, jnp.array(expected), rtol=1e-6)
+
+
+def test_option_a_does_not_drop_channels():
+    with pytest.raises(rj.ModelError, match=r"shortcut = 'A' .* 16 channels to 8.*stage_widths"):
+        init(rj.ResNet20(stage_widths=(8, 16, 32)), images())
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

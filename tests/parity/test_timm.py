@@ -40,3 +40,19 @@ def test_same_logits_as_timm(name):
     assert rj.to_torch(model, variables).keys() == {
         key for key in network.state_dict() if not key.endswith("num_batches_tracked")
     }
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("name", ["resnet50d", "resnet50t", "resnetrs50", "resnet50", "seresnet50"])
+def test_same_logits_as_timm_with_dilation(name, output_stride):
+    """At odd sizes, with narrow networks."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, output_stride=output_stride, channels=(8, 16, 24, 32)).eval()
+    randomize(network, offset=0.0)
+    model = rj.create_model(name, output_stride=output_stride, stage_widths=(8, 16, 24, 32))
+    images = np.random.default_rng(0).normal(size=(2, 97, 70, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+    variables = rj.from_torch(model, network.state_dict())
+    logits = jax.jit(lambda variables, x: model.apply(variables, x, train=False))(variables, images)
+    assert relative_error(logits, expected) < 1e-5
