@@ -106,10 +106,11 @@ def pytest_runtest_setup(item):
 
 
 def pytest_generate_tests(metafunc):
-    """A test marked `accelerators` runs three times in the default suite."""
+    """A test marked `accelerators` also runs on a fake GPU, and as a slow test on a fake TPU."""
     marked = metafunc.definition.get_closest_marker("accelerators")
     if marked and metafunc.config.getoption("--platform") == "cpu":
-        platforms = [pytest.param(None, id="cpu"), "fake-gpu", "fake-tpu"]
+        tpu = pytest.param("fake-tpu", marks=pytest.mark.slow)
+        platforms = [pytest.param(None, id="cpu"), "fake-gpu", tpu]
         metafunc.parametrize("accelerator", platforms, indirect=True, scope="module")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from resnet_jax.data.base import fault
+from resnet_jax.errors import DataError
 
 Span = tuple[Fraction, Fraction]  # from and to, as shares of a split
 
@@ -68,6 +69,34 @@ def _share(text: str, whole: str, field: str) -> Fraction:
     if not -1 <= share <= 1:
         raise fault(field, whole, f"{position} must be between -100% and 100%")
     return share + 1 if share < 0 else share
+
+
+def overlap(first: str, second: str) -> bool:
+    """Whether two expressions have images in common.
+
+    Args:
+      first: As for `parse`.
+      second: As for `parse`.
+
+    Returns:
+      False where either cannot be parsed: TFDS knows more expressions.
+
+    Example:
+      >>> overlap("train", "train[90%:]"), overlap("train[:90%]", "train[90%:]+test")
+      (True, False)
+    """
+    if first == second:
+        return True
+    try:
+        parts, others = parse(first, ""), parse(second, "")
+    except DataError:
+        return False
+    return any(
+        start < other_end and other_start < end
+        for name in parts.keys() & others.keys()
+        for start, end in parts[name]
+        for other_start, other_end in others[name]
+    )
 
 
 def select(names: Sequence[str], spans: Iterable[Span]) -> list[int]:

@@ -27,6 +27,7 @@ from resnet_jax.data.loader import (
     streamed_evaluation_batches,
 )
 from resnet_jax.data.sources import Source
+from resnet_jax.data.splits import overlap
 from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
@@ -555,10 +556,11 @@ class _Run:
         )
         if line := describe_cut_warmup(config, self.length):
             self.telemetry.say(line)
-        if config.data.eval_split == config.data.train_split:
+        data = config.data
+        if overlap(data.train_split, data.eval_split):
             self.telemetry.say(
-                f"evaluated on the images that are trained on: data.eval_split = "
-                f"data.train_split = {config.data.train_split!r}"
+                f"evaluated on images that are trained on: data.train_split = "
+                f"{data.train_split!r}, data.eval_split = {data.eval_split!r}"
             )
         for source in sources.values():
             if source.left_out:

@@ -671,6 +671,7 @@ def test_images_do_not_depend_on_the_number_of_devices(policy_fields, channels):
     assert np.abs(whole[0] - run(images, labels, first=0, **fields)[0]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_fractions_of_levels_depend_on_devices_by_rounding_only():
     images, labels = photo(16, height=16, width=16), np.arange(16, dtype=np.int32) % CLASSES
     fields = {**EVERYTHING, **COLORS, "rand_layers": 0}

@@ -225,7 +225,7 @@ def poison(monkeypatch, *steps):
     monkeypatch.setattr(step_module, "_gradients", poisoned)
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 2])
+@pytest.mark.parametrize("steps_per_call", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_skipped_steps_are_counted(steps_per_call, tmp_path, monkeypatch):
     poison(monkeypatch, 0, 3, 4)
     train(configuration(train__steps_per_call=steps_per_call), tmp_path)
@@ -288,7 +288,9 @@ def fail(_):
     raise DataError("data.max_corrupt = 10: more images than that cannot be decoded")
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2, 3])  # of step 3: weights and average; then of step 6
+@pytest.mark.parametrize(
+    "calls", [0, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 2)), 3]
+)  # of step 3: weights and average; then of step 6
 def test_a_failed_evaluation_loses_nothing(calls, straight, tmp_path, monkeypatch, capsys):
     """The next start evaluates the state, or what is left of that, and takes no step twice."""
     step = 3 if calls < 2 else 6
@@ -546,7 +548,7 @@ def test_a_run_that_is_evaluated_on_its_training_images(tmp_path, capsys):
     """Its records say what they are, whatever the split is called."""
     config = configuration(data__eval_split="train", log__tensorboard=True)
     metrics = train(config, tmp_path / "run").metrics
-    assert "evaluated on the images that are trained on" in capsys.readouterr().err
+    assert "evaluated on images that are trained on" in capsys.readouterr().err
     run = read_run(tmp_path / "run")
     assert [record["step"] for record in run.training] == [2, 3, 4, 6]
     assert [record["step"] for record in run.evaluations] == [3, 6]

@@ -56,6 +56,7 @@ def test_swapped_indices_and_a_report_that_takes_long(platform, steps_per_call, 
         assert numbers(record) == pytest.approx(numbers(expected[key]), rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_a_device_without_memory_ends_all_processes_as_a_mistake(tmp_path):
     """And not as a lost process, which a job script would start again for ever."""
     processes = several(2, *SHORT, f"--workdir={tmp_path / 'run'}")
