@@ -59,11 +59,11 @@ def write_hub(network: Network, folder: Path) -> None:
     """
     named = create_model(network.name, num_classes=network.model.num_classes)
     for field in _OF_THE_NAME:
-        if getattr(network.model, field) != getattr(named, field):
+        found, expected = getattr(network.model, field), getattr(named, field)
+        if found != expected and repr(found) != repr(expected):  # partials compare by identity
             raise ExportError(
-                f"--format=hub: this {network.name} has {field} = "
-                f"{getattr(network.model, field)!r}, which config.json cannot say; "
-                "use --format=stablehlo or onnx"
+                f"--format=hub: this {network.name} has {field} = {found!r}, which config.json "
+                "cannot say; use --format=stablehlo or onnx"
             )
     config = json_text(hub_config(network), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
