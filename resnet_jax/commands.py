@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import re
@@ -271,8 +272,9 @@ def export(options: argparse.Namespace) -> None:
     """Gives a network away."""
     from resnet_jax.inference.export import export_network
 
+    network = _open_network(options)
     agreement = export_network(
-        _open_network(options),
+        network,
         options.format,
         options.output,
         platforms=options.platforms,
@@ -283,6 +285,7 @@ def export(options: argparse.Namespace) -> None:
         push=options.push,
         force=options.force,
     )
+    _say_assumed(network)
     print_copy(str(agreement))
 
 
@@ -296,13 +299,21 @@ def prepare(options: argparse.Namespace) -> None:
 
 def predict(options: argparse.Namespace) -> int:
     """Says what is on images; returns the exit code."""
+    from resnet_jax.evaluation.network import require_head
     from resnet_jax.inference.classifier import Classifier
     from resnet_jax.inference.images import list_images
     from resnet_jax.inference.predictions import write_predictions
 
+    def open_classifier() -> Classifier:
+        network = _open_network(options)
+        require_head(network, "predict")
+        classifier = Classifier(network, batch_size=options.batch_size)
+        _say_assumed(network)
+        return classifier
+
     files = list_images(options.inputs)
     skipped = write_predictions(
-        lambda: Classifier(_open_network(options, "predict"), batch_size=options.batch_size),
+        open_classifier,
         files,
         top=options.top,
         form=options.format,
@@ -318,8 +329,9 @@ def features(options: argparse.Namespace) -> int:
     from resnet_jax.inference.images import list_images
 
     files = list_images(options.inputs)
+    open_once = functools.cache(lambda: _open_network(options))
     skipped = write_features(
-        lambda: _open_network(options),
+        open_once,
         files,
         options.output,
         layer=options.layer,
@@ -327,6 +339,7 @@ def features(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         force=options.force,
     )
+    _say_assumed(open_once())
     return _say_skipped(skipped, len(files))
 
 
@@ -345,7 +358,7 @@ def evaluate(options: argparse.Namespace) -> None:
         file = new_file(options.json, options.force, "--json", stream=True)
     with file as stream:
         report = evaluate_data(
-            _open_network(options, "evaluate"),
+            _open_network(options),
             options.data,
             options.split,
             options.data_dir,
@@ -376,17 +389,13 @@ def doctor(options: argparse.Namespace) -> int:
         return doctor([*arguments, *options.rest], as_json=options.json)
 
 
-def _open_network(options: argparse.Namespace, purpose: str = "") -> Any:
-    """Opens the network of a command and says what is assumed of it.
-
-    `purpose` is what needs a head.
-    """
+def _open_network(options: argparse.Namespace) -> Any:
     _start_backend()
     from resnet_jax.compile_cache import use_compile_cache
-    from resnet_jax.evaluation.network import open_network, require_head
+    from resnet_jax.evaluation.network import open_network
 
     use_compile_cache()
-    network = open_network(
+    return open_network(
         options.source,
         model=options.model,
         best=options.state == "best",
@@ -402,11 +411,12 @@ def _open_network(options: argparse.Namespace, purpose: str = "") -> Any:
         prefix=options.prefix,
         upright=getattr(options, "upright", None),  # no flag of export
     )
+
+
+def _say_assumed(network: Any) -> None:
+    """Says what was taken for granted; after the last mistake, so that one is a single line."""
     for line in network.assumed:
         say(f"assumed: {line}")
-    if purpose:
-        require_head(network, purpose)
-    return network
 
 
 def _say_skipped(skipped: int, images: int) -> int:

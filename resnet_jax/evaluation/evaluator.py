@@ -163,7 +163,11 @@ def evaluate_data(
         data_dir = data_dir or config.data_dir
     own = _own_section(network, data)
     split = split or (own.eval_split if own else _SPLITS.get(data_set_name(data), ""))
+    say = options.get("say", print)
+    assumed = [f"assumed: {line}" for line in network.assumed]
     if data == f"tfds:{CORRUPTED}":
+        for line in assumed:
+            say(line)
         return evaluate_corruptions(network, data_dir, split, **options)
     try:
         split = split or _held_out_split(data, data_dir)
@@ -173,7 +177,8 @@ def evaluate_data(
         source = open_held_out(network, data, split, data_dir, allow_missing_classes)
     except DataError as error:
         raise DataError(f"--data={data} --split={split}: {error}") from error
-    say = options.get("say", print)
+    for line in assumed:
+        say(line)
     if source.left_out:
         say(f"in {split}: {source.left_out}")
     if own and split == own.eval_split and _has_changed(network, source):

@@ -124,6 +124,7 @@ def train(config: Config, workdir: str | Path) -> Result:
     with together() as peers:
         folder = Path(workdir).expanduser()
         check_types(config)
+        asked = config
         start = look_at_weights(config, folder) if peers.is_first else Start(config)
         start = Start.from_json(peers.tell(start.to_json()))
         check(start.config)
@@ -140,7 +141,7 @@ def train(config: Config, workdir: str | Path) -> Result:
             what = f"data.eval_split = {config.data.eval_split!r}"
             remedy = "evaluate on a part of it, such as 'test[:10%]'"
             check_scores_memory(len(sources["eval"]), model.num_classes, what, remedy)
-        peers.agree(facts(config, sources))
+        peers.agree(facts(asked, sources))
         # On GPUs the processes share the timing of kernels while they compile, so one that found
         # its program in the cache would leave the others waiting for its part.
         together_on_gpus = peers.count > 1 and jax.default_backend() == "gpu"

@@ -788,7 +788,7 @@ def test_folder_needs_two_classes_with_images(images):
     text = message(f"folder:{images}", "train")
     assert "has one class, dog; needs two" in text
     (images / "train" / "cat").mkdir()
-    (images / "train" / "cat" / "0.heic").touch()
+    (images / "train" / "cat" / "0.svg").touch()
     text = message(f"folder:{images}", "train")
     assert "has no images of 1 of the 2 classes (cat) (it has 2 files that are not images" in text
     assert text.endswith(

@@ -156,10 +156,10 @@ def test_four_channels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 36, 4), np.uint8)
     image = Image.fromarray(pixels)
     image.save(tmp_path / "a.png")
-    with pytest.raises(rj.ConfigError, match="mean"):  # three numbers, those of color
-        rj.Classifier(network, batch_size=BATCH).logits(pixels)
-    colors = dataclasses.replace(network.preprocessing, mean=(0.5,), std=(0.25,))
-    classifier = rj.Classifier(dataclasses.replace(network, preprocessing=colors), batch_size=BATCH)
+    colors = dataclasses.replace(network.preprocessing, mean=(0.5,) * 3, std=(0.25,) * 3)
+    with pytest.raises(rj.ConfigError, match="mean"):
+        rj.Classifier(dataclasses.replace(network, preprocessing=colors)).logits(pixels)
+    classifier = rj.Classifier(network, batch_size=BATCH)  # one mean for all
     found = classifier.logits([pixels, image, tmp_path / "a.png", np.stack([pixels, pixels])])
     assert (found == found[0]).all()
     with pytest.raises(rj.DataError, match="has 3 channels, and 4 are needed"):
