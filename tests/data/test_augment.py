@@ -721,7 +721,7 @@ def test_the_images_that_the_loader_names_are_mirrored():
     np.testing.assert_array_equal(found, normalize(jnp.asarray(expected), Augment()))
 
 
-@pytest.mark.parametrize("channels", [2, 5])
+@pytest.mark.parametrize("channels", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_other_channels_are_moved_as_each_alone(channels):
     images = photo(4, channels)
     moves = Augment(

@@ -156,6 +156,7 @@ def write_corrupted(folder, corruption, severity, seed):
     prepare(folder, "imagenet2012_corrupted", examples, config=config, split="validation")
 
 
+@pytest.mark.slow
 def test_mce(corrupted):
     network = imagenet_network(crop_fraction=0.8)
     report = evaluate_data(network, "tfds:imagenet2012_corrupted", data_dir=str(corrupted))

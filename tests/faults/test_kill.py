@@ -1,6 +1,6 @@
 """kill -9 to a real training process, at any moment: nothing is lost but the last few steps.
 
-pytest -m faults tests/faults/test_kill.py     50 kills; the default suite has one
+pytest -m faults tests/faults/test_kill.py     50 kills; `pytest -m slow` has one
 """
 
 import os
@@ -138,6 +138,7 @@ def kill_again_and_again(folder, straight, kills, seed):
     print(f"{survived} kills in {runs} runs; newest states after them: {moments}")
 
 
+@pytest.mark.slow
 def test_a_kill(straight, tmp_path):
     kill_again_and_again(tmp_path, straight, kills=1, seed=1)
 

@@ -79,6 +79,7 @@ def read_until(terminal, words):
         output += os.read(terminal, 4096)
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_the_run(tmp_path):
     """SIGHUP comes, and every line that is written from then on fails."""
     terminal, end = pty.openpty()

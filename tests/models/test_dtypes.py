@@ -16,7 +16,8 @@ from resnet_jax.training.step import make_train_step
 
 LENGTH = Length(steps=100, steps_per_epoch=10.0)
 MODES = pytest.mark.parametrize(
-    ("x64", "promotion"), [(True, "standard"), (False, "strict"), (True, "strict")]
+    ("x64", "promotion"),
+    [(True, "standard"), pytest.param(False, "strict", marks=pytest.mark.slow), (True, "strict")],
 )
 NETWORKS = {
     "imagenet": {"stem_cls": functools.partial(rj.ImageNetStem, features=8)},

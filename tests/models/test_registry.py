@@ -1,5 +1,7 @@
 """Every registered model: shapes, dtypes, counts, names."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -106,13 +108,18 @@ def test_every_model_is_in_the_table():
     assert {name: rj.model_info(name).parameters for name in rj.list_models()} == PARAMETERS
 
 
-def is_deep(name):
-    return sum(rj.create_model(name).stage_sizes) > 30
+def is_slow(name):
+    """Deep ones, and those that differ from others by a field or two."""
+    variant = re.match("resnet.*[cdst]$|.*resnext.*d_|ecaresnet|resnetrs|resnext101", name)
+    return sum(rj.create_model(name).stage_sizes) > 30 or (variant and name not in _SHOWN)
+
+
+_SHOWN = ("resnet50d", "resnetrs50", "ecaresnet26t", "seresnext26d_32x4d")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if is_deep(name) else ()) for name in PARAMETERS],
+    [pytest.param(name, marks=pytest.mark.slow if is_slow(name) else ()) for name in PARAMETERS],
 )
 def test_counts(name):
     info = rj.model_info(name)

@@ -38,7 +38,9 @@ def configuration(sections=None, **data):
     "data",
     [
         {"sampler": "balanced"},
-        {"sampler": "balanced", "crop": "random_resized", "workers": 1},
+        pytest.param(
+            {"sampler": "balanced", "crop": "random_resized", "workers": 1}, marks=pytest.mark.slow
+        ),
         {},  # with class weights
     ],
     ids=["in memory", "read by a worker", "weights"],

@@ -40,7 +40,7 @@ def configuration(**changes):
     config = c.Config(
         model=c.Model(name="tiny"),
         data=c.Data(name="digits", image_size=8, threads=2),
-        augment=c.Augment(pad=1, rotate=5.0),
+        augment=c.Augment(pad=1),
         train=c.Train(steps=6, batch_size=48, ema_decay=0.5),
         evaluate=c.Evaluate(every_epochs=3 * 48 / 1437),
         log=c.Log(every_steps=2, tensorboard=False),
@@ -101,7 +101,9 @@ def test_a_workdir_is_a_weight_file(straight):
 
 
 @pytest.mark.accelerators
-@pytest.mark.parametrize("steps", [2, 5])  # at a record, and between two
+@pytest.mark.parametrize(
+    "steps", [pytest.param(2, marks=pytest.mark.slow), 5]
+)  # at a record, between
 def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
@@ -370,6 +372,7 @@ def test_early_stopping(tmp_path, monkeypatch, capsys):
     assert saved_steps(tmp_path) == [5, 6, 8]  # 5 is as good as 2, and later
 
 
+@pytest.mark.slow
 def test_early_stopping_follows_from_the_records(tmp_path, monkeypatch):
     """However often the run is interrupted, here before each evaluation."""
     config = configuration(**EARLY, train__min_improvement=0.1, checkpoint__best_metric="loss")

@@ -138,7 +138,7 @@ def source():
     return SetsOfLabels([photo(n, 8, 8) for n in range(20)], map(np.flatnonzero, labels), NAMES)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_have_the_sets_of_their_images(source, workers):
     """From memory and streamed, by threads and processes, of one host and of two."""
     order, corrupt = loader.Order(images=20, seed=1), loader.Corrupt(limit=0, report=print)

@@ -25,13 +25,8 @@ def on(platform, *options):
     return [sys.executable, "-m", "tests.fake_accelerator", platform, *options]
 
 
-@pytest.mark.parametrize(
-    ("platform", "steps_per_call"),
-    [
-        ("tpu", 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gpu", 1), ("gpu", 2))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("platform", "steps_per_call"), [("tpu", 2), ("gpu", 1), ("gpu", 2)])
 def test_swapped_indices_and_a_report_that_takes_long(platform, steps_per_call, tmp_path):
     """The runtime's process 0 is not the coordinator, and outlasts JAX's exit barrier."""
     single, double = tmp_path / "single", tmp_path / "double"

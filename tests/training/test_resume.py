@@ -63,6 +63,7 @@ def test_a_run_that_is_stopped_again_and_again(straight, tmp_path, monkeypatch):
     chex.assert_trees_all_equal(state_of(tmp_path), state_of(straight))
 
 
+@pytest.mark.slow
 def test_saving_changes_no_record(straight, tmp_path):
     """Checkpoints between records, and a start from one that is not the newest."""
     config = configuration()

@@ -116,6 +116,7 @@ def test_devices_agree_on_everything():
     assert jax.tree.leaves(found)[0].shape[0] == 8
 
 
+@pytest.mark.slow
 def test_parts_equal_the_whole():
     """Without batch statistics, accumulated gradients are those of the whole batch."""
     model = tiny(norm="group")

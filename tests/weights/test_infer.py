@@ -38,7 +38,18 @@ def tensors_of(model, scheme=0, channels=3):
     return tensors
 
 
-@pytest.mark.parametrize("name", rj.list_models())
+def is_slow(name):
+    sizes = rj.create_model(name).stage_sizes
+    return sum(sizes) > 16 or (max(sizes) > 2 and name.startswith(("eca", "se", "resnetrs")))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if is_slow(name) else ())
+        for name in rj.list_models()
+    ],
+)
 def test_every_registered_network_is_told_from_its_weights(name):
     model = rj.create_model(name, num_classes=7)
     inferred = infer_model(tensors_of(model))
