@@ -469,14 +469,14 @@ def _ours(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
         shape = shape[:2]
     if len(shape) == 4:
         return (*shape[2:], shape[1], shape[0])
-    return shape[::-1] if len(shape) == 2 else shape
+    return shape[::-1] if len(shape) in (2, 3) else shape
 
 
 def _theirs(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The inverse of `_ours`, but for dense layers that are 1x1 convolutions there."""
     if len(shape) == 4:
         return (shape[3], shape[2], *shape[:2])
-    return shape[::-1] if len(shape) == 2 else shape
+    return shape[::-1] if len(shape) in (2, 3) else shape
 
 
 def _from_torch_layout(array: np.ndarray, ndim: int) -> np.ndarray:

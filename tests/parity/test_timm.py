@@ -26,6 +26,11 @@ def test_same_logits_as_timm(name):
     network = timm.create_model(name, pretrained=False).eval()
     randomize(network, offset=0.0)  # forward only, so no ReLU input is too near to 0
     model = rj.create_model(name, num_classes=network.num_classes)
+    if sum(model.stage_sizes) > 60:
+        # So many random blocks amplify rounding: PyTorch's float32 is 30% off its float64 itself.
+        for key, tensor in network.state_dict().items():
+            if key.endswith("bn3.weight"):
+                tensor.mul_(0.2)
     variables = rj.from_torch(model, network.state_dict())
     images = np.random.default_rng(0).normal(size=(2, 96, 64, 3)).astype(np.float32)
     inputs = torch.from_numpy(images.transpose(0, 3, 1, 2))

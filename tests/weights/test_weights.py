@@ -48,7 +48,7 @@ def renamed(model, state_dict, scheme_index):
     return {names[name]: array for name, array in state_dict.items()}
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet50d", "resnetrs50", "resnetv2_50"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet50d", "resnetrs50", "resnetv2_50", "ecaresnet26t"])
 def test_round_trip_is_exact(name):
     model, variables = network(name)
     again = rj.from_torch(model, rj.to_torch(model, variables))
