@@ -7,7 +7,6 @@ prediction, export and reports all open it here, so that they agree on what it i
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -446,7 +445,7 @@ def _prepared(
     for flag, values in (("mean", mean), ("std", std)):
         if values and (
             len(values) not in (1, network.channels)
-            or not all(math.isfinite(each) and (flag == "mean" or each >= 1e-6) for each in values)
+            or not all(0 <= each <= 1 if flag == "mean" else 1e-6 <= each < 256 for each in values)
         ):
             shown = ",".join(map(str, values))[:100]
             positive = "positive " if flag == "std" else ""

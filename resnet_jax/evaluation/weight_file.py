@@ -78,11 +78,16 @@ def open_weight_file(
         mean=usual.mean if whole else _average(usual.mean),
         std=usual.std if whole else _average(usual.std),
     )
-    taken = (f"the weights are {contents.taken}",) if contents.taken else ()
-    assumed = (*taken, *opened.assumed)
+    assumed = list(opened.assumed)
+    if opened.model.num_classes and re.search(_ENCODER, contents.taken):
+        assumed.insert(0, "the head is one of classes; of contrastive training it is a projection")
+    if contents.taken and not prefix:
+        assumed.insert(0, f"the weights are {contents.taken}")
     preprocessing = dataclasses.replace(preprocessing, **opened.preprocessing)
     whose = "" if "mean" in opened.preprocessing else usual.whose
-    return WeightFile(opened.name, opened.model, opened.variables, preprocessing, whose, assumed)
+    return WeightFile(
+        opened.name, opened.model, opened.variables, preprocessing, whose, tuple(assumed)
+    )
 
 
 class _Opened(NamedTuple):
@@ -132,10 +137,12 @@ def _named(name: str, tensors: Mapping[str, Any]) -> _Opened:
         except (ModelError, WeightsError):
             raise error from None
         if found.name != name:
-            raise WeightsError(f"{error}; the tensors are those of a {found.name}") from error
+            raise WeightsError(f"the tensors are those of a {found.name}; {error}") from error
         return found
 
 
+# Networks of contrastive training, in what is said to be taken.
+_ENCODER = r"(?i)encoder_q|query|online"
 # Arguments of the library in errors, and what takes their place where a network is only opened.
 _ARGUMENTS = {
     r"pass reset_head=True": "fine-tune it with --config.checkpoint.reset_head=true",

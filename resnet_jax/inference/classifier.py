@@ -82,6 +82,12 @@ class Classifier:
             batch_size,
         )
 
+    def __repr__(self) -> str:
+        network = self.network
+        facts = [network.name, f"{network.model.num_classes} classes"]
+        facts += [f"assumed: {line}" for line in network.assumed]
+        return f"<Classifier of {network.source}: {'; '.join(facts)}>"
+
     def __reduce__(self) -> Any:  # the compiled program stays; the copy compiles its own
         make = functools.partial(type(self), batch_size=self.outputs.batch_size)
         return make, (self.network,)

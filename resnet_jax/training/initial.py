@@ -41,6 +41,7 @@ _LEFT: dict[str, Any] = {
 }
 # Left too where one of those is; elsewhere 0 means the data's own, or the same as image_size.
 _LEFT_WITH_THEM = ("data.channels", "data.eval_size", "data.eval_resize")
+_HEADLESS = ("",)  # names of the classes of weights without a head
 # Fields of `ResNet` that a configuration has too, and that change what weights mean.
 _MODEL_FIELDS = ("shortcut", "stride_in_1x1")
 # Those that differ without a change of what the network computes for given weights.
@@ -86,6 +87,8 @@ class Start(NamedTuple):
     def _judge_head(self, wanted: tuple[str, ...]) -> tuple[bool, str]:
         """Whether the head of the weights can be kept, and why."""
         found, width = self.classes, self.config.model.num_classes or len(wanted)
+        if found == _HEADLESS:
+            return False, f"there is none of one linear layer, and {width:,} classes are needed"
         if len(found) != width:
             return False, f"it has {len(found):,} classes, and {width:,} are needed"
         known = [found]
@@ -150,7 +153,7 @@ def look_at_weights(config: Config, workdir: Path | None = None) -> Start:
     # The flags that a line names are those of commands that open a network.
     assumed = [re.sub(r" \(--[^)]*\)", "", line) for line in network.assumed]
     lines += [f"assumed of it: {line}" for line in assumed]
-    classes = network.class_names if network.model.num_classes else ("",)
+    classes = network.class_names if network.model.num_classes else _HEADLESS
     return Start(_replaced(config, values), tuple(lines), classes, network.named)
 
 

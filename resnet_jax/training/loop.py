@@ -273,7 +273,13 @@ class _Run:
             stack.enter_context(self._saved())
             stack.enter_context(explain_out_of_memory(*self._memory_of_a_step()))
             metrics = self._train()
-        return Result(int(self.state.step), metrics, self.workdir)
+        step, best = int(self.state.step), self.evaluations.best
+        if self.checkpoints is not None and best is not None and best < step >= self.length.steps:
+            self.telemetry.say(
+                f"the best state is that of step {best} ({self.evaluations.metric} = "
+                f"{self.evaluations.best_value:.4g}); evaluate and predict take it"
+            )
+        return Result(step, metrics, self.workdir)
 
     @contextlib.contextmanager
     def _saved(self) -> Iterator[None]:
@@ -550,7 +556,8 @@ class _Run:
         config, side = self.config, self.config.data.image_size
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
         self.telemetry.say(
-            f"{config.model.name} ({parameters:,} parameters) on {config.data.name}, "
+            f"{config.model.name} ({parameters:,} parameters, {config.model.dtype}) on "
+            f"{config.data.name}, "
             f"{len(self.train_data):,} images of {side}x{side}x{self.channels}, "
             f"{self.model.num_classes} classes; {self.length.steps} steps of "
             f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {self.workdir}"

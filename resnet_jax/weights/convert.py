@@ -27,6 +27,7 @@ from resnet_jax.weights.contents import (
     summarized,
 )
 from resnet_jax.weights.foreign import translate
+from resnet_jax.weights.infer import other_family
 from resnet_jax.weights.naming import Path, Scheme, schemes_for
 
 Variables = dict[str, Any]
@@ -105,6 +106,8 @@ def from_torch(
         unexpected = [name for name in unexpected if not _HEAD.match(name)]
     misfit = _Misfit.between(wanted, arrays, unexpected)
     if misfit:
+        if family := other_family(tensors):
+            raise WeightsError(f"no ResNet of this package's weights, but {family}")
         hint = _hint(model, scheme, misfit, contents, tensors)
         taken = f" ({contents.taken})" if contents.taken else ""
         raise WeightsError(

@@ -75,8 +75,12 @@ _SAFETENSORS_DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
+    **{
+        f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}")
+        for kind in "IU"
+        for size in (1, 2, 4, 8)
+    },
+    "BOOL": np.dtype(bool),
 }
 
 
@@ -423,10 +427,12 @@ def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
     torch = _import_torch(path)
 
     def explain(error: Exception) -> WeightsError:
-        if not isinstance(error, pickle.UnpicklingError):
-            return WeightsError(f"not a whole PyTorch file of tensors ({_reason(error)})")
         if not (data.startswith(b"PK") or _LEGACY_TORCH in data[:32]):
             return WeightsError("not a PyTorch file")
+        if isinstance(error, zipfile.BadZipFile):
+            return WeightsError("not a whole PyTorch file: its end is missing; fetch it again")
+        if not isinstance(error, pickle.UnpicklingError):
+            return WeightsError(f"not a whole PyTorch file of tensors ({_reason(error)})")
         found = re.search(r"GLOBAL (\S{1,80})", str(error))
         return WeightsError(
             f"holds Python objects beside tensors{f' ({found[1]})' if found else ''}, which are "

@@ -142,7 +142,7 @@ def _read_layers(tensors: Mapping[str, Any]) -> _Layers:
         _read_by(scheme, model, tensors) for model in _kinds() for scheme in schemes_for(model)
     ]
     best = max(found, key=lambda layers: len(layers.shapes))
-    if family := _other_family(tensors):
+    if family := other_family(tensors):
         raise WeightsError(f"no ResNet of this package's weights, but {family}")
     if not best.has("stage1", "block1", "conv1") or not best.has("stem", "conv1"):
         names = f"which have names such as {_some(tensors)}" if tensors else "but nothing"
@@ -458,7 +458,7 @@ _FAMILIES = {
 }
 
 
-def _other_family(tensors: Mapping[str, Any]) -> str:
+def other_family(tensors: Mapping[str, Any]) -> str:
     """What weights are that are no ResNet's, with the name that tells it; "": names do not tell."""
     for pattern, family in _FAMILIES.items():
         names = (name for name in tensors if re.fullmatch(pattern, name))

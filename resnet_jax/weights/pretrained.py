@@ -175,6 +175,11 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
     local = Path(os.path.expanduser(repository))
     if local.is_dir():
         return local
+    if local.is_file():
+        raise WeightsError(
+            f"{repository} is a file, not a folder: read it with rj.load_weights(model, path), or "
+            "rj.Classifier.load(path)"
+        )
     with importing(
         f"{repository}: there is no such file or folder here; as a name on the Hub it", WeightsError
     ):

@@ -106,6 +106,7 @@ NAMED = {"model": "resnet20"}
         ("w.npz", {"model": "resnet20", "image_size": 3}, rj.ConfigError, "at least 4 pixels"),
         ("w.npz", {"model": "resnet20", "crop_fraction": 2.0}, rj.ConfigError, "share in"),
         ("w.npz", {**NAMED, "mean": (0.5, 0.5)}, rj.ConfigError, "--mean=0.5,0.5: must be one num"),
+        ("w.npz", {**NAMED, "mean": (123.7, 116.3, 103.5)}, rj.ConfigError, "not of 255"),
         ("w.npz", {**NAMED, "mean": (float("nan"),)}, rj.ConfigError, "--mean=nan: must be one"),
         ("w.npz", {**NAMED, "std": (0.0,)}, rj.ConfigError, "--std=0.0: must be one positive num"),
         ("w.npz", {**NAMED, "mean": (0.5,)}, rj.ConfigError, "--mean: needs --std with as many"),

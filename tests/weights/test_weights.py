@@ -48,7 +48,9 @@ def renamed(model, state_dict, scheme_index):
     return {names[name]: array for name, array in state_dict.items()}
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet50d", "resnetrs50", "resnetv2_50", "ecaresnet26t"])
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet50d", "resnetrs50", "resnetv2_50", "ecaresnet26t"]
+)
 def test_round_trip_is_exact(name):
     model, variables = network(name)
     again = rj.from_torch(model, rj.to_torch(model, variables))
@@ -546,3 +548,23 @@ def test_other_repositories_are_refused(change, message, tmp_path):
     folder = make_repository(tmp_path / "net", {**CONFIG, **change})
     with pytest.raises(rj.WeightsError, match=message):
         rj.load_pretrained(folder)
+
+
+def test_tensors_that_nobody_wants_may_have_any_type(tmp_path):
+    model, variables = network()
+    tensors = rj.to_torch(model, variables)
+    tensors |= {"queue_ptr": np.zeros(1, np.uint8), "mask": np.ones(3, bool)}
+    safetensors.numpy.save_file(tensors, tmp_path / "w.safetensors")
+    chex.assert_trees_all_equal(rj.load_weights(model, tmp_path / "w.safetensors"), variables)
+
+
+def test_another_familys_weights_are_called_so():
+    tensors = {"cls_token": np.zeros((1, 1, 8), "f4"), "blocks.0.norm1.weight": np.ones(8, "f4")}
+    with pytest.raises(rj.WeightsError, match=r"but a vision transformer's \(cls_token\)"):
+        rj.from_torch(rj.ResNet20(), tensors)
+
+
+def test_a_file_is_no_repository(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"PK")
+    with pytest.raises(rj.WeightsError, match="is a file, not a folder: read it with"):
+        rj.load_pretrained(tmp_path / "w.pth")
