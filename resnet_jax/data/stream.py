@@ -9,9 +9,10 @@ from __future__ import annotations
 import abc
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -279,16 +280,17 @@ def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
 
 
 def reported(
-    batches: Iterator[Batch], source: Source, channels: int, corrupt: Corrupt
+    batches: Generator[Batch, None, None], source: Source, channels: int, corrupt: Corrupt
 ) -> Generator[Batch, None, None]:
     """Names the images that could not be decoded, with the reason."""
-    for batch in batches:
-        faulty = batch.pop("faulty")
-        for index in np.unique(faulty[faulty >= 0]).tolist():
-            try:
-                decode.decode(source[index][0], channels)
-                reason = "its crop cannot be decoded"
-            except DataError as error:
-                reason = str(error)
-            corrupt.add(source.image_name(index), reason)
-        yield batch
+    with contextlib.closing(batches):  # its threads end here, also where too many are broken
+        for batch in batches:
+            faulty = batch.pop("faulty")
+            for index in np.unique(faulty[faulty >= 0]).tolist():
+                try:
+                    decode.decode(source[index][0], channels)
+                    reason = "its crop cannot be decoded"
+                except DataError as error:
+                    reason = str(error)
+                corrupt.add(source.image_name(index), reason)
+            yield batch

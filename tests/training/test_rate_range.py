@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import itertools
+import threading
 import types
 
 import jax.numpy as jnp
@@ -187,6 +188,8 @@ def test_broken_images_are_counted_as_in_training(tmp_path):
     config.data.max_corrupt = 0
     with pytest.raises(DataError, match="max_corrupt = 0"):
         find_rate(config, 1e-4, 1e-3, 20, say=lines.append)
+    threads = [each.name for each in threading.enumerate()]
+    assert not [name for name in threads if name.startswith("decode")]
 
 
 @pytest.fixture
