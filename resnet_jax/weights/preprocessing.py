@@ -64,4 +64,5 @@ class Preprocessing:
                 "to 1 take (images - mean) / std, with this object's mean and std"
             )
         scaled = images.astype(jnp.float32) / 255
-        return (scaled - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        mean, std = (jnp.asarray(each, jnp.float32) for each in (self.mean, self.std))
+        return (scaled - mean) / std

@@ -13,6 +13,7 @@ from resnet_jax.training import config as c
 from resnet_jax.training.optimizer import Length, make_optimizer
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step
+from resnet_jax.weights.preprocessing import Preprocessing
 
 LENGTH = Length(steps=100, steps_per_epoch=10.0)
 MODES = pytest.mark.parametrize(
@@ -135,3 +136,9 @@ def test_the_training_step_keeps_the_types_of_its_state(name, x64, promotion):
     assert jnp.dtype("float64") not in dtypes(state).values()
     assert dtypes(state) == dtypes(first) == dtypes(second)
     assert set(dtypes(metrics).values()) == {jnp.dtype("float32")}
+
+
+def test_normalized_images_are_float32():
+    with jax.enable_x64(True):
+        images = jnp.zeros((1, 2, 2, 3), jnp.uint8)
+        assert Preprocessing().normalize(images).dtype == jnp.float32
