@@ -24,14 +24,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from resnet_jax.config import schema as c
+from resnet_jax.config.model import make_model
+from resnet_jax.distributed import data_parallel
 from resnet_jax.models.registry import create_model, model_info
-from resnet_jax.training import config as c
-from resnet_jax.training import manifest, parallel
-from resnet_jax.training.checkpoint import Checkpoints
-from resnet_jax.training.optimizer import Length, make_optimizer
-from resnet_jax.training.setup import make_model
+from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import create_state, state_shapes
 from resnet_jax.training.step import make_train_step
+from resnet_jax.workdirs import checksums
+from resnet_jax.workdirs.checkpoint import Checkpoints
 
 COLUMNS = {
     "megabytes": "MB",
@@ -57,14 +58,14 @@ class Case:
             train=c.Train(batch_size=batch_size, ema_decay=0.999 if ema else 0.0),
         )
         model = make_model(config, create_model(network).num_classes)
-        length = Length.of(config, 50_000)
+        length = RunLength.of(config, 50_000)
         optimizer = make_optimizer(config, length)
         self.shapes = state_shapes(model, optimizer, config, channels=3)
-        self.state = parallel.place(create_state(model, optimizer, config, channels=3))
-        self._step = parallel.data_parallel(make_train_step(model, optimizer, config, length))
+        self.state = data_parallel.replicate(create_state(model, optimizer, config, channels=3))
+        self._step = data_parallel.parallel_step(make_train_step(model, optimizer, config, length))
         images = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), np.uint8)
         labels = np.arange(batch_size, dtype=np.int32) % model.num_classes
-        self._batch = parallel.put({"images": images, "labels": labels})
+        self._batch = data_parallel.shard_batch({"images": images, "labels": labels})
         self.step()  # compiles
 
     def step(self) -> None:
@@ -87,7 +88,7 @@ def measure(case: Case, folder: Path, steps: int) -> dict[str, float]:
     newest = checkpoints.latest
     assert newest is not None
     path = folder / "checkpoints" / str(newest)
-    verify = seconds(lambda: manifest.damage(path))
+    verify = seconds(lambda: checksums.damage(path))
     restore = seconds(lambda: Checkpoints(folder)._read(newest, case.shapes))
     return {
         "megabytes": sum(x.stat().st_size for x in path.rglob("*") if x.is_file()) / 1e6,

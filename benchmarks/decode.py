@@ -25,8 +25,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from resnet_jax.config.schema import Data
 from resnet_jax.data import decode as ours
-from resnet_jax.training.config import Data
 
 SIZE = 224
 Crop = Callable[[bytes, ours.Region], Any]

@@ -17,15 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resnet_jax.training import loop, parallel
-from resnet_jax.training.config import Config, Data, Evaluate, Log, Train
+from resnet_jax.config.schema import Config, Data, Evaluate, Log, Train
+from resnet_jax.distributed import data_parallel
+from resnet_jax.training import loop
 
 
 def idle_step(*_, **__):
     """In place of `make_train_step`: reads the labels and changes nothing."""
 
     def step(state, batch):
-        seen = lax.pmean(batch["labels"].astype(jnp.float32).mean(), parallel.AXIS)
+        seen = lax.pmean(batch["labels"].astype(jnp.float32).mean(), data_parallel.AXIS)
         names = ("loss", "top1", "top5", "learning_rate")
         metrics = {**dict.fromkeys(names, seen), "skipped": jnp.float32(0)}
         return state.replace(step=state.step + 1), metrics
@@ -50,7 +51,7 @@ def main() -> None:
 
 def measure(batch: int, steps: int, per_call: int) -> dict:
     calls = 0
-    make = parallel.data_parallel
+    make = data_parallel.parallel_step
 
     def counting(*arguments, **options):
         run = make(*arguments, **options)
@@ -68,13 +69,13 @@ def measure(batch: int, steps: int, per_call: int) -> dict:
         evaluate=Evaluate(every_epochs=1e9),
         log=Log(every_steps=100, tensorboard=False),
     )
-    parallel.data_parallel = counting
+    data_parallel.parallel_step = counting
     try:
         with tempfile.TemporaryDirectory() as workdir:
             loop.train(config, workdir)
             lines = Path(workdir, "metrics.jsonl").read_text().splitlines()
     finally:
-        parallel.data_parallel = make
+        data_parallel.parallel_step = make
     records = [record for record in map(json.loads, lines) if record["split"] == "train"]
     # The first record's time has the compilation in it.
     rates = [record["images_per_second"] / batch for record in records[1:]]

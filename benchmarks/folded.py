@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import resnet_jax as rj
-from resnet_jax.inference.fold import fold_batch_norm
+from resnet_jax.export.fold import fold_batch_norm
 
 
 def main() -> None:

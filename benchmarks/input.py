@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from decode import encode_photos
 
-from resnet_jax.data.loader import Corrupt, Order, stream_batches
+from resnet_jax.config.schema import Data
+from resnet_jax.data.pipeline import Corrupt, IndexSampler, stream_batches
 from resnet_jax.errors import import_failure
-from resnet_jax.training.config import Data
 
 SIZE = 224
 BATCH = 64
@@ -59,7 +59,7 @@ def our_batches(
         image_size=SIZE, crop="random_resized", interpolation=interpolation, prefetch=2, **options
     )
     batches = stream_batches(
-        Files(files), Order(len(files), seed=0), config, batch, 0, 10**6, Corrupt(0, print)
+        Files(files), IndexSampler(len(files), seed=0), config, batch, 0, 10**6, Corrupt(0, print)
     )
     return (made["images"] for made in batches)
 

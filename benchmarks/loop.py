@@ -16,11 +16,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from resnet_jax.training import parallel
-from resnet_jax.training.flags import parse_train_flags
+from resnet_jax.config.flags import parse_train_flags
+from resnet_jax.config.model import make_model
+from resnet_jax.distributed import data_parallel
 from resnet_jax.training.loop import train
-from resnet_jax.training.optimizer import Length, make_optimizer
-from resnet_jax.training.setup import channels_of, make_model, open_sources
+from resnet_jax.training.optimizer import RunLength, make_optimizer
+from resnet_jax.training.setup import channels_of, open_sources
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step
 
@@ -76,7 +77,7 @@ def bare_step(config):
     """A function that takes a number of steps on one batch and returns steps/s of each window."""
     source = open_sources(config)["train"]
     model = make_model(config, source.num_classes)
-    length = Length.of(config, len(source))
+    length = RunLength.of(config, len(source))
     optimizer = make_optimizer(config, length)
     channels, side, size = (
         channels_of(config, source),
@@ -84,9 +85,9 @@ def bare_step(config):
         config.train.batch_size,
     )
     state = create_state(model, optimizer, config, channels)
-    step = parallel.data_parallel(make_train_step(model, optimizer, config, length))
+    step = data_parallel.parallel_step(make_train_step(model, optimizer, config, length))
     images = np.random.default_rng(0).integers(0, 256, (size, side, side, channels), np.uint8)
-    batch = parallel.shard({"images": images, "labels": np.arange(size, dtype=np.int32) % 10})
+    batch = data_parallel.shard({"images": images, "labels": np.arange(size, dtype=np.int32) % 10})
     state, metrics = step(state, batch)
 
     def run(steps):

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from resnet_jax.models.convolution import ConvOptions, convolve
+from resnet_jax.ops.convolution import ConvOptions, convolve
 
 SHAPES = {
     "convolution": ((16, 28, 28, 256), (3, 3, 256, 256)),

@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.data.decode import crop_pixels
-from resnet_jax.evaluation.network import Network
+from resnet_jax.data.decode.decoding import crop_pixels
+from resnet_jax.distributed.data_parallel import shard_batch
 from resnet_jax.inference.classifier import Classifier
 from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_pixels
 from resnet_jax.inference.predictions import write_predictions
 from resnet_jax.models.registry import create_model, model_info
-from resnet_jax.training.parallel import put
 from resnet_jax.weights.pretrained import Preprocessing
+from resnet_jax.weights.source import Network
 
 
 def network(name: str) -> Network:
@@ -62,7 +62,7 @@ def reading(classifier: Classifier, files: list[ImageFile]) -> None:
 
 def bare(classifier: Classifier, files: list[ImageFile]) -> None:
     forward, side = classifier.outputs, classifier.network.preprocessing.image_size
-    batch = put(np.zeros((forward.batch_size, side, side, 3), np.uint8))
+    batch = shard_batch(np.zeros((forward.batch_size, side, side, 3), np.uint8))
     outputs = [
         forward._compiled(forward._variables, batch)
         for _ in range(0, len(files), forward.batch_size)

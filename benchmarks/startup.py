@@ -129,8 +129,8 @@ def measure(started: float, flags: list[str]) -> None:
     """Runs in the new interpreter: trains for a step with a clock on every part."""
     import jax
 
+    from resnet_jax.config.flags import parse_train_flags
     from resnet_jax.training import batches, loop
-    from resnet_jax.training.flags import parse_train_flags
 
     parts: dict[str, float] = collections.defaultdict(float)
     parts["interpreter and imports"] = time.time() - started
@@ -145,23 +145,23 @@ def measure(started: float, flags: list[str]) -> None:
 
         return call
 
-    def first_record(telemetry, record):
+    def first_record(writers, record):
         if record["split"] == "train":
             parts["first step"] = time.time() - started
             listened = sum(parts[f"step: {part}"] for part in COMPILATION.values())
             others = sum(parts.values()) - parts["first step"] - listened
             parts["step: all"] = parts["first step"] - others
-        record_before(telemetry, record)
+        record_before(writers, record)
 
     def listen(event, seconds, **_):
         # Before the data is loaded it is the compilation of the initial parameters.
         if event in COMPILATION and "loading images" in parts and "first step" not in parts:
             parts[f"step: {COMPILATION[event]}"] += seconds
 
-    record_before, loop.Telemetry.record = loop.Telemetry.record, first_record
+    record_before, loop.MetricWriters.record = loop.MetricWriters.record, first_record
     loop.open_sources = timed("opening the data set", loop.open_sources)
     loop.create_state = timed("initial parameters", loop.create_state)
-    loop.Telemetry.__init__ = timed("telemetry", loop.Telemetry.__init__)
+    loop.MetricWriters.__init__ = timed("telemetry", loop.MetricWriters.__init__)
     batches.load_memory = timed("loading images", batches.load_memory)
     jax.monitoring.register_event_duration_secs_listener(listen)
 

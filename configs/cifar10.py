@@ -9,7 +9,7 @@ MODEL: resnet20 (default), resnet32 ... resnet110, resnet1202, plain20 ... plain
 networks with ImageNet's widths, resnet18_cifar ... resnet152_cifar.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

@@ -11,7 +11,7 @@ Hardware: one GPU or TPU chip. Expected: not measured there yet.
 DATA: cifar10 (default) or fashion_mnist (float32, 128 images a step, for a CPU).
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

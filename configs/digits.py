@@ -4,7 +4,7 @@ Command: python train.py
 Hardware: 2 CPU cores. Expected: at least 98% of the 360 test digits, in under two minutes.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

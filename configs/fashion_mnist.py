@@ -6,7 +6,7 @@ Hardware: 2 CPU cores. Expected: see README.md, where the measured run is.
 MODEL is any network for small images, such as resnet56, plain20 or resnet18_cifar.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

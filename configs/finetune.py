@@ -10,7 +10,7 @@ The weights say which network it is and how its images are prepared; what they s
 A flag such as --config.data.image_size=160 wins.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Checkpoint,
     Config,

@@ -6,7 +6,7 @@ Hardware: 8 TPU chips or 8 GPUs.
 Expected: ResNet-50 76.4-76.7% top-1 (that example's README), 100 epochs.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

@@ -6,7 +6,7 @@ Hardware: 8 TPU chips for batch 256; any number, with the batch scaled along.
 Expected: ResNet-50 76.40% top-1 at batch 256, 76.26% at 8,192 (Table 1), 90 epochs.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

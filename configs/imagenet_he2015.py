@@ -6,7 +6,7 @@ Hardware: 4 GPUs or 4 TPU chips (batch 256).
 Expected: single-crop error of ResNet-50 24.7% (authors' release); ten-crop 22.85% (Table 3).
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

@@ -7,7 +7,7 @@ Expected: top-1 of ResNet-18/34/50/101/152 71.50/76.42/80.38/81.49/82.00
 (timm's weights).
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

@@ -7,7 +7,7 @@ Expected: top-1 of ResNet-18/34/50/101/152 70.63/75.52/79.83/81.34/81.76
 (timm's weights).
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

@@ -7,7 +7,7 @@ Expected: top-1 of ResNet-18/34/50/101/152 68.25/73.00/78.05/79.84/80.55
 (timm's weights).
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

@@ -6,7 +6,7 @@ Hardware: 8 GPUs or 8 TPU chips, days.
 Expected: top-1 of ResNet-50 80.86%, 101 81.89%, 152 82.28% (torchvision's table), 600 epochs.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

@@ -6,7 +6,7 @@ Hardware: one GPU or TPU chip. Expected error in % (that repository): resnet18_c
 34 23.24, 50 22.61, 101 22.22, 152 22.31.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

@@ -111,9 +111,9 @@ def slow_down_report(seconds):
 
 def fill_memory(index, message="RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes."):
     """The devices of one process have no room for the second step, which it learns of later."""
-    from resnet_jax.training import recorder
+    from resnet_jax.training import metrics
 
-    wait, calls = recorder._completion_time, []
+    wait, calls = metrics._completion_time, []
 
     def completion_time(metrics):
         calls.append(1)
@@ -121,7 +121,7 @@ def fill_memory(index, message="RESOURCE_EXHAUSTED: Out of memory allocating 107
             raise jax.errors.JaxRuntimeError(f"{message}\n\nBuffer 1:\n\tSize: 1.00GiB")
         return wait(metrics)
 
-    recorder._completion_time = completion_time
+    metrics._completion_time = completion_time
 
 
 def main():
@@ -140,10 +140,10 @@ def main():
         slow_down_report(options.slow_report)
     if options.full is not None:
         fill_memory(options.full)
-    from resnet_jax import cli
+    from resnet_jax.cli import parser
 
     with fake_accelerator(options.platform):
-        return cli.main(["train", *flags])
+        return parser.main(["train", *flags])
 
 
 if __name__ == "__main__":

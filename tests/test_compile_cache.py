@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 from jax._src import compilation_cache
 
-from resnet_jax import cli, compile_cache
+from resnet_jax import compile_cache
+from resnet_jax.cli import parser
 from resnet_jax.compile_cache import FOLDER, ProgramStore, use_compile_cache
+from resnet_jax.config.schema import Config, Log
 from resnet_jax.training import loop
-from resnet_jax.training.config import Config, Log
 
 KEY = "jit_f-0123456789abcdef"
 SETTINGS = (
@@ -272,7 +273,7 @@ def test_commands_use_the_users_folder(arguments, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "IMAGE").touch()
     with pytest.raises(_UsedError):
-        cli.main(arguments)
+        parser.main(arguments)
     assert told == [()]
 
 

@@ -20,20 +20,20 @@ from PIL import Image
 from safetensors.numpy import save
 
 import resnet_jax as rj
-from resnet_jax import cli
-from resnet_jax.data import decode
+from resnet_jax.cli import parser
+from resnet_jax.config import schema as c
+from resnet_jax.data.decode import decoding
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError, WeightsError
-from resnet_jax.evaluation import network
-from resnet_jax.inference.hub import measured
+from resnet_jax.export.hub import measured
 from resnet_jax.inference.images import ImageFile, read_pixels
 from resnet_jax.report.runs import read_run
-from resnet_jax.training import checkpoint, manifest, workdir
-from resnet_jax.training import config as c
-from resnet_jax.training.recorder import _Sums
-from resnet_jax.training.records import split_at
+from resnet_jax.training.metrics import _Sums
+from resnet_jax.weights import source
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.pretrained import pretrained_labels
+from resnet_jax.workdirs import checkpoint, checksums, workdir
+from resnet_jax.workdirs.records import split_at
 from tests.hostile.names import NAMES
 from tests.hostile.workdirs import RECORDS
 
@@ -138,22 +138,22 @@ CROPS = [
 @SIZES
 def test_images(examples, decoder, monkeypatch):
     monkeypatch.setattr(
-        decode, "MAX_PIXELS", 1_000_000
+        decoding, "MAX_PIXELS", 1_000_000
     )  # for time; what is larger, is in its tests
     if decoder == "pillow":
-        monkeypatch.setattr(decode, "simplejpeg", None)
+        monkeypatch.setattr(decoding, "simplejpeg", None)
 
     def holds(data, channels, crop, seed):
         rng = np.random.default_rng(seed)
         calls = {
             (8, 8): [
-                lambda: decode.train_crop(data, crop, channels, rng),
-                lambda: decode.eval_crop(data, c.Data(eval_resize=10, eval_size=8), channels),
+                lambda: decoding.train_crop(data, crop, channels, rng),
+                lambda: decoding.eval_crop(data, c.Data(eval_resize=10, eval_size=8), channels),
             ],
             None: [
-                lambda: decode.decode(data, channels),
+                lambda: decoding.decode(data, channels),
                 lambda: read_pixels(ImageFile("x", data=data), channels),
-                lambda: read_pixels(decode.open_image(io.BytesIO(data)), channels),
+                lambda: read_pixels(decoding.open_image(io.BytesIO(data)), channels),
             ],
         }
         for shape, each in calls.items():
@@ -339,7 +339,7 @@ def test_flags(examples):
 
     def holds(arguments):
         try:
-            config, folder = cli.parse_train_flags(arguments)
+            config, folder = parser.parse_train_flags(arguments)
             c.check(config)
         except ConfigError as error:
             assert str(error)  # noqa: PT017
@@ -369,7 +369,7 @@ def test_flags_of_commands(examples, monkeypatch, capsys):
 
     def holds(command, value):
         *words, flag = command
-        code = cli.main([*words, f"{flag}={value}"])
+        code = parser.main([*words, f"{flag}={value}"])
         errors = capsys.readouterr().err
         told = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert (code, len(told)) in ((0, 0), (2, 1)), errors
@@ -397,7 +397,7 @@ def test_workdirs(examples, tmp_path, monkeypatch):
     store = checkpoint.Checkpoints(tmp_path, read_only=True)
     calls = [
         lambda: checkpoint.load_variables(tmp_path),
-        lambda: network.open_network(tmp_path),
+        lambda: source.open_network(tmp_path),
         lambda: workdir.open_workdir(tmp_path, c.Config(), {"train": "x"}),
         lambda: c.check(c.from_json((tmp_path / "config.json").read_text())),
         lambda: [record["loss"] * record["top1"] for record in read_run(tmp_path).training],
@@ -415,8 +415,8 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         line = record if isinstance(record, bytes) else json.dumps(record).encode()
         (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
         (state / "progress.json").write_text(json.dumps(progress))
-        (state / manifest.NAME).write_text(sums)
-        assert isinstance(manifest.damage(state), str)
+        (state / checksums.NAME).write_text(sums)
+        assert isinstance(checksums.damage(state), str)
         for call in calls:
             try:
                 call()

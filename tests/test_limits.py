@@ -3,7 +3,7 @@
 import pytest
 
 import resnet_jax as rj
-from resnet_jax import cli
+from resnet_jax.cli import parser
 from resnet_jax.distributed.device_memory import check_batch_memory
 from resnet_jax.errors import ConfigError
 from resnet_jax.limits import host_memory
@@ -76,7 +76,7 @@ def test_memory_of_a_batch(images, training, gigabytes, monkeypatch):
     ],
 )
 def test_flags_are_within_bounds(arguments, message, capsys):
-    assert cli.main(arguments) == 2
+    assert parser.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert message in captured.err

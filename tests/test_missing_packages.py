@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from resnet_jax import WeightsError, cli
-from resnet_jax.data import decode
-from resnet_jax.data.sources import open_source
-from resnet_jax.data.tfds_files import import_tfds
+from resnet_jax import WeightsError
+from resnet_jax.cli import parser
+from resnet_jax.config.schema import Checkpoint, Config, Log
+from resnet_jax.data.decode import decoding
+from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources.tfds_files import import_tfds
 from resnet_jax.errors import (
     ConfigError,
     DataError,
@@ -22,13 +24,12 @@ from resnet_jax.errors import (
 from resnet_jax.errors import (
     WeightsError as AnyWeightsError,
 )
-from resnet_jax.inference import export
-from resnet_jax.inference.hub import push_folder
-from resnet_jax.training.bucket import Bucket
-from resnet_jax.training.config import Checkpoint, Config, Log
-from resnet_jax.training.telemetry import _TensorBoard, _WeightsAndBiases
+from resnet_jax.export import export
+from resnet_jax.export.hub import push_folder
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.pretrained import load_pretrained
+from resnet_jax.workdirs.metric_writers import _TensorBoard, _WeightsAndBiases
+from resnet_jax.workdirs.remote_copy import Bucket
 
 BROKEN = "/usr/lib/libfoo.so: undefined symbol: _Zfoo"
 
@@ -80,7 +81,7 @@ CASES = {
         lambda at: export._write_onnx(None),
         "onnxruntime",
         ExportError,
-        ("resnet_jax.inference.onnx",),
+        ("resnet_jax.export.onnx",),
     ),
     "images to compare on": (lambda at: export.sample_images(None), "sklearn", ExportError, ()),
     "hub": (lambda at: load_pretrained("a/b"), "huggingface_hub", WeightsError, ()),
@@ -109,7 +110,7 @@ CASES = {
         lambda at: __import__("resnet_jax").load_weights(__import__("resnet_jax").ResNet20(), at),
         "orbax",
         WeightsError,
-        ("resnet_jax.training.checkpoint",),
+        ("resnet_jax.workdirs.checkpoint",),
     ),
 }
 
@@ -136,7 +137,7 @@ def test_a_broken_library_keeps_its_words(family, fail, tmp_path):
     assert "install" not in str(caught.value)
 
 
-_OF_CV2 = ("resnet_jax.inference.classifier", "resnet_jax.data.decode")
+_OF_CV2 = ("resnet_jax.inference.classifier", "resnet_jax.data.decode.decoding")
 _OF_MATPLOTLIB = tuple(f"resnet_jax.report.{name}" for name in ("page", "sections", "figures"))
 COMMANDS = {
     "images": (["predict", "w.npz", "a.jpg"], "cv2", _OF_CV2),
@@ -151,7 +152,7 @@ def test_commands_name_it_too(family, fail, tmp_path, monkeypatch, capsys):
     arguments, library, ours = COMMANDS[family]
     with monkeypatch.context():
         fail(library, ModuleNotFoundError("No module named 'yaml'", name="yaml"), ours)
-        assert cli.main(arguments) == 2
+        assert parser.main(arguments) == 2
     assert capsys.readouterr().err == "error: yaml is not installed: pip install pyyaml\n"
 
 
@@ -160,7 +161,7 @@ def test_a_broken_library_is_one_line_of_a_command(fail, capsys, monkeypatch, tm
     text = "libGL.so.1: cannot open shared object file"
     arguments, library, ours = COMMANDS["images"]
     fail(library, ImportError(text, name="cv2"), ours)
-    assert cli.main(arguments) == 2
+    assert parser.main(arguments) == 2
     assert capsys.readouterr().err == f"error: cv2 cannot be imported ({text})\n"
 
 
@@ -173,9 +174,9 @@ def test_a_missing_module_of_ours_is_a_bug(name, monkeypatch):
     def command(options):
         raise error
 
-    monkeypatch.setattr(cli.commands, "summary", command)
+    monkeypatch.setattr(parser.commands, "summary", command)
     with pytest.raises(ModuleNotFoundError):
-        cli.main(["summary", "resnet20"])
+        parser.main(["summary", "resnet20"])
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_a_module_missing_from_an_installed_package_is_not_installed_again():
 def test_without_the_faster_decoder_pillow_decodes(error, warns, fail, caplog):
     """Where it was meant to be there, with a line."""
     fail("simplejpeg", error)
-    spec = importlib.util.spec_from_file_location("another_decode", decode.__file__)
+    spec = importlib.util.spec_from_file_location("another_decode", decoding.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.simplejpeg is None
@@ -232,7 +233,7 @@ def test_without_the_faster_decoder_pillow_decodes(error, warns, fail, caplog):
 
 def test_digits_where_a_part_of_tfds_is_missing(tmp_path):
     """TFDS would go on without, as an empty module."""
-    code = "import sys; sys.modules['promise'] = None; from resnet_jax.cli import main; "
+    code = "import sys; sys.modules['promise'] = None; from resnet_jax.cli.parser import main; "
     code += "sys.exit(main(['prepare', 'digits', '--data_dir=data']))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -253,10 +254,10 @@ def test_a_full_memory_is_no_damaged_image(monkeypatch):
     def load(image):
         raise MemoryError
 
-    image = decode.Image.new("L", (2, 2))
+    image = decoding.Image.new("L", (2, 2))
     monkeypatch.setattr(type(image), "load", load)
     with pytest.raises(MemoryError):
-        decode.image_pixels(image, 1)
+        decoding.image_pixels(image, 1)
 
 
 def test_a_package_that_is_missing_is_no_damaged_record(monkeypatch):
@@ -266,7 +267,7 @@ def test_a_package_that_is_missing_is_no_damaged_record(monkeypatch):
     def lose(folder, split):
         raise ModuleNotFoundError("No module named 'array_record'", name="array_record")
 
-    monkeypatch.setattr("resnet_jax.data.sources._data_source", lose)
+    monkeypatch.setattr("resnet_jax.data.sources.opening._data_source", lose)
     with pytest.raises(ModuleNotFoundError):
         source[0]
 
@@ -297,7 +298,7 @@ def test_a_bug_in_the_copy_of_a_run_is_no_refusal_of_the_bucket(tmp_path, monkey
 def test_a_configuration_that_fails(line, text, tmp_path, capsys):
     path = Path(tmp_path, "mine.py")
     path.write_text(f"def get_config():\n    {line}\n")
-    assert cli.main(["train", f"--config={path}"]) == 2
+    assert parser.main(["train", f"--config={path}"]) == 2
     (found,) = capsys.readouterr().err.splitlines()
     assert found.startswith(f"error: --config={path}"), found
     assert found.partition(str(path))[2].lstrip(": ").startswith(text), found

@@ -11,12 +11,12 @@ import pytest
 from jax import lax
 
 import resnet_jax as rj
+from resnet_jax.config import schema as c
+from resnet_jax.config.model import make_model
+from resnet_jax.distributed import data_parallel
 from resnet_jax.errors import ModelError
 from resnet_jax.evaluation.metrics import make_evaluation_step
-from resnet_jax.training import config as c
-from resnet_jax.training import parallel
-from resnet_jax.training.optimizer import Length, make_optimizer
-from resnet_jax.training.setup import make_model
+from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import state_shapes
 from resnet_jax.training.step import make_train_step
 from tests.variables import random_variables
@@ -232,7 +232,7 @@ def everything(model, **optimizer):
 def test_highest_reaches_the_whole_training_step(optimizer, platform, tiny_model):
     """With augmentation, statistics of all devices, clipping, and the norms of lamb and lars."""
     config = everything(tiny_model, name=optimizer)
-    length = Length(steps=10, steps_per_epoch=5.0)
+    length = RunLength(steps=10, steps_per_epoch=5.0)
     model, update = make_model(config, CLASSES), make_optimizer(config, length)
     state = state_shapes(model, update, config, channels=3)
     batch = {
@@ -265,7 +265,7 @@ def test_highest_reaches_the_evaluation(platform, tiny_model):
 def float32_products(step, state, batch, platform):
     """Of one device's step(state, batch); products of other types have no precision to choose."""
     # `jax.pmap` lowers for the devices of this process only.
-    mapped = jax.vmap(step, in_axes=(None, 0), axis_name=parallel.AXIS, axis_size=1)
+    mapped = jax.vmap(step, in_axes=(None, 0), axis_name=data_parallel.AXIS, axis_size=1)
     traced = jax.jit(mapped).trace(state, batch)
     return [
         (levels, types) for levels, types in products(traced, platform) if types[0].endswith("xf32")

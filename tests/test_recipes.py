@@ -4,8 +4,8 @@ import pathlib
 
 import pytest
 
-from resnet_jax.training.config import to_flat
-from resnet_jax.training.flags import parse_train_flags
+from resnet_jax.config.flags import parse_train_flags
+from resnet_jax.config.schema import to_flat
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -8,8 +8,8 @@ import contextlib
 import functools
 
 import resnet_jax as rj
+from resnet_jax.config.schema import Config, Model
 from resnet_jax.models import registry
-from resnet_jax.training.config import Config, Model
 
 NAME = "tiny"
 _construct = functools.partial(

@@ -9,7 +9,7 @@ MODEL: plain20, plain32, plain44, plain56, plain110 and resnet20 ... resnet110. 
 experiment, on CIFAR-10 with a GPU or TPU, is configs/cifar10.py with the same names.
 """
 
-from resnet_jax.training.config import (
+from resnet_jax.config import (
     Augment,
     Config,
     Data,

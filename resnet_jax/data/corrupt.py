@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from resnet_jax.errors import DataError
-from resnet_jax.output import visible
+from resnet_jax.terminal import visible
 
 
 class Corrupt:

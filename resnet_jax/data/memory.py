@@ -8,16 +8,16 @@ from collections.abc import Generator
 
 import numpy as np
 
-from resnet_jax.data import decode
-from resnet_jax.data.base import Batch, Label
+from resnet_jax.config.schema import Data
 from resnet_jax.data.corrupt import Corrupt
-from resnet_jax.data.order import Order, host_positions
-from resnet_jax.data.sources import Source
+from resnet_jax.data.decode import decoding
+from resnet_jax.data.sampler import IndexSampler, host_positions
+from resnet_jax.data.sources.base import Batch, Label
+from resnet_jax.data.sources.opening import Source
 from resnet_jax.errors import DataError
-from resnet_jax.training.config import Data
 
 
-class MemoryImages:
+class InMemoryDataset:
     """A data set that lies decoded in memory, as one array.
 
     Args:
@@ -59,7 +59,7 @@ def _side(config: Data, training: bool) -> int:
     return config.image_size if training else config.eval_size or config.image_size
 
 
-def load_memory(source: Source, config: Data, training: bool, corrupt: Corrupt) -> MemoryImages:
+def load_memory(source: Source, config: Data, training: bool, corrupt: Corrupt) -> InMemoryDataset:
     """Decodes a whole data set.
 
     Args:
@@ -77,8 +77,8 @@ def load_memory(source: Source, config: Data, training: bool, corrupt: Corrupt) 
     def crop(index: int) -> tuple[np.ndarray, Label]:
         data, label = source[index]
         if training:
-            return decode.train_crop(data, config, channels, rng), label
-        return decode.eval_crop(data, config, channels), label
+            return decoding.train_crop(data, config, channels, rng), label
+        return decoding.eval_crop(data, config, channels), label
 
     images = np.empty((len(source), side, side, channels), np.uint8)
     labels = np.empty((len(source), *source.label_shape), label_type(source))
@@ -98,12 +98,12 @@ def load_memory(source: Source, config: Data, training: bool, corrupt: Corrupt) 
                 corrupt.add(source.image_name(fault[0]), fault[1])
     if not good.all():
         images, labels = images[good], labels[good]
-    return MemoryImages(images, labels)
+    return InMemoryDataset(images, labels)
 
 
 def memory_batches(
-    images: MemoryImages,
-    order: Order,
+    images: InMemoryDataset,
+    order: IndexSampler,
     batch_size: int,
     start: int,
     stop: int,
@@ -128,8 +128,8 @@ def memory_batches(
       batch_size / hosts; with `mirror` also "mirrored": bool [N].
 
     Example:
-      >>> data = MemoryImages(np.zeros((10, 2, 2, 1), np.uint8), np.arange(10, dtype=np.int32))
-      >>> batches = list(memory_batches(data, Order(10, seed=0), 5, start=0, stop=2))
+      >>> data = InMemoryDataset(np.zeros((10, 2, 2, 1), np.uint8), np.arange(10, dtype=np.int32))
+      >>> batches = list(memory_batches(data, IndexSampler(10, seed=0), 5, start=0, stop=2))
       >>> sorted(np.concatenate([batch["labels"] for batch in batches]).tolist())
       [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
@@ -143,7 +143,7 @@ def memory_batches(
 
 
 def memory_choices(
-    order: Order,
+    order: IndexSampler,
     batch_size: int,
     start: int,
     steps: int,
@@ -167,7 +167,7 @@ def memory_choices(
       bool [N, steps].
 
     Example:
-      >>> choices = memory_choices(Order(10, seed=0), batch_size=5, start=0, steps=2)
+      >>> choices = memory_choices(IndexSampler(10, seed=0), batch_size=5, start=0, steps=2)
       >>> sorted(choices["indices"].ravel().tolist())
       [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
@@ -181,7 +181,7 @@ def memory_choices(
 
 
 def evaluation_batches(
-    images: MemoryImages, batch_size: int, host: int = 0, hosts: int = 1
+    images: InMemoryDataset, batch_size: int, host: int = 0, hosts: int = 1
 ) -> Generator[Batch, None, None]:
     """Every image of a data set in memory once; all hosts give equally many batches.
 
@@ -195,7 +195,7 @@ def evaluation_batches(
       {"images", "labels", "weights": float32 [N]}; weights are 0 for what fills the last batch.
 
     Example:
-      >>> data = MemoryImages(np.zeros((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32))
+      >>> data = InMemoryDataset(np.zeros((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32))
       >>> [batch["weights"].tolist() for batch in evaluation_batches(data, 4)]
       [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
     """

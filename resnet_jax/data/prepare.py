@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.data.base import fault
-from resnet_jax.data.tfds_files import (
+from resnet_jax.config.schema import DATA_PLACES
+from resnet_jax.data.sources.base import fault
+from resnet_jax.data.sources.tfds_files import (
     find_prepared,
     import_tfds,
     is_known,
@@ -24,7 +25,6 @@ from resnet_jax.data.tfds_files import (
 )
 from resnet_jax.errors import DataError, library_errors, one_line
 from resnet_jax.files import atomic_write, new_folder
-from resnet_jax.training.config import DATA_PLACES
 
 # ImageNet's licence forbids TFDS to fetch these; TFDS itself asks for them after minutes only.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -55,7 +55,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> None:
 
     Example:
       >>> import tempfile
-      >>> from resnet_jax.data.sources import open_source
+      >>> from resnet_jax.data.sources.opening import open_source
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     prepare("digits", folder)
       ...     open_source("digits", "test", folder).num_classes

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnet_jax.data import decode
-from resnet_jax.data.base import Batch, Source
+from resnet_jax.config.schema import Data
 from resnet_jax.data.corrupt import Corrupt
+from resnet_jax.data.decode import decoding
+from resnet_jax.data.sources.base import Batch, Source
 from resnet_jax.data.stream import Batches, by_threads, reported
 from resnet_jax.errors import DataError
-from resnet_jax.training.config import Data
 
 _PARTS = 12
 _MOST = 3
@@ -97,7 +97,7 @@ def _ratio(source: Source, index: int) -> Ratio:
     if source.image_shape is not None:
         return Ratio.of(*source.image_shape)
     try:
-        header = decode.read_header(io.BytesIO(source[index][0]))
+        header = decoding.read_header(io.BytesIO(source[index][0]))
         return Ratio.of(header.height, header.width)
     except (DataError, OSError):  # whatever is wrong with it, decoding will say
         return Ratio(_PARTS, upright=False)
@@ -139,10 +139,10 @@ class _Scaled(Batches):
         shapes = [scaled.shape[1:3] for scaled in batch["images"]]
 
         def beside(height: int, width: int) -> int:
-            return max(decode.resize_bytes(height, h, w, self.channels) for h, w in shapes)
+            return max(decoding.resize_bytes(height, h, w, self.channels) for h, w in shapes)
 
         try:
-            with decode.decoded(data, self.channels, beside) as pixels:
+            with decoding.decoded(data, self.channels, beside) as pixels:
                 for scaled, shape in zip(batch["images"], shapes):
                     scaled[place] = resize(pixels, shape, self.config.interpolation)
             batch["weights"][place] = 1.0
@@ -167,7 +167,7 @@ def resize(pixels: np.ndarray, shape: tuple[int, int], interpolation: str) -> np
     """
     if pixels.shape[:2] == tuple(shape):
         return pixels
-    return decode.resize(pixels, *shape, interpolation)
+    return decoding.resize(pixels, *shape, interpolation)
 
 
 def scaled_batches(

@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.data import decode
-from resnet_jax.data.base import Batch, Label
+from resnet_jax.config.schema import Data
 from resnet_jax.data.corrupt import Corrupt
+from resnet_jax.data.decode import decoding
 from resnet_jax.data.memory import label_type
-from resnet_jax.data.order import Order, host_positions
-from resnet_jax.data.sources import Source
+from resnet_jax.data.sampler import IndexSampler, host_positions
+from resnet_jax.data.sources.base import Batch, Label
+from resnet_jax.data.sources.opening import Source
 from resnet_jax.data.workers import by_processes
 from resnet_jax.errors import DataError
-from resnet_jax.training.config import Data
 
 # Undecodable images that may follow each other in a source.
 _MOST_IN_A_ROW = 16
@@ -92,7 +92,7 @@ class _Training(Batches):
     def __init__(
         self,
         source: Source,
-        order: Order,
+        order: IndexSampler,
         config: Data,
         batch_size: int,
         start: int,
@@ -135,7 +135,7 @@ class _Training(Batches):
             candidate = (index + attempt) % len(self.source)
             try:
                 data, label = self.source[candidate]
-                decode.train_crop(data, self.config, self.channels, rng, out=image)
+                decoding.train_crop(data, self.config, self.channels, rng, out=image)
                 return label
             except DataError:
                 faulty[attempt] = candidate
@@ -174,7 +174,7 @@ class _Evaluation(Batches):
             return
         try:
             data, batch["labels"][place] = self.source[index]
-            pixels[:] = decode.eval_crop(data, self.config, self.channels)
+            pixels[:] = decoding.eval_crop(data, self.config, self.channels)
             batch["weights"][place] = 1.0
         except DataError:
             pixels[:] = 0
@@ -183,7 +183,7 @@ class _Evaluation(Batches):
 
 def stream_batches(
     source: Source,
-    order: Order,
+    order: IndexSampler,
     config: Data,
     batch_size: int,
     start: int,
@@ -288,7 +288,7 @@ def reported(
             faulty = batch.pop("faulty")
             for index in np.unique(faulty[faulty >= 0]).tolist():
                 try:
-                    decode.decode(source[index][0], channels)
+                    decoding.decode(source[index][0], channels)
                     reason = "its crop cannot be decoded"
                 except DataError as error:
                     reason = str(error)

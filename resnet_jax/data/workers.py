@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from resnet_jax.data.base import Batch, fault
+from resnet_jax.config.schema import Data
+from resnet_jax.data.sources.base import Batch, fault
 from resnet_jax.errors import DataError, one_line
-from resnet_jax.training.config import Data
 
 if TYPE_CHECKING:
     from resnet_jax.data.stream import Batches

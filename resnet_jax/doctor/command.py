@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from resnet_jax import terminal
+from resnet_jax.distributed.launch import FLAGS
 from resnet_jax.doctor.findings import LONG_LIMIT, OK, PROBLEM, WARNING, Finding, plural, worst
 from resnet_jax.doctor.reasons import known_reason, shortened
 from resnet_jax.errors import MISTAKE, ConfigError
 from resnet_jax.models.registry import model_info
-from resnet_jax.output import json_text, say, show, visible
-from resnet_jax.training.launch import FLAGS
+from resnet_jax.terminal import json_text, show, visible
 
 # Seconds beyond a check's own limit after which the worker is ended.
 _GRACE = 30
@@ -126,7 +127,7 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
             printer.joined(0)
         printer.finding(problem)
         if printer.index:
-            say(f"error: process {printer.index}: {problem.text}")
+            terminal.log(f"error: process {printer.index}: {problem.text}")
     return result
 
 

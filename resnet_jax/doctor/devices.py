@@ -14,7 +14,7 @@ from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, si
 from resnet_jax.doctor.machine import Machine
 from resnet_jax.doctor.reasons import explain, known_reason, shortened
 from resnet_jax.packages import installed_versions
-from resnet_jax.training.environment import runtime, variables
+from resnet_jax.workdirs.environment import runtime, variables
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 

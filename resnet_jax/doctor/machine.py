@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from resnet_jax.compile_cache import FOLDER
+from resnet_jax.distributed import local_gpus
 from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor import nvml
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, size
@@ -27,8 +28,7 @@ from resnet_jax.packages import (
     older,
     requirements,
 )
-from resnet_jax.training import local_gpus
-from resnet_jax.training.environment import nvidia_driver
+from resnet_jax.workdirs.environment import nvidia_driver
 
 _GIB = 2**30
 # PCI vendor and devices of Google's TPUs, v3 to TPU7x. The vendor also makes network cards.

@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from resnet_jax.distributed.heartbeat import Table
+from resnet_jax.distributed.launch import Launch
+from resnet_jax.distributed.process_group import first_difference
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, worst
-from resnet_jax.training.distributed import first_difference
-from resnet_jax.training.launch import Launch
-from resnet_jax.training.watch import Table
 
 # Seconds that process 0 waits for what the others have found, and the others for its verdict.
 PATIENCE = 60

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from resnet_jax.config.schema import Config, Data, Model, Train
+from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.doctor.devices import cuda_capability
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, duration, plural, size
@@ -21,8 +23,6 @@ from resnet_jax.doctor.reasons import explain
 from resnet_jax.models.registry import model_info
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
-from resnet_jax.training import parallel
-from resnet_jax.training.config import Config, Data, Model, Train
 
 # A network that compiles in seconds and is wide enough to keep a device busy.
 NETWORK = "resnet8_cifar"
@@ -167,7 +167,7 @@ def training_step(half: bool, network: str = "", seconds: float = 1.0) -> Findin
 
 
 def _training_step(dtype: str, network: str, seconds: float) -> Finding:
-    from resnet_jax.training.setup import make_model
+    from resnet_jax.config.model import make_model
 
     try:
         config = _config(dtype, network)
@@ -216,18 +216,18 @@ def _config(dtype: str, network: str) -> Config:
 
 def _train(config: Config, model: ResNet, seconds: float) -> tuple[float, float, list[float]]:
     """Returns (seconds to compile, seconds of a step, losses) of a short run."""
-    from resnet_jax.training.optimizer import Length, make_optimizer
+    from resnet_jax.training.optimizer import RunLength, make_optimizer
     from resnet_jax.training.state import create_state
     from resnet_jax.training.step import make_train_step
 
-    length = Length(1_000, 100.0)
+    length = RunLength(1_000, 100.0)
     optimizer = make_optimizer(config, length)
-    step = parallel.data_parallel(make_train_step(model, optimizer, config, length))
-    state = parallel.place(create_state(model, optimizer, config, channels=3))
+    step = data_parallel.parallel_step(make_train_step(model, optimizer, config, length))
+    state = data_parallel.replicate(create_state(model, optimizer, config, channels=3))
     rng = np.random.default_rng(jax.process_index())
     side = config.data.image_size
     share = config.train.batch_size // jax.device_count() * jax.local_device_count()
-    batch = parallel.put(
+    batch = data_parallel.shard_batch(
         {
             "images": rng.integers(0, 256, (share, side, side, 3), np.uint8),
             "labels": rng.integers(0, _CLASSES, share, np.int32),
@@ -267,7 +267,7 @@ def decode_rate(seconds: float = 0.5) -> Finding:
     """The JPEGs that one core decodes and crops per second, measured for so many seconds."""
     from PIL import Image
 
-    from resnet_jax.data.decode import train_crop
+    from resnet_jax.data.decode.decoding import train_crop
 
     rng = np.random.default_rng(0)
     # Blurred noise, which compresses about as photos do.

@@ -22,6 +22,9 @@ from typing import Any
 
 import jax
 
+from resnet_jax.distributed.heartbeat import Table
+from resnet_jax.distributed.launch import Launch, join
+from resnet_jax.distributed.process_group import service
 from resnet_jax.doctor import devices, speed
 from resnet_jax.doctor import machine as here
 from resnet_jax.doctor.findings import LIMIT, LONG_LIMIT, PROBLEM, SKIPPED, WARNING, Finding, worst
@@ -29,10 +32,7 @@ from resnet_jax.doctor.machine import Machine
 from resnet_jax.doctor.processes import PATIENCE, Group, hosts, launched, own_report, readiness
 from resnet_jax.doctor.reasons import explain
 from resnet_jax.errors import MISTAKE, ConfigError, ResNetJaxError, import_failure, one_line
-from resnet_jax.training.distributed import service
-from resnet_jax.training.environment import compared, environment
-from resnet_jax.training.launch import Launch, join
-from resnet_jax.training.watch import Table
+from resnet_jax.workdirs.environment import compared, environment
 
 # `launch.join` has a limit of its own, --start_timeout, which may be longer than that.
 _JOIN_LIMIT = 3600

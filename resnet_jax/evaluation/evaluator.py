@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.data.sources import Source, open_source, split_names
-from resnet_jax.data.tfds_files import prepared_configs
+from resnet_jax.config.schema import DATA_PLACES, Data, data_place
+from resnet_jax.data.sources.opening import Source, open_source, split_names
+from resnet_jax.data.sources.tfds_files import prepared_configs
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.label_sets import CORRUPTED, data_set_name
 from resnet_jax.evaluation.measuring import Evaluator
-from resnet_jax.evaluation.network import Network, evaluated_data, require_head
-from resnet_jax.evaluation.results import CorruptionReport, Report
-from resnet_jax.training.config import DATA_PLACES, Data, data_place
-from resnet_jax.training.workdir import read_class_names, read_json
+from resnet_jax.evaluation.result import CorruptionReport, Report
+from resnet_jax.weights.source import Network, evaluated_data, require_head
+from resnet_jax.workdirs.workdir import read_class_names, read_json
 
 # Splits that are measured where nobody says which.
 _SPLITS = {
@@ -41,7 +41,7 @@ def evaluate_network(
     scales: Sequence[int] = (),
     batch_size: int = 0,
     max_corrupt: int | None = None,
-    say: Callable[[str], Any] = print,
+    log: Callable[[str], Any] = print,
     bar: bool = False,
     alone: bool = False,
 ) -> Report:
@@ -61,7 +61,7 @@ def evaluate_network(
         eighth of it for multi_scale.
       max_corrupt: Images that are skipped because they cannot be decoded, before it is an error;
         None: the run's data.max_corrupt, else 10.
-      say: Called with one line for each of those.
+      log: Called with one line for each of those.
       bar: Show a progress bar on stderr, if that is a terminal.
       alone: Of several processes only this one measures, on its own devices; by default all do,
         together. The batch size is then not that of the run, which more devices may have shared.
@@ -76,7 +76,7 @@ def evaluate_network(
 
     Example:
       >>> import dataclasses, tempfile, jax, jax.numpy as jnp, resnet_jax as rj
-      >>> from resnet_jax.evaluation.network import open_network
+      >>> from resnet_jax.weights.source import open_network
       >>> model = rj.ResNet20()
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def evaluate_network(
       >>> report.images, report.confusion.shape, len(report.bins)
       (16, (10, 10), 15)
     """
-    evaluator = Evaluator(network, views, scales, batch_size, max_corrupt, say, bar, alone)
+    evaluator = Evaluator(network, views, scales, batch_size, max_corrupt, log, bar, alone)
     return evaluator.measure(source)
 
 
@@ -163,11 +163,11 @@ def evaluate_data(
         data_dir = data_dir or config.data_dir
     own = _own_section(network, data)
     split = split or (own.eval_split if own else _SPLITS.get(data_set_name(data), ""))
-    say = options.get("say", print)
+    log = options.get("say", print)
     assumed = [f"assumed: {line}" for line in network.assumed]
     if data == f"tfds:{CORRUPTED}":
         for line in assumed:
-            say(line)
+            log(line)
         return evaluate_corruptions(network, data_dir, split, **options)
     try:
         split = split or _held_out_split(data, data_dir)
@@ -178,15 +178,15 @@ def evaluate_data(
     except DataError as error:
         raise DataError(f"--data={data} --split={split}: {error}") from error
     for line in assumed:
-        say(line)
+        log(line)
     if source.left_out:
-        say(f"in {split}: {source.left_out}")
+        log(f"in {split}: {source.left_out}")
     if own and split == own.eval_split and _has_changed(network, source):
-        say(f"{source.name} has changed since the run was evaluated on it")
+        log(f"{source.name} has changed since the run was evaluated on it")
     report = evaluate_network(network, source, **options)
     compete = len(report.class_names)
     if compete < report.outputs and data.partition(":")[0] in DATA_PLACES:
-        say(
+        log(
             f"{split} has {compete} of the network's {report.outputs} classes, and only these "
             "compete"
         )

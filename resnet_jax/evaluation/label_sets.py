@@ -16,9 +16,9 @@ from importlib import resources
 
 import numpy as np
 
-from resnet_jax.data.base import Source, named
+from resnet_jax.data.sources.base import Source, named
 from resnet_jax.errors import DataError
-from resnet_jax.evaluation.network import Network, imagenet_ids, imagenet_names
+from resnet_jax.weights.source import Network, imagenet_ids, imagenet_names
 
 SUBSETS = ("imagenet_a", "imagenet_r")
 CORRUPTED = "imagenet2012_corrupted"
@@ -135,7 +135,7 @@ def match_classes(network: Network, source: Source) -> Classes:
     Example:
       >>> import tempfile
       >>> from types import SimpleNamespace
-      >>> from resnet_jax.data.sources import open_source
+      >>> from resnet_jax.data.sources.opening import open_source
       >>> network = SimpleNamespace(class_names=tuple("0987654321"))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     match_classes(network, open_source("digits", "test", folder)).places.tolist()

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.data.base import Batch
-from resnet_jax.data.loader import (
+from resnet_jax.config.schema import Data
+from resnet_jax.data.pipeline import (
     Corrupt,
     evaluation_batches,
     fits_memory,
@@ -24,17 +24,17 @@ from resnet_jax.data.loader import (
     streamed_evaluation_batches,
 )
 from resnet_jax.data.scales import plan_batches, scaled_batches
-from resnet_jax.data.sources import Source
+from resnet_jax.data.sources.base import Batch
+from resnet_jax.data.sources.opening import Source
+from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
 from resnet_jax.evaluation.label_sets import CORRUPTED, Classes, data_set_name, match_classes
 from resnet_jax.evaluation.multi_label import Scores, check_scores_memory, sigmoid
-from resnet_jax.evaluation.network import Network, require_head
-from resnet_jax.evaluation.results import Report
+from resnet_jax.evaluation.result import Report
 from resnet_jax.evaluation.views import VIEWS, default_scales, make_measuring_step
 from resnet_jax.limits import MAX_BATCH, MAX_SIDE
-from resnet_jax.training import parallel
-from resnet_jax.training.config import Data
+from resnet_jax.weights.source import Network, require_head
 
 _BATCH_SIZE = 128
 # A multi-scale batch has about 16 times the pixels of one crop's; it is this much smaller.
@@ -58,7 +58,7 @@ class Evaluator:
         scales: Sequence[int] = (),
         batch_size: int = 0,
         max_corrupt: int | None = None,
-        say: Callable[[str], Any] = print,
+        log: Callable[[str], Any] = print,
         bar: bool = False,
         alone: bool = False,
     ) -> None:
@@ -66,7 +66,7 @@ class Evaluator:
         flips = network.config is not None and network.config.evaluate.flip
         self.network = network
         self.views = views or ("flip" if flips else "one_crop")
-        self.say, self.bar, self.alone = say, bar, alone
+        self.log, self.bar, self.alone = log, bar, alone
         self.devices = jax.local_devices() if alone else jax.devices()
         if self.views not in VIEWS:
             raise ConfigError(f"--views: {unknown_name('view', self.views, VIEWS)}")
@@ -93,7 +93,7 @@ class Evaluator:
             f"--batch_size={self.batch_size} of {side}x{side} pixels",
         )
         self.max_corrupt = max_corrupt
-        self.variables = parallel.place(network.variables)
+        self.variables = data_parallel.replicate(network.variables)
         self._steps: dict[bytes, Any] = {}
 
     def _batch_size(self, wanted: int) -> int:
@@ -102,7 +102,7 @@ class Evaluator:
                 raise ConfigError(
                     f"--batch_size={wanted}: a number of images, from 1 to {MAX_BATCH:,}"
                 )
-            parallel.check_divisible({"--batch_size": wanted}, devices=len(self.devices))
+            data_parallel.check_divisible({"--batch_size": wanted}, devices=len(self.devices))
             return wanted
         config = self.network.config
         size = _BATCH_SIZE
@@ -117,14 +117,14 @@ class Evaluator:
         """Measures the network on one data set, as `evaluator.evaluate_network` says."""
         classes = match_classes(self.network, source)
         if classes.doubt:
-            self.say(classes.doubt)
+            self.log(classes.doubt)
         if self.network.multi_label:
             what = f"--data={source.name} --split={source.split}"
             remedy = "take a part of the split, such as test[:10%]"
             check_scores_memory(len(source), len(classes.names), what, remedy)
         data = self._data(source)
         limit = data.max_corrupt if self.max_corrupt is None else self.max_corrupt
-        corrupt = Corrupt(limit, self.say)
+        corrupt = Corrupt(limit, self.log)
         start = time.monotonic()
         batches, indices = self._batches(source, data, corrupt)
         key = b"" if classes.outputs is None else classes.outputs.tobytes()

@@ -17,13 +17,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from resnet_jax.data.augment import normalize
+from resnet_jax.config.schema import Augment
+from resnet_jax.data.augment.apply import normalize
+from resnet_jax.distributed.data_parallel import shard_batch
 from resnet_jax.errors import DataError
 from resnet_jax.evaluation.multi_label import Scores
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.config import Augment
-from resnet_jax.training.parallel import AXIS, put
-from resnet_jax.training.step import top_k_hits
+from resnet_jax.ops.sharding import AXIS
 
 Sums = dict[str, Any]
 
@@ -50,7 +50,7 @@ def make_evaluation_step(
         logits = predict(variables, batch["images"])
         if batch["labels"].ndim == 2:
             return gather({**batch, "logits": logits}, ("logits", "labels", "weights"))
-        return sum_up(judge(logits, batch["labels"]), batch["weights"])
+        return sum_metrics(per_example_metrics(logits, batch["labels"]), batch["weights"])
 
     return step
 
@@ -86,7 +86,36 @@ def make_logits(
     return predict
 
 
-def judge(logits: jax.Array, labels: jax.Array) -> Sums:
+def top_k_hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Whether the label is among the k highest logits.
+
+    A tie counts against the network, and so does NaN: a constant output is never right.
+
+    Args:
+      logits: [N, classes].
+      labels: [N], or sets of labels, bool [N, classes]: any of an image's is a hit, and an image
+        without labels is none.
+      k: How many guesses an image has.
+
+    Returns:
+      bool [N].
+
+    Example:
+      >>> top_k_hits(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([2]), k=2).tolist()
+      [True]
+      >>> top_k_hits(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([[True, False, True]]), k=1).tolist()
+      [True]
+    """
+    if labels.ndim == 2:
+        best = jnp.where(labels, logits, -jnp.inf).max(1)
+        wrong = ((logits >= best[:, None]) & ~labels).sum(1)
+        return (wrong < k) & jnp.isfinite(best)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    as_high = (logits >= own).sum(1)  # the label itself too
+    return (as_high <= k) & jnp.isfinite(own[:, 0])
+
+
+def per_example_metrics(logits: jax.Array, labels: jax.Array) -> Sums:
     """Each image's part in the measures.
 
     Args:
@@ -97,7 +126,7 @@ def judge(logits: jax.Array, labels: jax.Array) -> Sums:
       {"images": 1, "loss": nats, "top1", "top5": whether it is a hit}, each [N].
 
     Example:
-      >>> each = judge(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([2]))
+      >>> each = per_example_metrics(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([2]))
       >>> each["top1"].tolist(), round(each["loss"].item(), 3)
       ([False], 1.408)
     """
@@ -110,7 +139,7 @@ def judge(logits: jax.Array, labels: jax.Array) -> Sums:
     }
 
 
-def sum_up(each: Sums, weights: jax.Array) -> Sums:
+def sum_metrics(each: Sums, weights: jax.Array) -> Sums:
     """Sums over the images of all devices; for use under the axis "batch".
 
     Args:
@@ -150,7 +179,7 @@ def evaluate(
     waiting: Sums | None = None
     # One batch is summed up in float64 while the next is computed.
     for batch in batches:
-        measured = step(variables, put(batch))
+        measured = step(variables, shard_batch(batch))
         _add(total, scores, waiting)
         waiting = measured
     _add(total, scores, waiting)

@@ -28,11 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.evaluation.metrics import Sums, gather, judge, make_logits, sum_up
+from resnet_jax.config.schema import Augment
+from resnet_jax.distributed import data_parallel
+from resnet_jax.evaluation.metrics import (
+    Sums,
+    gather,
+    make_logits,
+    per_example_metrics,
+    sum_metrics,
+    top_k_hits,
+)
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training import parallel
-from resnet_jax.training.config import Augment
-from resnet_jax.training.step import top_k_hits
 
 VIEWS = ("one_crop", "flip", "ten_crop", "multi_scale")
 # Shorter sides in He et al. 2015, section 3.4, by the side of the training crop.
@@ -96,13 +102,13 @@ def make_measuring_step(
         look = _look_once(compete, devices)
     averages = views in ("ten_crop", "multi_scale")
     judge_batch = functools.partial(_gathered, averages=averages) if multi_label else _judged
-    judged = parallel.data_parallel_sums(lambda _, batch: judge_batch(batch), devices)
+    judged = data_parallel.parallel_sums(lambda _, batch: judge_batch(batch), devices)
     classes = model.num_classes if outputs is None else len(outputs)
     width = 2 * classes if multi_label and averages else classes
 
     def measure(variables: Any, batch: dict[str, Any]) -> dict[str, Sums]:
         nothing = np.full((len(batch["weights"]), width), -np.inf, np.float32)
-        placed = parallel.put({"scores": nothing, **batch, "images": None})
+        placed = data_parallel.shard_batch({"scores": nothing, **batch, "images": None})
         sums, scores = look(variables, batch["images"], placed)
         found = judged(np.float32(0), {**placed, "scores": scores})
         return {**found, "sums": sums or found["sums"]}
@@ -128,15 +134,17 @@ def _look_once(compete: Compete, devices: Devices) -> Look:
     def step(variables: Any, batch: dict[str, jax.Array]) -> tuple[Sums, jax.Array]:
         logits, labels = compete(variables, batch["images"]), batch["labels"]
         known = labels.ndim == 1
-        return sum_up(judge(logits, labels), batch["weights"]) if known else {}, logits
+        return sum_metrics(
+            per_example_metrics(logits, labels), batch["weights"]
+        ) if known else {}, logits
 
-    run = parallel.data_parallel_sums(step, devices, outputs=True)
+    run = data_parallel.parallel_sums(step, devices, outputs=True)
 
     def look(
         variables: Any, images: np.ndarray, batch: dict[str, jax.Array]
     ) -> tuple[Sums, jax.Array]:
         facts = {name: batch[name] for name in ("labels", "weights")}
-        return run(variables, {"images": parallel.put(images), **facts})
+        return run(variables, {"images": data_parallel.shard_batch(images), **facts})
 
     return look
 
@@ -149,13 +157,13 @@ def _look_at_crops(compete: Compete, shares: Shares, side: int, devices: Devices
         images = jnp.where(mirrored, images[:, :, ::-1], images)
         return jnp.logaddexp(batch["total"], shares(compete(variables, images)))
 
-    run = parallel.data_parallel_outputs(add, devices)  # one program for all ten
+    run = data_parallel.parallel_outputs(add, devices)  # one program for all ten
 
     def look(
         variables: Any, images: np.ndarray, batch: dict[str, jax.Array]
     ) -> tuple[Sums, jax.Array]:
         total = batch["scores"]
-        placed, rest = parallel.put(images), images.shape[1] - side
+        placed, rest = data_parallel.shard_batch(images), images.shape[1] - side
         middle = round(rest / 2)
         for top, left in ((0, 0), (0, rest), (rest, 0), (rest, rest), (middle, middle)):
             for mirrored in (False, True):
@@ -170,14 +178,14 @@ def _look_at_scales(compete: Compete, shares: Shares, devices: Devices) -> Look:
     def add(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return jnp.logaddexp(batch["total"], shares(compete(variables, batch["images"])))
 
-    run = parallel.data_parallel_outputs(add, devices)  # one program for each shape
+    run = data_parallel.parallel_outputs(add, devices)  # one program for each shape
 
     def look(
         variables: Any, images: list[np.ndarray], batch: dict[str, jax.Array]
     ) -> tuple[Sums, jax.Array]:
         total = batch["scores"]
         for scaled in images:
-            total = run(variables, {"images": parallel.put(scaled), "total": total})
+            total = run(variables, {"images": data_parallel.shard_batch(scaled), "total": total})
         return {}, total
 
     return look
@@ -187,7 +195,7 @@ def _judged(batch: dict[str, jax.Array]) -> dict[str, Sums]:
     """Sums over all devices, and every image's measures; for use under the axis "batch"."""
     logits, labels, weights = batch["scores"], batch["labels"], batch["weights"]
     if labels.ndim == 1:
-        each, labelled = judge(logits, labels), jnp.ones_like(weights)
+        each, labelled = per_example_metrics(logits, labels), jnp.ones_like(weights)
     else:
         labelled = labels.any(1)  # of an image without labels nothing counts
         each = {
@@ -195,7 +203,7 @@ def _judged(batch: dict[str, jax.Array]) -> dict[str, Sums]:
             "top1": top_k_hits(logits, labels > 0, 1),
             "top5": top_k_hits(logits, labels > 0, 5),
         }
-    sums = sum_up(each, weights * labelled)
+    sums = sum_metrics(each, weights * labelled)
     facts = {
         **each,
         "prediction": logits.argmax(1),

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from resnet_jax.data.decode import not_whole
+from resnet_jax.data.decode.decoding import not_whole
 from resnet_jax.errors import ConfigError, DataError, library_errors
 from resnet_jax.evaluation.multi_label import is_predicted, sigmoid
-from resnet_jax.evaluation.network import Network, open_network
-from resnet_jax.inference.forward import Forward
+from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.images import ImageFile, from_memory, name_of
 from resnet_jax.limits import MAX_CHANNELS
+from resnet_jax.weights.source import Network, open_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Classifier:
     up to `batch_size`. For one small image at a time, batch_size=1 saves that work.
 
     Args:
-      network: From `load`, or `resnet_jax.evaluation.network.open_network`.
+      network: From `load`, or `resnet_jax.weights.source.open_network`.
       batch_size: Images that are computed at a time; 0: as many as are fast.
 
     Raises:
@@ -76,7 +76,7 @@ class Classifier:
             raise ConfigError(f"{network.source}: the network has no head, and so no classes")
         model = network.model
         self.network = network
-        self.outputs = Forward(
+        self.outputs = BatchPredictor(
             network,
             lambda variables, images: jnp.asarray(model.apply(variables, images, train=False)),
             batch_size,

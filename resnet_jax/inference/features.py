@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.errors import ConfigError, ModelError, importing, unknown_name
-from resnet_jax.evaluation.network import Network
-from resnet_jax.inference.files import Progress, new_file
-from resnet_jax.inference.forward import Forward
+from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.images import ImageFile
+from resnet_jax.inference.writers import Progress, new_file
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.source import Network
 
 POOLED = "pooled"
 # Bytes of features in a group of rows of a Parquet file.
@@ -67,7 +67,7 @@ def write_features(
     with new_file(output, force) as stream:
         writer_class = _writer_class(output)
         opened = network()
-        forward = Forward(opened, feature_function(opened.model, layer, maps), batch_size)
+        forward = BatchPredictor(opened, feature_function(opened.model, layer, maps), batch_size)
         progress = Progress(files)
         with writer_class(stream, Path(output).expanduser().parent) as writer:
             for file, row in progress(forward(files)):

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from resnet_jax.data.arrays import check_type, to_uint8, with_channels
-from resnet_jax.data.budget import FILE_BYTES, Beside
-from resnet_jax.data.decode import (
+from resnet_jax.config.schema import Data
+from resnet_jax.data.decode.arrays import check_type, to_uint8, with_channels
+from resnet_jax.data.decode.budget import FILE_BYTES, Beside
+from resnet_jax.data.decode.decoding import (
     crop_bytes,
     crop_pixels,
     decoded,
@@ -32,10 +33,9 @@ from resnet_jax.data.decode import (
     read_encoded,
     read_header,
 )
-from resnet_jax.data.folders import IMAGE_SUFFIXES
-from resnet_jax.data.orientation import turn_of
+from resnet_jax.data.decode.orientation import turn_of
+from resnet_jax.data.sources.folders import IMAGE_SUFFIXES
 from resnet_jax.errors import DataError, library_errors
-from resnet_jax.training.config import Data
 
 STDIN = "-"
 # Ways to one folder, by links.

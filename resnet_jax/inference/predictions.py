@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.inference.classifier import Classifier, Prediction, check_top
-from resnet_jax.inference.files import Progress, new_file
 from resnet_jax.inference.images import ImageFile
-from resnet_jax.output import columns, json_text, padded, printing, visible
+from resnet_jax.inference.writers import Progress, new_file
+from resnet_jax.terminal import columns, json_text, padded, printing, visible
 
 # (name of the image, its predictions) -> lines.
 Form = Callable[[str, list[Prediction]], str]

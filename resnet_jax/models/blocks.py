@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.models.convolution import Precision
 from resnet_jax.models.layers import (
     Conv,
     Initializer,
@@ -28,6 +27,7 @@ from resnet_jax.models.layers import (
     dot_general,
 )
 from resnet_jax.models.norms import BatchNorm, conv_norm
+from resnet_jax.ops.convolution import Precision
 
 ShortcutOption = Literal["A", "B", "C", "D", "none"]
 SHORTCUT_OPTIONS: tuple[str, ...] = get_args(ShortcutOption)

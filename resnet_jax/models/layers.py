@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.models.convolution import ConvOptions, Precision, convolve
-from resnet_jax.models.sharding import BATCH, over_batch
+from resnet_jax.ops.convolution import ConvOptions, Precision, convolve
+from resnet_jax.ops.sharding import BATCH, over_batch
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]

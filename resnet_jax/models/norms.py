@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.models.convolution import ConvOptions, Precision, convolve, once_per_shape
 from resnet_jax.models.layers import Conv, Dtype, Initializer, max_pool
-from resnet_jax.models.sharding import BATCH, WHOLE, over_batch
+from resnet_jax.ops.convolution import ConvOptions, Precision, convolve, once_per_shape
+from resnet_jax.ops.sharding import BATCH, WHOLE, over_batch
 
 NormKind = Literal["batch", "group"]
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)

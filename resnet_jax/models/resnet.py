@@ -20,7 +20,6 @@ from resnet_jax.models.blocks import (
     ResidualBlock,
     ShortcutOption,
 )
-from resnet_jax.models.convolution import PRECISIONS, Precision
 from resnet_jax.models.layers import (
     Conv,
     Dtype,
@@ -32,6 +31,7 @@ from resnet_jax.models.layers import (
 )
 from resnet_jax.models.norms import NORM_KINDS, BatchNorm, GroupNorm, NormKind
 from resnet_jax.models.stem import ImageNetStem
+from resnet_jax.ops.convolution import PRECISIONS, Precision
 
 
 class FeatureInfo(NamedTuple):

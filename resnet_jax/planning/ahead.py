@@ -14,18 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.config.model import make_model
+from resnet_jax.config.schema import Config
 from resnet_jax.data.memory import label_type
-from resnet_jax.data.sources import Source
+from resnet_jax.data.sources.opening import Source
+from resnet_jax.distributed import data_parallel
 from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.models.summary import training_flops
 from resnet_jax.planning import gpu, tpu
 from resnet_jax.planning.program import traffic
 from resnet_jax.planning.topology import Topology
-from resnet_jax.training import parallel
-from resnet_jax.training.balance import class_weights
-from resnet_jax.training.config import Config
-from resnet_jax.training.optimizer import Length, make_optimizer
-from resnet_jax.training.setup import channels_of, make_model
+from resnet_jax.training.class_balance import class_weights
+from resnet_jax.training.optimizer import RunLength, make_optimizer
+from resnet_jax.training.setup import channels_of
 from resnet_jax.training.state import state_shapes
 from resnet_jax.training.step import make_steps, make_train_step
 
@@ -125,7 +126,7 @@ def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.st
     """
     platform = devices[0].platform
     model = make_model(config, source.num_classes)
-    length = Length.of(config, len(source))
+    length = RunLength.of(config, len(source))
     optimizer = make_optimizer(config, length)
     channels, side = channels_of(config, source), config.data.image_size
     state = state_shapes(model, optimizer, config, channels)
@@ -143,14 +144,14 @@ def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.st
         data = {"images": images, "labels": shape((len(source), *source.label_shape), labels)}
         kinds = {"indices": jnp.int32, **mirrored}
         choices = {name: shape((count, size, 1), kind) for name, kind in kinds.items()}
-        several: Any = parallel.data_parallel(make_steps(step, platform), devices, whole=1)
+        several: Any = data_parallel.parallel_step(make_steps(step, platform), devices, whole=1)
         return several.lower(state, data, choices)
     batch = {
         "images": shape((count, size, side, side, channels), jnp.uint8),
         **{name: shape((count, size), kind) for name, kind in mirrored.items()},
         "labels": shape((count, size, *source.label_shape), labels),
     }
-    single: Any = parallel.data_parallel(step, devices)
+    single: Any = data_parallel.parallel_step(step, devices)
     return single.lower(state, batch)
 
 

@@ -13,17 +13,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from resnet_jax.data.known import training_size
+from resnet_jax.config.schema import Config, check, check_types
 from resnet_jax.data.memory import fits_memory
-from resnet_jax.data.sources import Source
+from resnet_jax.data.sources.known import training_size
+from resnet_jax.data.sources.opening import Source
 from resnet_jax.errors import ConfigError
 from resnet_jax.limits import MAX_BATCH, MAX_CLASSES
 from resnet_jax.packages import installed_versions
 from resnet_jax.planning.ahead import Program, step_compiler
 from resnet_jax.planning.topology import Topology, check_rate, parse_topology
-from resnet_jax.training.config import Config, check, check_types
-from resnet_jax.training.initial import look_at_weights
-from resnet_jax.training.optimizer import Length
+from resnet_jax.training.init_from import look_at_weights
+from resnet_jax.training.optimizer import RunLength
 from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
 
 # Images/s that one core of a host reads, decodes and crops, or gathers from memory, as
@@ -238,7 +238,7 @@ def _bounds(
     program: Program, topology: Topology, config: Config, images: int, per_core: float
 ) -> dict[str, Any]:
     """All that follows from the work of a step; None where there is no program."""
-    steps = Length.of(config, images).steps
+    steps = RunLength.of(config, images).steps
     recipe = {"steps": steps, "epochs": steps * config.train.batch_size / images}
     if not program.fits:
         return {**dict.fromkeys(_BOUNDS), **recipe, "images_per_second_per_core": per_core}

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from resnet_jax import files
 from resnet_jax.errors import ConfigError
-from resnet_jax.inference.files import check_output, explained
-from resnet_jax.output import visible
+from resnet_jax.inference.writers import check_output, explained
 from resnet_jax.report.predictions import HeldOut
 from resnet_jax.report.runs import Run, read_run
 from resnet_jax.report.sections import Section, one_run, several_runs
+from resnet_jax.terminal import visible
 
 
 def write_report(

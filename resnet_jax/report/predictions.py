@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from resnet_jax.data.base import Label, Source
-from resnet_jax.data.decode import eval_crop
+from resnet_jax.data.decode.decoding import eval_crop
+from resnet_jax.data.sources.base import Label, Source
 from resnet_jax.errors import DataError
 from resnet_jax.evaluation.evaluator import evaluate_network, open_held_out
 from resnet_jax.evaluation.label_sets import match_classes
-from resnet_jax.evaluation.network import Network, evaluated_data
-from resnet_jax.evaluation.results import Report
+from resnet_jax.evaluation.result import Report
+from resnet_jax.weights.source import Network, evaluated_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def predict_split(network: Network, where: HeldOut, most: int) -> Predictions:
     source = open_held_out(network, name, data.eval_split, folder)
     first = _First(source, most)
     # The run has named the images that cannot be decoded. Of its processes only one writes.
-    report = evaluate_network(network, first, "one_crop", say=lambda line: None, alone=True)
+    report = evaluate_network(network, first, "one_crop", log=lambda line: None, alone=True)
     if report.class_names != network.class_names:
         raise DataError(
             f"{source.name}: has {len(report.class_names)} of the {len(network.class_names)} "

@@ -11,21 +11,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.data.augment import normalize
-from resnet_jax.data.decode import eval_crop, read_encoded
+from resnet_jax.config.schema import to_flat
+from resnet_jax.data.augment.apply import normalize
+from resnet_jax.data.decode.decoding import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
-from resnet_jax.evaluation.network import Network, open_network
-from resnet_jax.evaluation.results import ClassMeasures, Report
+from resnet_jax.evaluation.result import ClassMeasures, Report
 from resnet_jax.inference.classifier import probabilities
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
-from resnet_jax.output import visible
 from resnet_jax.report import figures
 from resnet_jax.report.predictions import Example, HeldOut, Predictions, predict_split
 from resnet_jax.report.runs import Run
-from resnet_jax.training.config import to_flat
-from resnet_jax.training.telemetry import duration
-from resnet_jax.training.workdir import read_class_names
+from resnet_jax.terminal import visible
+from resnet_jax.weights.source import Network, open_network
+from resnet_jax.workdirs.metric_writers import duration
+from resnet_jax.workdirs.workdir import read_class_names
 
 # Held-out images that the network is run over again.
 MOST_IMAGES = 10_000
@@ -339,7 +339,7 @@ def _responses(networks: dict[str, tuple[Network, np.ndarray]]) -> Section:
 def _recipe(run: Run, channels: int = 0) -> list[Section]:
     config = run.config
     try:
-        from resnet_jax.training.setup import make_model
+        from resnet_jax.config.model import make_model
 
         model = make_model(config, len(read_class_names(run.workdir))).clone(axis_name=None)
         side = config.data.image_size

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from resnet_jax.data.loader import (
+from resnet_jax.config.schema import Config
+from resnet_jax.data.pipeline import (
     Batch,
     Corrupt,
-    MemoryImages,
-    Order,
+    IndexSampler,
+    InMemoryDataset,
     fits_memory,
     load_memory,
     memory_batches,
     stream_batches,
 )
-from resnet_jax.data.sources import Source
+from resnet_jax.data.sources.opening import Source
 from resnet_jax.errors import DataError
-from resnet_jax.training.config import Config
 
 
 def load_images(
     config: Config, source: Source, training: bool, corrupt: Corrupt
-) -> MemoryImages | Source:
+) -> InMemoryDataset | Source:
     """The decoded data set where it fits in memory, else the source itself.
 
     Args:
@@ -43,8 +43,8 @@ def load_images(
 
 def training_batches(
     config: Config,
-    data: MemoryImages | Source,
-    order: Order,
+    data: InMemoryDataset | Source,
+    order: IndexSampler,
     start: int,
     stop: int,
     corrupt: Corrupt,
@@ -68,6 +68,6 @@ def training_batches(
       augment.flip_alternates also "mirrored": bool [N].
     """
     size, mirror = config.train.batch_size, config.augment.flip_alternates
-    if isinstance(data, MemoryImages):
+    if isinstance(data, InMemoryDataset):
         return memory_batches(data, order, size, start, stop, mirror, host, hosts)
     return stream_batches(data, order, config.data, size, start, stop, corrupt, mirror, host, hosts)

@@ -17,44 +17,41 @@ from typing import Any
 import jax
 
 from resnet_jax.compile_cache import use_compile_cache
-from resnet_jax.data.loader import (
+from resnet_jax.config.model import make_model
+from resnet_jax.config.schema import Config, check, check_types, profile_steps
+from resnet_jax.data.pipeline import (
     Batch,
     Corrupt,
-    MemoryImages,
+    InMemoryDataset,
     evaluation_batches,
     memory_choices,
     prefetch,
     streamed_evaluation_batches,
 )
-from resnet_jax.data.sources import Source
-from resnet_jax.data.splits import overlap
+from resnet_jax.data.sources.opening import Source
+from resnet_jax.data.sources.splits import overlap
+from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.distributed.device_memory import explain_out_of_memory
+from resnet_jax.distributed.process_group import ProcessGroup, process_group
+from resnet_jax.distributed.signals import Signals
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
-from resnet_jax.output import say
-from resnet_jax.training import parallel
-from resnet_jax.training.balance import (
+from resnet_jax.terminal import log
+from resnet_jax.training.batches import load_images, training_batches
+from resnet_jax.training.class_balance import (
     class_weights,
     count_at_hand,
     count_classes,
     describe,
     training_order,
 )
-from resnet_jax.training.batches import load_images, training_batches
-from resnet_jax.training.bucket import Bucket
-from resnet_jax.training.checkpoint import Checkpoints
-from resnet_jax.training.config import Config, check, check_types, profile_steps
-from resnet_jax.training.distributed import Peers, together
-from resnet_jax.training.environment import computes_on, write_environment
-from resnet_jax.training.evaluations import EMA, RAW, Evaluations
-from resnet_jax.training.initial import Start, initial_variables, look_at_weights
-from resnet_jax.training.optimizer import Length, describe_cut_warmup, make_optimizer
-from resnet_jax.training.recorder import Recorder, Trace
-from resnet_jax.training.records import EVALUATION, Record
+from resnet_jax.training.init_from import Start, initial_variables, look_at_weights
+from resnet_jax.training.metrics import MetricAccumulator, Trace
+from resnet_jax.training.optimizer import RunLength, describe_cut_warmup, make_optimizer
 from resnet_jax.training.setup import (
     channels_of,
     check_batches,
@@ -62,14 +59,17 @@ from resnet_jax.training.setup import (
     check_memory,
     facts,
     fingerprints,
-    make_model,
     open_sources,
 )
-from resnet_jax.training.signals import Signals
 from resnet_jax.training.state import TrainState, create_state, state_shapes
 from resnet_jax.training.step import make_steps, make_train_step
-from resnet_jax.training.telemetry import Telemetry
-from resnet_jax.training.workdir import (
+from resnet_jax.workdirs.checkpoint import Checkpoints
+from resnet_jax.workdirs.environment import computes_on, write_environment
+from resnet_jax.workdirs.evaluations import EMA, RAW, Evaluations
+from resnet_jax.workdirs.metric_writers import MetricWriters
+from resnet_jax.workdirs.records import EVALUATION, Record
+from resnet_jax.workdirs.remote_copy import Bucket
+from resnet_jax.workdirs.workdir import (
     changed_evaluation_data,
     has_states,
     locked,
@@ -115,40 +115,40 @@ def train(config: Config, workdir: str | Path) -> Result:
 
     Example:
       >>> import tempfile
-      >>> from resnet_jax.training.config import Data, Model, Train
+      >>> from resnet_jax.config.schema import Data, Model, Train
       >>> config = Config(train=Train(steps=2, batch_size=16))  # digits, ResNet-20
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     train(config, folder).steps
       2
     """
-    with together() as peers:
+    with process_group() as group:
         folder = Path(workdir).expanduser()
         check_types(config)
         asked = config
-        start = look_at_weights(config, folder) if peers.is_first else Start(config)
-        start = Start.from_json(peers.tell(start.to_json()))
+        start = look_at_weights(config, folder) if group.is_first else Start(config)
+        start = Start.from_json(group.broadcast_object(start.to_json()))
         check(start.config)
         sources = open_sources(start.config)
         start = start.with_head(sources["train"].class_names)
         config = start.config
-        for line in start.taken if peers.is_first else ():
-            say(line)
+        for line in start.taken if group.is_first else ():
+            log(line)
         model = make_model(config, sources["train"].num_classes)
         check_batches(config)
         check_calls(config, sources["train"])
-        check_memory(config, model, channels_of(config, sources["train"]), peers.count)
+        check_memory(config, model, channels_of(config, sources["train"]), group.count)
         if config.data.multi_label:
             what = f"data.eval_split = {config.data.eval_split!r}"
             remedy = "evaluate on a part of it, such as 'test[:10%]'"
             check_scores_memory(len(sources["eval"]), model.num_classes, what, remedy)
-        peers.agree(facts(asked, sources))
+        group.check_equal(facts(asked, sources))
         # On GPUs the processes share the timing of kernels while they compile, so one that found
         # its program in the cache would leave the others waiting for its part.
-        together_on_gpus = peers.count > 1 and jax.default_backend() == "gpu"
+        together_on_gpus = group.count > 1 and jax.default_backend() == "gpu"
         use_compile_cache("" if together_on_gpus else config.log.compile_cache)
         initial, bucket = None, None
         with Signals() as signals, contextlib.ExitStack() as stack:
-            if peers.is_first:  # the only one that touches the workdir
+            if group.is_first:  # the only one that touches the workdir
                 bucket = _open_bucket(config, folder, fingerprints(sources))
                 if not has_states(folder):  # a run that goes on needs no first weights
                     channels = channels_of(config, sources["train"])
@@ -157,11 +157,11 @@ def train(config: Config, workdir: str | Path) -> Result:
                 stack.enter_context(locked(folder))
             remedy = "free the memory that other processes hold, or take a smaller network"
             with explain_out_of_memory("the state of the run", remedy):
-                run = _Run(config, folder, model, sources, initial, signals, peers, stack)
+                run = _Run(config, folder, model, sources, initial, signals, group, stack)
             if bucket and run.checkpoints:
                 for line in bucket.fetched:
-                    run.telemetry.say(line)
-                run.checkpoints.after_save = bucket.pusher(run.telemetry.say)
+                    run.writers.log(line)
+                run.checkpoints.after_save = bucket.pusher(run.writers.log)
                 if run.checkpoints.latest is not None:  # what the last start could not copy
                     run.checkpoints.after_save()
             return run.finish()
@@ -192,16 +192,16 @@ class _Run:
         sources: dict[str, Source],
         initial: dict[str, Any] | None,
         signals: Signals,
-        peers: Peers,
+        group: ProcessGroup,
         stack: contextlib.ExitStack,
     ) -> None:
         self.config = config
         self.workdir = workdir
         self.model = model
         self.signals = signals
-        self.length = Length.of(config, len(sources["train"]))
-        self.peers = peers
-        self.hosts: dict[str, Any] = {"host": peers.index, "hosts": peers.count}
+        self.length = RunLength.of(config, len(sources["train"]))
+        self.group = group
+        self.hosts: dict[str, Any] = {"host": group.index, "hosts": group.count}
         optimizer = make_optimizer(config, self.length)
         self.channels = channels = channels_of(config, sources["train"])
         shapes = state_shapes(model, optimizer, config, channels)
@@ -209,7 +209,7 @@ class _Run:
         self.evaluations = Evaluations.of(config)
         carried, evaluated = None, list[Record]()
         state, lines = None, list[str]()
-        if peers.is_first:
+        if group.is_first:
             keep, keep_best = config.checkpoint.keep, config.checkpoint.keep_best
             self.checkpoints = Checkpoints(workdir, keep, keep_best, self.evaluations)
             lines = self.checkpoints.set_damaged_aside()
@@ -222,28 +222,28 @@ class _Run:
                 lines += changed_evaluation_data(workdir, fingerprints(sources))
             else:
                 state = create_state(model, optimizer, config, channels, initial)
-        self.carried, evaluated = peers.tell([carried, evaluated])
+        self.carried, evaluated = group.broadcast_object([carried, evaluated])
         for record in evaluated:  # the other processes read no file
             self.evaluations.add(record)
-        self.state: TrainState = parallel.place(peers.share(state, shapes))
-        self.telemetry = Telemetry(
+        self.state: TrainState = data_parallel.replicate(group.broadcast_arrays(state, shapes))
+        self.writers = MetricWriters(
             config,
-            workdir if peers.is_first else None,
+            workdir if group.is_first else None,
             int(self.state.step),
             self.length.steps,
             self.length.steps_per_epoch,
         )
-        stack.callback(self.telemetry.close)  # also where the rest of this fails
+        stack.callback(self.writers.close)  # also where the rest of this fails
         for line in lines:
-            self.telemetry.say(line)
-        self.corrupt = Corrupt(config.data.max_corrupt, self.telemetry.say)
+            self.writers.log(line)
+        self.corrupt = Corrupt(config.data.max_corrupt, self.writers.log)
         self.train_data = load_images(config, sources["train"], True, self.corrupt)
         self.eval_data = load_images(config, sources["eval"], False, self.corrupt)
-        names, say = sources["train"].class_names, self.telemetry.say
-        self.order = training_order(config, self.train_data, say)
-        counts = count_classes(config, self.train_data, self.order, len(names), say)
+        names, log = sources["train"].class_names, self.writers.log
+        self.order = training_order(config, self.train_data, log)
+        counts = count_classes(config, self.train_data, self.order, len(names), log)
         weights = class_weights(config.loss, counts, model.num_classes)
-        if peers.is_first:
+        if group.is_first:
             by_split = {"train": counts, "eval": count_at_hand(self.eval_data, len(names))}
             write_config(workdir, config, names, fingerprints(sources), by_split)
             write_environment(workdir)
@@ -251,21 +251,21 @@ class _Run:
             model, optimizer, config, self.length, class_weights=weights
         )
         self.on_devices: tuple[Batch, ...] = ()  # arguments of the step beside state and batch
-        if config.train.steps_per_call > 1 and isinstance(self.train_data, MemoryImages):
+        if config.train.steps_per_call > 1 and isinstance(self.train_data, InMemoryDataset):
             data = {"images": self.train_data.images, "labels": self.train_data.labels}
             with explain_out_of_memory("the data set", "take train.steps_per_call = 1"):
-                self.on_devices = (parallel.place(data),)
+                self.on_devices = (data_parallel.replicate(data),)
             step = make_steps(step)
-        if peers.count > 1:
-            step = parallel.with_stop_flag(step)
-            self.stop_flags = parallel.stop_flags()
-        self.step = parallel.data_parallel(step, whole=len(self.on_devices))
-        self.evaluation_step = parallel.data_parallel_sums(
+        if group.count > 1:
+            step = data_parallel.with_stop_flag(step)
+            self.stop_flags = data_parallel.stop_flags()
+        self.step = data_parallel.parallel_step(step, whole=len(self.on_devices))
+        self.evaluation_step = data_parallel.parallel_sums(
             make_evaluation_step(model, config.augment, config.evaluate.flip)
         )
         self._say_start(sources)
         for line in describe(config, names, counts, weights):
-            say(line)
+            log(line)
 
     def finish(self) -> Result:
         """Takes the steps that are left and closes everything, whatever happens."""
@@ -275,7 +275,7 @@ class _Run:
             metrics = self._train()
         step, best = int(self.state.step), self.evaluations.best
         if self.checkpoints is not None and best is not None and best < step >= self.length.steps:
-            self.telemetry.say(
+            self.writers.log(
                 f"the best state is that of step {best} ({self.evaluations.metric} = "
                 f"{self.evaluations.best_value:.4g}); evaluate and predict take it"
             )
@@ -296,47 +296,47 @@ class _Run:
             try:
                 self.checkpoints.close()
             except ConfigError as error:
-                self.telemetry.say(str(error))
+                self.writers.log(str(error))
             raise
         self.checkpoints.close()
 
     def _train(self) -> dict[str, float]:
         config, done = self.config, int(self.state.step)
-        recorder = Recorder(
+        recorder = MetricAccumulator(
             config,
             self.length.steps_per_epoch,
-            self.telemetry,
+            self.writers,
             done,
             self._divergence,
             self.carried,
             self._peak_share(),
         )
-        trace = Trace(config, self.workdir, self.telemetry.say)
+        trace = Trace(config, self.workdir, self.writers.log)
         metrics = self._metrics_at_start(done)
         if done >= self.length.steps or self._stops_early(done):
             return metrics or self._measure(done, self.evaluations.weights, write=False)
         # Generators closed in time leave neither threads nor processes behind.
         lengths = [*self._call_lengths(done)]
         made = self._batches(done, lengths)
-        batches = prefetch(map(parallel.put, made), config.data.prefetch)
+        batches = prefetch(map(data_parallel.shard_batch, made), config.data.prefetch)
         try:
             for steps, batch in zip(lengths, batches, strict=True):
                 trace.before(done)
-                if self.peers.count > 1:
+                if self.group.count > 1:
                     batch = batch, self.stop_flags[self.signals.received]
                 arguments = (self.state, *self.on_devices, batch)
                 self.state, step_metrics = self.step(*arguments)
                 done += steps
                 trace.after(done, step_metrics)
                 recorder.add(done, step_metrics)
-                self.telemetry.advance(done)
+                self.writers.advance(done)
                 if self.checkpoints is not None:
                     self.checkpoints.check()
                 evaluates = self._evaluates_at(done)
                 if evaluates:
                     recorder.flush()
                 # Several processes stop where the metrics, read late, tell all of them to.
-                stop = recorder.stop if self.peers.count > 1 else self.signals.received
+                stop = recorder.stop if self.group.count > 1 else self.signals.received
                 if evaluates or stop or self._saves_at(done):
                     self._save(recorder, evaluates)
                 if stop:
@@ -407,13 +407,13 @@ class _Run:
         images shows before training hides it.
         """
         if not done and self.config.checkpoint.init_from and not self.config.checkpoint.reset_head:
-            self.telemetry.say("evaluating the weights that the run starts from")
+            self.writers.log("evaluating the weights that the run starts from")
             self._measure(done, [RAW], write=True)
         if done and self._evaluates_at(done) and self.evaluations.missing(done):
-            self.telemetry.say(f"the state of step {done} was saved but not evaluated; evaluating")
+            self.writers.log(f"the state of step {done} was saved but not evaluated; evaluating")
             return self._evaluate(done)
         if done >= self.length.steps:
-            self.telemetry.say(f"already trained for {done} steps; evaluating")
+            self.writers.log(f"already trained for {done} steps; evaluating")
         return {}
 
     def _evaluate(self, done: int) -> dict[str, float]:
@@ -421,7 +421,7 @@ class _Run:
         try:
             metrics = self._measure(done, self.evaluations.missing(done), write=True)
         except (ConfigError, DataError):
-            self.telemetry.say(
+            self.writers.log(
                 f"the evaluation after step {done} failed; the same command goes on with it from "
                 "the state that was saved before"
             )
@@ -455,7 +455,7 @@ class _Run:
             if weights:
                 record["weights"] = weights
             if write:
-                self.telemetry.record(record)
+                self.writers.record(record)
                 self.evaluations.add(record)
         self._say_if_average_lags(done)
         return metrics
@@ -468,7 +468,7 @@ class _Run:
         if average.get("top1", 1.0) >= raw.get("top1", 0.0) - _FAR_BELOW:
             return
         span = train.ema_every / (1 - train.ema_decay)
-        self.telemetry.say(
+        self.writers.log(
             f"the moving average is far below the weights: train.ema_decay = {train.ema_decay} and "
             f"train.ema_every = {train.ema_every} average over {span:,.0f} steps, and {done:,} are "
             "done; a smaller train.ema_decay follows the weights sooner"
@@ -477,7 +477,7 @@ class _Run:
     def _evaluation_batches(self) -> Generator[Batch, None, None]:
         config, data = self.config, self.eval_data
         size = config.evaluate.batch_size or config.train.batch_size
-        if isinstance(data, MemoryImages):
+        if isinstance(data, InMemoryDataset):
             return evaluation_batches(data, size, **self.hosts)
         return streamed_evaluation_batches(data, config.data, size, self.corrupt, **self.hosts)
 
@@ -490,7 +490,7 @@ class _Run:
         """
         with contextlib.closing(batches):
             for batch in batches:
-                if self.signals.received and self.peers.count == 1:
+                if self.signals.received and self.group.count == 1:
                     raise self._stopped(done)
                 yield batch
 
@@ -505,11 +505,11 @@ class _Run:
         if not train.early_stopping:
             return False
         stops = found.since_improved(train.min_improvement) >= train.early_stopping
-        if not self.peers.tell(stops):
+        if not self.group.broadcast_object(stops):
             return False
         if done < self.length.steps:
             more = f" by more than {train.min_improvement:g}" if train.min_improvement else ""
-            self.telemetry.say(
+            self.writers.log(
                 f"{found.metric} has not improved{more} in {train.early_stopping} evaluations "
                 f"(train.early_stopping); the run ends after step {done} of {self.length.steps}. "
                 f"Its best state is that of step {found.best}: {found.metric} = "
@@ -517,7 +517,7 @@ class _Run:
             )
         return True
 
-    def _save(self, recorder: Recorder, to_evaluate: bool) -> None:
+    def _save(self, recorder: MetricAccumulator, to_evaluate: bool) -> None:
         carried = recorder.carried()  # where a step diverged it says so, and nothing is saved
         if self.checkpoints is not None:
             self.checkpoints.save(self.state, carried, to_evaluate)
@@ -555,7 +555,7 @@ class _Run:
     def _say_start(self, sources: dict[str, Source]) -> None:
         config, side = self.config, self.config.data.image_size
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
-        self.telemetry.say(
+        self.writers.log(
             f"{config.model.name} ({parameters:,} parameters, {config.model.dtype}) on "
             f"{config.data.name}, "
             f"{len(self.train_data):,} images of {side}x{side}x{self.channels}, "
@@ -563,15 +563,15 @@ class _Run:
             f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {self.workdir}"
         )
         if line := describe_cut_warmup(config, self.length):
-            self.telemetry.say(line)
+            self.writers.log(line)
         data = config.data
         if overlap(data.train_split, data.eval_split):
-            self.telemetry.say(
+            self.writers.log(
                 f"evaluated on images that are trained on: data.train_split = "
                 f"{data.train_split!r}, data.eval_split = {data.eval_split!r}"
             )
         for source in sources.values():
             if source.left_out:
-                self.telemetry.say(f"in {source.split}: {source.left_out}")
+                self.writers.log(f"in {source.split}: {source.left_out}")
         if int(self.state.step):
-            self.telemetry.say(f"going on after step {int(self.state.step)}")
+            self.writers.log(f"going on after step {int(self.state.step)}")

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from resnet_jax.training.config import Config
+from resnet_jax.config.schema import Config
 
 
 @dataclasses.dataclass(frozen=True)
-class Length:
+class RunLength:
     """How long a run is.
 
     Args:
@@ -22,7 +22,7 @@ class Length:
       steps_per_epoch: Steps that see as many images as the data set has; a fraction.
 
     Example:
-      >>> Length.of(Config(), images=1_000).steps
+      >>> RunLength.of(Config(), images=1_000).steps
       78
     """
 
@@ -30,7 +30,7 @@ class Length:
     steps_per_epoch: float
 
     @classmethod
-    def of(cls, config: Config, images: int) -> Length:
+    def of(cls, config: Config, images: int) -> RunLength:
         """From epochs, batch size and the number of training images."""
         per_epoch = images / config.train.batch_size
         return cls(config.train.steps or max(1, round(config.train.epochs * per_epoch)), per_epoch)
@@ -46,7 +46,7 @@ def peak_learning_rate(config: Config) -> float:
       optimizer.learning_rate, times batch_size / base_batch where that is given.
 
     Example:
-      >>> from resnet_jax.training.config import Optimizer, Train
+      >>> from resnet_jax.config.schema import Optimizer, Train
       >>> optimizer = Optimizer(learning_rate=0.1, base_batch=256)
       >>> peak_learning_rate(Config(optimizer=optimizer, train=Train(batch_size=1024)))
       0.4
@@ -57,7 +57,7 @@ def peak_learning_rate(config: Config) -> float:
     return optimizer.learning_rate * config.train.batch_size / optimizer.base_batch
 
 
-def warmup_steps(config: Config, length: Length) -> int:
+def warmup_steps(config: Config, length: RunLength) -> int:
     """Steps of a run's warm-up; more than the run has where it ends in its warm-up.
 
     Args:
@@ -68,15 +68,15 @@ def warmup_steps(config: Config, length: Length) -> int:
       schedule.warmup_epochs in steps, rounded.
 
     Example:
-      >>> from resnet_jax.training.config import Schedule
+      >>> from resnet_jax.config.schema import Schedule
       >>> config = Config(schedule=Schedule(warmup_epochs=2.0))
-      >>> warmup_steps(config, Length(steps=100, steps_per_epoch=10.0))
+      >>> warmup_steps(config, RunLength(steps=100, steps_per_epoch=10.0))
       20
     """
     return round(config.schedule.warmup_epochs * length.steps_per_epoch)
 
 
-def make_schedule(config: Config, length: Length) -> optax.Schedule:
+def make_schedule(config: Config, length: RunLength) -> optax.Schedule:
     """The learning rate as a function of the number of completed steps.
 
     A warm-up of W steps multiplies the main schedule by a factor that rises linearly from
@@ -95,7 +95,7 @@ def make_schedule(config: Config, length: Length) -> optax.Schedule:
       An optax schedule. A plateau schedule is constant here: `make_optimizer` lowers it.
 
     Example:
-      >>> schedule = make_schedule(Config(), Length(steps=100, steps_per_epoch=10.0))
+      >>> schedule = make_schedule(Config(), RunLength(steps=100, steps_per_epoch=10.0))
       >>> round(float(schedule(50)), 4)
       0.05
     """
@@ -107,7 +107,7 @@ def make_schedule(config: Config, length: Length) -> optax.Schedule:
     return lambda step: factor(step) * main(step)
 
 
-def _main_schedule(config: Config, length: Length) -> optax.Schedule:
+def _main_schedule(config: Config, length: RunLength) -> optax.Schedule:
     """The schedule without its warm-up, until whose end cosine and lines stay at the peak."""
     schedule, peak = config.schedule, peak_learning_rate(config)
     warmup = warmup_steps(config, length)
@@ -129,7 +129,7 @@ def _main_schedule(config: Config, length: Length) -> optax.Schedule:
     return lambda step: fall(jnp.maximum(step - warmup, 0))
 
 
-def describe_cut_warmup(config: Config, length: Length) -> str:
+def describe_cut_warmup(config: Config, length: RunLength) -> str:
     """A line for people about a run that ends before its learning rate reaches the peak.
 
     Args:
@@ -140,7 +140,7 @@ def describe_cut_warmup(config: Config, length: Length) -> str:
       How far the rate gets, and what to set; "" where it reaches the peak.
 
     Example:
-      >>> describe_cut_warmup(Config(), Length(steps=10, steps_per_epoch=5.0))
+      >>> describe_cut_warmup(Config(), RunLength(steps=10, steps_per_epoch=5.0))
       ''
     """
     warmup = warmup_steps(config, length)
@@ -156,7 +156,7 @@ def describe_cut_warmup(config: Config, length: Length) -> str:
 
 
 def make_optimizer(
-    config: Config, length: Length, schedule: optax.Schedule | None = None
+    config: Config, length: RunLength, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Everything between a gradient and an update.
 
@@ -169,7 +169,7 @@ def make_optimizer(
       A transformation whose `update` also takes `value`, the loss, for a plateau schedule.
 
     Example:
-      >>> optimizer = make_optimizer(Config(), Length(steps=100, steps_per_epoch=10.0))
+      >>> optimizer = make_optimizer(Config(), RunLength(steps=100, steps_per_epoch=10.0))
       >>> params = {"head": {"kernel": jnp.ones((2, 2))}}
       >>> state = optimizer.init(params)
       >>> updates, state = optimizer.update(params, state, params, value=jnp.array(1.0))
@@ -257,7 +257,7 @@ def current_learning_rate(schedule: optax.Schedule, opt_state: optax.OptState) -
       A scalar, with the drops of a plateau schedule.
 
     Example:
-      >>> length = Length(steps=10, steps_per_epoch=5.0)
+      >>> length = RunLength(steps=10, steps_per_epoch=5.0)
       >>> state = make_optimizer(Config(), length).init({"head": jnp.zeros((2, 2))})
       >>> round(float(current_learning_rate(make_schedule(Config(), length), state)), 4)
       0.1

@@ -18,25 +18,25 @@ import numpy as np
 import optax
 
 from resnet_jax.compile_cache import use_compile_cache
-from resnet_jax.data.loader import Corrupt, prefetch
+from resnet_jax.config.model import make_model
+from resnet_jax.config.schema import Config, Schedule, check, check_types
+from resnet_jax.data.pipeline import Corrupt, prefetch
+from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError
-from resnet_jax.training import parallel
-from resnet_jax.training.balance import class_weights, count_classes, training_order
 from resnet_jax.training.batches import load_images, training_batches
-from resnet_jax.training.config import Config, Schedule, check, check_types
-from resnet_jax.training.environment import computes_on
-from resnet_jax.training.initial import initial_variables, look_at_weights
-from resnet_jax.training.optimizer import Length, make_optimizer, peak_learning_rate
+from resnet_jax.training.class_balance import class_weights, count_classes, training_order
+from resnet_jax.training.init_from import initial_variables, look_at_weights
+from resnet_jax.training.optimizer import RunLength, make_optimizer, peak_learning_rate
 from resnet_jax.training.setup import (
     channels_of,
     check_batches,
     check_memory,
-    make_model,
     open_sources,
 )
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.training.step import make_train_step
+from resnet_jax.workdirs.environment import computes_on
 
 _STEPS = 20, 100_000
 _HIGHEST = 1e6
@@ -165,7 +165,7 @@ def find_rate(
     high: float = 10.0,
     steps: int = 200,
     *,
-    say: Callable[[str], Any] = print,
+    log: Callable[[str], Any] = print,
     bar: bool = False,
 ) -> RateCurve:
     """Trains a new network for some steps while the learning rate rises, and returns the losses.
@@ -179,7 +179,7 @@ def find_rate(
       low: optimizer.learning_rate at the first step.
       high: optimizer.learning_rate at the last step.
       steps: Number of steps.
-      say: Takes lines for people.
+      log: Takes lines for people.
       bar: Show progress where standard error is a terminal.
 
     Returns:
@@ -190,7 +190,7 @@ def find_rate(
       DataError: The data set cannot be used.
 
     Example:
-      >>> from resnet_jax.training.config import Data, Model, Train
+      >>> from resnet_jax.config.schema import Data, Model, Train
       >>> model, data = Model(name="resnet8_cifar"), Data(image_size=8)
       >>> config = Config(model, data, train=Train(batch_size=8))
       >>> curve = find_rate(config, low=1e-4, high=1e-2, steps=20, say=lambda line: None)
@@ -205,7 +205,7 @@ def find_rate(
     start = start.with_head(sources["train"].class_names)
     config = start.config
     for line in start.taken:
-        say(line)
+        log(line)
     source, channels = sources["train"], channels_of(config, sources["train"])
     scale = peak_learning_rate(_with_rate(config, 1.0))
     config = _without_schedule(config, steps)
@@ -213,16 +213,16 @@ def find_rate(
     check_batches(config)
     check_memory(config, model, channels, hosts=1)
     use_compile_cache(config.log.compile_cache)
-    length = Length.of(config, len(source))
+    length = RunLength.of(config, len(source))
     schedule = optax.schedules.exponential_decay(scale * low, steps - 1, high / low)
     optimizer = make_optimizer(config, length, schedule)
     initial = initial_variables(config, model, channels)
-    corrupt = Corrupt(config.data.max_corrupt, say)
+    corrupt = Corrupt(config.data.max_corrupt, log)
     data = load_images(config, source, True, corrupt)
-    order = training_order(config, data, say)
-    counts = count_classes(config, data, order, source.num_classes, say)
+    order = training_order(config, data, log)
+    counts = count_classes(config, data, order, source.num_classes, log)
     weights = class_weights(config.loss, counts, model.num_classes)
-    say(
+    log(
         f"{config.model.name} on {config.data.name}: {steps} steps of {config.train.batch_size} "
         f"images on {computes_on(jax.devices())}, optimizer.learning_rate from {low:g} to {high:g}"
     )
@@ -230,11 +230,11 @@ def find_rate(
         f"a training step of train.batch_size = {config.train.batch_size}",
         f"take a smaller one or train.accumulate = {2 * config.train.accumulate}",
     ):
-        state = parallel.place(create_state(model, optimizer, config, channels, initial))
+        state = data_parallel.replicate(create_state(model, optimizer, config, channels, initial))
         step = make_train_step(model, optimizer, config, length, class_weights=weights)
-        step = parallel.data_parallel(step)
+        step = data_parallel.parallel_step(step)
         made = training_batches(config, data, order, 0, steps, corrupt)
-        batches = prefetch(map(parallel.put, made), config.data.prefetch)
+        batches = prefetch(map(data_parallel.shard_batch, made), config.data.prefetch)
         window = max(round(_WINDOW * steps), 1)
         # Closed in time they leave neither threads nor processes behind.
         with contextlib.closing(made), contextlib.closing(batches), _progress(steps, bar) as shown:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
-from resnet_jax.data.augment import check_channels
-from resnet_jax.data.loader import fits_memory
-from resnet_jax.data.sources import Source, open_split
+from resnet_jax.config.schema import Config, to_flat
+from resnet_jax.data.augment.apply import check_channels
+from resnet_jax.data.pipeline import fits_memory
+from resnet_jax.data.sources.opening import Source, open_split
+from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import check_batch_memory
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.limits import check_host_memory
-from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training import parallel
-from resnet_jax.training.balance import check_class_weights
-from resnet_jax.training.config import Config, registered_overrides, to_flat
-from resnet_jax.training.environment import compared
+from resnet_jax.training.class_balance import check_class_weights
+from resnet_jax.workdirs.environment import compared
 
 
 def open_sources(config: Config) -> dict[str, Source]:
@@ -81,43 +79,6 @@ def channels_of(config: Config, source: Source) -> int:
     return config.data.channels or source.channels
 
 
-def make_model(config: Config, classes: int) -> ResNet:
-    """The network of a run.
-
-    Args:
-      config: Its configuration.
-      classes: Of the data set, where the configuration leaves them open.
-
-    Returns:
-      The module.
-
-    Raises:
-      ConfigError: The images are too small for it.
-
-    Example:
-      >>> make_model(Config(), classes=10).num_classes
-      10
-    """
-    fields = config.model
-    shares = fields.bn_sync != "none"
-    model = create_model(
-        fields.name,
-        num_classes=fields.num_classes or classes,
-        dtype=jnp.dtype(fields.dtype),
-        axis_name=parallel.AXIS if shares else None,
-        bn_group_size=fields.bn_group_size or None,
-        **registered_overrides(fields),
-    )
-    least = model.strides()[-1]
-    for name in ("image_size", "eval_size"):
-        side = getattr(config.data, name)
-        if 0 < side < least:
-            raise ConfigError(
-                f"data.{name} = {side}: {fields.name} needs at least {least} pixels a side"
-            )
-    return model
-
-
 def check_calls(config: Config, source: Source) -> None:
     """Checks that a data set that is to lie on the devices can.
 
@@ -149,7 +110,7 @@ def check_batches(config: Config, devices: int = 0) -> None:
       ConfigError: Names the field that does not, and values that do.
 
     Example:
-      >>> from resnet_jax.training.config import Train
+      >>> from resnet_jax.config.schema import Train
       >>> check_batches(Config(train=Train(batch_size=16 * jax.device_count())))
     """
     devices = devices or jax.device_count()
@@ -157,13 +118,13 @@ def check_batches(config: Config, devices: int = 0) -> None:
     mixes = parts > config.train.accumulate
     why = "train.accumulate, and pairs to mix" if mixes else "train.accumulate"
     sizes = {"train.batch_size": config.train.batch_size}
-    parallel.check_divisible(sizes, parts, why, devices)
+    data_parallel.check_divisible(sizes, parts, why, devices)
     group = config.model.bn_group_size
     if group and devices % group:
         raise ConfigError(f"model.bn_group_size = {group}: must divide the {devices} devices")
     if config.evaluate.batch_size:
         sizes = {"evaluate.batch_size": config.evaluate.batch_size}
-        parallel.check_divisible(sizes, devices=devices)
+        data_parallel.check_divisible(sizes, devices=devices)
 
 
 def check_memory(config: Config, model: ResNet, channels: int, hosts: int) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from flax import struct
 
+from resnet_jax.config.schema import Config
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.config import Config
 
 
 class LossScale(struct.PyTreeNode):

@@ -19,11 +19,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from resnet_jax.data.augment import augment
+from resnet_jax.config.schema import Config, Loss
+from resnet_jax.data.augment.apply import augment
+from resnet_jax.evaluation.metrics import top_k_hits
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.training.config import Config, Loss
-from resnet_jax.training.optimizer import Length, current_learning_rate, make_schedule
-from resnet_jax.training.parallel import AXIS
+from resnet_jax.ops.sharding import AXIS
+from resnet_jax.training.optimizer import RunLength, current_learning_rate, make_schedule
 from resnet_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -68,40 +69,11 @@ def loss_per_image(
     return loss.mean(-1)
 
 
-def top_k_hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Whether the label is among the k highest logits.
-
-    A tie counts against the network, and so does NaN: a constant output is never right.
-
-    Args:
-      logits: [N, classes].
-      labels: [N], or sets of labels, bool [N, classes]: any of an image's is a hit, and an image
-        without labels is none.
-      k: How many guesses an image has.
-
-    Returns:
-      bool [N].
-
-    Example:
-      >>> top_k_hits(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([2]), k=2).tolist()
-      [True]
-      >>> top_k_hits(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([[True, False, True]]), k=1).tolist()
-      [True]
-    """
-    if labels.ndim == 2:
-        best = jnp.where(labels, logits, -jnp.inf).max(1)
-        wrong = ((logits >= best[:, None]) & ~labels).sum(1)
-        return (wrong < k) & jnp.isfinite(best)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    as_high = (logits >= own).sum(1)  # the label itself too
-    return (as_high <= k) & jnp.isfinite(own[:, 0])
-
-
 def make_train_step(
     model: ResNet,
     optimizer: optax.GradientTransformationExtraArgs,
     config: Config,
-    length: Length,
+    length: RunLength,
     platform: str = "",
     class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

@@ -249,7 +249,7 @@ def _kind_of_zip(data: bytes) -> str | None:
 def _from_workdir(model: ResNet, workdir: Path, reset_head: bool, weights: str | None) -> Variables:
     # A loader for what the trainer wrote; imported here, so that weights do not need the trainer.
     with importing(f"{workdir} is a folder, and reading a workdir", WeightsError):
-        from resnet_jax.training.checkpoint import load_variables
+        from resnet_jax.workdirs.checkpoint import load_variables
     try:
         name, variables, _ = load_variables(workdir, ema=weights != "raw")
     except ResNetJaxError as error:

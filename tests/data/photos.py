@@ -6,8 +6,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from resnet_jax.data import loader
-from resnet_jax.training.config import Data
+from resnet_jax.config.schema import Data
+from resnet_jax.data import pipeline
 
 
 class Photos:
@@ -38,15 +38,15 @@ class Photos:
 
 def reports():
     lines = []
-    return lines, loader.Corrupt(limit=2, report=lines.append)
+    return lines, pipeline.Corrupt(limit=2, report=lines.append)
 
 
 def stream(source, order, start, stop, corrupt=None, **options):
     config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2)
     for name in ("workers",):
         setattr(config, name, options.pop(name, 0))
-    corrupt = corrupt or loader.Corrupt(limit=0, report=print)
-    return list(loader.stream_batches(source, order, config, 8, start, stop, corrupt, **options))
+    corrupt = corrupt or pipeline.Corrupt(limit=0, report=print)
+    return list(pipeline.stream_batches(source, order, config, 8, start, stop, corrupt, **options))
 
 
 def assert_same(batches, expected):

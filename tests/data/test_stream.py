@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_jax.data import loader
+from resnet_jax.config.schema import Data
+from resnet_jax.data import pipeline
 from resnet_jax.errors import DataError
-from resnet_jax.training.config import Data
 from tests.data.photos import Photos, assert_same, bombs, reports, stream
 
 
@@ -21,18 +21,18 @@ def test_each_position_has_a_crop_of_its_own():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
     source.data = [file.getvalue()]
-    batches = stream(source, loader.Order(images=1, seed=1), 0, 3)
+    batches = stream(source, pipeline.IndexSampler(images=1, seed=1), 0, 3)
     crops = np.concatenate([batch["images"] for batch in batches]).reshape(24, -1)
     assert len(np.unique(crops, axis=0)) == 24
 
 
 def test_a_stream_starts_anywhere():
-    source, order = Photos(), loader.Order(images=20, seed=1)
+    source, order = Photos(), pipeline.IndexSampler(images=20, seed=1)
     assert_same(stream(source, order, 3, 6), stream(source, order, 0, 6)[3:])
 
 
 def test_hosts_of_a_stream():
-    source, order = Photos(), loader.Order(images=20, seed=1)
+    source, order = Photos(), pipeline.IndexSampler(images=20, seed=1)
     whole = stream(source, order, 0, 3)
     parts = [stream(source, order, 0, 3, host=host, hosts=2) for host in range(2)]
     joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*parts)]
@@ -40,7 +40,7 @@ def test_hosts_of_a_stream():
 
 
 def test_worker_processes_give_the_same_batches():
-    source, order = Photos(), loader.Order(images=20, seed=1)
+    source, order = Photos(), pipeline.IndexSampler(images=20, seed=1)
     assert_same(stream(source, order, 0, 4, workers=2), stream(source, order, 0, 4))
 
 
@@ -54,16 +54,19 @@ class Platforms(Photos):
 def test_worker_processes_use_no_accelerator(monkeypatch):
     """One that started a backend of its own would take most of the memory of the parent's GPU."""
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # what the processes inherit
-    (batch,) = stream(Platforms(), loader.Order(images=20, seed=1), 0, 1, workers=1)
+    (batch,) = stream(Platforms(), pipeline.IndexSampler(images=20, seed=1), 0, 1, workers=1)
     assert batch["labels"].tolist() == [1] * 8
 
 
 def test_memory_stays_flat():
     config = Data(image_size=32, crop="random_resized", threads=2, prefetch=2)
-    order, corrupt = loader.Order(images=20, seed=1), loader.Corrupt(limit=0, report=print)
+    order, corrupt = (
+        pipeline.IndexSampler(images=20, seed=1),
+        pipeline.Corrupt(limit=0, report=print),
+    )
     used = {}
     tracemalloc.start()
-    batches = loader.stream_batches(Photos(), order, config, 8, 0, 300, corrupt)
+    batches = pipeline.stream_batches(Photos(), order, config, 8, 0, 300, corrupt)
     for count, batch in enumerate(batches):
         size = batch["images"].nbytes
         if count in (100, 299):
@@ -74,16 +77,19 @@ def test_memory_stays_flat():
 
 def test_leaving_a_stream_early_ends_its_threads():
     before = threading.active_count()
-    order, corrupt = loader.Order(images=20, seed=1), loader.Corrupt(limit=0, report=print)
+    order, corrupt = (
+        pipeline.IndexSampler(images=20, seed=1),
+        pipeline.Corrupt(limit=0, report=print),
+    )
     config = Data(image_size=8, crop="random_resized", threads=3)
-    batches = loader.stream_batches(Photos(), order, config, 8, 0, 10**6, corrupt)
+    batches = pipeline.stream_batches(Photos(), order, config, 8, 0, 10**6, corrupt)
     next(batches)
     batches.close()
     assert threading.active_count() == before
 
 
 def test_damaged_images_are_replaced_and_named_once():
-    source, order = Photos(damaged=(3, 7)), loader.Order(images=20, seed=1)
+    source, order = Photos(damaged=(3, 7)), pipeline.IndexSampler(images=20, seed=1)
     lines, corrupt = reports()
     batches = stream(source, order, 0, 10, corrupt)
     labels = np.concatenate([batch["labels"] for batch in batches])
@@ -99,27 +105,29 @@ def test_damaged_images_are_replaced_and_named_once():
 def test_images_of_too_many_pixels_are_damaged_ones():
     source = Photos()
     source.data[3], source.data[7] = bombs()["JPEG"], bombs()["PNG"]
-    whole = stream(Photos(damaged=(3, 7)), loader.Order(images=20, seed=1), 0, 4, reports()[1])
+    whole = stream(
+        Photos(damaged=(3, 7)), pipeline.IndexSampler(images=20, seed=1), 0, 4, reports()[1]
+    )
     lines, corrupt = reports()
-    assert_same(stream(source, loader.Order(images=20, seed=1), 0, 4, corrupt), whole)
+    assert_same(stream(source, pipeline.IndexSampler(images=20, seed=1), 0, 4, corrupt), whole)
     what = "more than 200,000,000 pixels are not decoded"
     assert sorted(lines) == [f"skipped photo3: 60000 x 60000: {what}", f"skipped photo7: {what}"]
     with pytest.raises(DataError, match=rf"max_corrupt = 0.*{what}"):
-        stream(source, loader.Order(images=20, seed=1), 0, 4)
+        stream(source, pipeline.IndexSampler(images=20, seed=1), 0, 4)
 
 
 def test_damaged_images_in_a_row_are_all_named():
     _, corrupt = reports()
-    stream(Photos(damaged=(3, 4)), loader.Order(images=20, seed=1), 0, 10, corrupt)
+    stream(Photos(damaged=(3, 4)), pipeline.IndexSampler(images=20, seed=1), 0, 10, corrupt)
     assert corrupt.count == 2
     source = Photos(damaged=range(20))
     with pytest.raises(DataError, match="16 images in a row cannot be decoded"):
-        stream(source, loader.Order(images=20, seed=1), 0, 10, reports()[1])
+        stream(source, pipeline.IndexSampler(images=20, seed=1), 0, 10, reports()[1])
 
 
 def test_damaged_images_have_no_weight_in_evaluation():
     source, config = Photos(damaged=(3,)), Data(image_size=8)
     lines, corrupt = reports()
-    batches = list(loader.streamed_evaluation_batches(source, config, 8, corrupt))
+    batches = list(pipeline.streamed_evaluation_batches(source, config, 8, corrupt))
     assert sum(batch["weights"].sum() for batch in batches) == 19
     assert len(lines) == 1

@@ -12,18 +12,18 @@ import time
 import jax
 import pytest
 
-from resnet_jax import cli
+from resnet_jax.cli import parser
+from resnet_jax.distributed import local_gpus
+from resnet_jax.distributed.heartbeat import Table
+from resnet_jax.distributed.launch import Launch
 from resnet_jax.doctor import command, processes, worker
 from resnet_jax.doctor.command import Printer, examine
 from resnet_jax.doctor.findings import OK, PROBLEM, SKIPPED, WARNING, Finding
 from resnet_jax.doctor.processes import Group
 from resnet_jax.errors import ConfigError
-from resnet_jax.training import local_gpus
-from resnet_jax.training.environment import compared, computes_on
-from resnet_jax.training.launch import Launch
-from resnet_jax.training.watch import Table
+from resnet_jax.workdirs.environment import compared, computes_on
 from tests.conftest import FAST_COMPILE, TEMPORARY
-from tests.training.test_distributed import environment, free_port
+from tests.distributed.test_process_group import environment, free_port
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The worker, with the network that compiles fastest.
@@ -82,7 +82,7 @@ def test_a_real_run_on_this_machine(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_command(monkeypatch, capfd):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert cli.main(["doctor", "--quick", "--json"]) == 0
+    assert parser.main(["doctor", "--quick", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)  # and nothing else
     assert (found["can_train"], found["process"], found["processes"]) == (True, 0, 1)
     names = [each["name"] for each in found["checks"]]
@@ -95,7 +95,7 @@ def test_the_command(monkeypatch, capfd):
 def test_a_flag_of_xla_that_ends_the_process(monkeypatch, capfd):
     """C++ ends the process there, and no except clause sees it."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_nonsense=1")
-    assert cli.main(["doctor", "--quick"]) == 2
+    assert parser.main(["doctor", "--quick"]) == 2
     text = capfd.readouterr().out
     assert "problem  JAX             " in text
     assert "XLA does not know --xla_nonsense=1: remove it from XLA_FLAGS" in text
@@ -111,7 +111,7 @@ def test_a_flag_of_xla_that_ends_the_process(monkeypatch, capfd):
     ],
 )
 def test_flags_that_cannot_be(flags, words, capfd):
-    assert cli.main(["doctor", *flags]) == 2
+    assert parser.main(["doctor", *flags]) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: ")
     assert words in error

@@ -9,8 +9,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.data.base import Source
-from resnet_jax.evaluation.network import Network, imagenet_ids, imagenet_names
+from resnet_jax.data.sources.base import Source
+from resnet_jax.weights.source import Network, imagenet_ids, imagenet_names
 from tests.variables import random_variables
 
 

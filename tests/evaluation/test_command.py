@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.cli import main
+from resnet_jax.cli.parser import main
 from tests.evaluation.settings import photo, write_folder
 from tests.variables import random_variables
 
@@ -190,9 +190,9 @@ def test_a_missing_or_foreign_network(source, place, tmp_path, capsys, monkeypat
 def test_the_data_of_a_run_is_opened_for_its_user_only(
     kind, tiny_model, tmp_path, capsys, monkeypatch
 ):
-    from resnet_jax.training import config as c
-    from resnet_jax.training import ownership
+    from resnet_jax.config import schema as c
     from resnet_jax.training.loop import train
+    from resnet_jax.workdirs import ownership
 
     data = f"folder:{tmp_path}/data"
     for split in ("train", "test"):

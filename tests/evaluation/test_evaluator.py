@@ -10,15 +10,15 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
+from resnet_jax.config import schema as c
 from resnet_jax.data import scales as data_scales
-from resnet_jax.data.sources import open_source
+from resnet_jax.data.sources.opening import open_source
 from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
 from resnet_jax.evaluation.measures import calibration, expected_calibration_error
 from resnet_jax.evaluation.measuring import Evaluator
-from resnet_jax.evaluation.network import open_network
 from resnet_jax.evaluation.views import default_scales
-from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
+from resnet_jax.weights.source import open_network
 from tests.evaluation.settings import logits, softmax, tiny_network, write_folder
 
 SQUARES = [(10, 10)] * 21
@@ -255,14 +255,14 @@ def test_images_that_cannot_be_decoded(views, tmp_path):
         config = c.Config(data=c.Data(memory_gib=0.0))
         network, views = dataclasses.replace(network, config=config), "one_crop"
     source = open_folder(tmp_path)
-    report = evaluate_network(network, source, views, batch_size=8, say=lines.append)
+    report = evaluate_network(network, source, views, batch_size=8, log=lines.append)
     bad = [i for i in range(21) if source.image_name(i)[-8:-4] in ("0005", "0004")]
     assert report.indices.tolist() == [i for i in range(21) if i not in bad]
     assert report.labels.tolist() == [images[i][1] for i in range(21) if i not in bad]
     assert (report.images, report.skipped, len(lines)) == (19, 2, 2)
     assert "2 more cannot be decoded" in report.table()
     with pytest.raises(rj.DataError, match=r"data\.max_corrupt = 1: more images than that"):
-        evaluate_network(network, source, views, batch_size=8, max_corrupt=1, say=lines.append)
+        evaluate_network(network, source, views, batch_size=8, max_corrupt=1, log=lines.append)
 
 
 @pytest.mark.parametrize(

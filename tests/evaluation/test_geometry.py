@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.data.decode import eval_crop
-from resnet_jax.data.loader import load_memory, streamed_evaluation_batches
+from resnet_jax.config.schema import Config, Data
+from resnet_jax.data.decode.decoding import eval_crop
+from resnet_jax.data.pipeline import load_memory, streamed_evaluation_batches
 from resnet_jax.evaluation.measuring import Evaluator
-from resnet_jax.evaluation.network import Network
-from resnet_jax.inference.hub import hub_config, model_card
-from resnet_jax.training.config import Config, Data
+from resnet_jax.export.hub import hub_config, model_card
+from resnet_jax.weights.source import Network
 from tests.data.photos import Photos, reports
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from resnet_jax.data import tfds_files
-from resnet_jax.data.sources import open_source
+from resnet_jax.data.sources import tfds_files
+from resnet_jax.data.sources.opening import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
 from resnet_jax.evaluation.label_sets import (
@@ -17,7 +17,7 @@ from resnet_jax.evaluation.label_sets import (
     match_classes,
     subset_ids,
 )
-from resnet_jax.evaluation.network import imagenet_ids, imagenet_names
+from resnet_jax.weights.source import imagenet_ids, imagenet_names
 from tests.evaluation.settings import (
     SetsOfLabels,
     imagenet_network,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.data.augment import normalize
-from resnet_jax.data.loader import MemoryImages, evaluation_batches
+from resnet_jax.config.schema import Augment
+from resnet_jax.data.augment.apply import normalize
+from resnet_jax.data.pipeline import InMemoryDataset, evaluation_batches
+from resnet_jax.distributed import data_parallel
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
-from resnet_jax.training import parallel
-from resnet_jax.training.config import Augment
 from tests.variables import random_variables
 
 
@@ -26,7 +26,7 @@ def setting():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (37, 8, 8, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, 37).astype(np.int32)
-    return model, MemoryImages(images, labels), random_variables(model)
+    return model, InMemoryDataset(images, labels), random_variables(model)
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def expected():
 @pytest.mark.parametrize("size", [8, 16, 40, 64])
 def test_any_batch_size(size):
     model, data, variables = setting()
-    step = parallel.data_parallel_sums(make_evaluation_step(model, Augment()))
+    step = data_parallel.parallel_sums(make_evaluation_step(model, Augment()))
     found = evaluate(step, variables, evaluation_batches(data, size))
     assert found.keys() == expected().keys()
     for name, value in expected().items():
@@ -59,8 +59,8 @@ def test_any_batch_size(size):
 def test_padding_may_be_anything():
     """Images that only fill the last batch count nothing, even where the network gives NaN."""
     model, data, variables = setting()
-    broken = MemoryImages(data.images[:3], data.labels[:3])
-    step = parallel.data_parallel_sums(make_evaluation_step(model, Augment()))
+    broken = InMemoryDataset(data.images[:3], data.labels[:3])
+    step = data_parallel.parallel_sums(make_evaluation_step(model, Augment()))
     found = evaluate(step, variables, evaluation_batches(broken, 8))
     assert found["images"] == 3
     assert np.isfinite(found["loss"])
@@ -70,14 +70,14 @@ def test_logits_of_an_image_and_its_mirror_image():
     model, data, variables = setting()
     found = [
         evaluate(
-            parallel.data_parallel_sums(make_evaluation_step(model, Augment(), flip=True)),
+            data_parallel.parallel_sums(make_evaluation_step(model, Augment(), flip=True)),
             variables,
-            evaluation_batches(MemoryImages(images, data.labels), 16),
+            evaluation_batches(InMemoryDataset(images, data.labels), 16),
         )
         for images in (data.images, data.images[:, :, ::-1])
     ]
     plain = evaluate(
-        parallel.data_parallel_sums(make_evaluation_step(model, Augment())),
+        data_parallel.parallel_sums(make_evaluation_step(model, Augment())),
         variables,
         evaluation_batches(data, 16),
     )

@@ -10,8 +10,11 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 import resnet_jax as rj
-from resnet_jax import cli
-from resnet_jax.data.loader import MemoryImages, evaluation_batches
+from resnet_jax.cli import parser
+from resnet_jax.config import schema as c
+from resnet_jax.config.schema import Augment
+from resnet_jax.data.pipeline import InMemoryDataset, evaluation_batches
+from resnet_jax.distributed import data_parallel
 from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.evaluation.multi_label import (
@@ -21,11 +24,8 @@ from resnet_jax.evaluation.multi_label import (
     is_predicted,
     sigmoid,
 )
-from resnet_jax.evaluation.network import _with_threshold, open_network
-from resnet_jax.training import config as c
-from resnet_jax.training import parallel
-from resnet_jax.training.config import Augment
 from resnet_jax.training.loop import train
+from resnet_jax.weights.source import _with_threshold, open_network
 from tests.evaluation.settings import SetsOfLabels, logits, photo, prepare_sets, tiny_network
 from tests.variables import random_variables
 
@@ -154,26 +154,26 @@ def setting():
     images = rng.integers(0, 256, (37, 8, 8, 3), dtype=np.uint8)
     labels = (rng.random((37, 6)) < 0.3).astype(np.uint8)
     labels[:, 5] = 0
-    return model, MemoryImages(images, labels), random_variables(model)
+    return model, InMemoryDataset(images, labels), random_variables(model)
 
 
 def evaluated(size, devices=8, hosts=1, labels=None):
     model, data, variables = setting()
-    data = MemoryImages(data.images, data.labels if labels is None else labels)
+    data = InMemoryDataset(data.images, data.labels if labels is None else labels)
     devices = jax.devices()[:devices]
-    step = parallel.data_parallel_sums(make_evaluation_step(model, Augment()), devices)
+    step = data_parallel.parallel_sums(make_evaluation_step(model, Augment()), devices)
     found = [evaluation_batches(data, size, host, hosts) for host in range(hosts)]
     # The batches of several hosts one after the other: what the devices gather from all of them.
     batches = (
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*found, strict=True)
     )
-    return evaluate(lambda v, b: step(v, parallel.shard(b, len(devices))), variables, batches)
+    return evaluate(lambda v, b: step(v, data_parallel.shard(b, len(devices))), variables, batches)
 
 
 @pytest.fixture
 def unsharded(monkeypatch):
-    monkeypatch.setattr("resnet_jax.evaluation.metrics.put", lambda batch: batch)
+    monkeypatch.setattr("resnet_jax.evaluation.metrics.shard_batch", lambda batch: batch)
 
 
 @pytest.mark.devices(8)
@@ -263,7 +263,7 @@ def test_the_trainers_numbers_to_the_digit(run, ema):
 
 
 def test_what_the_command_writes(run, tmp_path, capsys):
-    assert cli.main(["evaluate", str(run), f"--json={tmp_path / 'x.json'}", "--per_class"]) == 0
+    assert parser.main(["evaluate", str(run), f"--json={tmp_path / 'x.json'}", "--per_class"]) == 0
     text = capsys.readouterr().out
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["absent_classes"] == 1

@@ -2,7 +2,7 @@
 
 What is only a copy (TensorBoard, a trace, the report, the terminal) is left out with one line.
 Where metrics.jsonl or a file of the start cannot be written the run ends with one line and exit
-code 2; where a state cannot, see tests/training/test_checkpoint.py and test_resume.py.
+code 2; where a state cannot, see tests/workdirs/test_checkpoint.py and test_resume.py.
 """
 
 import errno
@@ -19,22 +19,22 @@ import chex
 import jax
 import pytest
 
-from resnet_jax import cli, commands
+from resnet_jax.cli import commands, parser
+from resnet_jax.config import schema as c
 from resnet_jax.errors import ConfigError, DivergedError, PeerError, StoppedError
-from resnet_jax.training import config as c
-from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.loop import _Run, train
-from resnet_jax.training.recorder import Recorder, Trace
-from resnet_jax.training.telemetry import Telemetry
-from resnet_jax.training.workdir import Appender
+from resnet_jax.training.metrics import MetricAccumulator, Trace
+from resnet_jax.workdirs.checkpoint import Checkpoints
+from resnet_jax.workdirs.metric_writers import MetricWriters
+from resnet_jax.workdirs.workdir import Appender
 from tests.training.test_loop import configuration, records, state_of
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
 NUMBERS = {"loss": 0.5, "top1": 0.5, "top5": 1.0, "images_per_second": 9.0, "skipped": 0}
 
 
-def telemetry(folder, stream, **log):
-    return Telemetry(c.Config(log=c.Log(**log)), folder, 0, 9, 3.0, stream)
+def writers(folder, stream, **log):
+    return MetricWriters(c.Config(log=c.Log(**log)), folder, 0, 9, 3.0, stream)
 
 
 def failing(code):
@@ -53,8 +53,9 @@ def test_a_log_on_a_full_disk(what, code):
     """Lost is what a workdir holds too; a result that was only printed ends with one line."""
     program = f"""
 import sys
-from resnet_jax import cli, commands
-from resnet_jax.output import print_copy, printing
+from resnet_jax.cli import parser
+from resnet_jax.cli import commands
+from resnet_jax.terminal import print_copy, printing
 
 def result():
     with printing():
@@ -95,7 +96,7 @@ HARMS = [(fill_up, "No space"), (lose, "No such file"), (turn_read_only, "Read-o
 @pytest.mark.parametrize(("harm", "words"), HARMS)
 def test_tensorboard_is_left_out(harm, words, tmp_path, monkeypatch):
     stream = io.StringIO()
-    told = telemetry(tmp_path, stream)
+    told = writers(tmp_path, stream)
     told.record({"step": 1, "split": "train", **NUMBERS})
     events = told._copies[0]._file
     file = events._file
@@ -118,7 +119,7 @@ def test_weights_and_biases_is_left_out(when, tmp_path, monkeypatch):
     stand_in.init = lambda **_: run
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     stream = io.StringIO()
-    told = telemetry(tmp_path, stream, tensorboard=False, wandb="digits")
+    told = writers(tmp_path, stream, tensorboard=False, wandb="digits")
     told.record({"step": 1, "split": "train", **NUMBERS})
     told.close()
     assert len(records(tmp_path)) == 1
@@ -133,7 +134,7 @@ def test_a_copy_that_cannot_begin_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     (tmp_path / "tensorboard").touch()
     stream = io.StringIO()
-    told = telemetry(tmp_path, stream, wandb="digits")
+    told = writers(tmp_path, stream, wandb="digits")
     told.record({"step": 1, "split": "train", **NUMBERS})
     told.close()
     assert len(records(tmp_path)) == 1
@@ -149,7 +150,7 @@ def test_the_same_name_in_two_folders_is_two_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     for name in ("a/lr=0.1 #2", "b/lr=0.1 #2", "a/lr=0.1 #2"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        telemetry(tmp_path / name, io.StringIO(), tensorboard=False, wandb="digits").close()
+        writers(tmp_path / name, io.StringIO(), tensorboard=False, wandb="digits").close()
     assert ids[0] == ids[2] != ids[1]
     assert all(each.isalnum() for each in ids)
 
@@ -160,13 +161,13 @@ class FullTerminal(io.StringIO):
 
 def test_nobody_can_be_told(tmp_path, monkeypatch):
     """As with `2> log` on the disk of the workdir."""
-    told = telemetry(tmp_path, FullTerminal(), tensorboard=False)
-    told.say("a line")
+    told = writers(tmp_path, FullTerminal(), tensorboard=False)
+    told.log("a line")
     told.record({"step": 1, "split": "train", **NUMBERS})
     told.close()
     assert len(records(tmp_path)) == 1
     monkeypatch.setattr(sys, "stderr", FullTerminal())
-    assert cli.main(["summary", "resnet2O"]) == 2
+    assert parser.main(["summary", "resnet2O"]) == 2
 
 
 @pytest.mark.parametrize("call", ["start_trace", "stop_trace"])
@@ -215,7 +216,7 @@ def test_a_damaged_line_of_metrics_is_dropped(tmp_path):
     record = {"split": "test", "loss": 0.5, "top1": 0.5}
     lines = [json.dumps({"step": step, **record}).encode() + b"\n" for step in (1, 2, 3, 4)]
     path.write_bytes(lines[0] + b'{"step\xff": 2}\n' + lines[2] + lines[3])
-    telemetry_of_three = Telemetry(
+    telemetry_of_three = MetricWriters(
         c.Config(log=c.Log(tensorboard=False)), tmp_path, 3, 9, 3.0, io.StringIO()
     )
     telemetry_of_three.close()
@@ -276,7 +277,7 @@ def run_that_cannot_save():
             close()
 
     run = types.SimpleNamespace(
-        checkpoints=States(), telemetry=types.SimpleNamespace(say=lines.append)
+        checkpoints=States(), writers=types.SimpleNamespace(log=lines.append)
     )
     return run, lines
 
@@ -309,14 +310,14 @@ def test_divergence_beside_a_state_that_could_not_be_written():
 
 
 def at_step(patch, step, deed):
-    add = Recorder.add
+    add = MetricAccumulator.add
 
     def adding(self, done, metrics):
         add(self, done, metrics)
         if done == step:
             deed()
 
-    patch.setattr(Recorder, "add", adding)
+    patch.setattr(MetricAccumulator, "add", adding)
 
 
 FLAGS = (
@@ -334,7 +335,7 @@ FLAGS = (
 @pytest.mark.parametrize("small_disk", ["12m"], indirect=True)
 def test_a_disk_that_is_full_to_the_last_byte(small_disk, tmp_path, capsys, monkeypatch):
     """Again and again at another step; the same command goes on, and ends as without that."""
-    assert cli.main(["train", f"--workdir={tmp_path / 'straight'}", *FLAGS]) == 0
+    assert parser.main(["train", f"--workdir={tmp_path / 'straight'}", *FLAGS]) == 0
     workdir, others = small_disk / "run", small_disk / "others"
 
     def fill():
@@ -358,14 +359,14 @@ def test_a_disk_that_is_full_to_the_last_byte(small_disk, tmp_path, capsys, monk
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoints, "save", saving)
-            assert cli.main(["train", f"--workdir={workdir}", *FLAGS]) == 2
+            assert parser.main(["train", f"--workdir={workdir}", *FLAGS]) == 2
         said = capsys.readouterr().err.splitlines()
         told.append(said[-1])
         assert f"the state at step {step} could not be written (No space left" in said[-1]
         assert said[-1].startswith("error: ")
         assert "Traceback" not in "".join(said)
         others.unlink()
-    assert cli.main(["train", f"--workdir={workdir}", *FLAGS]) == 0
+    assert parser.main(["train", f"--workdir={workdir}", *FLAGS]) == 0
     chex.assert_trees_all_equal(state_of(workdir), state_of(tmp_path / "straight"))
     found, expected = records(workdir), records(tmp_path / "straight")
     assert [(r["step"], r["loss"]) for r in found] == [(r["step"], r["loss"]) for r in expected]
@@ -387,7 +388,7 @@ def test_a_signal_where_the_last_state_cannot_be_written(tmp_path, monkeypatch):
     """A mistake, not a stop: the same command would not go on from there."""
 
     def deed():
-        monkeypatch.setattr("resnet_jax.training.manifest.seal", failing(errno.ENOSPC))
+        monkeypatch.setattr("resnet_jax.workdirs.checksums.seal", failing(errno.ENOSPC))
         os.kill(os.getpid(), signal.SIGTERM)
 
     at_step(monkeypatch, 2, deed)

@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.data import loader
-from resnet_jax.data.sources import open_source
+from resnet_jax.config.schema import Config, Data, Train
+from resnet_jax.data import pipeline
+from resnet_jax.data.sources.opening import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.metrics import evaluate
 from resnet_jax.training import setup
-from resnet_jax.training.config import Config, Data, Train
 from resnet_jax.training.loop import train
-from resnet_jax.training.recorder import Recorder
+from resnet_jax.training.metrics import MetricAccumulator
 from tests.conftest import FAST_COMPILE
 from tests.data.photos import Photos
 from tests.training.runs import state_of
@@ -51,14 +51,14 @@ def limit(seconds):
 
 
 def stream(source, corrupt, steps=400, **fields):
-    order = loader.Order(len(source), seed=1)
+    order = pipeline.IndexSampler(len(source), seed=1)
     config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2, **fields)
-    return loader.stream_batches(source, order, config, 8, 0, steps, corrupt)
+    return pipeline.stream_batches(source, order, config, 8, 0, steps, corrupt)
 
 
 def reports(most=10):
     lines = []
-    return lines, loader.Corrupt(most, lines.append)
+    return lines, pipeline.Corrupt(most, lines.append)
 
 
 # Worker processes.
@@ -152,7 +152,7 @@ def test_a_run_goes_on_after_a_killed_worker(tmp_path, monkeypatch):
     config.train.steps = 20  # more than the worker has made when it is killed
     expected = train(config, tmp_path / "straight")
     config.data.workers, config.data.prefetch = 1, 1
-    add = Recorder.add
+    add = MetricAccumulator.add
 
     def adding(self, done, metrics):
         add(self, done, metrics)
@@ -161,7 +161,7 @@ def test_a_run_goes_on_after_a_killed_worker(tmp_path, monkeypatch):
 
     with limit(240):
         with monkeypatch.context() as patch:
-            patch.setattr(Recorder, "add", adding)
+            patch.setattr(MetricAccumulator, "add", adding)
             with pytest.raises(DataError, match=r"data\.workers = 1"):
                 train(config, tmp_path / "killed")
         assert 0 < state_of(tmp_path / "killed")["step"] < 20
@@ -172,7 +172,7 @@ def test_a_run_goes_on_after_a_killed_worker(tmp_path, monkeypatch):
 
 PARENT = """
 import multiprocessing, time
-from resnet_jax.data import loader
+from resnet_jax.data import pipeline
 from tests.faults.test_inputs import Photos, reports, stream
 if __name__ == "__main__":
     batches = stream(Photos(), reports()[1], steps=10**6, workers=2)
@@ -379,7 +379,7 @@ def test_a_disk_that_is_full_at_the_first_use_of_the_digits(small_disk):
 
 def test_no_image_to_evaluate():
     source = Photos(count=4, damaged=range(4))
-    batches = loader.streamed_evaluation_batches(source, Data(image_size=8), 8, reports()[1])
+    batches = pipeline.streamed_evaluation_batches(source, Data(image_size=8), 8, reports()[1])
     sums = dict.fromkeys(("images", "loss", "top1", "top5"), 0.0)
     with pytest.raises(DataError, match=r"data\.eval_split: none of its images"):
         evaluate(lambda *_: sums, {}, batches)

@@ -14,7 +14,7 @@ import time
 import chex
 import pytest
 
-from resnet_jax.training import manifest
+from resnet_jax.workdirs import checksums
 from tests.conftest import FAST_COMPILE, TEMPORARY
 from tests.training.runs import state_of, without_times
 
@@ -98,7 +98,7 @@ def killed(workdir, moment):
     assert after >= before
     for folder in workdir.glob("checkpoints/*"):
         if folder.name.isdecimal():
-            assert manifest.damage(folder) is None
+            assert checksums.damage(folder) is None
     return None if code == 0 else after
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax import cli, commands
-from resnet_jax.data.sources import open_source
-from resnet_jax.training import signals
+from resnet_jax.cli import commands, parser
+from resnet_jax.data.sources.opening import open_source
+from resnet_jax.distributed import signals
 from tests.conftest import FAST_COMPILE, TEMPORARY
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -163,7 +163,7 @@ def test_every_command_stops_in_one_line(monkeypatch, capsys):
         ["export", "run", "--format=hub", "--output=x"],
         ["summary", "resnet20"],
     ):
-        assert cli.main(arguments) == 75
+        assert parser.main(arguments) == 75
         assert capsys.readouterr().err == "stopped: interrupted; run the command again\n"
     assert [signal.getsignal(number) for number in (2, 15, 1)] == before
 
@@ -201,7 +201,7 @@ def test_a_held_key_is_no_second_request():
 
 def test_a_second_request_ends_the_process():
     code = (
-        "import signal, time\nfrom resnet_jax.training.signals import Signals\n"
+        "import signal, time\nfrom resnet_jax.distributed.signals import Signals\n"
         "with Signals():\n"
         "    signal.raise_signal(2); time.sleep(1.1); signal.raise_signal(2); time.sleep(60)"
     )

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 
-from resnet_jax.training import manifest
+from resnet_jax.workdirs import checksums
 from tests.hostile.corpus import MAKERS, case
 
 READERS = ("evaluate {run} --data=digits", "predict {run} {image}")
@@ -24,9 +24,9 @@ def state_of(places):
 
 def seal_again(folder, progress):
     """As a stranger does who knows how: the checksums are right."""
-    (folder / manifest.NAME).unlink()
+    (folder / checksums.NAME).unlink()
     (folder / "progress.json").write_bytes(progress)
-    manifest.seal(folder)
+    checksums.seal(folder)
 
 
 @case(*READERS, TRAIN)
@@ -60,12 +60,12 @@ def special(name, kind):
         MAKERS[kind](path)
 
     make.__name__ = f"{name.replace('/', '_')}_{kind}"
-    by_default = (name, kind) == (manifest.NAME, "zeros")
+    by_default = (name, kind) == (checksums.NAME, "zeros")
     case(*READERS, TRAIN, slow=not by_default)(make)
 
 
 for kind in MAKERS:
-    special(manifest.NAME, kind)
+    special(checksums.NAME, kind)
     if kind != "sparse":  # its checksum would be taken
         special("progress.json", kind)
         special("default/manifest.ocdbt", kind)
@@ -145,7 +145,7 @@ def a_copy_with_files_of_somebody_else(places):
     copy = copy_of(places)
     (copy / "thesis.txt").write_text("keep me")
     shutil.copytree(copy / "checkpoints" / "2", copy / "checkpoints" / "3")
-    with (copy / "checkpoints" / "3" / manifest.NAME).open("a") as file:
+    with (copy / "checkpoints" / "3" / checksums.NAME).open("a") as file:
         file.write(f"{'0' * 64}  ../../../../victim/config.json\n")
 
 

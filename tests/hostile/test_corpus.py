@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_jax import cli
-from resnet_jax.training import config as c
+from resnet_jax.cli import parser
+from resnet_jax.config import schema as c
 from resnet_jax.training.loop import train
 from tests.hostile import images, names, numbers, states, weights, workdirs  # noqa: F401
 from tests.hostile.corpus import CASES, Places
@@ -92,7 +92,7 @@ def main(arguments):
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape") for _ in range(2)]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
-            code = cli.main(arguments)
+            code = parser.main(arguments)
         except SystemExit as error:  # of the parser
             code = error.code
     for stream in streams:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.cli import main
+from resnet_jax.cli.parser import main
 from tests.variables import random_variables
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "predict.md"

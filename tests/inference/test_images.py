@@ -12,10 +12,10 @@ import pytest
 from PIL import Image, ImageOps
 
 import resnet_jax as rj
+from resnet_jax.config.schema import Data
 from resnet_jax.data import decode as decode_module
 from resnet_jax.inference import images as module
 from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_crop, read_pixels
-from resnet_jax.training.config import Data
 from tests.data.photos import bombs
 
 RNG = np.random.default_rng(0)

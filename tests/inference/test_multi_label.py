@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.cli import main
-from resnet_jax.evaluation.network import open_network
+from resnet_jax.cli.parser import main
+from resnet_jax.config.schema import Config, Data
+from resnet_jax.export.export import export_network
 from resnet_jax.inference import predictions
-from resnet_jax.inference.export import export_network
 from resnet_jax.inference.images import ImageFile
-from resnet_jax.training.config import Config, Data
+from resnet_jax.weights.source import open_network
 from tests.variables import random_variables
 
 NAMES = tuple(f"class {number}" for number in range(7))

@@ -20,17 +20,17 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.cli import main
-from resnet_jax.data.augment import normalize
-from resnet_jax.data.decode import eval_crop
-from resnet_jax.evaluation.network import open_network
+from resnet_jax.cli.parser import main
+from resnet_jax.data.augment.apply import normalize
+from resnet_jax.data.decode.decoding import eval_crop
+from resnet_jax.distributed.data_parallel import shard
 from resnet_jax.inference import features as features_module
 from resnet_jax.inference import predictions as predictions_module
+from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.classifier import Prediction
-from resnet_jax.inference.forward import Forward
 from resnet_jax.inference.images import ImageFile
-from resnet_jax.output import columns
-from resnet_jax.training.parallel import shard
+from resnet_jax.terminal import columns
+from resnet_jax.weights.source import open_network
 from tests.conftest import FAST_COMPILE
 from tests.variables import random_variables
 
@@ -241,7 +241,7 @@ def test_an_image_without_numbers_is_named(classifier, photos):
     """One image's outputs overflow: it is no fault of the network that the others are fine."""
     white = photos / "cat" / "white.png"
     Image.new("RGB", (40, 40), "white").save(white)
-    wide = Forward(
+    wide = BatchPredictor(
         classifier.network,
         lambda variables, images: jnp.where(images.mean((1, 2)) > 1.9, jnp.inf, 0.0),
         BATCH,
@@ -484,7 +484,7 @@ def test_an_interruption_leaves_no_half_file(name, number, weights, photos, tmp_
             os.kill(os.getpid(), number)
             time.sleep(5)
 
-    monkeypatch.setattr("resnet_jax.inference.files.Progress.__call__", pull)
+    monkeypatch.setattr("resnet_jax.inference.writers.Progress.__call__", pull)
     before = signal.getsignal(signal.SIGTERM)
     assert main(command(name, weights, photos, f"--output={output}", "--force")) == 75
     assert len(partly) == 1

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.training import config as c
-from resnet_jax.training.optimizer import Length, make_optimizer
+from resnet_jax.config import schema as c
+from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step
 from resnet_jax.weights.preprocessing import Preprocessing
 
-LENGTH = Length(steps=100, steps_per_epoch=10.0)
+LENGTH = RunLength(steps=100, steps_per_epoch=10.0)
 MODES = pytest.mark.parametrize(
     ("x64", "promotion"),
     [(True, "standard"), pytest.param(False, "strict", marks=pytest.mark.slow), (True, "strict")],

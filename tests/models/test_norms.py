@@ -252,10 +252,10 @@ def test_devices_share_the_moments_of_a_product(group_size):
     ours, statistics = jax.pmap(apply, axis_name="batch")(x)
     share = group_size or 4
     for first in range(0, 4, share):
-        together = x[first : first + share].reshape(-1, *x.shape[2:])
+        process_group = x[first : first + share].reshape(-1, *x.shape[2:])
         alone = rj.BatchNorm()
         y, expected = alone.apply(
-            variables, together, train=True, mutable=["batch_stats"], **fields
+            variables, process_group, train=True, mutable=["batch_stats"], **fields
         )
         found = ours[first : first + share].reshape(y.shape)
         chex.assert_trees_all_close(found, y, rtol=1e-4, atol=1e-4)

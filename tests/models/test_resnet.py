@@ -218,9 +218,9 @@ def test_batch_norm_across_devices(group_size, groups):
     y, statistics = mapped(x.reshape(4, 2, 4, 4, 3))
     for group in range(groups):
         devices = slice(group * 4 // groups, (group + 1) * 4 // groups)
-        together = x.reshape(4, 2, 4, 4, 3)[devices].reshape(-1, 4, 4, 3)
-        expected, expected_statistics = apply(alone, together)
-        chex.assert_trees_all_close(y[devices].reshape(together.shape), expected, atol=1e-5)
+        process_group = x.reshape(4, 2, 4, 4, 3)[devices].reshape(-1, 4, 4, 3)
+        expected, expected_statistics = apply(alone, process_group)
+        chex.assert_trees_all_close(y[devices].reshape(process_group.shape), expected, atol=1e-5)
         for device in range(devices.start, devices.stop):
             found = jax.tree.map(lambda leaf, device=device: leaf[device], statistics)
             chex.assert_trees_all_close(found, expected_statistics, rtol=1e-5)

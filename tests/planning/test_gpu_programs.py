@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.data.augment import normalize
-from resnet_jax.data.known import SizedSource
+from resnet_jax.config import schema as c
+from resnet_jax.data.augment.apply import normalize
+from resnet_jax.data.sources.known import SizedSource
+from resnet_jax.distributed.data_parallel import parallel_outputs, parallel_sums
 from resnet_jax.evaluation.metrics import make_evaluation_step
 from resnet_jax.planning import ahead
 from resnet_jax.planning.gpu import COMPILER_OPTIONS, gpu_devices
 from resnet_jax.planning.program import traffic
 from resnet_jax.planning.topology import parse_topology
-from resnet_jax.training import config as c
-from resnet_jax.training.parallel import data_parallel_outputs, data_parallel_sums
 
 pytestmark = [
     pytest.mark.skipif(
@@ -131,7 +131,7 @@ class TestInference:
     @pytest.mark.parametrize("flip", [False, True])
     def test_evaluation_compiles(self, gpus, flip):
         def run(model, variables, images, batch):
-            step = data_parallel_sums(make_evaluation_step(model, c.Augment(), flip), gpus)
+            step = parallel_sums(make_evaluation_step(model, c.Augment(), flip), gpus)
             return step.lower(variables, {"images": images, **batch})
 
         text = compiled_text(self.lower(run))
@@ -143,7 +143,7 @@ class TestInference:
             def logits(variables, images):
                 return model.apply(variables, normalize(images, c.Augment()), train=False)
 
-            return data_parallel_outputs(logits, gpus).lower(variables, images)
+            return parallel_outputs(logits, gpus).lower(variables, images)
 
         text = compiled_text(self.lower(run))
         assert {found[1] for found in CONVOLUTION.finditer(text)} == {"bf16"}

@@ -11,8 +11,9 @@ import pytest
 from jax.experimental import topologies
 from jaxlib import xla_client
 
-from resnet_jax import cli
-from resnet_jax.data.known import KNOWN_SETS, training_size
+from resnet_jax.cli import parser
+from resnet_jax.config import schema as c
+from resnet_jax.data.sources.known import KNOWN_SETS, training_size
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor.reasons import explain
@@ -23,7 +24,6 @@ from resnet_jax.planning.plan import floors, largest_batch, make_plan, plan_tabl
 from resnet_jax.planning.program import Traffic, traffic
 from resnet_jax.planning.topology import parse_topology
 from resnet_jax.planning.tpu import memory_shortage
-from resnet_jax.training import config as c
 
 GIB = 2**30
 IMAGENET = c.Data(name="tfds:imagenet2012", image_size=224, crop="random_resized")
@@ -423,7 +423,7 @@ class TestStep:
 
 class TestCommand:
     def run(self, capsys, *arguments):
-        code = cli.main(["plan", *arguments])
+        code = parser.main(["plan", *arguments])
         output = capsys.readouterr()
         return code, output.out, output.err
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_jax import cli
-from resnet_jax.data.sources import open_source
+from resnet_jax.cli import parser
+from resnet_jax.config import schema as c
+from resnet_jax.data.sources.opening import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.report import figures, predictions, sections
 from resnet_jax.report.page import _write, write_report
 from resnet_jax.report.predictions import HeldOut, predict_split
 from resnet_jax.report.runs import read_run
-from resnet_jax.training import config as c
 from resnet_jax.training.loop import train
-from resnet_jax.training.workdir import read_class_names
+from resnet_jax.workdirs.workdir import read_class_names
 from tests.evaluation.settings import photo, prepare_sets, tiny_network
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -189,7 +189,7 @@ def explanations_height(folder):
 
 
 def test_predictions(workdir):
-    from resnet_jax.evaluation.network import open_network
+    from resnet_jax.weights.source import open_network
 
     run, network = read_run(workdir), open_network(workdir, best=False)
     found = predict_split(network, HeldOut(), most=10_000)
@@ -274,7 +274,7 @@ def test_sets_of_labels(multi_label_run):
 
 
 def test_mistakes_of_sets_of_labels(multi_label_run):
-    from resnet_jax.evaluation.network import open_network
+    from resnet_jax.weights.source import open_network
 
     found = predict_split(open_network(multi_label_run), HeldOut(), most=100)
     labels = open_source("tfds:sets", "test", multi_label_run.parent, multi_label=None).labels()
@@ -360,7 +360,7 @@ def test_mistakes(arguments, message, workdir, tmp_path, capsys):
         if records:
             (tmp_path / name / "metrics.jsonl").write_text(records)
     arguments = [each.format(run=workdir, tmp=tmp_path) for each in arguments]
-    assert cli.main(["report", *arguments]) == 2
+    assert parser.main(["report", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -4,8 +4,8 @@ import json
 import os
 import signal
 
-from resnet_jax.training.checkpoint import Checkpoints
-from resnet_jax.training.recorder import Recorder
+from resnet_jax.training.metrics import MetricAccumulator
+from resnet_jax.workdirs.checkpoint import Checkpoints
 
 
 def records(workdir):
@@ -25,11 +25,11 @@ def state_of(workdir):
 
 def stop_after(monkeypatch, steps):
     """Sends this process SIGTERM when a number of steps is done."""
-    add = Recorder.add
+    add = MetricAccumulator.add
 
     def adding(self, done, metrics):
         add(self, done, metrics)
         if done == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Recorder, "add", adding)
+    monkeypatch.setattr(MetricAccumulator, "add", adding)

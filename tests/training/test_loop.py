@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax import cli
+from resnet_jax.cli import parser
+from resnet_jax.config import schema as c
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.report.runs import read_run
-from resnet_jax.training import config as c
 from resnet_jax.training import loop
 from resnet_jax.training import step as step_module
-from resnet_jax.training.checkpoint import load_variables
 from resnet_jax.training.loop import train
-from resnet_jax.training.recorder import Recorder
-from resnet_jax.training.workdir import saved_steps
+from resnet_jax.training.metrics import MetricAccumulator
+from resnet_jax.workdirs.checkpoint import load_variables
+from resnet_jax.workdirs.workdir import saved_steps
 from tests.training.runs import records, state_of, stop_after, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -122,13 +122,13 @@ def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monke
 def test_several_steps_a_call(straight, tmp_path, monkeypatch):
     """The data set lies on the devices; the loop looks at the same steps as before."""
     calls = []
-    add = Recorder.add
+    add = MetricAccumulator.add
 
     def adding(self, done, metrics):
         calls.append(done)
         add(self, done, metrics)
 
-    monkeypatch.setattr(Recorder, "add", adding)
+    monkeypatch.setattr(MetricAccumulator, "add", adding)
     train(configuration(train__steps_per_call=2), tmp_path)
     assert calls == [2, 3, 4, 6]  # 3 is evaluated, so 2 + 1 steps, and 4 is logged
     for found, expected in zip(records(tmp_path), records(straight[0]), strict=True):
@@ -167,7 +167,7 @@ def test_reading_a_workdir_changes_nothing_in_it(straight, tmp_path):
 
 
 def test_one_process_a_workdir(straight, tmp_path):
-    from resnet_jax.training.workdir import locked
+    from resnet_jax.workdirs.workdir import locked
 
     shutil.copytree(straight[0], tmp_path / "run")
     with locked(tmp_path / "run"), pytest.raises(ConfigError, match="another process is training"):
@@ -524,7 +524,7 @@ FLAGS = (
 def test_the_command(tmp_path):
     """train.py itself: exit codes, the printed result, and no TensorFlow."""
     code = (
-        "import sys; from resnet_jax.cli import main\n"
+        "import sys; from resnet_jax.cli.parser import main\n"
         f"code = main(['train', '--workdir={tmp_path}/run', *{FLAGS!r}])\n"
         "assert 'tensorflow' not in sys.modules\n"
         "sys.exit(code)"
@@ -541,9 +541,9 @@ def test_the_command(tmp_path):
 
 def test_exit_codes(tmp_path, monkeypatch, capsys):
     flags = [f"--workdir={tmp_path}", *FLAGS[:4]]
-    assert cli.main(["train", *flags, "--config.optimizer.learning_rate=1e20"]) == 70
+    assert parser.main(["train", *flags, "--config.optimizer.learning_rate=1e20"]) == 70
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert cli.main(["train", *flags, "--config.train.batch_size=-1"]) == 2
+    assert parser.main(["train", *flags, "--config.train.batch_size=-1"]) == 2
     assert "train.batch_size = -1" in capsys.readouterr().err
 
 

@@ -10,13 +10,13 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import resnet_jax as rj
-from resnet_jax.data import loader
-from resnet_jax.data.augment import augment, make_targets
-from resnet_jax.training import config as c
-from resnet_jax.training import parallel
-from resnet_jax.training.config import check
+from resnet_jax.config import schema as c
+from resnet_jax.config.schema import check
+from resnet_jax.data import pipeline
+from resnet_jax.data.augment.apply import augment, make_targets
+from resnet_jax.distributed import data_parallel
 from resnet_jax.training.loop import train
-from resnet_jax.training.optimizer import Length, make_optimizer
+from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step, top_k_hits
 from tests.data.photos import assert_same
@@ -24,7 +24,7 @@ from tests.evaluation.settings import SetsOfLabels, photo, prepare_sets, tiny_ne
 from tests.training.runs import records, state_of, without_times
 
 NAMES = ("cat", "dog", "cow", "emu", "yak")
-LENGTH = Length(steps=100, steps_per_epoch=10.0)
+LENGTH = RunLength(steps=100, steps_per_epoch=10.0)
 
 
 def sets(count, classes=5, seed=0, share=0.4):
@@ -62,14 +62,14 @@ def test_any_label_is_a_hit():
 
 
 def run_steps(config, labels, devices=1, steps=1):
-    model = tiny_network(5).model.clone(axis_name=parallel.AXIS)
+    model = tiny_network(5).model.clone(axis_name=data_parallel.AXIS)
     optimizer = make_optimizer(config, LENGTH)
     state = create_state(model, optimizer, config, channels=3)
-    step = parallel.data_parallel(
+    step = data_parallel.parallel_step(
         make_train_step(model, optimizer, config, LENGTH), jax.devices()[:devices]
     )
     images = np.random.default_rng(1).integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
-    batch = parallel.shard({"images": images, "labels": labels}, devices)
+    batch = data_parallel.shard({"images": images, "labels": labels}, devices)
     start = jax.device_get(state)
     for _ in range(steps):
         state, metrics = step(state, batch)
@@ -95,7 +95,7 @@ def test_one_step_by_hand(smoothing):
                 train=True,
                 mutable=["batch_stats"],
             ),
-            axis_name=parallel.AXIS,
+            axis_name=data_parallel.AXIS,
         )
     )((images / np.float32(255) - 0.5)[None] / 0.25)
     logits = np.asarray(logits[0], np.float64)
@@ -141,12 +141,15 @@ def source():
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_have_the_sets_of_their_images(source, workers):
     """From memory and streamed, by threads and processes, of one host and of two."""
-    order, corrupt = loader.Order(images=20, seed=1), loader.Corrupt(limit=0, report=print)
+    order, corrupt = (
+        pipeline.IndexSampler(images=20, seed=1),
+        pipeline.Corrupt(limit=0, report=print),
+    )
     config = c.Data(image_size=8, workers=workers, threads=2)
-    data = loader.load_memory(source, config, True, corrupt)
-    expected = list(loader.memory_batches(data, order, 8, 0, 4))
+    data = pipeline.load_memory(source, config, True, corrupt)
+    expected = list(pipeline.memory_batches(data, order, 8, 0, 4))
     streams = [
-        list(loader.stream_batches(source, order, config, 8, 0, 4, corrupt, False, host, hosts))
+        list(pipeline.stream_batches(source, order, config, 8, 0, 4, corrupt, False, host, hosts))
         for host, hosts in ((0, 1), (0, 2), (1, 2))
     ]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*streams[1:])]
@@ -163,9 +166,9 @@ def test_labels_count_for_what_fits_memory():
     pixels = 8 * 8 * 3
     many = SetsOfLabels([photo(0, 8, 8)], [[0]], [*map(str, range(10 * pixels))])
     limit = c.Data(image_size=8, memory_gib=2 * pixels / 2**30)
-    assert not loader.fits_memory(many, limit, training=True)
+    assert not pipeline.fits_memory(many, limit, training=True)
     many.label_shape = ()
-    assert loader.fits_memory(many, limit, training=True)
+    assert pipeline.fits_memory(many, limit, training=True)
 
 
 def test_a_head_that_is_wider_than_the_data():

@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.training import config as c
+from resnet_jax.config import schema as c
+from resnet_jax.config.model import make_model
 from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import (
-    Length,
+    RunLength,
     current_learning_rate,
     describe_cut_warmup,
     make_optimizer,
     make_schedule,
     peak_learning_rate,
 )
-from resnet_jax.training.setup import make_model
 from resnet_jax.training.state import create_state
 from tests.training.runs import state_of
 
-LENGTH = Length(steps=100, steps_per_epoch=10.0)
+LENGTH = RunLength(steps=100, steps_per_epoch=10.0)
 
 
 def rates(**fields):
@@ -33,10 +33,10 @@ def rates(**fields):
 
 def test_length_follows_from_epochs_batch_and_images():
     config = c.Config(train=c.Train(epochs=3.0, batch_size=128))
-    assert Length.of(config, images=50_000).steps == round(3 * 50_000 / 128)
-    assert Length.of(config, images=10).steps == 1
+    assert RunLength.of(config, images=50_000).steps == round(3 * 50_000 / 128)
+    assert RunLength.of(config, images=10).steps == 1
     config.train.steps = 7
-    assert Length.of(config, images=50_000).steps == 7
+    assert RunLength.of(config, images=50_000).steps == 7
 
 
 def test_learning_rate_scales_with_the_batch():
@@ -94,7 +94,7 @@ def test_a_warmup_starts_where_its_source_says():
 def test_every_step_of_a_run_has_a_rate_above_0(name):
     for warmup, steps in itertools.product((0, 1, 10, 200), (1, 2, 100)):
         schedule = c.Schedule(name=name, warmup_epochs=warmup / 10, boundaries=(0.9,))
-        found = schedule_of(schedule, Length(steps, 10.0))
+        found = schedule_of(schedule, RunLength(steps, 10.0))
         assert (found > 0).all()
         assert (np.diff(found[: min(warmup + 1, 89)]) > 0).all()
         assert (found.max() == 1) == (steps > warmup)
@@ -109,8 +109,8 @@ def schedule_of(schedule, length):
 
 def test_a_short_run_begins_as_the_whole_run():
     schedule = c.Schedule(warmup_epochs=2.0)
-    whole = schedule_of(schedule, Length(100, 10.0))
-    np.testing.assert_array_equal(schedule_of(schedule, Length(5, 10.0)), whole[:5])
+    whole = schedule_of(schedule, RunLength(100, 10.0))
+    np.testing.assert_array_equal(schedule_of(schedule, RunLength(5, 10.0)), whole[:5])
 
 
 def test_a_drop_within_the_warmup_is_applied_where_it_lies():
@@ -121,22 +121,22 @@ def test_a_drop_within_the_warmup_is_applied_where_it_lies():
 
 def test_drops_of_a_short_run_that_fall_on_one_step_all_count():
     schedule = c.Schedule(name="step", boundaries=(0.1, 0.5, 0.6, 0.9), factor=0.5)
-    found = schedule_of(schedule, Length(3, 10.0))
+    found = schedule_of(schedule, RunLength(3, 10.0))
     # Rounded: before steps 0 (the first: not before it), 2, 2 and 3 (the end).
     np.testing.assert_allclose(found, [1, 0.5, 0.125])
-    np.testing.assert_allclose(schedule_of(schedule, Length(1, 10.0)), [1])
+    np.testing.assert_allclose(schedule_of(schedule, RunLength(1, 10.0)), [1])
 
 
 def test_a_run_that_ends_in_its_warmup_says_so():
     config = c.Config(optimizer=c.Optimizer(learning_rate=0.8))
     config.schedule = c.Schedule(warmup_epochs=1.5)
-    assert describe_cut_warmup(config, Length(16, 10.0)) == ""
-    assert describe_cut_warmup(config, Length(4, 10.0)) == (
+    assert describe_cut_warmup(config, RunLength(16, 10.0)) == ""
+    assert describe_cut_warmup(config, RunLength(4, 10.0)) == (
         "the run ends in its warm-up, which takes 15 steps (schedule.warmup_epochs = 1.5): at its "
         "last step the learning rate is 0.2, and the peak is 0.8. To reach the peak, take more "
         "than 15 steps or a smaller schedule.warmup_epochs"
     )
-    assert describe_cut_warmup(config, Length(15, 10.0))
+    assert describe_cut_warmup(config, RunLength(15, 10.0))
 
 
 @pytest.mark.usefixtures("tiny_model")
@@ -151,7 +151,7 @@ def test_one_step_within_a_warmup_trains(tmp_path, capsys):
     )
     train(config, tmp_path)
     assert "ends in its warm-up, which takes 30 steps" in capsys.readouterr().err
-    optimizer = make_optimizer(config, Length(1, 1437 / 48))
+    optimizer = make_optimizer(config, RunLength(1, 1437 / 48))
     start = create_state(make_model(config, 10), optimizer, config, channels=1)
     trained = state_of(tmp_path)["params"]
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), start.params, trained)))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_jax import cli
+from resnet_jax.cli import parser
+from resnet_jax.config import schema as c
 from resnet_jax.errors import ConfigError, DataError
-from resnet_jax.training import config as c
 from resnet_jax.training import rate_range
 from resnet_jax.training.loop import train
 from resnet_jax.training.rate_range import RateCurve, find_rate
@@ -70,7 +70,7 @@ def test_it_takes_the_steps_of_a_training(unused, losses_at_one_rate):
     optimizer = dataclasses.replace(OPTIMIZER, learning_rate=7.0)
     tested = configuration(optimizer=optimizer, **unused)
     before = c.to_json(tested)
-    curve = find_rate(tested, 0.025, 0.025 * (1 + 1e-6), 20, say=lambda line: None)
+    curve = find_rate(tested, 0.025, 0.025 * (1 + 1e-6), 20, log=lambda line: None)
     np.testing.assert_allclose(curve.losses, losses_at_one_rate, rtol=1e-3)
     assert curve.scale == 2
     assert c.to_json(tested) == before
@@ -86,10 +86,10 @@ def test_the_rate_rises_from_step_to_step(monkeypatch):
     make_optimizer = rate_range.make_optimizer
     monkeypatch.setattr(rate_range, "make_optimizer", spy)
     config = configuration(optimizer=c.Optimizer(base_batch=24))
-    first = find_rate(config, 1e-3, 1.0, 20, say=lambda line: None)
+    first = find_rate(config, 1e-3, 1.0, 20, log=lambda line: None)
     np.testing.assert_allclose(taken[0], 2 * first.rates, rtol=1e-5)
     np.testing.assert_allclose(first.rates, np.geomspace(1e-3, 1.0, 20))
-    second = find_rate(config, 1e-3, 1.0, 20, say=lambda line: None)
+    second = find_rate(config, 1e-3, 1.0, 20, log=lambda line: None)
     np.testing.assert_array_equal(first.losses, second.losses)
 
 
@@ -183,11 +183,11 @@ def test_broken_images_are_counted_as_in_training(tmp_path):
     config = configuration(train=c.Train(batch_size=8))
     config.data = c.Data(name=f"folder:{tmp_path}", image_size=8, crop="random_resized", threads=2)
     lines = []
-    find_rate(config, 1e-4, 1e-3, 20, say=lines.append)
+    find_rate(config, 1e-4, 1e-3, 20, log=lines.append)
     assert [line for line in lines if line.startswith("skipped")]
     config.data.max_corrupt = 0
     with pytest.raises(DataError, match="max_corrupt = 0"):
-        find_rate(config, 1e-4, 1e-3, 20, say=lines.append)
+        find_rate(config, 1e-4, 1e-3, 20, log=lines.append)
     threads = [each.name for each in threading.enumerate()]
     assert not [name for name in threads if name.startswith("decode")]
 
@@ -203,7 +203,7 @@ def measured(monkeypatch):
 def test_the_command(tmp_path, capsys, monkeypatch, measured):
     monkeypatch.chdir(tmp_path)
     flags = [*FLAGS, "--config.optimizer.base_batch=24"]
-    assert cli.main(["find_rate", *flags]) == 0
+    assert parser.main(["find_rate", *flags]) == 0
     out, err = capsys.readouterr()
     assert out == "--config.optimizer.learning_rate=0.02\n"
     assert (
@@ -219,10 +219,10 @@ def test_the_command(tmp_path, capsys, monkeypatch, measured):
     assert [float(row["loss"]) for row in rows] == measured[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rate.csv", "rate.png"]
 
-    assert cli.main(["find_rate", *FLAGS]) == 2
+    assert parser.main(["find_rate", *FLAGS]) == 2
     assert "error: --output=rate.png: exists; give --force" in capsys.readouterr().err
     measured[:] = [[2.0], "the loss is not a number"]
-    assert cli.main(["find_rate", *FLAGS, "--output=rate.csv", "--force"]) == 2
+    assert parser.main(["find_rate", *FLAGS, "--output=rate.csv", "--force"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[-2] == "ended after the rate 0.0001: the loss is not a number"
@@ -235,7 +235,7 @@ def test_a_test_that_is_interrupted_leaves_nothing(tmp_path, capsys, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rate_range, "_train", interrupted)
-    assert cli.main(["find_rate", *FLAGS, f"--output={tmp_path}/rate.png"]) == 75
+    assert parser.main(["find_rate", *FLAGS, f"--output={tmp_path}/rate.png"]) == 75
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped: interrupted")
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_a_test_that_is_interrupted_leaves_nothing(tmp_path, capsys, monkeypatch
 )
 def test_mistakes(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["find_rate", *FLAGS, *flags]) == 2
+    assert parser.main(["find_rate", *FLAGS, *flags]) == 2
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith("error: ")
     assert message in err[-1]

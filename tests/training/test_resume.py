@@ -3,11 +3,11 @@
 import chex
 import pytest
 
+from resnet_jax.config import schema as c
 from resnet_jax.errors import ConfigError, StoppedError
-from resnet_jax.training import config as c
-from resnet_jax.training.checkpoint import Checkpoints
 from resnet_jax.training.loop import train
-from resnet_jax.training.telemetry import MetricsFile
+from resnet_jax.workdirs.checkpoint import Checkpoints
+from resnet_jax.workdirs.metric_writers import MetricsFile
 from tests.training.runs import state_of, stop_after, without_times
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up_in_the_middle(name, straight, tmp_path, monkeypatc
     config = configuration()
     config.checkpoint.every_steps = 2
     with monkeypatch.context() as patch:
-        write, seal = MetricsFile.write, "resnet_jax.training.manifest.seal"
+        write, seal = MetricsFile.write, "resnet_jax.workdirs.checksums.seal"
         if name == "state":
             save = Checkpoints.save
 
@@ -134,7 +134,7 @@ def test_a_disk_that_fills_up_in_the_middle(name, straight, tmp_path, monkeypatc
 
 
 def test_the_last_state_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("resnet_jax.training.manifest.seal", fails)
+    monkeypatch.setattr("resnet_jax.workdirs.checksums.seal", fails)
     config = c.Config(
         model=c.Model(name="tiny"),
         data=c.Data(image_size=8),

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.training.config import Config, Model, Train
+from resnet_jax.config.schema import Config, Model, Train
 from resnet_jax.training.state import create_state, state_shapes
 from tests.variables import random_variables
 

@@ -12,13 +12,13 @@ import optax
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.training import config as c
-from resnet_jax.training import parallel
-from resnet_jax.training.optimizer import Length, make_optimizer
+from resnet_jax.config import schema as c
+from resnet_jax.distributed import data_parallel
+from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import LossScale, TrainState, create_state
 from resnet_jax.training.step import _average, loss_per_image, make_train_step, top_k_hits
 
-LENGTH = Length(steps=100, steps_per_epoch=10.0)
+LENGTH = RunLength(steps=100, steps_per_epoch=10.0)
 
 
 def tiny(**fields):
@@ -49,11 +49,11 @@ def run(model, config, devices=1, steps=2, size=16):
     """State and metrics after some steps on the first devices."""
     optimizer = make_optimizer(config, LENGTH)
     state = create_state(model, optimizer, config, channels=3)
-    step = parallel.data_parallel(
+    step = data_parallel.parallel_step(
         make_train_step(model, optimizer, config, LENGTH), jax.devices()[:devices]
     )
     for _ in range(steps):
-        state, metrics = step(state, parallel.shard(batch(size), devices))
+        state, metrics = step(state, data_parallel.shard(batch(size), devices))
     return jax.device_get((state, metrics))
 
 
@@ -93,7 +93,7 @@ AUGMENT = c.Augment(flip=True, pad=1, mixup=0.2, erase=0.5)  # test_augment.py h
 def test_eight_devices_equal_one():
     """With shared batch statistics a device is only a place to compute."""
     config = configuration(augment=AUGMENT, train=c.Train(ema_decay=0.9))
-    model = tiny(axis_name=parallel.AXIS)
+    model = tiny(axis_name=data_parallel.AXIS)
     one, eight = run(model, config, devices=1), run(model, config, devices=8)
     chex.assert_trees_all_close(eight, one, rtol=2e-4, atol=2e-5)
 
@@ -107,10 +107,10 @@ def test_devices_agree_on_everything():
     state = create_state(model, optimizer, config, channels=3)
     step = jax.pmap(
         make_train_step(model, optimizer, config, LENGTH),
-        axis_name=parallel.AXIS,
+        axis_name=data_parallel.AXIS,
         in_axes=(None, 0),
     )
-    found = step(state, parallel.shard(batch()))
+    found = step(state, data_parallel.shard(batch()))
     first = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), found)
     chex.assert_trees_all_equal(first, found)
     assert jax.tree.leaves(found)[0].shape[0] == 8
@@ -133,8 +133,8 @@ def test_other_platforms_loop_over_the_parts():
     programs, results = {}, {}
     for platform in ("cpu", "tpu"):
         one = make_train_step(model, optimizer, config, LENGTH, platform)
-        step = parallel.data_parallel(one, jax.devices()[:1])
-        arguments = state, parallel.shard(batch(), 1)
+        step = data_parallel.parallel_step(one, jax.devices()[:1])
+        arguments = state, data_parallel.shard(batch(), 1)
         programs[platform] = "stablehlo.while" in step.lower(*arguments).as_text()
         results[platform] = jax.device_get(step(*arguments))
     assert programs == {"cpu": False, "tpu": True}
@@ -239,13 +239,13 @@ def steps_of(model, config, devices=1, platform=""):
     optimizer = make_optimizer(config, LENGTH)
     step = jax.pmap(
         make_train_step(model, optimizer, config, LENGTH, platform),
-        axis_name=parallel.AXIS,
+        axis_name=data_parallel.AXIS,
         in_axes=(None, 0),
         devices=jax.devices()[:devices],
     )
 
     def take(state, data):
-        return jax.device_get(step(state, parallel.shard(data, devices)))
+        return jax.device_get(step(state, data_parallel.shard(data, devices)))
 
     return create_state(model, optimizer, config, channels=3), take
 
@@ -429,8 +429,8 @@ def test_class_weights_of_a_step(name):
 
     def gradients(weights, data, devices=1):
         one = make_train_step(model, optimizer, config, LENGTH, class_weights=weights)
-        step = parallel.data_parallel(one, jax.devices()[:devices])
-        new, metrics = step(state, parallel.shard(data, devices))
+        step = data_parallel.parallel_step(one, jax.devices()[:devices])
+        new, metrics = step(state, data_parallel.shard(data, devices))
         moved = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), new.params, state.params)
         return float(metrics["loss"]), moved
 
@@ -456,6 +456,6 @@ def test_ties_and_nan_are_no_hits():
 def test_batches_that_do_not_divide():
     devices = jax.device_count()
     with pytest.raises(rj.ResNetJaxError, match=rf"train\.batch_size = 12: .*{devices} devices"):
-        parallel.check_divisible({"train.batch_size": 12})
+        data_parallel.check_divisible({"train.batch_size": 12})
     with pytest.raises(rj.ResNetJaxError, match=r"x 2 \(pairs\)"):
-        parallel.check_divisible({"train.batch_size": devices}, parts=2, why="pairs")
+        data_parallel.check_divisible({"train.batch_size": devices}, parts=2, why="pairs")

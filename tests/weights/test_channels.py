@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
+from resnet_jax.config.schema import Checkpoint, Config, Data
 from resnet_jax.errors import WeightsError
-from resnet_jax.training.config import Checkpoint, Config, Data
-from resnet_jax.training.initial import initial_variables
+from resnet_jax.training.init_from import initial_variables
 from resnet_jax.weights.channels import with_channels
 from tests.variables import random_variables
 

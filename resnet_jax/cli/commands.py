@@ -1,0 +1,425 @@
+"""What each command does: its options, as the parser gives them, become calls of the library.
+
+What a command needs is imported by that command, so `--help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import re
+import resource
+import threading
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.config.flags import parse_train_flags, train_help
+from resnet_jax.errors import (
+    SKIPPED,
+    ConfigError,
+    DivergedError,
+    ResNetJaxError,
+    StoppedError,
+    import_failure,
+    one_line,
+)
+from resnet_jax.limits import MAX_CHANNELS, MAX_SIDE
+from resnet_jax.terminal import json_text, log, print_copy, printing, show
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains a network, or goes on with a run that was stopped."""
+    from resnet_jax.distributed.launch import FLAGS, start
+
+    wanted = [each for each in options.rest if each not in ("-h", "--help")]
+    if wanted != options.rest:
+        with printing():
+            print(train_help(wanted, FLAGS))
+        return
+    try:
+        _train(start(wanted))
+    except KeyboardInterrupt as error:  # later the loop itself heeds signals
+        raise StoppedError("interrupted before the first step") from error
+
+
+def _train(wanted: list[str]) -> None:
+    from resnet_jax.distributed.process_group import abandon, process_group
+
+    try:
+        with process_group() as group:
+            if group.count == 1:  # of several, one that is lost may be why devices are not found
+                _start_backend()
+            config, workdir = parse_train_flags(wanted)
+            from resnet_jax.training import loop
+
+            result = loop.train(config, workdir)
+            # The others wait inside the group, however long it takes. JAX's own exit barrier
+            # gives up after 30 seconds and aborts every process.
+            if config.log.report and group.is_first:
+                _report_at_the_end(result.workdir)
+    except (StoppedError, DivergedError):  # so all processes end, at the same step
+        raise
+    except BaseException as error:
+        abandon(error)
+        raise
+    if not group.is_first:
+        return
+    names = {"map": "mAP", "f1": "F1", "top1": "top-1"}
+    found = [f"{names[x]} {result.metrics[x]:.2%}" for x in names if x in result.metrics]
+    print_copy(f"{', '.join(found)} after {result.steps} steps; everything is in {result.workdir}")
+
+
+def _start_backend() -> None:
+    """Lets JAX find its devices, and says in one line why it cannot.
+
+    Raises:
+      ConfigError: JAX_PLATFORMS names what is not here, the runtime of the devices fails, or
+        threads cannot be started.
+    """
+    import jax
+
+    _check_threads()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without words, where none is left
+        platforms = jax.config.values["jax_platforms"]
+        asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        reason = f" ({one_line(error)})" if str(error) else ""
+        raise ConfigError(
+            f"{asked}JAX finds no device to run on{reason}; python -m resnet_jax doctor says why"
+        ) from error
+
+
+def _check_threads() -> None:
+    """Tries whether there can be as many threads as a command needs, where a limit is low.
+
+    XLA and ArrayRecord hang or abort where they cannot start theirs.
+
+    Raises:
+      ConfigError: There cannot.
+    """
+    needed = 96 + 2 * (os.cpu_count() or 1)  # a run on two cores has had 96
+    if _most_threads() > 10 * needed:
+        return
+    done = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(needed):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"only {len(started)} of {needed} threads can be started here: raise `ulimit -u`, or "
+            "--pids-limit of the container, or end other processes"
+        ) from error
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
+
+
+def _most_threads() -> float:
+    """The limit of processes and threads for this user or container."""
+    limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
+    with contextlib.suppress(OSError, ValueError):  # "max"
+        limits.append(int(Path("/sys/fs/cgroup/pids.max").read_text()))
+    return min((each for each in limits if each != resource.RLIM_INFINITY), default=float("inf"))
+
+
+def _report_at_the_end(workdir: Path) -> None:
+    """Writes report.html of a run that has ended well, and still has when this fails."""
+    try:
+        log("writing report.html")
+        from resnet_jax.report.page import write_report
+
+        write_report([workdir], force=True)
+    except KeyboardInterrupt:
+        log("no report.html: interrupted")
+    except Exception as error:
+        log(f"no report.html: {_why_no_report(error)}")
+
+
+def _why_no_report(error: Exception) -> str:
+    if isinstance(error, ResNetJaxError | OSError):
+        return one_line(error)
+    with contextlib.suppress(ImportError):  # of ours, which is a bug
+        if isinstance(error, ImportError):
+            return import_failure(error)
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def report(options: argparse.Namespace) -> None:
+    """Writes a page about runs."""
+    from resnet_jax.compile_cache import use_compile_cache
+    from resnet_jax.report.page import write_report
+
+    _start_backend()
+    use_compile_cache()
+    page = write_report(
+        options.workdirs,
+        options.output,
+        images=options.images,
+        data=options.data,
+        data_dir=options.data_dir,
+        force=options.force,
+    )
+    print_copy(f"{page} and its pictures in {page.with_suffix('')}")
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Prints a network's layers."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # no device is needed, so none is taken
+    from resnet_jax.models.registry import create_model, model_info
+    from resnet_jax.models.summary import summary
+
+    side = options.image_size or model_info(options.model).image_size
+    for flag, value, most in (
+        ("image_size", side, MAX_SIDE),
+        ("channels", options.channels, MAX_CHANNELS),
+    ):
+        if not 1 <= value <= most:
+            raise ConfigError(f"--{flag}={value}: must be from 1 to {most:,}")
+    overrides = {} if options.num_classes is None else {"num_classes": options.num_classes}
+    model = create_model(options.model, **overrides)
+    with printing():
+        show(summary(model, (1, side, side, options.channels)))
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Prints what a run will need on TPUs or GPUs that are not here."""
+    import jax
+
+    # A plan touches no device, not even the TPU or GPU of the machine that it is made on.
+    jax.config.update("jax_platforms", "cpu")
+    from resnet_jax.planning.plan import make_plan, plan_table
+
+    plan = make_plan(
+        parse_train_flags(options.rest)[0],
+        options.topology,
+        batch_per_chip=options.batch_per_chip,
+        find_batch=options.find_batch,
+        images=options.images,
+        num_classes=options.num_classes,
+        images_per_core=options.images_per_core,
+        network_gbits=options.network_gbits,
+    )
+    with printing():
+        show(json_text(plan) if options.json else plan_table(plan))
+
+
+def find_rate(options: argparse.Namespace) -> None:
+    """Suggests a learning rate, and writes the curve that it follows from."""
+    from resnet_jax.inference.writers import new_file
+    from resnet_jax.training.rate_range import find_rate
+
+    path, flag = Path(options.output), f"--output={options.output}"
+    if path.suffix not in (".png", ".csv"):
+        raise ConfigError(f"{flag}: must end in .png, or in .csv for the numbers alone")
+    if path.suffix == ".png":
+        try:
+            from resnet_jax.report.figures import rate_curve
+        except ImportError as error:
+            numbers = f"the numbers alone: --output={path.with_suffix('.csv')}"
+            raise ConfigError(f"{import_failure(error, flag)}; {numbers}") from error
+    _start_backend()
+    config, _ = parse_train_flags(options.rest)
+    with contextlib.ExitStack() as stack:
+        opened = {
+            suffix: stack.enter_context(new_file(path.with_suffix(suffix), options.force))
+            for suffix in dict.fromkeys((path.suffix, ".csv"))
+        }
+        limits = options.low, options.high, options.steps
+        curve = find_rate(config, *limits, log=log, bar=True)
+        opened[".csv"].write(curve.to_csv().encode())
+        if path.suffix == ".png":
+            title = f"{config.model.name} on {config.data.name}, {config.train.batch_size} images"
+            opened[".png"].write(rate_curve(curve, f"{title} a step"))
+    _say_rate(curve, options.output)
+
+
+def _say_rate(curve: Any, output: str) -> None:
+    """Says what a range test found: its suggestion on standard output, the rest for people."""
+    if curve.end:
+        last = (
+            f" after the rate {curve.rates[-1]:.2g}" if len(curve.rates) else " at the first step"
+        )
+        log(f"ended{last}: {curve.end}")
+    if math.isnan(curve.steepest):
+        raise ConfigError(
+            f"no rate to suggest: the loss does not clearly fall before it rises; see {output}, "
+            "and try a lower --low, a higher --high or more --steps"
+        )
+    log(
+        f"the loss falls fastest at {curve.steepest:.2g}; before its first rise it is least at "
+        f"{curve.lowest:.2g}, of "
+        f"which a tenth is {curve.lowest / 10:.2g}; the curve is in {output}"
+    )
+    if curve.scale != 1:
+        log(
+            "these are values of optimizer.learning_rate, for optimizer.base_batch images; "
+            f"train.batch_size makes them {curve.scale:g} times as much"
+        )
+    print_copy(f"--config.optimizer.learning_rate={curve.steepest:.2g}")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Gives a network away."""
+    from resnet_jax.export.export import export_network
+
+    network = _open_network(options)
+    agreement = export_network(
+        network,
+        options.format,
+        options.output,
+        platforms=options.platforms,
+        fold_batch_norm=options.fold_batch_norm,
+        weights=options.weights,
+        input_size=options.input_size,
+        opset=options.opset,
+        push=options.push,
+        force=options.force,
+    )
+    _say_assumed(network)
+    print_copy(str(agreement))
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Prepares a data set."""
+    from resnet_jax.data.prepare import prepare
+
+    prepare(options.name, options.data_dir, options.manual_dir)
+    print_copy(f"{options.name} is ready")
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Says what is on images; returns the exit code."""
+    from resnet_jax.inference.classifier import Classifier
+    from resnet_jax.inference.images import list_images
+    from resnet_jax.inference.predictions import write_predictions
+    from resnet_jax.weights.source import require_head
+
+    def open_classifier() -> Classifier:
+        network = _open_network(options)
+        require_head(network, "predict")
+        classifier = Classifier(network, batch_size=options.batch_size)
+        _say_assumed(network)
+        return classifier
+
+    files = list_images(options.inputs)
+    skipped = write_predictions(
+        open_classifier,
+        files,
+        top=options.top,
+        form=options.format,
+        output=options.output,
+        force=options.force,
+    )
+    return _say_skipped(skipped, len(files))
+
+
+def features(options: argparse.Namespace) -> int:
+    """Writes a network's features of images; returns the exit code."""
+    from resnet_jax.inference.features import write_features
+    from resnet_jax.inference.images import list_images
+
+    files = list_images(options.inputs)
+    open_once = functools.cache(lambda: _open_network(options))
+    skipped = write_features(
+        open_once,
+        files,
+        options.output,
+        layer=options.layer,
+        maps=options.maps,
+        batch_size=options.batch_size,
+        force=options.force,
+    )
+    _say_assumed(open_once())
+    return _say_skipped(skipped, len(files))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measures a network on a data set."""
+    from resnet_jax.evaluation.evaluator import evaluate_data
+    from resnet_jax.evaluation.result import dump_json
+    from resnet_jax.inference.writers import new_file
+
+    scales = options.scales.split(",") if options.scales else []
+    if not all(re.fullmatch(r"\s*\d{1,6}\s*", each) for each in scales) or len(scales) > 100:
+        shown = options.scales[:100]
+        raise ConfigError(f"--scales={shown}: pixels with commas, such as 224,256,384")
+    file: Any = contextlib.nullcontext()
+    if options.json not in ("", "-"):
+        file = new_file(options.json, options.force, "--json", stream=True)
+    with file as stream:
+        report = evaluate_data(
+            _open_network(options),
+            options.data,
+            options.split,
+            options.data_dir,
+            options.allow_missing_classes,
+            views=options.views,
+            scales=tuple(map(int, scales)),
+            batch_size=options.batch_size,
+            max_corrupt=options.max_corrupt,
+            log=log,
+            bar=True,
+        )
+        if stream is not None:
+            stream.write(f"{dump_json(report.to_json())}\n".encode())
+    with printing():
+        show(
+            dump_json(report.to_json()) if options.json == "-" else report.table(options.per_class)
+        )
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Checks this machine; returns the exit code."""
+    from resnet_jax.doctor.command import doctor
+
+    arguments = ["--quick"] if options.quick else []
+    if options.network:
+        arguments.append(f"--network={options.network}")
+    with printing():
+        return doctor([*arguments, *options.rest], as_json=options.json)
+
+
+def _open_network(options: argparse.Namespace) -> Any:
+    _start_backend()
+    from resnet_jax.compile_cache import use_compile_cache
+    from resnet_jax.weights.source import open_network
+
+    use_compile_cache()
+    return open_network(
+        options.source,
+        model=options.model,
+        best=options.state == "best",
+        ema=options.ema,
+        image_size=options.image_size,
+        crop_fraction=options.crop_fraction,
+        threshold=options.threshold,
+        mean=options.mean,
+        std=options.std,
+        interpolation=options.interpolation,
+        crop_mode=options.crop_mode,
+        classes=options.classes,
+        prefix=options.prefix,
+        upright=getattr(options, "upright", None),  # no flag of export
+    )
+
+
+def _say_assumed(network: Any) -> None:
+    """Says what was taken for granted; after the last mistake, so that one is a single line."""
+    for line in network.assumed:
+        log(f"assumed: {line}")
+
+
+def _say_skipped(skipped: int, images: int) -> int:
+    if skipped:
+        log(f"{skipped} of {images} images could not be read")
+    return SKIPPED if skipped else 0

@@ -1,0 +1,316 @@
+"""Folders of image files as a source: PATH/SPLIT/CLASS/image.jpg."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import itertools
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from resnet_jax.data.decode.budget import FILE_BYTES
+from resnet_jax.data.sources.base import Label, Request, Source, digest, fault, one_hot
+from resnet_jax.data.sources.splits import WHOLE, Span, parse, select
+from resnet_jax.errors import DataError
+from resnet_jax.files import open_regular
+
+# What is an image in a folder, by the formats that are decoded.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".npy"),
+)
+# Images whose headers are read, evenly from all of a split and at least 16 of each class, to learn
+# how many channels there are. Most data sets have color, which is clear after a few.
+_LOOKED_AT = 1000
+_ENOUGH = 16  # that have color, or more channels
+
+
+class FolderSource(Source):
+    """PATH/SPLIT/CLASS/image files, in the class folders or deeper.
+
+    Args:
+      root: PATH.
+      request: What is opened.
+    """
+
+    def __init__(self, root: Path, request: Request) -> None:
+        self.name, self.split = request.name, request.split
+        parts = _find_splits(root, request)
+        self._root = root / next(iter(parts)) if len(parts) == 1 else root
+        self.class_names = request.classes or _training_classes(root, parts, request)
+        notes = _Notes()
+        files = _chosen_files(root, parts, request, notes)
+        missing = request.check_classes(
+            {label for label, _ in files}, self.class_names, notes.text()
+        )
+        self.left_out = notes.text(missing)
+        # The files of one class folder follow each other, in the order of the classes.
+        numbers = {label: number for number, label in enumerate(self.class_names)}
+        keys = sorted(files, key=lambda key: (numbers[key[0]], key[1]))
+        self._labels = [numbers[label] for label, _ in keys]
+        self._folders = [label if len(parts) == 1 else f"{name}/{label}" for label, name in keys]
+        self._files = [[file for file, _ in files[key]] for key in keys]
+        self._ends = list(itertools.accumulate(map(len, self._files)))
+        self.channels = stored_channels(
+            self._root, self._folders, self._files, request.field, request.split
+        )
+        self.image_shape = None
+        if request.multi_label:
+            self.label_shape = (self.num_classes,)
+        sizes = [
+            f"{folder}/{file} {size}"
+            for folder, key in zip(self._folders, keys)
+            for file, size in files[key]
+        ]
+        self.fingerprint = digest([request.split, len(self), *sizes])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def labels(self) -> np.ndarray:
+        counts = [len(files) for files in self._files]
+        labels = np.repeat(np.array(self._labels, np.int32), counts)
+        return one_hot(labels, self.num_classes) if self.label_shape else labels
+
+    def _place(self, position: int) -> tuple[Path, int]:
+        run = bisect.bisect_right(self._ends, position)
+        file = self._files[run][position - self._ends[run]]  # counted from the run's end
+        return self._root / self._folders[run] / file, self._labels[run]
+
+    def _name(self, position: int) -> str:
+        return str(self._place(position)[0])
+
+    def _read(self, position: int) -> tuple[bytes, Label]:
+        path, label = self._place(position)
+        return read_image(path), one_hot(label, self.num_classes) if self.label_shape else label
+
+
+def read_image(path: Path) -> bytes:
+    """Reads an encoded image.
+
+    Args:
+      path: Of the file.
+
+    Returns:
+      Its content.
+
+    Raises:
+      DataError: It cannot be read, or is no regular file.
+    """
+    from resnet_jax.data.decode.decoding import read_encoded
+
+    try:
+        return read_encoded(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def folder_splits(root: Path, name: str) -> list[str]:
+    """The folders of a data set, which are its splits.
+
+    Args:
+      root: PATH.
+      name: As in `data.name`, for messages.
+
+    Returns:
+      Their names.
+
+    Raises:
+      DataError: There is no such folder.
+    """
+    if not os.path.isdir(root):
+        raise fault("data.name", name, f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS")
+    return _folders(root, "data.name", name)
+
+
+def _find_splits(root: Path, request: Request) -> dict[str, tuple[Span, ...]]:
+    """The split folders that are asked for, and which parts of each."""
+    folder_splits(root, request.name)
+    parts = _parts(root, request.split, request.field)
+    for name in parts:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise request.fault(f"must be the name of a folder in {root}")
+        if not _is_split(root, name):
+            raise _no_split(root, name, request)
+    return parts
+
+
+def _parts(root: Path, split: str, field: str) -> dict[str, tuple[Span, ...]]:
+    """An expression, unless it is the name of a folder itself."""
+    is_expression = set("[+") & set(split) and not _is_split(root, split)
+    return parse(split, field) if is_expression else {split: WHOLE}
+
+
+def _is_split(root: Path, name: str) -> bool:
+    if not name or ".." in Path(name).parts or Path(name).is_absolute():
+        return False
+    return os.path.isdir(root / name) and (root / name).resolve() != root.resolve()
+
+
+def _no_split(root: Path, split: str, request: Request) -> DataError:
+    there = folder_splits(root, request.name)
+    if not there:
+        reason = f"{root} has no folders; it needs {split}/CLASS/image.jpg"
+        return fault("data.name", request.name, reason)
+    shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
+    reason = f"{root} has no folder {split!r}; it has: {shown}"
+    if any(each.lower().endswith(IMAGE_SUFFIXES) for each in _scan(root / there[0], "", split)):
+        reason += (
+            f". If these are classes, {root.name} is the split: data.name = "
+            f"'folder:{root.parent}', data.train_split = '{root.name}[:90%]' and "
+            f"data.eval_split = '{root.name}[90%:]'"
+        )
+    return request.fault(reason)
+
+
+def _training_classes(
+    root: Path, parts: dict[str, tuple[Span, ...]], request: Request
+) -> tuple[str, ...]:
+    """The class folders of the training split, or of the split itself where there is no other."""
+    field, names = request.field, parts
+    if request.train_split not in ("", request.split):
+        trained = _parts(root, request.train_split, "data.train_split")
+        if all(_is_split(root, name) for name in trained):
+            field, names = "data.train_split", trained
+    return tuple(sorted({label for name in names for label in _classes(root / name, field, name)}))
+
+
+def _classes(folder: Path, field: str, split: str) -> list[str]:
+    classes = _folders(folder, field, split)
+    if not classes:
+        raise fault(field, split, f"{folder} has no class folders; it needs CLASS/image.jpg")
+    return classes
+
+
+def _chosen_files(
+    root: Path, parts: dict[str, tuple[Span, ...]], request: Request, notes: _Notes
+) -> dict[tuple[str, str], list[tuple[str, int]]]:
+    """Names below the class folder and sizes in bytes, by class and split; none is empty."""
+    chosen = {}
+    for name, spans in parts.items():
+        folder = root / name
+        classes = _classes(folder, request.field, request.split)
+        inside = set(_scan(folder, request.field, request.split)) - set(classes)
+        notes.outside += sum(each.lower().endswith(IMAGE_SUFFIXES) for each in inside)
+        for label in classes:
+            files = _image_files(folder / label, request, notes)
+            places = select([f"{label}/{file}" for file, _ in files], spans)
+            if places:
+                chosen[label, name] = [files[place] for place in places]
+    return chosen
+
+
+def _image_files(folder: Path, request: Request, notes: _Notes) -> list[tuple[str, int]]:
+    """Names below a class folder and sizes in bytes, in the order of the names.
+
+    Broken links and special files are among them: whoever reads one, names and counts it. Links to
+    folders are followed, but no folder is entered twice, nor one that the class folder is in.
+    """
+    found, todo = [], [""]
+    entered: set[tuple[int, int]] = set()
+    while todo:
+        below = todo.pop()
+        try:
+            with os.scandir(folder / below) as entries:
+                each_entry = [each for each in entries if not each.name.startswith(".")]
+        except OSError as error:
+            raise request.fault(
+                f"cannot read {folder / below} ({error.strerror or error})"
+            ) from error
+        for entry in sorted(each_entry, key=lambda entry: entry.name):
+            status = _status(entry)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                entered = entered or _around(folder)
+                if (place := (status.st_dev, status.st_ino)) not in entered:
+                    entered.add(place)
+                    todo.append(f"{below}{entry.name}/")
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                found.append((below + entry.name, -1 if status is None else status.st_size))
+                notes.dangling += status is None
+            else:
+                notes.others[os.path.splitext(entry.name)[1] or entry.name] += 1
+    return sorted(found)
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    try:
+        return entry.stat()
+    except OSError:  # a link to nothing, or to itself
+        return None
+
+
+def _around(folder: Path) -> set[tuple[int, int]]:
+    """A folder and all folders that it is in, by its name and in truth."""
+    real = Path(os.path.realpath(folder))
+    found = [os.stat(each) for each in (folder, *folder.parents, *real.parents)]
+    return {(each.st_dev, each.st_ino) for each in found}
+
+
+class _Notes:
+    """What is in a split and is not used."""
+
+    def __init__(self) -> None:
+        self.others: collections.Counter[str] = collections.Counter()  # files, by suffix
+        self.outside = 0  # images in no class folder
+        self.dangling = 0  # links
+
+    def text(self, missing: str = "") -> str:
+        """All of it, in words; "" where there is nothing."""
+        parts = [missing] if missing else []
+        if self.others:
+            kinds = [kind for kind, _ in self.others.most_common(5)]
+            more = ", ..." if len(self.others) > 5 else ""
+            count = f"{self.others.total():,} files"
+            parts.append(f"{count} that are not images by their names ({', '.join(kinds)}{more})")
+        if self.outside:
+            parts.append(f"{self.outside:,} images in no class folder")
+        if self.dangling:
+            parts.append(f"{self.dangling:,} links that lead nowhere, and count as corrupt")
+        return "; ".join(parts)
+
+
+def _folders(folder: Path, field: str, value: str) -> list[str]:
+    return [each for each in _scan(folder, field, value) if os.path.isdir(folder / each)]
+
+
+def _scan(folder: Path, field: str, value: str) -> list[str]:
+    """Names in a folder, sorted, without hidden ones."""
+    try:
+        return sorted(each for each in os.listdir(folder) if not each.startswith("."))
+    except OSError as error:
+        raise fault(field, value, f"cannot read {folder} ({error.strerror or error})") from error
+
+
+def stored_channels(
+    folder: Path, classes: list[str], files: list[list[str]], field: str, split: str
+) -> int:
+    """The channels of most of the images that are looked at.
+
+    Grey images count as color where any has color. Images of another number of channels are named
+    when they are read, like those that cannot be decoded.
+    """
+    from resnet_jax.data.decode.decoding import read_header
+
+    share = max(_LOOKED_AT // len(classes), 16)
+    counts: collections.Counter[int] = collections.Counter()
+    for each, names in zip(classes, files):
+        for name in names[:: -(-len(names) // share)]:
+            try:
+                with open_regular(folder / each / name, FILE_BYTES) as file:
+                    counts[read_header(file).channels] += 1
+            except (DataError, OSError):  # is named when it is read as an image of the run
+                continue
+            # Only after grey images alone can a later one change the answer.
+            if counts.total() >= _ENOUGH and _most_common(counts) != 1:
+                return _most_common(counts)
+    if not counts:
+        raise fault(field, split, f"none of the images looked at in {folder} can be opened")
+    return _most_common(counts)
+
+
+def _most_common(counts: collections.Counter[int]) -> int:
+    grey = counts[1] if counts[3] else 0
+    return max(counts, key=lambda channels: counts[channels] + grey * (channels == 3))

@@ -1,0 +1,98 @@
+"""The size of data sets that are not here: enough to plan a run on them."""
+
+from __future__ import annotations
+
+from resnet_jax.config.schema import Data
+from resnet_jax.data.sources.base import Source, fault
+from resnet_jax.data.sources.opening import open_split
+from resnet_jax.errors import DataError
+
+# Images of the split "train", classes, channels; of TFDS, and the embedded digits.
+KNOWN_SETS = {
+    "cifar10": (50_000, 10, 3),
+    "cifar100": (50_000, 100, 3),
+    "digits": (1_437, 10, 1),
+    "fashion_mnist": (60_000, 10, 1),
+    "food101": (75_750, 101, 3),
+    "imagenet2012": (1_281_167, 1_000, 3),
+    "imagenet_resized": (1_281_167, 1_000, 3),
+    "mnist": (60_000, 10, 1),
+    "oxford_flowers102": (1_020, 102, 3),
+    "oxford_iiit_pet": (3_680, 37, 3),
+    "svhn_cropped": (73_257, 10, 3),
+}
+
+
+class SizedSource(Source):
+    """A split of which only the size is known: it has no images to read.
+
+    Args:
+      images: How many.
+      classes: Of its labels.
+      channels: Of its images, 1 or 3.
+
+    Example:
+      >>> source = SizedSource(images=50_000, classes=10, channels=3)
+      >>> len(source), source.num_classes
+      (50000, 10)
+    """
+
+    def __init__(self, images: int, classes: int, channels: int) -> None:
+        self._images = images
+        self.class_names = tuple(map(str, range(classes)))
+        self.channels = channels
+        self.image_shape = None
+        self.fingerprint = ""
+
+    def __len__(self) -> int:
+        return self._images
+
+    def _read(self, position: int) -> tuple[bytes, int]:
+        raise DataError(f"image {position} of a data set of which only the size is known")
+
+    def _name(self, position: int) -> str:
+        return str(position)
+
+
+def training_size(config: Data, images: int = 0, classes: int = 0) -> Source:
+    """The size of the training split, whether or not the data set is here.
+
+    Args:
+      config: Which data set.
+      images: How many it has; 0: as is known of it, or as it is prepared.
+      classes: Likewise.
+
+    Returns:
+      A source to be counted, not to be read.
+
+    Raises:
+      DataError: Nothing is known of it, and it is not prepared either.
+
+    Example:
+      >>> len(training_size(Data(name="tfds:imagenet2012")))
+      1281167
+    """
+    name = config.name.removeprefix("tfds:").partition(":")[0].partition("/")[0]
+    if images and classes:
+        channels = KNOWN_SETS.get(name, (0, 0, 3))[2]
+        return SizedSource(images, classes, config.channels or channels)
+    if name in KNOWN_SETS and config.train_split == "train":
+        found: Source = SizedSource(*KNOWN_SETS[name])
+    else:
+        found = _prepared(config)
+    if images or classes:
+        return SizedSource(images or len(found), classes or found.num_classes, found.channels)
+    return found
+
+
+def _prepared(config: Data) -> Source:
+    try:
+        return open_split(config, config.train_split)
+    except DataError as error:
+        raise fault(
+            "data.name",
+            config.name,
+            f"the size of its split {config.train_split!r} is not known; give --images and "
+            f"--num_classes, or prepare it. Known without: train of {', '.join(KNOWN_SETS)} "
+            f"({error})",
+        ) from error

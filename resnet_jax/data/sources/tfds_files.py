@@ -1,0 +1,336 @@
+"""Where prepared TFDS data sets lie on disk, and whether they are whole. Asks no network."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.data.sources.base import fault
+from resnet_jax.errors import DataError, importing, library_errors, one_line
+from resnet_jax.files import MIB, open_regular
+from resnet_jax.limits import MAX_CLASSES
+
+# A name may come from a stranger's config.json, and is a path below the folder of data sets.
+_NAME = re.compile(r"(?P<base>\w[\w.+-]*(/\w[\w.+-]*)?)(:(?P<version>\w[\w.+-]*))?")
+# The classes that a description may name. TFDS would import any other from wherever Python looks,
+# the current folder included.
+_TFDS_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+(\.\w+)*")
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+# Other arguments of features: what would be read, and what is made a list of.
+_PATHS = ("names_file", "namesFile")
+_COUNTS = ("numClasses", "num_classes")
+_RECORDS = ("array_record", "tfrecord", "riegeli", "parquet")  # in the names of files of records
+_LARGEST_DESCRIPTION = 64 * MIB
+
+
+def import_tfds() -> Any:
+    """The module tensorflow_datasets, without TensorFlow.
+
+    Returns:
+      The module.
+
+    Raises:
+      DataError: It, or a package that it needs, is not installed.
+
+    Example:
+      >>> import_tfds().__name__
+      'tensorflow_datasets'
+    """
+    with importing("reading TFDS data sets", DataError), _without_tracebacks():
+        import tensorflow_datasets as tfds
+
+        # TFDS logs a failed import of its own and leaves an empty module; this raises it.
+        import tensorflow_datasets.public_api
+    return tfds
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def tfds_root(data_dir: str) -> Path:
+    """The folder that TFDS data sets are in.
+
+    Args:
+      data_dir: As in `data.data_dir`; "": TFDS's own default.
+
+    Returns:
+      An absolute path, or one of etils' if it is in a bucket.
+
+    Example:
+      >>> str(tfds_root("/data"))
+      '/data'
+    """
+    tfds = import_tfds()
+    with importing("reading TFDS data sets", DataError):
+        from etils import epath
+
+        default = tfds.core.constants.DATA_DIR  # TFDS imports its parts when they are first used
+    path = epath.Path(data_dir or default).expanduser()
+    if path.parts[:1] == ("~",):  # etils leaves it
+        raise fault("data.data_dir", data_dir, f"{path}: there is no home directory; name a folder")
+    return path if path.is_absolute() else epath.Path(Path.cwd()) / path  # for workers elsewhere
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Splits the name of a TFDS data set.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION].
+
+    Returns:
+      NAME[/CONFIG], and VERSION or "".
+
+    Raises:
+      DataError: It is no such name.
+
+    Example:
+      >>> split_name("cifar10:3.0.2")
+      ('cifar10', '3.0.2')
+      >>> split_name("../secret")
+      Traceback (most recent call last):
+      resnet_jax.errors.DataError: data.name = 'tfds:../secret': must be tfds:NAME, \
+tfds:NAME/CONFIG or tfds:NAME:VERSION
+    """
+    found = _NAME.fullmatch(name)
+    if not found:
+        reason = "must be tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION"
+        raise fault("data.name", f"tfds:{name}", reason)
+    return found["base"], found["version"] or ""
+
+
+def is_known(name: str) -> bool:
+    """Whether TFDS has a builder of this NAME[/CONFIG]; asks no network."""
+    return name.partition("/")[0] in _tfds_names()
+
+
+def _tfds_names() -> list[str]:
+    return import_tfds().core.load.list_builders(with_community_datasets=False)
+
+
+def find_prepared(name: str, data_dir: str) -> Path:
+    """Finds a prepared TFDS data set; the highest version unless one is named.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION], without "tfds:".
+      data_dir: As in `data.data_dir`.
+
+    Returns:
+      The folder with dataset_info.json.
+
+    Raises:
+      DataError: There is none.
+
+    Example:
+      >>> find_prepared("fashion_mnist", "/nowhere")
+      Traceback (most recent call last):
+      resnet_jax.errors.DataError: data.name = 'tfds:fashion_mnist': not prepared in \
+data.data_dir = '/nowhere'; run: python -m resnet_jax prepare fashion_mnist --data_dir=/nowhere
+    """
+    base, version = split_name(name)
+    root = tfds_root(data_dir)
+    place = f"data.data_dir = {str(root)!r}"
+    hint = f"run: python -m resnet_jax prepare {name} --data_dir={root}"
+    folder = root / base
+    entries = _listed(folder)
+    # TFDS writes into incomplete.RANDOM_VERSION and renames it when all is there.
+    finished = [each for each in entries if not each.startswith("incomplete.")]
+    found = [each for each in finished if (folder / each / "dataset_info.json").exists()]
+    if version in found:
+        return folder / version
+    if found and not version:
+        return folder / max(found, key=_version_key)
+    if found:
+        reason = f"{place} has no version {version} of it, only {', '.join(sorted(found))}"
+    elif finished != entries:
+        reason = f"half-prepared in {place} (preparing still runs, or was interrupted); {hint}"
+    elif configs := [each for each in entries if _has_version(folder / each)]:
+        reason = f"has configurations in {place}; choose one, such as tfds:{base}/{configs[0]}"
+    elif not is_known(base):
+        close = difflib.get_close_matches(base.partition("/")[0], _tfds_names(), n=3)
+        guess = f"; did you mean {' or '.join(close)}?" if close else ""
+        reason = f"neither prepared in {place} nor known to TFDS{guess}"
+    else:
+        reason = f"not prepared in {place}; {hint}"
+    raise fault("data.name", f"tfds:{name}", reason)
+
+
+def prepared_configs(name: str, data_dir: str) -> list[str]:
+    """The configurations of a TFDS data set that are prepared.
+
+    Args:
+      name: NAME, without "tfds:".
+      data_dir: As in `data.data_dir`.
+
+    Returns:
+      NAME/CONFIG each, sorted.
+
+    Example:
+      >>> prepared_configs("imagenet2012_corrupted", "/nowhere")
+      []
+    """
+    folder = tfds_root(data_dir) / name
+    return [f"{name}/{each}" for each in _listed(folder) if _has_version(folder / each)]
+
+
+def _listed(folder: Any) -> list[str]:
+    try:
+        return sorted(each.name for each in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise fault("data.data_dir", str(folder), error.strerror or error) from error
+
+
+def _has_version(folder: Any) -> bool:
+    return folder.is_dir() and any((e / "dataset_info.json").exists() for e in folder.iterdir())
+
+
+def _version_key(version: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdecimal() else -1 for part in version.split("."))
+
+
+def missing_shards(infos: Iterable[Any]) -> list[str]:
+    """Names of the files that a split needs and that are not there.
+
+    Args:
+      infos: TFDS's descriptions of splits.
+
+    Returns:
+      File names, sorted.
+
+    Example:
+      >>> missing_shards([])
+      []
+    """
+    paths = {path for info in infos for path in info.filepaths}
+    return sorted(path.name for path in paths if not path.is_file())
+
+
+def open_prepared(folder: Path, name: str) -> Any:
+    """Opens a prepared data set, whoever prepared it.
+
+    Args:
+      folder: With dataset_info.json and features.json.
+      name: As in `data.name`, for messages.
+
+    Returns:
+      TFDS's read-only builder.
+
+    Raises:
+      DataError: A description is missing, damaged or very old, names a class that is not one of
+        TFDS, or files outside of the folder.
+    """
+
+    def unreadable(error: Exception) -> DataError:
+        reason = f"cannot read its description in {folder} ({one_line(error)})"
+        return fault("data.name", name, reason)
+
+    tfds = import_tfds()
+    try:
+        _check_files(folder)
+        reason = _fault_of(json.loads((folder / "features.json").read_text()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(error) from error
+    if reason:
+        raise fault("data.name", name, f"{folder / 'features.json'} {reason}, and is not loaded")
+    with library_errors(unreadable):
+        builder = tfds.builder_from_directory(folder)
+        paths = [path for split in builder.info.splits.values() for path in split.filepaths]
+    outside = [path for path in paths if _parent(path) != _parent(folder / "x")]
+    if outside:
+        raise fault("data.name", name, f"its file {outside[0]} lies outside of {folder}")
+    return builder
+
+
+def _check_files(folder: Path) -> None:
+    """Raises OSError unless what TFDS reads at once is regular and small."""
+    if "://" in str(folder):  # in a bucket, whose objects are always regular
+        return
+    for name in os.listdir(folder):
+        if not any(kind in name for kind in _RECORDS):  # these are read piece by piece
+            open_regular(folder / name, _LARGEST_DESCRIPTION).close()
+
+
+def _parent(path: Any) -> str:
+    folder = str(path.parent)
+    return folder if "://" in folder else os.path.realpath(folder)
+
+
+def _fault_of(description: Any) -> str:
+    """What is wrong with a features.json, which may hold JSON inside of strings; "" if nothing."""
+    if isinstance(description, list):
+        return next(filter(None, map(_fault_of, description)), "")
+    if not isinstance(description, dict):
+        return ""
+    for key, value in description.items():
+        if "/" in key:  # a feature's name is part of a file's
+            return f"has a feature with the name {key!r}"
+        if key in _CLASS_KEYS and not isinstance(value, dict | list):
+            if not isinstance(value, str) or not _TFDS_FEATURE.fullmatch(value):
+                return f"names the class {value!r}, which is not one of TFDS"
+        elif key in _PATHS and isinstance(value, str):
+            return f"names the file {value!r}"
+        elif key in _COUNTS and not isinstance(value, dict) and int(value or 0) > MAX_CLASSES:
+            return f"has {value} classes, of which {MAX_CLASSES:,} are the most"
+        if reason := _fault_of(json.loads(value) if _is_json(key, value) else value):
+            return reason
+    return ""
+
+
+def _is_json(key: str, value: Any) -> bool:
+    return key == "json" and isinstance(value, str)
+
+
+def prepare_digits(data_dir: str) -> Path:
+    """Prepares scikit-learn's digits as a TFDS data set, unless they are there.
+
+    Args:
+      data_dir: As in `data.data_dir`.
+
+    Returns:
+      The data set's folder.
+
+    Raises:
+      DataError: scikit-learn is missing, the folder cannot be written, or what is there is not
+        whole.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     prepare_digits(folder).relative_to(folder).as_posix()
+      'digits/1.0.0'
+    """
+    import_tfds()
+    root = tfds_root(data_dir)
+    from resnet_jax.data.sources import digits
+
+    folder: Any = root / "digits" / digits.VERSION
+    try:
+        if not folder.exists():
+            with importing("data.name = 'digits'", DataError):
+                digits.prepare(root)
+    except OSError as error:
+        # Another process may have been faster; renaming onto its folder fails.
+        if not folder.exists():
+            reason = f"cannot write the digits there ({error.strerror or error})"
+            raise fault("data.data_dir", str(root), reason) from error
+    # It may be anyone's folder, so nothing in it is replaced.
+    whole = (folder / "dataset_info.json").exists()
+    if not whole or missing_shards(open_prepared(folder, "digits").info.splits.values()):
+        reason = f"the digits in {folder} are not whole; move that folder away"
+        raise fault("data.data_dir", str(root), reason)
+    return folder

@@ -1,0 +1,1 @@
+"""How the models are computed fast: formulas by platform."""

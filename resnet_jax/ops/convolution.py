@@ -1,0 +1,214 @@
+"""Convolution, by the formula that is fastest on the platform it is compiled for.
+
+All formulas give the same values and gradients up to rounding. On a TPU or GPU it is always XLA's
+convolution. On a CPU that one is slow in two places in float32, and both become matrix products:
+
+* a 1x1 convolution is one, forwards and backwards;
+* the gradient of a larger kernel is a convolution whose "kernel" is as large as the image. Written
+  as one product of (input, shifted by the kernel's rows) and (output gradient, shifted by the
+  kernel's columns), it is faster for most shapes of this family, up to three times.
+
+The choice is made when a program is lowered, so that one traced function can be compiled for
+several platforms. docs/performance.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from resnet_jax.ops.sharding import BATCH, over_batch
+
+# Networks repeat a layer many times. What is called through this is traced and differentiated once
+# for each set of shapes, which halves the time to trace the gradient of a ResNet; the program
+# stays the same.
+once_per_shape = functools.partial(jax.jit, inline=True)
+
+
+# How float32 numbers are multiplied, by JAX's names; None: as `jax.default_matmul_precision` says.
+Precision = lax.Precision | str | None
+PRECISIONS = ("default", "high", "highest")
+
+
+class ConvOptions(NamedTuple):
+    """How a square kernel moves over the image, and how precisely it is multiplied.
+
+    Padding keeps the image's size at stride 1. Every formula below and every derivative of it takes
+    these options whole, so that none multiplies with another precision than the others.
+    """
+
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    precision: Precision = None
+
+
+@functools.partial(once_per_shape, static_argnames="options")
+@over_batch(BATCH)
+def convolve(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
+    """Convolves images with a square kernel of odd side, padded symmetrically.
+
+    Args:
+      x: [N, H, W, C].
+      kernel: [side, side, C / groups, K], of the same type.
+      options: Stride, dilation, groups and precision.
+
+    Returns:
+      [N, ceil(H / stride), ceil(W / stride), K].
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
+      >>> convolve(x, kernel, ConvOptions(stride=2)).shape
+      (1, 4, 4, 16)
+    """
+    default = functools.partial(xla_convolution, options=options)
+    # A CPU's products of bfloat16 numbers are slower than XLA's convolution, which takes float32.
+    if options.groups > 1 or x.dtype != jnp.float32:
+        return default(x, kernel)
+    on_cpu = pointwise if kernel.shape[0] == 1 else convolution_with_product_gradient
+    return lax.platform_dependent(
+        x, kernel, cpu=functools.partial(on_cpu, options=options), default=default
+    )
+
+
+def xla_convolution(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
+    """`convolve` by XLA's own operation, on every platform."""
+    padding = options.dilation * (kernel.shape[0] - 1) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(options.stride, options.stride),
+        padding=((padding, padding), (padding, padding)),
+        rhs_dilation=(options.dilation, options.dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=options.groups,
+        precision=options.precision,
+    )
+
+
+def pointwise(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
+    """`convolve` for a 1x1 kernel: one matrix product over all positions."""
+    if options.stride > 1:
+        # lax.slice, because x[:, ::stride] has another formula for a symbolic size (jax.export).
+        strides = (1, options.stride, options.stride, 1)
+        x = lax.slice(x, (0, 0, 0, 0), x.shape, strides)
+    return _product(x, kernel[0, 0], options.precision)
+
+
+# A rule for tangents, not for gradients: JAX transposes it, and so every kind of derivative
+# (forward, reverse, any mix of them) stays possible.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def convolution_with_product_gradient(
+    x: jax.Array, kernel: jax.Array, options: ConvOptions
+) -> jax.Array:
+    """`convolve` by XLA's operation; only the gradient of the kernel is a matrix product."""
+    return xla_convolution(x, kernel, options)
+
+
+@convolution_with_product_gradient.defjvp
+def _tangent(
+    options: ConvOptions,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = primals
+    x_tangent, kernel_tangent = tangents
+    by_x = convolution_with_product_gradient(x_tangent, kernel, options)
+    by_kernel = convolution_by_product(x, kernel_tangent, options)
+    return convolution_with_product_gradient(x, kernel, options), by_x + by_kernel
+
+
+def convolution_by_product(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
+    """`convolve` as one matrix product, made for what its transpose is: the kernel's gradient.
+
+    A kernel of side k at stride s reads k rows and k columns of the image for every output. The
+    rows are gathered into channels before the product. Columns are dealt with after it: s
+    neighbouring columns are one position with s times the channels, and a column of the kernel
+    is one of these s groups of channels (`phase`) of a position `shift` to the side. The product
+    makes one output for every shift; they are moved into place and added.
+
+    Args:
+      x: [N, H, W, C].
+      kernel: [k, k, C, K].
+      options: As for `convolve`; groups must be 1.
+
+    Returns:
+      [N, ceil(H / s), ceil(W / s), K].
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+      >>> convolution_by_product(x, kernel, ConvOptions())[0, 0, :, 0].tolist()
+      [4.0, 6.0, 6.0, 4.0]
+    """
+    side, _, channels, features = kernel.shape
+    stride, dilation = options.stride, options.dilation
+    batch, height, width, _ = x.shape
+    rows, columns = -(-height // stride), -(-width // stride)
+
+    reach = dilation * (side - 1) // 2
+    x = jnp.pad(x, ((0, 0), (reach, reach), (0, columns * stride - width), (0, 0)))
+    last = stride * (rows - 1) + 1
+    taps = [x[:, start : start + last : stride] for start in range(0, 2 * reach + 1, dilation)]
+    x = _concatenate_channels(taps)  # [N, H / s, W, k C]
+    x = x.reshape(batch, rows, columns, stride * side * channels)
+
+    # {(shift, phase): column of the kernel}
+    places = {divmod(column * dilation - reach, stride): column for column in range(side)}
+    shifts = sorted({shift for shift, _ in places})
+    absent = jnp.zeros((side, channels, features), kernel.dtype)
+    by_shift = [
+        jnp.stack(
+            [
+                kernel[:, places[shift, phase]] if (shift, phase) in places else absent
+                for phase in range(stride)
+            ]
+        ).reshape(stride * side * channels, features)
+        for shift in shifts
+    ]
+    matrix = jnp.concatenate(by_shift, axis=1)
+    y = _product(x, matrix, options.precision)  # [N, H / s, W / s, shifts K]
+    # An output takes what lies `shift` positions to its right.
+    parts = [y[..., start : start + features] for start in range(0, y.shape[-1], features)]
+    return functools.reduce(
+        jnp.add,
+        (
+            lax.pad(part, jnp.zeros((), y.dtype), (_KEEP, _KEEP, (-shift, shift, 0), _KEEP))
+            for shift, part in zip(shifts, parts, strict=True)
+        ),
+    )
+
+
+_KEEP = (0, 0, 0)  # lax.pad: nothing before, after or between
+
+
+def _concatenate_channels(parts: list[jax.Array]) -> jax.Array:
+    """Equal arrays [..., C] -> [..., len(parts) C].
+
+    As a sum of padded arrays, which XLA makes a faster loop of than of a concatenation.
+    """
+    channels, zero = parts[0].shape[-1], jnp.zeros((), parts[0].dtype)
+    return functools.reduce(
+        jnp.add,
+        (
+            lax.pad(
+                part,
+                zero,
+                (_KEEP, _KEEP, _KEEP, (index * channels, (len(parts) - 1 - index) * channels, 0)),
+            )
+            for index, part in enumerate(parts)
+        ),
+    )
+
+
+def _product(x: jax.Array, matrix: jax.Array, precision: Precision) -> jax.Array:
+    """[N, H, W, C] x [C, K] -> [N, H, W, K].
+
+    Two-dimensional on purpose: XLA transposes the larger operand of the gradient of a product
+    with more dimensions, in memory.
+    """
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, precision=precision)
+    return y.reshape(*x.shape[:-1], matrix.shape[-1])

@@ -1,0 +1,271 @@
+"""The metrics of steps that may still be running, and traces of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from resnet_jax.config.schema import Config, profile_steps
+from resnet_jax.errors import ConfigError, DivergedError, one_line
+from resnet_jax.workdirs.metric_writers import MetricWriters
+from resnet_jax.workdirs.records import LARGEST_STEP, TRAINING, is_number
+
+# Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
+_IN_FLIGHT = 2
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Of the steps since the last record; a checkpoint carries them to the next start."""
+
+    steps: int = 0
+    totals: dict[str, float] = dataclasses.field(default_factory=dict)
+    learning_rate: float = 0.0  # of the last of them
+    skipped: int = 0
+    skipped_in_a_row: int = 0  # up to now
+    skipped_in_all: int = 0  # since the run began
+
+    @classmethod
+    def of(cls, carried: dict[str, Any]) -> _Sums:
+        """What a checkpoint carries, which someone else may have written."""
+        if not _is_carried(carried):
+            raise ConfigError("the checkpoint's progress.json has no records of ours; restore it")
+        return cls(**carried)
+
+    def add(self, values: dict[str, float]) -> None:
+        """A step that was taken."""
+        self.steps += 1
+        # One by one, so that a restart in between changes no rounding.
+        self.totals = {name: self.totals.get(name, 0.0) + x for name, x in values.items()}
+        self.learning_rate = values["learning_rate"]
+        self.skipped_in_a_row = 0
+
+    def skip(self) -> None:
+        """A step whose values are no numbers."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.skipped_in_all += 1
+
+    def means(self) -> dict[str, float]:
+        means = {name: total / self.steps for name, total in self.totals.items()}
+        return {**means, "learning_rate": self.learning_rate}
+
+    def next(self) -> _Sums:
+        """After a record: only what counts over several of them is kept."""
+        return _Sums(skipped_in_a_row=self.skipped_in_a_row, skipped_in_all=self.skipped_in_all)
+
+
+def _is_carried(carried: dict[str, Any]) -> bool:
+    counts = {**carried}
+    totals, rate = counts.pop("totals", {}), counts.pop("learning_rate", 0.0)
+    return (
+        carried.keys() <= {field.name for field in dataclasses.fields(_Sums)}
+        and isinstance(totals, dict)
+        and all(map(is_number, [*totals.values(), rate]))
+        and all(type(count) is int and 0 <= count <= LARGEST_STEP for count in counts.values())
+    )
+
+
+class _Clock:
+    """The rate of the steps since a moment, from the times at which calls are complete.
+
+    Calls that wait for the compiler count only where there are no others.
+    """
+
+    def __init__(self, since: float) -> None:
+        self.completed = since
+        self._all = self._compiled = (0, 0.0)  # steps and seconds
+
+    def add(self, steps: int, completed: float, compiles: bool) -> None:
+        """Counts a call that is complete at a time."""
+        call = steps, completed - self.completed
+        self._all = self._all[0] + call[0], self._all[1] + call[1]
+        if compiles:
+            self._compiled = self._compiled[0] + call[0], self._compiled[1] + call[1]
+        self.completed = completed
+
+    def steps_per_second(self) -> float:
+        steps, seconds = self._all
+        if steps > self._compiled[0]:
+            steps, seconds = steps - self._compiled[0], seconds - self._compiled[1]
+        return steps / seconds
+
+
+class MetricAccumulator:
+    """Averages the metrics of steps into records; reads them late, so that no device waits.
+
+    A thread waits for each call and notes when it is complete. Rates come from these times: the
+    loop itself may learn of several calls at once, long after they ended.
+
+    Args:
+      config: The configuration of the run.
+      steps_per_epoch: May be a fraction.
+      telemetry: Where records go.
+      done: Completed steps.
+      divergence: Makes the message of a DivergedError: of what was not a number, the step, and how
+        many were skipped.
+      carried: What `carried` gave at the step where this start begins.
+      peak_share: Share of the devices' peak FLOP/s that one image a second takes; 0: not known,
+        and records have no "mfu".
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        steps_per_epoch: float,
+        writers: MetricWriters,
+        done: int,
+        divergence: Callable[[str, int, int], str],
+        carried: dict[str, Any] | None = None,
+        peak_share: float = 0.0,
+    ) -> None:
+        self._config = config
+        self._steps_per_epoch = steps_per_epoch
+        self._telemetry = writers
+        self._divergence = divergence
+        self._peak_share = peak_share
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._pending: deque[tuple[int, Any, Future[float]]] = deque()
+        self._sums = _Sums.of(carried or {})
+        self._done = done
+        self.stop = False  # whether a process of the run has asked to stop
+        self._clock = _Clock(time.monotonic())
+        self._compiled: set[int] = set()  # numbers of steps for which there is a program
+
+    def add(self, done: int, metrics: Any) -> None:
+        """Takes the metrics of a call that may still be running: of a step, or [steps]."""
+        self._pending.append((done, metrics, self._waiter.submit(_completion_time, metrics)))
+        while len(self._pending) > _IN_FLIGHT:
+            self._read_one()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._waiter.shutdown(wait=False, cancel_futures=True)
+
+    def flush(self) -> None:
+        """Waits for all steps and writes what is left over as a record.
+
+        Raises:
+          DivergedError: Of all steps of the run more were skipped than taken. A run too short to
+            skip train.max_skipped in a row is not to end as if it had trained.
+        """
+        self._read_all()
+        if self._sums.skipped_in_all > self._done / 2:
+            raise self._diverged()
+        if self._sums.steps:
+            self._write()
+
+    def carried(self) -> dict[str, Any]:
+        """Waits for all steps and gives what the next record has so far, to go on from it.
+
+        So which records there are does not depend on when a run was saved or stopped.
+        """
+        self._read_all()
+        return dataclasses.asdict(self._sums)
+
+    def restart(self) -> None:
+        """Starts the clock again after an evaluation."""
+        self._clock = _Clock(time.monotonic())
+
+    def _read_all(self) -> None:
+        while self._pending:
+            self._read_one()
+
+    def _read_one(self) -> None:
+        done, metrics, completion = self._pending.popleft()
+        completed = completion.result()
+        arrays = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
+        steps = len(arrays["loss"])
+        self._clock.add(steps, completed, compiles=steps not in self._compiled)
+        self._compiled.add(steps)
+        self.stop |= bool(arrays.pop("stop", np.zeros(1))[0])
+        for index in range(steps):
+            values = {name: float(x[index]) for name, x in arrays.items()}
+            self._take(done - steps + 1 + index, values)
+
+    def _take(self, done: int, values: dict[str, float]) -> None:
+        self._done = done
+        if values.pop("skipped"):  # its other values are no numbers
+            self._sums.skip()
+            if self._sums.skipped_in_a_row > self._config.train.max_skipped:
+                raise self._diverged()
+        else:
+            self._sums.add(values)
+            self._telemetry.watch(values)
+        if done % self._config.log.every_steps == 0 and self._sums.steps:
+            self._write()
+
+    def _diverged(self) -> DivergedError:
+        what = "training loss, or what would come of its gradients,"
+        return DivergedError(self._divergence(what, self._done, self._sums.skipped_in_all))
+
+    def _write(self) -> None:
+        images_per_second = self._clock.steps_per_second() * self._config.train.batch_size
+        record: dict[str, Any] = {"step": self._done, "split": "train", "kind": TRAINING}
+        record |= self._sums.means()
+        record["epoch"] = self._done / self._steps_per_epoch
+        record["images_per_second"] = images_per_second
+        record["skipped"] = self._sums.skipped
+        if self._peak_share:
+            record["mfu"] = images_per_second * self._peak_share
+        self._telemetry.record(record)
+        self._sums = self._sums.next()
+        self._clock = _Clock(self._clock.completed)
+
+
+def _completion_time(metrics: Any) -> float:
+    jax.block_until_ready(metrics)
+    return time.monotonic()
+
+
+class Trace:
+    """Writes a trace of the steps that log.profile names; a run without one goes on.
+
+    Args:
+      config: The configuration of the run.
+      workdir: Its folder.
+      say: Takes a line for the person who watches.
+    """
+
+    def __init__(self, config: Config, workdir: Path, log: Callable[[str], None]) -> None:
+        wanted = config.log.profile and jax.process_index() == 0
+        self._steps = profile_steps(config.log.profile) if wanted else None
+        self._folder = str(workdir / "profile")
+        self._running = False
+        self._say = log
+
+    def before(self, done: int) -> None:
+        """Starts the trace when the next step is its first."""
+        if self._steps and done == self._steps[0]:
+            with self._or_say():
+                jax.profiler.start_trace(self._folder)
+                self._running = True
+
+    def after(self, done: int, metrics: Any) -> None:
+        """Ends the trace after its last step."""
+        if self._running and self._steps and done >= self._steps[1]:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is still running."""
+        if self._running:
+            self._running = False
+            with self._or_say():  # this is where it is written
+                jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def _or_say(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            self._say(f"log.profile: no trace: {one_line(error)}")

@@ -1,0 +1,162 @@
+"""The evaluations of a run: which state is the best, and whether the run still improves.
+
+All of it follows from the evaluation records in metrics.jsonl, so a run that resumes decides as
+one that was never interrupted. A state is saved before it is evaluated and is never rewritten, so
+its metrics are in that file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.config.schema import MEASURES, Config
+from resnet_jax.errors import ConfigError
+from resnet_jax.workdirs.records import Record, is_number, read_evaluations
+from resnet_jax.workdirs.workdir import read_json
+
+# The name of the moving average in records, and that of the parameters, which do not say it.
+EMA, RAW = "ema", ""
+Metrics = Mapping[str, Any]
+
+
+class Evaluations:
+    """The metrics of evaluated states.
+
+    An evaluation is complete when all weights of the state have been measured: the parameters and,
+    in a run that has one, their moving average. The moving average then stands for the state.
+
+    Args:
+      metric: One of `MEASURES`, by which states are compared.
+      split: Evaluated split; records of another one do not count.
+      ema: Whether states have a moving average.
+
+    Example:
+      >>> evaluations = Evaluations("loss", "test", ema=False)
+      >>> for step, loss in ((10, 0.9), (20, 0.4), (30, 0.5)):
+      ...     evaluations.add({"step": step, "split": "test", "loss": loss})
+      >>> evaluations.best, evaluations.since_improved(), evaluations.missing(40)
+      (20, 1, [''])
+    """
+
+    def __init__(self, metric: str = "top1", split: str = "test", ema: bool = False) -> None:
+        self.metric = metric
+        self.weights = [RAW, EMA] if ema else [RAW]
+        self._split = split
+        self._found: dict[int, dict[str, dict[str, float]]] = {}  # step -> weights -> metrics
+
+    @classmethod
+    def of(cls, config: Config) -> Evaluations:
+        """Of a run that has not been evaluated yet."""
+        return cls(
+            config.checkpoint.best_metric, config.data.eval_split, config.train.ema_decay > 0
+        )
+
+    @classmethod
+    def of_workdir(cls, workdir: Path) -> Evaluations:
+        """Of a run on disk, which may be another version's.
+
+        Raises:
+          ConfigError: config.json or metrics.jsonl cannot be read.
+        """
+        path = workdir / "config.json"
+        stored = read_json(path) if path.exists() else {}
+        metric = _field(stored, "checkpoint", "best_metric", Config().checkpoint.best_metric)
+        if metric not in MEASURES:
+            raise ConfigError(
+                f"{path}: checkpoint.best_metric = {json.dumps(metric)[:100]}: must be one of "
+                f"{', '.join(MEASURES)}"
+            )
+        split = _field(stored, "data", "eval_split", Config().data.eval_split)
+        decay = _field(stored, "train", "ema_decay", Config().train.ema_decay)
+        found = cls(metric, split, is_number(decay) and decay > 0)
+        found.read(workdir / "metrics.jsonl")
+        return found
+
+    def read(self, path: Path, newest: float = math.inf) -> None:
+        """Adds the records of a metrics.jsonl, if there is one, up to a step.
+
+        Raises:
+          ConfigError: It cannot be read.
+        """
+        try:
+            records = read_evaluations(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); restore it") from error
+        for record in records:
+            if record["step"] <= newest:
+                self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Adds an evaluation record; one of step 0 does not count, which no state is saved of."""
+        weights = record.get("weights", RAW)
+        if record["step"] and record["split"] == self._split and weights in (RAW, EMA):
+            metrics = {name: record[name] for name in MEASURES if is_number(record.get(name))}
+            self._found.setdefault(record["step"], {})[weights] = metrics
+
+    def missing(self, step: int) -> list[str]:
+        """The weights of a state that have not been evaluated."""
+        return [each for each in self.weights if self.metrics(step, each) is None]
+
+    def metrics(self, step: int, weights: str) -> dict[str, float] | None:
+        """What was measured of the weights of a state; None: nothing."""
+        return self._found.get(step, {}).get(weights)
+
+    def score(self, step: int, stored: Metrics | None = None) -> float:
+        """How good a state is: the higher, the better; -inf where nobody knows.
+
+        Args:
+          step: Which.
+          stored: Its metrics where no evaluation of it is complete.
+        """
+        if not self.missing(step):
+            stored = self.metrics(step, self.weights[-1])
+        value: Any = stored.get(self.metric) if isinstance(stored, Mapping) else None
+        if not is_number(value):
+            return -math.inf
+        return -float(value) if self.metric == "loss" else float(value)
+
+    @property
+    def best(self) -> int | None:
+        """Step of the best state, the later of two that are as good; None: none was evaluated."""
+        return max(self._scored(), key=lambda step: (self.score(step), step), default=None)
+
+    @property
+    def best_value(self) -> float:
+        """The metric of the best state; NaN: none was evaluated."""
+        return math.nan if self.best is None else abs(self.score(self.best))
+
+    def since_improved(self, least: float = 0.0) -> int:
+        """Counts the evaluations since the last that was better than those before it.
+
+        Args:
+          least: It was, if it exceeded the best before it by more than this.
+        """
+        best, count = -math.inf, 0
+        for step in self._scored():
+            if self.score(step) > best + least:
+                best, count = self.score(step), 0
+            else:
+                count += 1
+        return count
+
+    def records(self, step: int) -> list[Record]:
+        """What `add` was given for a step, as far as it counts."""
+        found = self._found.get(step, {})
+        return [
+            {"step": step, "split": self._split, "weights": weights, **metrics}
+            for weights, metrics in found.items()
+        ]
+
+    def _scored(self) -> Collection[int]:
+        return [step for step in sorted(self._found) if self.score(step) > -math.inf]
+
+
+def _field(stored: Mapping[str, Any], section: str, name: str, default: Any) -> Any:
+    part = stored.get(section)
+    return part.get(name, default) if isinstance(part, dict) else default

@@ -1,0 +1,317 @@
+"""Configurations are checked before anything else, and every recipe passes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import zipfile
+from typing import get_type_hints
+
+import pytest
+
+import resnet_jax as rj
+from resnet_jax.cli import parser
+from resnet_jax.config import schema as c
+from resnet_jax.errors import ConfigError
+from resnet_jax.training.init_from import look_at_weights
+from tests.variables import random_variables
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.py"))
+
+
+def changed(name, value):
+    section, field = name.split(".")
+    config = c.Config()
+    setattr(getattr(config, section), field, value)
+    return config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe, tmp_path):
+    config, workdir = parser.parse_train_flags([f"--config={CONFIGS / recipe}"])
+    if not config.model.name:  # the weights say it
+        model = rj.ResNet20()
+        rj.save_weights(tmp_path / "w.npz", model, random_variables(model))
+        config.checkpoint.init_from = str(tmp_path / "w.npz")
+        config = look_at_weights(config).config
+    c.check(config)
+    assert workdir == pathlib.Path("runs") / recipe.removesuffix(".py")
+    text = (CONFIGS / recipe).read_text()
+    for part in ("Command: ", "Hardware: ", "Expected"):
+        assert part in text.split('"""')[1]
+
+
+def test_a_recipes_resize_is_not_kept_for_far_smaller_images():
+    flags = ["--config=imagenet_he2015", "--config.data.image_size=64"]
+    with pytest.raises(ConfigError, match=r"data.image_size = 64: .* data.eval_resize = 256 .*too"):
+        parser.parse_train_flags(flags)
+    given = "--config.data.eval_resize=256"
+    assert parser.parse_train_flags([*flags, given])[0].data.eval_resize == 256
+    flags[1] = "--config.data.image_size=192"
+    assert parser.parse_train_flags(flags)[0].data.eval_resize == 256
+
+
+@pytest.mark.parametrize("recipe", ["cifar10", "cifar100", "fashion_mnist"])
+@pytest.mark.parametrize("model", ["resnet20", "resnet56", "resnet110", "plain20", "plain56"])
+def test_models_of_a_recipe(recipe, model):
+    config, workdir = parser.parse_train_flags([f"--config={CONFIGS / recipe}.py:{model}"])
+    c.check(config)
+    assert config.model.name == model
+    assert workdir.name == f"{recipe}-{model}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("model.name", "resnet5O", "did you mean"),
+        ("model.num_classes", -1, "0 or more"),
+        ("model.dtype", "float8", "float32, bfloat16, float16"),
+        ("model.shortcut", "E", "A, B, C, D, none"),
+        ("model.bn_sync", "some", "none, all, group"),
+        ("model.bn_group_size", 2, "bn_sync = 'group'"),
+        ("model.zero_init_residual", "yes", "of type bool"),
+        ("data.name", "imagenet", "tfds:NAME"),
+        ("data.channels", 1025, "1, 3, or as many as"),
+        ("data.image_size", 0, "1 or more"),
+        ("data.crop", "five", "center, random_resized, scale_jitter"),
+        ("data.crop_area", (0.5, 0.1), "smaller first"),
+        ("data.crop_area", (0.5, 1.5), r"\(0, 1\]"),
+        ("data.crop_ratio", (1.0,), "two positive numbers"),
+        ("data.eval_resize", 8, "not be less than the evaluated side"),
+        ("data.memory_gib", -1.0, "0 or more"),
+        ("model.precision", "float32", "default, high, highest"),
+        ("augment.hue", 0.7, r"\[0, 0.5\]"),
+        ("augment.std", (0.2, 0.2, 0.2), "as many numbers as augment.mean"),
+        ("augment.std", (0.0,), "positive"),
+        ("optimizer.name", "adam", "sgd, lars, lamb, adamw"),
+        ("optimizer.momentum", 1.0, r"\[0, 1\)"),
+        ("optimizer.learning_rate", float("nan"), "of type finite float"),
+        ("schedule.boundaries", (0.7, 0.5), "growing shares"),
+        ("schedule.warmup_epochs", 99.0, "not be more than train.epochs"),
+        ("loss.name", "l1", "softmax, bce"),
+        ("train.epochs", 0.0, "more than 0"),
+        ("checkpoint.best_metric", "accuracy", "top1, top5, loss, map, f1"),
+        ("checkpoint.best_metric", "map", "needs data.multi_label; take top1, top5 or loss"),
+        ("train.batch_size", 1.5, "of type int"),
+        ("train.batch_size", True, "of type int"),
+        ("train.seed", -1, r"\[0, 2\^31\)"),
+        ("checkpoint.keep", 0, "1 or more"),
+        ("log.profile", "15:10", "FIRST:LAST"),
+    ],
+)
+def test_a_fault_names_field_value_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ConfigError, match=rf"{name} = {re.escape(repr(value))}: .*{allowed}"):
+        c.check(changed(name, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("data.image_size", 2**70, "must not be more than 2,147,483,647"),
+        ("data.eval_size", 8193, "0 or more, up to 8,192"),
+        ("data.eval_resize", 10**6, "0 or more, up to 8,192"),
+        ("data.jitter_sides", (256, 10**6), "pixels up to 8,192"),
+        ("data.threads", 10**6, "1 or more, up to 1,024"),
+        ("data.workers", 10**6, "up to 1,024"),
+        ("data.prefetch", 10**6, "up to 1,024"),
+        ("data.name", "folder:\0", "without NUL"),
+        ("data.data_dir", "\ud800", "text that a path may have"),
+        ("checkpoint.copy_to", "x" * 10**5, "text that a path may have"),
+        ("augment.std", (5e-324,), "1e-6 or more"),
+        ("augment.mean", (1e300,), "must not be more than 3.4e"),
+        ("augment.pad", 33, "not be more than data.image_size"),
+        ("augment.rand_layers", 10**6, "up to 100"),
+        ("model.num_classes", 10**9, "up to 10,000,000"),
+        ("optimizer.learning_rate", 10**30, "must not be more than 2,147,483,647"),
+        ("schedule.boundaries", tuple(n / 200 for n in range(1, 150)), "at most 100 growing"),
+        ("train.epochs", 1e308, "must not be more than 3.4e"),
+        ("train.batch_size", 2**24 + 1, "up to 16,777,216"),
+        pytest.param("train.seed", 10**5000, "thousands of digits: must not be mo", id="digits"),
+        ("log.profile", f"1:{'9' * 5000}", "must be text|FIRST:LAST"),
+    ],
+)
+def test_numbers_too_large_for_any_use(name, value, allowed):
+    with pytest.raises(ConfigError, match=rf"{name} = .*{allowed}") as caught:
+        c.check(changed(name, value))
+    assert len(str(caught.value)) < 500
+
+
+def test_all_faults_at_once():
+    config = c.Config(train=c.Train(epochs=-1.0, accumulate=0), data=c.Data(crop="five"))
+    with pytest.raises(ConfigError) as caught:
+        c.check(config)
+    for name in ("train.epochs", "train.accumulate", "data.crop"):
+        assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_field_is_documented():
+    for part in dataclasses.fields(c.Config):
+        section = part.default_factory
+        documented = re.findall(r"^  +(\w+): ", section.__doc__, re.MULTILINE)
+        assert [name for name in documented if name in get_type_hints(section)] == [
+            field.name for field in dataclasses.fields(section)
+        ]
+
+
+def test_differences_survive_json():
+    config = c.Config()
+    stored = json.loads(c.to_json(config))
+    assert c.differences(config, stored) == []
+    config.log.every_steps = 7  # changes no result
+    config.data.threads = 1
+    assert c.differences(config, stored) == []
+    config.augment.mean = (0.1,)
+    assert c.differences(config, stored) == ["augment.mean: [0.5] -> [0.1]"]
+
+
+def test_a_config_of_a_version_without_a_field_means_its_default():
+    stored = json.loads(c.to_json(c.Config()))
+    del stored["model"]["precision"]
+    assert c.from_json(json.dumps(stored)) == c.Config()
+    assert c.differences(c.Config(), stored) == []
+    exact = c.Config(model=c.Model(precision="highest"))
+    assert c.differences(exact, stored) == ["model.precision: 'default' -> 'highest'"]
+    del stored["model"]  # no version wrote such a file
+    assert c.differences(c.Config(), stored)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config=cifar10:resnet56"],
+        ["--config=configs/cifar10.py:resnet56"],
+        ["--config", "cifar10.py:resnet56"],
+    ],
+)
+def test_a_recipe_by_its_name_from_any_folder(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, workdir = parser.parse_train_flags(["--config.train.steps=3", *flags])
+    assert (config.model.name, config.train.steps) == ("resnet56", 3)
+    assert str(workdir) == "runs/cifar10-resnet56"
+
+
+def test_a_file_comes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").write_text(
+        "from resnet_jax.config.schema import Config, Train\n"
+        "get_config = lambda: Config(train=Train(seed=7))\n"
+    )
+    assert parser.parse_train_flags(["--config=configs/digits.py"])[0].train.seed == 7
+    assert parser.parse_train_flags(["--config=digits"])[0].train.seed == 0
+
+
+def test_a_recipe_in_a_folder():
+    config, _ = parser.parse_train_flags(["--config=degradation/fashion_mnist:plain20"])
+    assert config.model.name == "plain20"
+
+
+@pytest.mark.parametrize("name", ["../setup", "configs/../../x", ".", ""])
+def test_a_name_that_is_no_recipe(name, capsys):
+    assert parser.main(["train", f"--config={name}"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_from_any_folder(tmp_path):
+    """As after `pip install resnet_jax`: no checkout, and nothing but the package."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={tmp_path}"]
+    if subprocess.run([*pip, str(ROOT)], capture_output=True).returncode:
+        pytest.skip("pip cannot build a wheel here; it needs hatchling")
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "here").mkdir()
+    flags = ["--config=digits", "--config.train.steps=2", "--config.log.report=false"]
+    for command in (
+        ["train", "--help"],
+        ["train", "--config=cifar10", "--help"],
+        ["train", *flags],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "resnet_jax", *command],
+            cwd=tmp_path / "here",
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here/runs/digits/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.trian.epochs=3", r"unknown field 'trian\.epochs'.*'train\.epochs'"),
+        ("--config=nope.py", r"--config=nope\.py: no such file; there are configs/"),
+        ("--config.train.epochs=abc", "train.epochs = 'abc': must be a number"),
+        ("--config.train.batch_size=1.5", r"train.batch_size = '1\.5': must be a whole number"),
+        ("--config.augment.flip=maybe", "augment.flip = 'maybe': must be true or false"),
+        ("--wrkdir=x", "workdir"),
+        ("epochs=3", "--config.FIELD=VALUE"),
+    ],
+)
+def test_bad_flags_end_with_one_line(flag, message, capsys):
+    assert parser.main(["train", flag]) == 2
+    captured = capsys.readouterr()
+    assert re.search(rf"^error: .*{message}", captured.err)
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_flags_come_in_any_order():
+    arguments = ["--config.train.epochs=3", "--config=configs/finetune.py:folder:/a/b"]
+    config, workdir = parser.parse_train_flags(arguments)
+    assert (config.train.epochs, config.data.name) == (3.0, "folder:/a/b")
+    assert str(workdir) == "runs/finetune-folder-a-b"
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("def get_config(:", "SyntaxError|invalid syntax"),
+        ("def get_config():\n    return undefined", "undefined"),
+        (
+            "from resnet_jax.config.schema import Train\nget_config = lambda: Train(batch=3)",
+            "batch",
+        ),
+        ("x = 1", "get_config"),
+        ("def get_config():\n    return {}", "does not return a"),
+    ],
+)
+def test_a_faulty_configuration_file(program, message, tmp_path, capsys, monkeypatch):
+    # The library runs each file in one module of this name; a process loads only one.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    path = tmp_path / "mine.py"
+    path.write_text(program)
+    assert parser.main(["train", f"--config={path}"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"^error: --config=.*mine\.py: .*({message})", error)
+    assert error.count("\n") == 1
+    assert len(error) < 300
+
+
+def test_shortcut_as_help_shows_it():
+    config, _ = parser.parse_train_flags(["--config.model.shortcut=None"])
+    assert config.model.shortcut is None
+
+
+def test_help_lists_every_field(capsys):
+    assert parser.main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--config.{name}=" in printed for name in c.to_flat(c.Config()))
+
+
+def test_errors_hold_no_codes_for_a_terminal(capsys):
+    assert parser._fail(ConfigError("no \x1b]0;title\x07 of\nours"), 2) == 2
+    assert capsys.readouterr().err == "error: no \\x1b]0;title\\x07 of ours\n"
+
+
+def test_help_says_that_a_configuration_is_a_program(capsys):
+    assert parser.main(["train", "--help"]) == 0
+    assert "run as Python code" in " ".join(capsys.readouterr().out.split())
