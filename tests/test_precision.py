@@ -13,6 +13,7 @@ from jax import lax
 import resnet_jax as rj
 from resnet_jax.config import schema as c
 from resnet_jax.config.model import make_model
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel
 from resnet_jax.errors import ModelError
 from resnet_jax.evaluation.metrics import make_evaluation_step
@@ -256,7 +257,7 @@ def test_highest_reaches_the_evaluation(platform, tiny_model):
         "labels": jax.ShapeDtypeStruct((1, 4), np.int32),
         "weights": jax.ShapeDtypeStruct((1, 4), np.float32),
     }
-    step = make_evaluation_step(model, config.augment, flip=True)
+    step = make_evaluation_step(model, Preprocessing.from_config(config), flip=True)
     found = float32_products(step, variables, batch, platform)
     assert len(found) >= 2 * 4
     assert {"HIGHEST"} == set().union(*(levels for levels, _ in found))

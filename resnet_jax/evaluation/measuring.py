@@ -131,7 +131,7 @@ class Evaluator:
         if key not in self._steps:
             self._steps[key] = make_measuring_step(
                 self.network.model,
-                self.network.colours,
+                self.network.preprocessing,
                 self.views,
                 self.size,
                 classes.outputs,

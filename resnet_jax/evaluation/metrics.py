@@ -17,8 +17,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from resnet_jax.config.schema import Augment
-from resnet_jax.data.augment.apply import normalize
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed.data_parallel import shard_batch
 from resnet_jax.errors import DataError
 from resnet_jax.evaluation.multi_label import Scores
@@ -29,13 +28,13 @@ Sums = dict[str, Any]
 
 
 def make_evaluation_step(
-    model: ResNet, config: Augment, flip: bool = False
+    model: ResNet, preprocessing: Preprocessing, flip: bool = False
 ) -> Callable[[Any, dict[str, jax.Array]], Sums]:
     """The evaluation step of one device of the axis "batch".
 
     Args:
       model: The network.
-      config: With the mean and standard deviation that images are normalised by.
+      preprocessing: How images are normalized.
       flip: Average the logits of each image and its mirror image.
 
     Returns:
@@ -44,7 +43,7 @@ def make_evaluation_step(
       [N, classes]: the "logits", "labels" and "weights" of the whole batch.
     """
 
-    predict = make_logits(model, config, flip)
+    predict = make_logits(model, preprocessing, flip)
 
     def step(variables: Any, batch: dict[str, jax.Array]) -> Sums:
         logits = predict(variables, batch["images"])
@@ -62,13 +61,13 @@ def gather(arrays: Mapping[str, jax.Array], names: Sequence[str]) -> dict[str, j
 
 
 def make_logits(
-    model: ResNet, config: Augment, flip: bool = False
+    model: ResNet, preprocessing: Preprocessing, flip: bool = False
 ) -> Callable[[Any, jax.Array], jax.Array]:
     """What a network makes of uint8 images.
 
     Args:
       model: The network.
-      config: With the mean and standard deviation that images are normalised by.
+      preprocessing: How images are normalized.
       flip: Average the logits of each image and its mirror image.
 
     Returns:
@@ -76,7 +75,7 @@ def make_logits(
     """
 
     def predict(variables: Any, images: jax.Array) -> jax.Array:
-        images = normalize(images, config)
+        images = preprocessing.normalize(images)
         apply = functools.partial(model.apply, variables, train=False)
         logits = jnp.asarray(apply(images))
         if flip:

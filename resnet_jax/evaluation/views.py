@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from resnet_jax.config.schema import Augment
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel
 from resnet_jax.evaluation.metrics import (
     Sums,
@@ -63,7 +63,7 @@ def default_scales(image_size: int) -> tuple[int, ...]:
 
 def make_measuring_step(
     model: ResNet,
-    colours: Augment,
+    preprocessing: Preprocessing,
     views: str,
     side: int,
     outputs: np.ndarray | None = None,
@@ -74,7 +74,7 @@ def make_measuring_step(
 
     Args:
       model: The network.
-      colours: With the mean and standard deviation that images are normalised by.
+      preprocessing: How images are normalized.
       views: One of `VIEWS`.
       side: Of a crop in pixels, for ten_crop.
       outputs: The network's outputs that compete; None: all.
@@ -87,7 +87,7 @@ def make_measuring_step(
       and measures. With multi_label there are no sums, and each image has its "logits", "labels"
       and "weight". A batch is of the host's arrays: {"images", "labels", "weights"}.
     """
-    predict = make_logits(model, colours, flip=views == "flip")
+    predict = make_logits(model, preprocessing, flip=views == "flip")
 
     def compete(variables: Any, images: jax.Array) -> jax.Array:
         logits = predict(variables, images)

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ExportError, ModelError, WeightsError, importing, unknown_name
 from resnet_jax.export.image_sizes import ImageSizes, parse_image_sizes
 from resnet_jax.files import new_folder, sync
 from resnet_jax.inference.writers import explained, special_file
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.pretrained import Preprocessing
 from resnet_jax.weights.source import Network
 
 FORMATS = ("stablehlo", "hub", "onnx")

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ExportError, importing, library_errors
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.summary import summary
 from resnet_jax.terminal import json_text, visible
 from resnet_jax.weights.files import save_weights
 from resnet_jax.weights.naming import schemes_for
-from resnet_jax.weights.preprocessing import Preprocessing
 from resnet_jax.weights.source import Network
 from resnet_jax.workdirs.records import is_training, read_records
 

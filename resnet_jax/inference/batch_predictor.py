@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from resnet_jax.config.schema import INTERPOLATIONS
-from resnet_jax.data.augment.apply import normalize
 from resnet_jax.distributed.data_parallel import parallel_outputs, replicate, shard_batch
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError
@@ -31,7 +30,7 @@ class BatchPredictor:
 
     Args:
       network: The network.
-      function: (variables, normalised images [N, S, S, C]) -> outputs [N, ...].
+      function: (variables, normalized images [N, S, S, C]) -> outputs [N, ...].
       batch_size: Images at a time; 0: as many as are fast. Rounded up to a multiple of the
         devices.
 
@@ -43,7 +42,7 @@ class BatchPredictor:
 
     Example:
       >>> import jax.numpy as jnp, resnet_jax as rj
-      >>> from resnet_jax.weights.pretrained import Preprocessing
+      >>> from resnet_jax.data.preprocessing import Preprocessing
       >>> network = Network("", "", rj.ResNet20(), {}, Preprocessing(image_size=2), 3, ())
       >>> mean = BatchPredictor(network, lambda variables, images: images.mean((1, 2, 3)))
       >>> [row.item() > 2 for row in mean([np.full((4, 4, 3), 255, np.uint8)])]
@@ -73,9 +72,9 @@ class BatchPredictor:
             (self.batch_size, self._side, self._side, network.channels),
             f"--batch_size={self.batch_size} of {self._side}x{self._side} pixels",
         )
-        colours = network.colours
+        normalize = network.preprocessing.normalize
         self._compiled = parallel_outputs(
-            lambda variables, images: function(variables, normalize(images, colours))
+            lambda variables, images: function(variables, normalize(images))
         )
         self._variables = replicate(network.variables)
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config.schema import to_flat
-from resnet_jax.data.augment.apply import normalize
 from resnet_jax.data.decode.decoding import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
 from resnet_jax.evaluation.result import ClassMeasures, Report
@@ -293,7 +292,7 @@ def _mistakes(predictions: Predictions) -> Section:
 
 def _explanations(network: Network, examples: Sequence[Example]) -> Section:
     pixels = _pixels(examples)
-    images = normalize(jnp.asarray(pixels), network.colours)
+    images = network.preprocessing.normalize(pixels)
     classes = jnp.array([example.predicted for example in examples])
     evidence = grad_cam(network.model, network.variables, images, classes)
     shares = integrated_gradients(network.model, network.variables, images, classes, steps=20)
@@ -324,7 +323,7 @@ def _filters(network: Network) -> Section:
 def _responses(networks: dict[str, tuple[Network, np.ndarray]]) -> Section:
     found = {}
     for title, (network, pixels) in networks.items():
-        images = normalize(jnp.asarray(pixels), network.colours)
+        images = network.preprocessing.normalize(pixels)
         found[title] = responses(network.model, network.variables, images)
     picture = Picture(
         "responses",
@@ -374,7 +373,7 @@ def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]
             raise ConfigError(f"--images: {path} cannot be read: {error.strerror}") from error
         except DataError as error:
             raise ConfigError(f"--images: {path}: {error}") from error
-        images = normalize(jnp.asarray(pixels[None]), network.colours)
+        images = network.preprocessing.normalize(pixels[None])
         logits: Any = network.model.apply(network.variables, images, train=False)
         shares = probabilities(network, np.asarray(logits))[0]
         guess = int(shares.argmax())

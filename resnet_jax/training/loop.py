@@ -28,6 +28,7 @@ from resnet_jax.data.pipeline import (
     prefetch,
     streamed_evaluation_batches,
 )
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources.opening import Source
 from resnet_jax.data.sources.splits import overlap
 from resnet_jax.distributed import data_parallel
@@ -261,7 +262,7 @@ class _Run:
             self.stop_flags = data_parallel.stop_flags()
         self.step = data_parallel.parallel_step(step, whole=len(self.on_devices))
         self.evaluation_step = data_parallel.parallel_sums(
-            make_evaluation_step(model, config.augment, config.evaluate.flip)
+            make_evaluation_step(model, Preprocessing.from_config(config), config.evaluate.flip)
         )
         self._say_start(sources)
         for line in describe(config, names, counts, weights):

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ModelError, WeightsError
 from resnet_jax.files import MIB, read_json
 from resnet_jax.limits import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import DeepStem, ImageNetStem
-from resnet_jax.weights.preprocessing import Preprocessing
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 MULTI_LABEL = "multi_label_classification"  # a "problem_type" of transformers'

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ModelError, WeightsError, importing
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
@@ -14,7 +15,6 @@ from resnet_jax.weights.channels import colors_for
 from resnet_jax.weights.config_json import CONFIG, PREPROCESSOR, Description, read_description
 from resnet_jax.weights.convert import Variables
 from resnet_jax.weights.files import load_weights
-from resnet_jax.weights.preprocessing import Preprocessing
 
 # The files of weights that a repository may have; the first one is taken.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

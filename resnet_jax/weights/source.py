@@ -22,10 +22,10 @@ from resnet_jax.config.schema import (
     DATA_PLACES,
     EVAL_CROPS,
     INTERPOLATIONS,
-    Augment,
     Config,
     Data,
 )
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ConfigError, ResNetJaxError, WeightsError
 from resnet_jax.limits import MAX_SIDE
 from resnet_jax.models.registry import model_info
@@ -35,7 +35,6 @@ from resnet_jax.weights.config_json import MULTI_LABEL
 from resnet_jax.weights.convert import Variables, fit_variables
 from resnet_jax.weights.files import WEIGHT_SUFFIXES
 from resnet_jax.weights.pretrained import (
-    Preprocessing,
     load_pretrained,
     pretrained_labels,
     pretrained_name,
@@ -104,11 +103,6 @@ class Network:
             interpolation=self.preprocessing.interpolation,
             upright=trained_upright if self.upright is None else self.upright,
         )
-
-    @property
-    def colours(self) -> Augment:
-        """The preprocessing's mean and deviation, as `data.augment.normalize` takes them."""
-        return Augment(mean=self.preprocessing.mean, std=self.preprocessing.std)
 
     @property
     def problem(self) -> dict[str, Any]:
@@ -285,7 +279,6 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
     except ResNetJaxError as error:
         raise WeightsError(str(error)) from error
     data, classes = config.data, _classes(workdir, variables)
-    size = data.eval_size or data.image_size
     # The mapped axis belongs to training.
     model = make_model(config, classes).clone(axis_name=None, bn_group_size=None)
     try:
@@ -297,14 +290,7 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
         name=name,
         model=model,
         variables=variables,
-        preprocessing=Preprocessing(
-            image_size=size,
-            crop_fraction=size / (data.eval_resize or size),
-            interpolation=data.interpolation,
-            mean=tuple(config.augment.mean),
-            std=tuple(config.augment.std),
-            crop_mode=data.eval_crop,
-        ),
+        preprocessing=Preprocessing.from_config(config),
         channels=_channels(variables),
         class_names=_class_names(classes, names),
         named=True,
@@ -400,7 +386,7 @@ def imagenet_ids() -> tuple[str, ...]:
 
 
 def _imagenet_lines() -> list[str]:
-    file = resources.files("resnet_jax.evaluation") / "imagenet_classes.txt"
+    file = resources.files("resnet_jax.weights") / "imagenet_classes.txt"
     return file.read_text(encoding="utf-8").splitlines()
 
 

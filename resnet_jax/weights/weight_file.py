@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ModelError, WeightsError
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.resnet import ResNet
@@ -19,7 +20,6 @@ from resnet_jax.weights.contents import find_network
 from resnet_jax.weights.convert import Variables, from_torch, head_classes
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.infer import infer_model
-from resnet_jax.weights.pretrained import Preprocessing
 
 
 class WeightFile(NamedTuple):

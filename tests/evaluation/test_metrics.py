@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.config.schema import Augment
-from resnet_jax.data.augment.apply import normalize
 from resnet_jax.data.pipeline import InMemoryDataset, evaluation_batches
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from tests.variables import random_variables
+
+HALVED = Preprocessing(mean=(0.5,), std=(0.25,))
 
 
 @functools.cache
@@ -33,7 +34,7 @@ def setting():
 def expected():
     model, data, variables = setting()
     logits = np.asarray(
-        model.apply(variables, normalize(data.images, Augment()), train=False), np.float64
+        model.apply(variables, HALVED.normalize(data.images), train=False), np.float64
     )
     own = logits[np.arange(37), data.labels]
     rank = (logits >= own[:, None]).sum(1)
@@ -49,7 +50,7 @@ def expected():
 @pytest.mark.parametrize("size", [8, 16, 40, 64])
 def test_any_batch_size(size):
     model, data, variables = setting()
-    step = data_parallel.parallel_sums(make_evaluation_step(model, Augment()))
+    step = data_parallel.parallel_sums(make_evaluation_step(model, HALVED))
     found = evaluate(step, variables, evaluation_batches(data, size))
     assert found.keys() == expected().keys()
     for name, value in expected().items():
@@ -60,7 +61,7 @@ def test_padding_may_be_anything():
     """Images that only fill the last batch count nothing, even where the network gives NaN."""
     model, data, variables = setting()
     broken = InMemoryDataset(data.images[:3], data.labels[:3])
-    step = data_parallel.parallel_sums(make_evaluation_step(model, Augment()))
+    step = data_parallel.parallel_sums(make_evaluation_step(model, HALVED))
     found = evaluate(step, variables, evaluation_batches(broken, 8))
     assert found["images"] == 3
     assert np.isfinite(found["loss"])
@@ -70,14 +71,14 @@ def test_logits_of_an_image_and_its_mirror_image():
     model, data, variables = setting()
     found = [
         evaluate(
-            data_parallel.parallel_sums(make_evaluation_step(model, Augment(), flip=True)),
+            data_parallel.parallel_sums(make_evaluation_step(model, HALVED, flip=True)),
             variables,
             evaluation_batches(InMemoryDataset(images, data.labels), 16),
         )
         for images in (data.images, data.images[:, :, ::-1])
     ]
     plain = evaluate(
-        data_parallel.parallel_sums(make_evaluation_step(model, Augment())),
+        data_parallel.parallel_sums(make_evaluation_step(model, HALVED)),
         variables,
         evaluation_batches(data, 16),
     )

@@ -12,8 +12,8 @@ from sklearn import metrics as sklearn_metrics
 import resnet_jax as rj
 from resnet_jax.cli import parser
 from resnet_jax.config import schema as c
-from resnet_jax.config.schema import Augment
 from resnet_jax.data.pipeline import InMemoryDataset, evaluation_batches
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel
 from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
@@ -161,7 +161,7 @@ def evaluated(size, devices=8, hosts=1, labels=None):
     model, data, variables = setting()
     data = InMemoryDataset(data.images, data.labels if labels is None else labels)
     devices = jax.devices()[:devices]
-    step = data_parallel.parallel_sums(make_evaluation_step(model, Augment()), devices)
+    step = data_parallel.parallel_sums(make_evaluation_step(model, Preprocessing()), devices)
     found = [evaluation_batches(data, size, host, hosts) for host in range(hosts)]
     # The batches of several hosts one after the other: what the devices gather from all of them.
     batches = (

@@ -21,7 +21,6 @@ from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.cli.parser import main
-from resnet_jax.data.augment.apply import normalize
 from resnet_jax.data.decode.decoding import eval_crop
 from resnet_jax.distributed.data_parallel import shard
 from resnet_jax.inference import features as features_module
@@ -89,7 +88,7 @@ def test_agrees_with_apply(classifier, photos):
     batch[: len(crops)] = crops
     apply = jax.jit(lambda variables, x: network.model.apply(variables, x, train=False))
     # A device's share at a time, normalised outside.
-    parts = [apply(network.variables, normalize(x, network.colours)) for x in shard(batch)]
+    parts = [apply(network.variables, network.preprocessing.normalize(x)) for x in shard(batch)]
     expected = np.concatenate(parts)[: len(crops)]
     logits = classifier.logits(files_of(photos))
     chex.assert_shape(logits, (6, 7))
@@ -547,7 +546,7 @@ def test_features(suffix, layer, maps, shape, weights, photos, tmp_path, monkeyp
     assert found.dtype == np.float32
     network = classifier.network
     crops = np.stack([eval_crop(file.read_bytes(), network.crop, 3) for file in files])
-    images = normalize(crops, network.colours)
+    images = network.preprocessing.normalize(crops)
     if layer == "pooled":
         # What the head makes of them are the logits.
         head = network.variables["params"]["head"]

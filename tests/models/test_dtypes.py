@@ -10,10 +10,10 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.config import schema as c
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step
-from resnet_jax.weights.preprocessing import Preprocessing
 
 LENGTH = RunLength(steps=100, steps_per_epoch=10.0)
 MODES = pytest.mark.parametrize(

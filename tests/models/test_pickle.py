@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.weights.pretrained import Preprocessing
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.weights.source import Network
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.config import schema as c
-from resnet_jax.data.augment.apply import normalize
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources.known import SizedSource
 from resnet_jax.distributed.data_parallel import parallel_outputs, parallel_sums
 from resnet_jax.evaluation.metrics import make_evaluation_step
@@ -131,7 +131,7 @@ class TestInference:
     @pytest.mark.parametrize("flip", [False, True])
     def test_evaluation_compiles(self, gpus, flip):
         def run(model, variables, images, batch):
-            step = parallel_sums(make_evaluation_step(model, c.Augment(), flip), gpus)
+            step = parallel_sums(make_evaluation_step(model, Preprocessing(), flip), gpus)
             return step.lower(variables, {"images": images, **batch})
 
         text = compiled_text(self.lower(run))
@@ -141,7 +141,7 @@ class TestInference:
     def test_prediction_compiles(self, gpus):
         def run(model, variables, images, batch):
             def logits(variables, images):
-                return model.apply(variables, normalize(images, c.Augment()), train=False)
+                return model.apply(variables, Preprocessing().normalize(images), train=False)
 
             return parallel_outputs(logits, gpus).lower(variables, images)
 

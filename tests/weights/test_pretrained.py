@@ -278,13 +278,6 @@ def test_weights_of_either_kind_from_the_cache(tmp_path, monkeypatch):
         assert pretrained._weights(pretrained._folder("a/b", None)).name == name
 
 
-def test_only_bytes_are_normalized():
-    preprocessing = rj.Preprocessing()
-    for images in (np.full((1, 2, 2, 3), 0.5, np.float32), np.ones((1, 2, 2, 3), np.int32)):
-        with pytest.raises(rj.DataError, match="takes uint8 images from 0 to 255, not"):
-            preprocessing.normalize(images)
-
-
 # Against the libraries themselves.
 
 

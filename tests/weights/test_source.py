@@ -50,7 +50,6 @@ def test_workdir(workdir):
     expected = rj.Preprocessing(12, 0.8, "bicubic", (0.3,), (0.38,))
     assert network.preprocessing == expected
     assert (network.crop.eval_size, network.crop.eval_resize) == (12, 15)
-    assert network.colours.mean == (0.3,)
     chex.assert_trees_all_equal(network.variables, load_variables(workdir)[1])
     assert (network.step, network.ema) == (2, True)
     plain = open_network(workdir, ema=False)

@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from resnet_jax.config.schema import Augment
@@ -29,6 +28,7 @@ from resnet_jax.data.augment.ops import (
     warp,
 )
 from resnet_jax.data.augment.policy import rand_augment, trivial_augment
+from resnet_jax.data.preprocessing import check_per_channel, mean_color, normalize
 from resnet_jax.errors import ConfigError
 
 # torchvision's ranges for random erasing: share of the image's area, and height / width.
@@ -112,7 +112,7 @@ def augment(
     if mirrored is not None:
         images = jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     images = _before_normalization(images.astype(jnp.float32), keys, config)
-    images = normalize(images, config)
+    images = normalize(images, config.mean, config.std)
     images = jax.vmap(functools.partial(_after_normalization, config=config))(images, keys)
     targets = make_targets(labels, num_classes)
     if mixed:
@@ -144,31 +144,6 @@ def make_targets(labels: jax.Array, num_classes: int) -> jax.Array:
     return jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, num_classes - labels.shape[1])))
 
 
-def normalize(images: jax.Array, config: Augment) -> jax.Array:
-    """Subtracts the mean and divides by the standard deviation: all that evaluation does.
-
-    Args:
-      images: [N, H, W, C] with values 0..255, uint8 or float.
-      config: Its `mean` and `std`, in units of 1.
-
-    Returns:
-      float32 [N, H, W, C].
-
-    Raises:
-      ConfigError: `mean` or `std` have neither 1 nor C numbers.
-
-    Example:
-      >>> images = jnp.full((1, 1, 1, 1), 255, jnp.uint8)
-      >>> normalize(images, Augment(mean=(0.5,), std=(0.25,))).item()
-      2.0
-    """
-    _check_colors(config, images.shape[-1])
-    # In this form what was filled with the mean colour becomes 0 exactly. The compiler turns a
-    # division into this product; written out, the result is the same with and without `jit`.
-    scale = 1 / (255 * np.array(config.std, np.float32))
-    return (images.astype(jnp.float32) - _mean_color(config)) * scale
-
-
 def check_channels(config: Augment, channels: int) -> None:
     """Checks what is switched on against the channels of the images.
 
@@ -186,7 +161,8 @@ def check_channels(config: Augment, channels: int) -> None:
       resnet_jax.errors.ConfigError: augment.hue = 0.1: must be 0 for images of 5 channels; it \
 needs color
     """
-    _check_colors(config, channels)
+    check_per_channel("augment.mean", config.mean, channels)
+    check_per_channel("augment.std", config.std, channels)
     for name in ("saturation", "hue", "pca"):
         value = getattr(config, name)
         if value and channels not in (1, 3):
@@ -194,23 +170,6 @@ needs color
                 f"augment.{name} = {value}: must be 0 for images of {channels} channels; it needs "
                 "color"
             )
-
-
-def _check_colors(config: Augment, channels: int) -> None:
-    for name in ("mean", "std"):
-        values = getattr(config, name)
-        if len(values) not in (1, channels):
-            numbers = "one number" if channels == 1 else f"1 number or {channels}"
-            plural = "s" if channels > 1 else ""
-            raise ConfigError(
-                f"augment.{name} = {values}: must have {numbers}, since the images have "
-                f"{channels} channel{plural}"
-            )
-
-
-def _mean_color(config: Augment) -> np.ndarray:
-    # By NumPy: as part of a program the product could be fused, and rounded, differently.
-    return 255 * np.array(config.mean, np.float32)
 
 
 def _stream(key: jax.Array, name: str) -> jax.Array:
@@ -230,7 +189,7 @@ def _before_normalization(images: jax.Array, keys: jax.Array, config: Augment) -
             config.rand_layers,
             config.rand_magnitude,
             config.rand_magnitude_std,
-            _mean_color(config),
+            mean_color(config.mean),
         )
     return jax.vmap(functools.partial(_jitter, config=config))(images, keys)
 
@@ -245,14 +204,14 @@ def _move(image: jax.Array, key: jax.Array, config: Augment) -> jax.Array:
         image = jnp.where(mirrored, image[:, ::-1], image)
     if config.pad:
         top, left = jax.random.randint(_stream(key, "pad"), (2,), 0, 2 * config.pad + 1)
-        image = pad_and_crop(image, config.pad, top, left, _mean_color(config))
+        image = pad_and_crop(image, config.pad, top, left, mean_color(config.mean))
     return image
 
 
 def _rotate(images: jax.Array, keys: jax.Array, config: Augment) -> jax.Array:
     def rotate(image: jax.Array, key: jax.Array) -> jax.Array:
         degrees = _uniform(key, config.rotate)
-        return warp(image, rotation(degrees, *image.shape[:2]), _mean_color(config))
+        return warp(image, rotation(degrees, *image.shape[:2]), mean_color(config.mean))
 
     def in_groups(images: jax.Array, keys: jax.Array) -> jax.Array:
         return apply_where_needed(rotate, jnp.ones(len(images), bool), images, keys)

@@ -14,7 +14,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from resnet_jax.config.schema import Augment
 from resnet_jax.data import augment as module
 from resnet_jax.data.augment import ops, policy
-from resnet_jax.data.augment.apply import augment, normalize
+from resnet_jax.data.augment.apply import augment, check_channels
+from resnet_jax.data.preprocessing import normalize
 from resnet_jax.errors import ConfigError
 
 HEIGHT, WIDTH, CLASSES = 20, 24, 7
@@ -60,6 +61,10 @@ def from_pillow(image):
 def jitted(config_items):
     config = Augment(**dict(config_items))
     return jax.jit(functools.partial(augment, config=config, num_classes=CLASSES))
+
+
+def normalized(images, config):
+    return normalize(images, config.mean, config.std)
 
 
 def run(images, labels=None, key=KEY, first=0, **fields):
@@ -443,7 +448,7 @@ def test_shifts_are_uniform_and_the_border_is_the_mean_color(channels):
     images = np.full((400, HEIGHT, WIDTH, channels), 255, np.uint8)
     results, _ = run(images, pad=2, **colors)
     inside = (np.asarray(results) != 0).all(-1)
-    white = np.asarray(normalize(images[:1, :1, :1], Augment(**colors)))[0, 0, 0]
+    white = normalized(images[:1, :1, :1], Augment(**colors))[0, 0, 0]
     assert (np.asarray(results)[inside] == white).all()
     # Where the first and the last row and column of the border lie: -2 to 2, each way.
     down = inside.any(2).argmax(1) - inside.any(2)[:, ::-1].argmax(1)
@@ -618,7 +623,7 @@ def test_all_off_is_the_normalization(channels):
     config = Augment(**COLORS) if channels == 3 else Augment()
     results, targets = augment(images, np.arange(4), KEY, config, CLASSES)
     assert results.dtype == targets.dtype == jnp.float32
-    chex.assert_trees_all_equal(results, normalize(images, config))
+    chex.assert_trees_all_equal(results, normalized(images, config))
     chex.assert_trees_all_equal(np.asarray(targets), np.eye(CLASSES, dtype=np.float32)[:4])
     mean, std = np.float32(config.mean), np.float32(config.std)
     chex.assert_trees_all_close(np.asarray(results), (images / 255 - mean) / std, atol=1e-5)
@@ -628,9 +633,9 @@ def test_all_off_is_the_normalization(channels):
 
 def test_colors_must_fit_the_channels():
     with pytest.raises(ConfigError, match=r"augment\.mean = \(0\.485"):
-        normalize(photo(1, channels=1), Augment(**COLORS))
+        check_channels(Augment(**COLORS), 1)
     with pytest.raises(ConfigError, match=r"augment\.std = "):
-        normalize(photo(1), Augment(std=(0.2, 0.2)))
+        check_channels(Augment(std=(0.2, 0.2)), 3)
 
 
 def on_devices(images, labels, config, first):
@@ -717,7 +722,7 @@ def test_the_images_that_the_loader_names_are_mirrored():
         mirrored=jnp.asarray(mirrored),
     )
     expected = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    np.testing.assert_array_equal(found, normalize(jnp.asarray(expected), Augment()))
+    np.testing.assert_array_equal(found, normalized(expected, Augment()))
 
 
 @pytest.mark.parametrize("channels", [pytest.param(2, marks=pytest.mark.slow), 5])
@@ -758,12 +763,12 @@ def test_colors_are_not_changed_where_there_are_none(name):
         augment(photo(2, 5), jnp.zeros(2, int), KEY, config, CLASSES)
     grey = photo(2, 1)
     images, _ = augment(grey, jnp.zeros(2, int), KEY, config, CLASSES)
-    chex.assert_trees_all_close(images, normalize(grey, config))
+    chex.assert_trees_all_close(images, normalized(grey, config))
 
 
 def test_a_mean_for_each_of_five_channels():
     config = Augment(mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.25,) * 5)
-    images = normalize(np.full((1, 2, 2, 5), 255, np.uint8), config)
+    images = normalized(np.full((1, 2, 2, 5), 255, np.uint8), config)
     chex.assert_trees_all_close(images[0, 0, 0], np.array([3.6, 3.2, 2.8, 2.4, 2.0]), rtol=1e-5)
     with pytest.raises(ConfigError, match="must have 1 number or 3, since the images have 3 chan"):
-        normalize(np.zeros((1, 2, 2, 3), np.uint8), config)
+        normalized(np.zeros((1, 2, 2, 3), np.uint8), config)
