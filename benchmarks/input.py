@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from decode import encode_photos
 
-from resnet_jax.config.schema import Data
-from resnet_jax.data.pipeline import Corrupt, IndexSampler, stream_batches
+from resnet_jax.config.schema import Config, Data, Train
+from resnet_jax.data.pipeline import CorruptImages, IndexSampler, StreamedDataset
 from resnet_jax.errors import import_failure
 
 SIZE = 224
@@ -37,6 +37,7 @@ class Files:
     """Encoded images in memory, as a source."""
 
     channels = 3
+    label_shape = ()
 
     def __init__(self, files: list[bytes]) -> None:
         self.files = files
@@ -55,12 +56,12 @@ def our_batches(
     files: list[bytes], interpolation: str, batch: int = BATCH, **options: int
 ) -> Iterator[np.ndarray]:
     """This package's pipeline; flips come later, on the device."""
-    config = Data(
+    data = Data(
         image_size=SIZE, crop="random_resized", interpolation=interpolation, prefetch=2, **options
     )
-    batches = stream_batches(
-        Files(files), IndexSampler(len(files), seed=0), config, batch, 0, 10**6, Corrupt(0, print)
-    )
+    config = Config(data=data, train=Train(batch_size=batch))
+    dataset = StreamedDataset(Files(files), data, CorruptImages(0, print))
+    batches = dataset.train_batches(IndexSampler(len(files), seed=0), config, 0, 10**6)
     return (made["images"] for made in batches)
 
 

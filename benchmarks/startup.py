@@ -130,7 +130,7 @@ def measure(started: float, flags: list[str]) -> None:
     import jax
 
     from resnet_jax.config.flags import parse_train_flags
-    from resnet_jax.training import batches, loop
+    from resnet_jax.training import loop
 
     parts: dict[str, float] = collections.defaultdict(float)
     parts["interpreter and imports"] = time.time() - started
@@ -162,7 +162,7 @@ def measure(started: float, flags: list[str]) -> None:
     loop.open_sources = timed("opening the data set", loop.open_sources)
     loop.create_state = timed("initial parameters", loop.create_state)
     loop.MetricWriters.__init__ = timed("telemetry", loop.MetricWriters.__init__)
-    batches.load_memory = timed("loading images", batches.load_memory)
+    loop.open_dataset = timed("loading images", loop.open_dataset)
     jax.monitoring.register_event_duration_secs_listener(listen)
 
     loop.train(*parse_train_flags(flags))

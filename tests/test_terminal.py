@@ -10,7 +10,7 @@ import pytest
 
 from resnet_jax.cli import parser
 from resnet_jax.config.schema import Config, Log
-from resnet_jax.data.corrupt import Corrupt
+from resnet_jax.data.corrupt import CorruptImages
 from resnet_jax.evaluation.result import Report, dump_json
 from resnet_jax.terminal import columns, json_text, log, padded, print_copy, show, visible
 from resnet_jax.workdirs.metric_writers import MetricWriters
@@ -89,7 +89,7 @@ def test_every_way_to_print_escapes(capsys):
     show(f"{text}\n{text}")
     assert capsys.readouterr().out == f"{shown}\n{shown}\n{shown}\n"
     log(text)
-    Corrupt(limit=1, report=log).add(text, text)
+    CorruptImages(limit=1, log=log).add(text, text)
     assert capsys.readouterr().err == f"{shown}\nskipped {shown}: {shown}\n"
 
 

@@ -1,4 +1,4 @@
-"""Data sets that stay decoded in memory, and their batches."""
+"""Datasets that lie decoded in memory, and their batches."""
 
 from __future__ import annotations
 
@@ -8,42 +8,143 @@ from collections.abc import Generator
 
 import numpy as np
 
-from resnet_jax.config.schema import Data
-from resnet_jax.data.corrupt import Corrupt
+from resnet_jax.config.schema import Config, Data
+from resnet_jax.data.corrupt import CorruptImages
 from resnet_jax.data.decode import decoding
-from resnet_jax.data.sampler import IndexSampler, host_positions
-from resnet_jax.data.sources.base import Batch, Label
+from resnet_jax.data.sampler import WHOLE, IndexSampler, Shard
+from resnet_jax.data.sources.base import Batch, Label, count_labels
 from resnet_jax.data.sources.opening import Source
 from resnet_jax.errors import DataError
 
 
 class InMemoryDataset:
-    """A data set that lies decoded in memory, as one array.
+    """Decoded images, uint8 [N, S, S, C], and labels, int32 [N] or uint8 [N, classes] of 0 and 1.
 
-    Args:
-      images: uint8 [N, S, S, C].
-      labels: int32 [N], or uint8 [N, classes] of 0 and 1 where an image may have several.
+    `indices`, int [N], says where each image stands in the source, which may also have images that
+    cannot be decoded.
+
+    Example:
+      >>> from resnet_jax.config.schema import Train
+      >>> data = InMemoryDataset(np.zeros((10, 2, 2, 1), np.uint8), np.arange(10, dtype=np.int32))
+      >>> config = Config(train=Train(batch_size=5))
+      >>> batches = list(data.train_batches(IndexSampler(10, seed=0), config, start=0, stop=2))
+      >>> sorted(np.concatenate([batch["labels"] for batch in batches]).tolist())
+      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+      >>> [batch["weights"].tolist() for batch in data.eval_batches(batch_size=6)]
+      [[1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+    labels_known = True
+
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray | None = None
+    ) -> None:
         self.images = images
         self.labels = labels
+        self.indices = np.arange(len(labels)) if indices is None else indices
+
+    @classmethod
+    def decode(
+        cls, source: Source, config: Data, training: bool, corrupt: CorruptImages
+    ) -> InMemoryDataset:
+        """Decodes all images of a source but those that cannot be decoded."""
+        side, channels = _side(config, training), config.channels or source.channels
+        rng = np.random.default_rng(0)  # a center crop draws no number
+
+        def crop(index: int) -> tuple[np.ndarray, Label]:
+            data, label = source[index]
+            if training:
+                return decoding.train_crop(data, config, channels, rng), label
+            return decoding.eval_crop(data, config, channels), label
+
+        images = np.empty((len(source), side, side, channels), np.uint8)
+        labels = np.empty((len(source), *source.label_shape), label_type(source))
+        good = np.ones(len(source), bool)
+
+        def fill(index: int) -> tuple[int, str] | None:
+            try:
+                images[index], labels[index] = crop(index)
+            except DataError as error:
+                good[index] = False
+                return index, str(error)
+            return None
+
+        with concurrent.futures.ThreadPoolExecutor(config.threads) as pool:
+            for failure in pool.map(fill, range(len(source)), chunksize=64):
+                if failure is not None:
+                    corrupt.add(source.image_name(failure[0]), failure[1])
+        if not good.all():
+            images, labels = images[good], labels[good]
+        return cls(images, labels, np.flatnonzero(good))
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def read_labels(self) -> np.ndarray:
+        """The label of each image, int32 [N] or uint8 [N, classes]."""
+        return self.labels
+
+    def class_counts(self, num_classes: int) -> np.ndarray:
+        """Images of each class, int64 [classes]."""
+        return count_labels(self.labels, num_classes)
+
+    def train_batches(
+        self,
+        sampler: IndexSampler,
+        config: Config,
+        start: int,
+        stop: int,
+        shard: Shard = WHOLE,
+    ) -> Generator[Batch, None, None]:
+        """This shard of the training batches number start to stop.
+
+        Yields {"images": uint8 [N, S, S, C], "labels": int32 [N] or uint8 [N, classes]} for N =
+        train.batch_size / shard.count; with augment.flip_alternates also "mirrored": bool [N].
+        """
+        for step in range(start, stop):
+            batch = index_batch(sampler, config, step, 1, shard)
+            batch = {name: x[:, 0] for name, x in batch.items()}
+            chosen = batch.pop("indices")
+            yield {"images": self.images[chosen], "labels": self.labels[chosen], **batch}
+
+    def eval_batches(self, batch_size: int, shard: Shard = WHOLE) -> Generator[Batch, None, None]:
+        """This shard of batches that have every image once; all shards have equally many.
+
+        Yields {"images", "labels", "weights": float32 [N]} for N = batch_size / shard.count.
+        Weights are 1 for images and 0 for the padding of the last batch.
+        """
+        for step in range(-(-len(self) // batch_size)):
+            positions = shard.positions(step, batch_size)
+            real = positions < len(self)
+            chosen = np.where(real, positions, 0)
+            yield {
+                "images": self.images[chosen],
+                "labels": self.labels[chosen],
+                "weights": real.astype(np.float32),
+            }
+
+
+def index_batch(
+    sampler: IndexSampler, config: Config, start: int, steps: int, shard: Shard = WHOLE
+) -> Batch:
+    """Which images are in the batches of several steps, for a dataset that lies on the devices.
+
+    Returns {"indices": int32 [N, steps]} for N = train.batch_size / shard.count; with
+    augment.flip_alternates also "mirrored": bool [N, steps].
+    """
+    size = config.train.batch_size
+    positions = np.stack(
+        [shard.positions(step, size) for step in range(start, start + steps)], axis=1
+    )
+    flat = positions.ravel()
+    batch = {"indices": sampler.indices(flat).astype(np.int32)}
+    if config.augment.flip_alternates:
+        batch["mirrored"] = sampler.mirrored(flat)
+    return {name: x.reshape(positions.shape) for name, x in batch.items()}
+
 
 def fits_memory(source: Source, config: Data, training: bool) -> bool:
-    """Whether a data set is decoded once and kept.
-
-    Args:
-      source: The encoded images.
-      config: With the crop and the limit in GiB.
-      training: For training; otherwise for evaluation.
-
-    Returns:
-      True where the crops are always the same and small enough together.
-    """
+    """Whether crops are always the same, and take at most data.memory_gib together."""
     side, channels = _side(config, training), config.channels or source.channels
     varies = training and config.crop != "center"
     image = side * side * channels + math.prod(source.label_shape)  # bytes, with its label
@@ -51,160 +152,9 @@ def fits_memory(source: Source, config: Data, training: bool) -> bool:
 
 
 def label_type(source: Source) -> type[np.integer]:
-    """The type of labels in batches: a byte each, where an image has one for every class."""
+    """The type of labels in batches: one byte for each class where images have sets of labels."""
     return np.uint8 if source.label_shape else np.int32
 
 
 def _side(config: Data, training: bool) -> int:
     return config.image_size if training else config.eval_size or config.image_size
-
-
-def load_memory(source: Source, config: Data, training: bool, corrupt: Corrupt) -> InMemoryDataset:
-    """Decodes a whole data set.
-
-    Args:
-      source: The encoded images.
-      config: With crop, channels, interpolation and threads.
-      training: For training; otherwise for evaluation.
-      corrupt: Counts what cannot be decoded; that is left out.
-
-    Returns:
-      Its images and labels.
-    """
-    side, channels = _side(config, training), config.channels or source.channels
-    rng = np.random.default_rng(0)  # a centre crop draws nothing
-
-    def crop(index: int) -> tuple[np.ndarray, Label]:
-        data, label = source[index]
-        if training:
-            return decoding.train_crop(data, config, channels, rng), label
-        return decoding.eval_crop(data, config, channels), label
-
-    images = np.empty((len(source), side, side, channels), np.uint8)
-    labels = np.empty((len(source), *source.label_shape), label_type(source))
-    good = np.ones(len(source), bool)
-
-    def fill(index: int) -> tuple[int, str] | None:
-        try:
-            images[index], labels[index] = crop(index)
-        except DataError as error:
-            good[index] = False
-            return index, str(error)
-        return None
-
-    with concurrent.futures.ThreadPoolExecutor(config.threads) as pool:
-        for fault in pool.map(fill, range(len(source)), chunksize=64):
-            if fault is not None:
-                corrupt.add(source.image_name(fault[0]), fault[1])
-    if not good.all():
-        images, labels = images[good], labels[good]
-    return InMemoryDataset(images, labels)
-
-
-def memory_batches(
-    images: InMemoryDataset,
-    order: IndexSampler,
-    batch_size: int,
-    start: int,
-    stop: int,
-    mirror: bool = False,
-    host: int = 0,
-    hosts: int = 1,
-) -> Generator[Batch, None, None]:
-    """Training batches of a data set in memory.
-
-    Args:
-      images: The data set.
-      order: Of its images.
-      batch_size: On all hosts together.
-      start: First batch.
-      stop: The one after the last.
-      mirror: Say which images to mirror.
-      host: This host.
-      hosts: How many there are.
-
-    Returns:
-      {"images": uint8 [N, S, S, C], "labels": int32 [N] or uint8 [N, classes]} for N =
-      batch_size / hosts; with `mirror` also "mirrored": bool [N].
-
-    Example:
-      >>> data = InMemoryDataset(np.zeros((10, 2, 2, 1), np.uint8), np.arange(10, dtype=np.int32))
-      >>> batches = list(memory_batches(data, IndexSampler(10, seed=0), 5, start=0, stop=2))
-      >>> sorted(np.concatenate([batch["labels"] for batch in batches]).tolist())
-      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    """
-    for step in range(start, stop):
-        batch = {
-            name: x[:, 0]
-            for name, x in memory_choices(order, batch_size, step, 1, mirror, host, hosts).items()
-        }
-        chosen = batch.pop("indices")
-        yield {"images": images.images[chosen], "labels": images.labels[chosen], **batch}
-
-
-def memory_choices(
-    order: IndexSampler,
-    batch_size: int,
-    start: int,
-    steps: int,
-    mirror: bool = False,
-    host: int = 0,
-    hosts: int = 1,
-) -> Batch:
-    """What is in the batches of several steps, for a data set that lies on the devices.
-
-    Args:
-      order: Of its images.
-      batch_size: On all hosts together.
-      start: First batch.
-      steps: Number of batches.
-      mirror: Say which images to mirror.
-      host: This host.
-      hosts: How many there are.
-
-    Returns:
-      {"indices": int32 [N, steps]} for N = batch_size / hosts; with `mirror` also "mirrored":
-      bool [N, steps].
-
-    Example:
-      >>> choices = memory_choices(IndexSampler(10, seed=0), batch_size=5, start=0, steps=2)
-      >>> sorted(choices["indices"].ravel().tolist())
-      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    """
-    each = [host_positions(step, batch_size, host, hosts) for step in range(start, start + steps)]
-    positions = np.stack(each, axis=1)
-    flat = positions.ravel()
-    found = {"indices": order.indices(flat).astype(np.int32)}
-    if mirror:
-        found["mirrored"] = order.mirrored(flat)
-    return {name: x.reshape(positions.shape) for name, x in found.items()}
-
-
-def evaluation_batches(
-    images: InMemoryDataset, batch_size: int, host: int = 0, hosts: int = 1
-) -> Generator[Batch, None, None]:
-    """Every image of a data set in memory once; all hosts give equally many batches.
-
-    Args:
-      images: The data set.
-      batch_size: On all hosts together.
-      host: This host.
-      hosts: How many there are.
-
-    Returns:
-      {"images", "labels", "weights": float32 [N]}; weights are 0 for what fills the last batch.
-
-    Example:
-      >>> data = InMemoryDataset(np.zeros((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32))
-      >>> [batch["weights"].tolist() for batch in evaluation_batches(data, 4)]
-      [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
-    """
-    for step in range(-(-len(images) // batch_size)):
-        positions = host_positions(step, batch_size, host, hosts)
-        real = positions < len(images)
-        chosen = np.where(real, positions, 0)
-        yield {
-            "images": images.images[chosen],
-            "labels": images.labels[chosen],
-            "weights": real.astype(np.float32),
-        }

@@ -1,7 +1,12 @@
-"""Batches of a run: batch number k follows from (seed, k), whoever reads it and in how many parts.
+"""The input pipeline: a source of encoded images in, batches of uint8 arrays out.
 
-Which image stands where is in order.py. The batches themselves come from memory (memory.py) where
-a data set's crops do not vary and fit there, and otherwise from its encoded images (stream.py).
+source -> open_dataset -> train_batches (in the order of a sampler) or eval_batches -> prefetch
+
+A dataset whose crops do not vary and fit in memory is decoded once (memory.py). Any other is read,
+decoded and cropped while the run goes on (stream.py). Both have the same two methods:
+
+    dataset.train_batches(sampler, config, start, stop, shard)
+    dataset.eval_batches(batch_size, shard)
 """
 
 from __future__ import annotations
@@ -11,46 +16,49 @@ import threading
 from collections.abc import Generator, Iterable
 from typing import Any
 
-from resnet_jax.data.corrupt import Corrupt
-from resnet_jax.data.memory import (
-    InMemoryDataset,
-    evaluation_batches,
-    fits_memory,
-    load_memory,
-    memory_batches,
-    memory_choices,
-)
-from resnet_jax.data.sampler import BalancedSampler, IndexSampler, host_positions
+from resnet_jax.config.schema import Data
+from resnet_jax.data.corrupt import CorruptImages
+from resnet_jax.data.memory import InMemoryDataset, fits_memory, index_batch
+from resnet_jax.data.sampler import BalancedSampler, IndexSampler, Shard
 from resnet_jax.data.sources.base import Batch
-from resnet_jax.data.stream import stream_batches, streamed_evaluation_batches
+from resnet_jax.data.sources.opening import Source
+from resnet_jax.data.stream import StreamedDataset
+from resnet_jax.errors import DataError
 
 __all__ = [
     "BalancedSampler",
     "Batch",
-    "Corrupt",
+    "CorruptImages",
+    "Dataset",
     "InMemoryDataset",
     "IndexSampler",
-    "evaluation_batches",
+    "Shard",
+    "StreamedDataset",
     "fits_memory",
-    "host_positions",
-    "load_memory",
-    "memory_batches",
-    "memory_choices",
+    "index_batch",
+    "open_dataset",
     "prefetch",
-    "stream_batches",
-    "streamed_evaluation_batches",
 ]
+
+Dataset = InMemoryDataset | StreamedDataset
+
+
+def open_dataset(source: Source, config: Data, training: bool, corrupt: CorruptImages) -> Dataset:
+    """Decodes a source into memory where it fits, and otherwise streams it.
+
+    Raises:
+      DataError: No image can be decoded, or more than data.max_corrupt cannot.
+    """
+    if not fits_memory(source, config, training):
+        return StreamedDataset(source, config, corrupt)
+    dataset = InMemoryDataset.decode(source, config, training, corrupt)
+    if len(dataset) == 0:
+        raise DataError(f"data.name = {source.name!r}: none of its images can be decoded")
+    return dataset
 
 
 def prefetch(batches: Iterable[Any], size: int) -> Generator[Any, None, None]:
-    """Makes batches ahead in a thread, so that the device need not wait for the host.
-
-    Args:
-      batches: What to iterate over; an error in it is raised here.
-      size: Batches ahead.
-
-    Returns:
-      The same batches.
+    """Makes up to `size` batches ahead in a thread; an error in it is raised here.
 
     Example:
       >>> list(prefetch(range(3), size=2))
@@ -68,17 +76,17 @@ def prefetch(batches: Iterable[Any], size: int) -> Generator[Any, None, None]:
             return True
         return False
 
-    def work() -> None:
+    def produce() -> None:
         try:
             for batch in batches:
                 if not put(("batch", batch)):
                     return
-        except BaseException as error:  # raised again where the batches are used
+        except BaseException as error:  # raised again in the consumer's thread
             put(("error", error))
         else:
             put(("end", None))
 
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:

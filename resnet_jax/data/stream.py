@@ -1,7 +1,7 @@
-"""Batches that are read, decoded and cropped while the run goes on.
+"""Datasets whose images are read, decoded and cropped while the run goes on.
 
-Threads of this process share each batch's images out among themselves and write them straight
-into the batch. With worker processes (workers.py) each makes whole batches.
+Threads of this process divide the images of each batch among themselves and write them straight
+into it. With worker processes (workers.py) each process makes whole batches.
 """
 
 from __future__ import annotations
@@ -17,38 +17,77 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.config.schema import Data
-from resnet_jax.data.corrupt import Corrupt
+from resnet_jax.config.schema import Config, Data
+from resnet_jax.data.corrupt import CorruptImages
 from resnet_jax.data.decode import decoding
 from resnet_jax.data.memory import label_type
-from resnet_jax.data.sampler import IndexSampler, host_positions
+from resnet_jax.data.sampler import WHOLE, IndexSampler, Shard
 from resnet_jax.data.sources.base import Batch, Label
 from resnet_jax.data.sources.opening import Source
-from resnet_jax.data.workers import by_processes
+from resnet_jax.data.workers import decode_in_processes
 from resnet_jax.errors import DataError
 
-# Undecodable images that may follow each other in a source.
-_MOST_IN_A_ROW = 16
+# Consecutive images of a source that may all be undecodable.
+_MAX_CONSECUTIVE_FAILURES = 16
 # Images that a thread takes at a time: handing out single ones costs a tenth of decoding them.
-_AT_A_TIME = 8
+_IMAGES_PER_TASK = 8
+
+
+class StreamedDataset:
+    """Encoded images that are decoded as they are needed; batches as from `InMemoryDataset`."""
+
+    def __init__(self, source: Source, config: Data, corrupt: CorruptImages) -> None:
+        self.source = source
+        self.config = config
+        self.corrupt = corrupt
+        self.indices = np.arange(len(source))  # places of the images in the source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def labels_known(self) -> bool:
+        """Whether the source has its labels without reading the images."""
+        return type(self.source).labels is not Source.labels
+
+    def read_labels(self) -> np.ndarray:
+        """The label of each image, int32 [N] or [N, classes]."""
+        return self.source.labels()
+
+    def class_counts(self, num_classes: int) -> np.ndarray:
+        """Images of each class, int64 [classes]."""
+        del num_classes  # the source knows
+        return self.source.class_counts()
+
+    def train_batches(
+        self,
+        sampler: IndexSampler,
+        config: Config,
+        start: int,
+        stop: int,
+        shard: Shard = WHOLE,
+    ) -> Generator[Batch, None, None]:
+        """As `InMemoryDataset.train_batches`."""
+        batches = _TrainBatches(self, sampler, config, range(start, stop), shard)
+        decode = decode_in_processes if self.config.workers else decode_in_threads
+        return report_undecodable(decode(batches), batches, self.corrupt)
+
+    def eval_batches(self, batch_size: int, shard: Shard = WHOLE) -> Generator[Batch, None, None]:
+        """As `InMemoryDataset.eval_batches`; images that cannot be decoded have weight 0, too."""
+        batches = _EvalBatches(self, batch_size, shard)
+        return report_undecodable(decode_in_threads(batches), batches, self.corrupt)
 
 
 class Batches(abc.ABC):
-    """This host's part of each batch, with random access.
+    """This process's shard of each batch, with random access; pickled for worker processes."""
 
-    Args:
-      source: The encoded images.
-      config: Crop and channels.
-      size: Side of a crop in pixels.
-      share: Images in a batch on this host.
-      steps: Number of batches.
-    """
-
-    def __init__(self, source: Source, config: Data, size: int, share: int, steps: int) -> None:
+    def __init__(
+        self, source: Source, config: Data, image_size: int, batch_size: int, steps: int
+    ) -> None:
         self.source = source
         self.config = config
-        self.size = size
-        self.share = share
+        self.image_size = image_size
+        self.batch_size = batch_size  # of this shard
         self.steps = steps
         self.channels = config.channels or source.channels
 
@@ -56,116 +95,104 @@ class Batches(abc.ABC):
         return self.steps
 
     def make(self, step: int, pixels: np.ndarray) -> Batch:
-        """A batch whose images are in `pixels`."""
+        """Decodes a whole batch into `pixels`, uint8 [N, S, S, C]."""
         batch, images = self.begin(step)
         batch["images"] = pixels
-        for place in range(self.share):
+        for place in range(self.batch_size):
             self.fill(batch, images, place)
         return batch
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a batch's images, which are uint8."""
-        return self.share, self.size, self.size, self.channels
+        """The shape of a batch's images, which are uint8."""
+        return self.batch_size, self.image_size, self.image_size, self.channels
 
     @abc.abstractmethod
     def begin(self, step: int) -> tuple[Batch, Any]:
-        """A batch without its images, and what `fill` needs to know of them.
+        """An empty batch, and what `fill` needs to know about its images.
 
-        "faulty" has the indices of undecodable images; -1 is none.
+        "undecodable" is for the indices of images that cannot be decoded, -1 for none.
         """
 
     @abc.abstractmethod
     def fill(self, batch: Batch, images: Any, place: int) -> None:
         """Decodes the image at one place of a batch."""
 
-    def _pixels(self) -> np.ndarray:
-        return np.empty(self.shape, np.uint8)
+    def _empty(self) -> Batch:
+        labels = np.zeros((self.batch_size, *self.source.label_shape), label_type(self.source))
+        return {"images": np.empty(self.shape, np.uint8), "labels": labels}
 
 
-class _Training(Batches):
-    """An image that cannot be decoded is replaced by the one after it in the source.
+class _TrainBatches(Batches):
+    """Replaces an undecodable image by the next one in the source.
 
-    So the batches stay a function of the seed.
+    So the batches are still a function of the seed.
     """
 
     def __init__(
         self,
-        source: Source,
-        order: IndexSampler,
-        config: Data,
-        batch_size: int,
-        start: int,
-        stop: int,
-        mirror: bool,
-        host: int,
-        hosts: int,
+        dataset: StreamedDataset,
+        sampler: IndexSampler,
+        config: Config,
+        steps: range,
+        shard: Shard,
     ) -> None:
-        super().__init__(source, config, config.image_size, batch_size // hosts, stop - start)
-        self.order = order
-        self.batch_size = batch_size
-        self.start = start
-        self.mirror = mirror
-        self.host = host
-        self.hosts = hosts
+        data, self.global_batch_size = dataset.config, config.train.batch_size
+        batch_size = shard.size(self.global_batch_size)
+        super().__init__(dataset.source, data, data.image_size, batch_size, len(steps))
+        self.sampler = sampler
+        self.mirror = config.augment.flip_alternates
+        self.first_step = steps.start
+        self.shard = shard
 
     def begin(self, step: int) -> tuple[Batch, list[tuple[int, int]]]:
-        positions = host_positions(self.start + step, self.batch_size, self.host, self.hosts)
-        batch = {
-            "images": self._pixels(),
-            "labels": np.empty((self.share, *self.source.label_shape), label_type(self.source)),
-            "faulty": np.full((self.share, _MOST_IN_A_ROW), -1),
-        }
+        positions = self.shard.positions(self.first_step + step, self.global_batch_size)
+        batch = self._empty()
+        batch["undecodable"] = np.full((self.batch_size, _MAX_CONSECUTIVE_FAILURES), -1)
         if self.mirror:
-            batch["mirrored"] = self.order.mirrored(positions)
-        return batch, [*zip(positions.tolist(), self.order.indices(positions).tolist())]
+            batch["mirrored"] = self.sampler.mirrored(positions)
+        return batch, [*zip(positions.tolist(), self.sampler.indices(positions).tolist())]
 
     def fill(self, batch: Batch, images: list[tuple[int, int]], place: int) -> None:
         position, index = images[place]
-        # No two positions share a generator, and position p has the same one in every run.
-        rng = np.random.default_rng([self.order.seed, 1, position])
-        image, faulty = batch["images"][place], batch["faulty"][place]
-        batch["labels"][place] = self._crop(index, rng, image, faulty)
+        # Each position has a generator of its own, which is the same in every run.
+        rng = np.random.default_rng([self.sampler.seed, 1, position])
+        pixels, undecodable = batch["images"][place], batch["undecodable"][place]
+        batch["labels"][place] = self._crop(index, rng, pixels, undecodable)
 
     def _crop(
-        self, index: int, rng: np.random.Generator, image: np.ndarray, faulty: np.ndarray
+        self, index: int, rng: np.random.Generator, pixels: np.ndarray, undecodable: np.ndarray
     ) -> Label:
-        """Fills in the image and the indices of undecodable ones before it; returns its label."""
-        for attempt in range(_MOST_IN_A_ROW):
+        """Crops the first decodable image from `index` on into `pixels`; returns its label."""
+        for attempt in range(_MAX_CONSECUTIVE_FAILURES):
             candidate = (index + attempt) % len(self.source)
             try:
                 data, label = self.source[candidate]
-                decoding.train_crop(data, self.config, self.channels, rng, out=image)
+                decoding.train_crop(data, self.config, self.channels, rng, out=pixels)
                 return label
             except DataError:
-                faulty[attempt] = candidate
+                undecodable[attempt] = candidate
         raise DataError(
-            f"data.name: {_MOST_IN_A_ROW} images in a row cannot be decoded, from "
+            f"data.name: {_MAX_CONSECUTIVE_FAILURES} images in a row cannot be decoded, from "
             f"{self.source.image_name(index)} on; mend the data"
         )
 
 
-class _Evaluation(Batches):
-    """Undecodable images, and what fills the last batch, get weight 0."""
+class _EvalBatches(Batches):
+    """Undecodable images, and the padding of the last batch, have weight 0."""
 
-    def __init__(
-        self, source: Source, config: Data, batch_size: int, host: int, hosts: int
-    ) -> None:
-        steps = -(-len(source) // batch_size)
-        side = config.eval_size or config.image_size
-        super().__init__(source, config, side, batch_size // hosts, steps)
-        self.batch_size = batch_size
-        self.host = host
-        self.hosts = hosts
+    def __init__(self, dataset: StreamedDataset, batch_size: int, shard: Shard) -> None:
+        data, steps = dataset.config, -(-len(dataset) // batch_size)
+        side = data.eval_size or data.image_size
+        super().__init__(dataset.source, data, side, shard.size(batch_size), steps)
+        self.global_batch_size = batch_size
+        self.shard = shard
 
     def begin(self, step: int) -> tuple[Batch, list[int]]:
-        batch = {
-            "images": self._pixels(),
-            "labels": np.zeros((self.share, *self.source.label_shape), label_type(self.source)),
-            "weights": np.zeros(self.share, np.float32),
-            "faulty": np.full(self.share, -1),
-        }
-        return batch, host_positions(step, self.batch_size, self.host, self.hosts).tolist()
+        batch = self._empty()
+        batch["weights"] = np.zeros(self.batch_size, np.float32)
+        batch["undecodable"] = np.full(self.batch_size, -1)
+        return batch, self.shard.positions(step, self.global_batch_size).tolist()
 
     def fill(self, batch: Batch, images: list[int], place: int) -> None:
         index, pixels = images[place], batch["images"][place]
@@ -178,70 +205,12 @@ class _Evaluation(Batches):
             batch["weights"][place] = 1.0
         except DataError:
             pixels[:] = 0
-            batch["faulty"][place] = index
+            batch["undecodable"][place] = index
 
 
-def stream_batches(
-    source: Source,
-    order: IndexSampler,
-    config: Data,
-    batch_size: int,
-    start: int,
-    stop: int,
-    corrupt: Corrupt,
-    mirror: bool = False,
-    host: int = 0,
-    hosts: int = 1,
-) -> Generator[Batch, None, None]:
-    """Training batches that are read, decoded and cropped as they are needed.
-
-    Args:
-      source: The encoded images.
-      order: Of its images.
-      config: Crop, workers, threads and prefetch.
-      batch_size: On all hosts together.
-      start: First batch.
-      stop: The one after the last.
-      corrupt: Counts what cannot be decoded.
-      mirror: Say which images to mirror.
-      host: This host.
-      hosts: How many there are.
-
-    Returns:
-      As `memory_batches`.
-    """
-    batches = _Training(source, order, config, batch_size, start, stop, mirror, host, hosts)
-    made = by_processes(batches, config) if config.workers else by_threads(batches, config)
-    return reported(made, source, batches.channels, corrupt)
-
-
-def streamed_evaluation_batches(
-    source: Source,
-    config: Data,
-    batch_size: int,
-    corrupt: Corrupt,
-    host: int = 0,
-    hosts: int = 1,
-) -> Generator[Batch, None, None]:
-    """`evaluation_batches` of a data set that does not lie in memory.
-
-    Args:
-      source: The encoded images.
-      config: Crop, threads and prefetch.
-      batch_size: On all hosts together.
-      corrupt: Counts what cannot be decoded.
-      host: This host.
-      hosts: How many there are.
-
-    Returns:
-      As `evaluation_batches`.
-    """
-    batches = _Evaluation(source, config, batch_size, host, hosts)
-    return reported(by_threads(batches, config), source, batches.channels, corrupt)
-
-
-def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
-    """All threads work on one batch after the other, `prefetch` batches ahead."""
+def decode_in_threads(batches: Batches) -> Generator[Batch, None, None]:
+    """All threads work on one batch after the other, `data.prefetch` batches ahead."""
+    config = batches.config
     begun: collections.deque[tuple[Batch, list[concurrent.futures.Future[None]]]]
     begun = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
@@ -255,8 +224,8 @@ def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
 
     def begin(step: int) -> None:
         batch, images = batches.begin(step)
-        firsts = range(0, batches.share, _AT_A_TIME)
-        parts = [range(each, min(each + _AT_A_TIME, batches.share)) for each in firsts]
+        firsts = range(0, batches.batch_size, _IMAGES_PER_TASK)
+        parts = [range(x, min(x + _IMAGES_PER_TASK, batches.batch_size)) for x in firsts]
         begun.append((batch, [pool.submit(fill, batch, images, part) for part in parts]))
 
     def finish() -> Batch:
@@ -272,25 +241,25 @@ def by_threads(batches: Batches, config: Data) -> Generator[Batch, None, None]:
                 yield finish()
         while begun:
             yield finish()
-    finally:  # also where nobody wants the rest
+    finally:  # also where the consumer stops early
         stopped.set()
         for part in itertools.chain.from_iterable(parts for _, parts in begun):
             part.cancel()
         pool.shutdown()
 
 
-def reported(
-    batches: Generator[Batch, None, None], source: Source, channels: int, corrupt: Corrupt
+def report_undecodable(
+    decoded: Generator[Batch, None, None], batches: Batches, corrupt: CorruptImages
 ) -> Generator[Batch, None, None]:
-    """Names the images that could not be decoded, with the reason."""
-    with contextlib.closing(batches):  # its threads end here, also where too many are broken
-        for batch in batches:
-            faulty = batch.pop("faulty")
-            for index in np.unique(faulty[faulty >= 0]).tolist():
+    """Passes batches on and reports their undecodable images, each with the reason."""
+    with contextlib.closing(decoded):  # ends its threads, also where too many images are broken
+        for batch in decoded:
+            undecodable = batch.pop("undecodable")
+            for index in np.unique(undecodable[undecodable >= 0]).tolist():
                 try:
-                    decoding.decode(source[index][0], channels)
+                    decoding.decode(batches.source[index][0], batches.channels)
                     reason = "its crop cannot be decoded"
                 except DataError as error:
                     reason = str(error)
-                corrupt.add(source.image_name(index), reason)
+                corrupt.add(batches.source.image_name(index), reason)
             yield batch

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from resnet_jax.config.schema import Data
 from resnet_jax.data.sources.base import Batch, fault
 from resnet_jax.errors import DataError, one_line
 
@@ -37,14 +36,15 @@ if TYPE_CHECKING:
     from resnet_jax.data.stream import Batches
 
 
-def by_processes(batches: Batches, config: Data) -> Generator[Batch, None, None]:
+def decode_in_processes(batches: Batches) -> Generator[Batch, None, None]:
     """The workers make batches in turn; each of a worker's threads makes one of them."""
+    config = batches.config
     count = min(config.workers, len(batches))
     ring = config.prefetch + 1  # so that a worker goes on while a batch is taken from it
     workers: list[_Worker] = []
     try:
         for _ in range(count):
-            workers.append(_Worker(batches, config, ring))
+            workers.append(_Worker(batches, ring))
         for step in range(min(count * ring, len(batches))):
             workers[step % count].ask(step)
         for step in range(len(batches)):
@@ -61,7 +61,8 @@ def by_processes(batches: Batches, config: Data) -> Generator[Batch, None, None]
 class _Worker:
     """A worker process, as its parent sees it."""
 
-    def __init__(self, batches: Batches, config: Data, ring: int) -> None:
+    def __init__(self, batches: Batches, ring: int) -> None:
+        config = batches.config
         self._count = config.workers
         self._taken = 0
         context = multiprocessing.get_context("spawn")  # a fork may copy a lock that JAX holds

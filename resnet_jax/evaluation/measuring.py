@@ -17,11 +17,9 @@ import numpy as np
 
 from resnet_jax.config.schema import Data
 from resnet_jax.data.pipeline import (
-    Corrupt,
-    evaluation_batches,
-    fits_memory,
-    load_memory,
-    streamed_evaluation_batches,
+    CorruptImages,
+    Shard,
+    open_dataset,
 )
 from resnet_jax.data.scales import plan_batches, scaled_batches
 from resnet_jax.data.sources.base import Batch
@@ -124,7 +122,7 @@ class Evaluator:
             check_scores_memory(len(source), len(classes.names), what, remedy)
         data = self._data(source)
         limit = data.max_corrupt if self.max_corrupt is None else self.max_corrupt
-        corrupt = Corrupt(limit, self.log)
+        corrupt = CorruptImages(limit, self.log)
         start = time.monotonic()
         batches, indices = self._batches(source, data, corrupt)
         key = b"" if classes.outputs is None else classes.outputs.tobytes()
@@ -180,25 +178,18 @@ class Evaluator:
         )
 
     def _batches(
-        self, source: Source, data: Data, corrupt: Corrupt
+        self, source: Source, data: Data, corrupt: CorruptImages
     ) -> tuple[Iterator[Batch], np.ndarray]:
         """Batches, and the place in the data set of each image in them, -1 for none."""
         size = self.batch_size
-        hosts = (0, 1) if self.alone else (jax.process_index(), jax.process_count())
+        shard = Shard() if self.alone else Shard(jax.process_index(), jax.process_count())
         if self.views == "multi_scale":
             plan = plan_batches(source, size, data.threads)
-            batches = scaled_batches(source, data, self.scales, plan, corrupt, *hosts)
+            batches = scaled_batches(source, data, self.scales, plan, corrupt, shard)
             return batches, plan.indices.ravel()
-        if not fits_memory(source, data, training=False):
-            steps = -(-len(source) // size)
-            batches = streamed_evaluation_batches(source, data, size, corrupt, *hosts)
-            return batches, np.arange(steps * size)
-        images = load_memory(source, data, training=False, corrupt=corrupt)
-        there = [*range(len(source))]
-        if corrupt.count:
-            there = [index for index in there if source.image_name(index) not in corrupt.names]
-        filler = [-1] * (-len(there) % size)
-        return evaluation_batches(images, size, *hosts), np.array(there + filler)
+        dataset = open_dataset(source, data, training=False, corrupt=corrupt)
+        padding = np.full(-len(dataset) % size, -1)
+        return dataset.eval_batches(size, shard), np.append(dataset.indices, padding)
 
     def _translate(self, classes: Classes, source: Source, batch: Batch) -> np.ndarray:
         labels = classes.translate(batch["labels"])
@@ -232,7 +223,7 @@ class Evaluator:
         data: Data,
         results: _Results,
         indices: np.ndarray,
-        corrupt: Corrupt,
+        corrupt: CorruptImages,
         seconds: float,
     ) -> Report:
         network, each = self.network, results.each()

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from resnet_jax.config.schema import Config, Loss, given_weights
-from resnet_jax.data.pipeline import BalancedSampler, IndexSampler, InMemoryDataset
-from resnet_jax.data.sources.base import count_labels
-from resnet_jax.data.sources.opening import Source
+from resnet_jax.data.pipeline import BalancedSampler, Dataset, IndexSampler
 from resnet_jax.errors import ConfigError
 from resnet_jax.terminal import visible
 
@@ -18,74 +16,47 @@ _IMBALANCED = 3
 _NAMED = 8  # classes of a run with several labels an image
 _LISTED = 20  # weights of at most so many classes are all shown
 
-Images = InMemoryDataset | Source
 
-
-def training_order(config: Config, data: Images, log: Callable[[str], None]) -> IndexSampler:
-    """The order of a run's images, by data.sampler.
-
-    Args:
-      config: The configuration of the run.
-      data: Its training images.
-      log: Told where reading the labels takes a while.
-
-    Returns:
-      The same order on every host.
+def training_sampler(config: Config, data: Dataset, log: Callable[[str], None]) -> IndexSampler:
+    """The sampler that data.sampler names; the same in every process.
 
     Example:
+      >>> from resnet_jax.data.pipeline import InMemoryDataset
       >>> data = InMemoryDataset(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 0, 1]))
-      >>> type(training_order(Config(), data, print)).__name__
-      'Order'
+      >>> type(training_sampler(Config(), data, print)).__name__
+      'IndexSampler'
     """
     seed, repeats = config.train.seed, config.data.repeats
     if config.data.sampler == "shuffled":
         return IndexSampler(len(data), seed, repeats)
-    if isinstance(data, InMemoryDataset):
-        return BalancedSampler(data.labels, seed, repeats)
-    _say_reading(data, "data.sampler", log)
-    return BalancedSampler(data.labels(), seed, repeats)
+    _log_reading(data, "data.sampler", log)
+    return BalancedSampler(data.read_labels(), seed, repeats)
 
 
 def count_classes(
-    config: Config, data: Images, order: IndexSampler, classes: int, log: Callable[[str], None]
+    config: Config, data: Dataset, sampler: IndexSampler, classes: int, log: Callable[[str], None]
 ) -> np.ndarray:
-    """Counts the training images of each class.
+    """Training images of each class, int64 [classes]; of sets of labels, the labels of each class.
 
-    Args:
-      config: The configuration of the run.
-      data: Its training images.
-      order: Theirs, from `training_order`.
-      classes: Of the data set.
-      log: Told where reading the labels takes a while.
-
-    Returns:
-      int64 [classes], of labels where an image may have several; [0] where all images would have
-      to be read, and nothing in the configuration needs the numbers.
+    [0] where all images would have to be read, and the configuration does not need the counts.
     """
-    if isinstance(order, BalancedSampler):
+    if isinstance(sampler, BalancedSampler):
         counts = np.zeros(classes, np.int64)
-        counts[order.classes] = order.class_counts
+        counts[sampler.classes] = sampler.class_counts
         return counts
-    if config.loss.class_weights == "balanced" and isinstance(data, Source):
-        _say_reading(data, "loss.class_weights", log)
-        return data.class_counts()
-    return count_at_hand(data, classes)
+    if config.loss.class_weights == "balanced":
+        _log_reading(data, "loss.class_weights", log)
+        return data.class_counts(classes)
+    return known_class_counts(data, classes)
 
 
-def count_at_hand(data: Images, classes: int) -> np.ndarray:
-    """Counts the images of each class, int64 [classes]; [0] where they would have to be read."""
-    if not isinstance(data, InMemoryDataset):
-        return data.class_counts() if _at_hand(data) else np.zeros(0, np.int64)
-    return count_labels(data.labels, classes)
+def known_class_counts(data: Dataset, classes: int) -> np.ndarray:
+    """Images of each class, int64 [classes]; [0] where all images would have to be read."""
+    return data.class_counts(classes) if data.labels_known else np.zeros(0, np.int64)
 
 
-def _at_hand(data: Source) -> bool:
-    """Whether labels are known without reading images, as by a source with its own labels()."""
-    return type(data).labels is not Source.labels
-
-
-def _say_reading(data: Source, field: str, log: Callable[[str], None]) -> None:
-    if not _at_hand(data):
+def _log_reading(data: Dataset, field: str, log: Callable[[str], None]) -> None:
+    if not data.labels_known:
         log(f"reading all {len(data):,} training images for their labels, which {field} needs")
 
 

@@ -21,12 +21,12 @@ from resnet_jax.config.model import make_model
 from resnet_jax.config.schema import Config, check, check_types, profile_steps
 from resnet_jax.data.pipeline import (
     Batch,
-    Corrupt,
+    CorruptImages,
     InMemoryDataset,
-    evaluation_batches,
-    memory_choices,
+    Shard,
+    index_batch,
+    open_dataset,
     prefetch,
-    streamed_evaluation_batches,
 )
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources.opening import Source
@@ -42,13 +42,12 @@ from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
 from resnet_jax.terminal import log
-from resnet_jax.training.batches import load_images, training_batches
 from resnet_jax.training.class_balance import (
     class_weights,
-    count_at_hand,
     count_classes,
     describe,
-    training_order,
+    known_class_counts,
+    training_sampler,
 )
 from resnet_jax.training.init_from import Start, initial_variables, look_at_weights
 from resnet_jax.training.metrics import MetricAccumulator, Trace
@@ -202,7 +201,7 @@ class _Run:
         self.signals = signals
         self.length = RunLength.of(config, len(sources["train"]))
         self.group = group
-        self.hosts: dict[str, Any] = {"host": group.index, "hosts": group.count}
+        self.shard = Shard(group.index, group.count)
         optimizer = make_optimizer(config, self.length)
         self.channels = channels = channels_of(config, sources["train"])
         shapes = state_shapes(model, optimizer, config, channels)
@@ -237,15 +236,15 @@ class _Run:
         stack.callback(self.writers.close)  # also where the rest of this fails
         for line in lines:
             self.writers.log(line)
-        self.corrupt = Corrupt(config.data.max_corrupt, self.writers.log)
-        self.train_data = load_images(config, sources["train"], True, self.corrupt)
-        self.eval_data = load_images(config, sources["eval"], False, self.corrupt)
+        self.corrupt = CorruptImages(config.data.max_corrupt, self.writers.log)
+        self.train_data = open_dataset(sources["train"], config.data, True, self.corrupt)
+        self.eval_data = open_dataset(sources["eval"], config.data, False, self.corrupt)
         names, log = sources["train"].class_names, self.writers.log
-        self.order = training_order(config, self.train_data, log)
-        counts = count_classes(config, self.train_data, self.order, len(names), log)
+        self.sampler = training_sampler(config, self.train_data, log)
+        counts = count_classes(config, self.train_data, self.sampler, len(names), log)
         weights = class_weights(config.loss, counts, model.num_classes)
         if group.is_first:
-            by_split = {"train": counts, "eval": count_at_hand(self.eval_data, len(names))}
+            by_split = {"train": counts, "eval": known_class_counts(self.eval_data, len(names))}
             write_config(workdir, config, names, fingerprints(sources), by_split)
             write_environment(workdir)
         step: Callable[..., Any] = make_train_step(
@@ -389,17 +388,15 @@ class _Run:
             done += steps
 
     def _batches(self, start: int, lengths: list[int]) -> Generator[Batch, None, None]:
-        config, data, order = self.config, self.train_data, self.order
+        config = self.config
         if self.on_devices:
-            size = config.train.batch_size
-            options = {"mirror": config.augment.flip_alternates, **self.hosts}
             starts = itertools.accumulate(lengths[:-1], initial=start)
             return (
-                memory_choices(order, size, first, steps, **options)
+                index_batch(self.sampler, config, first, steps, self.shard)
                 for first, steps in zip(starts, lengths, strict=True)
             )
         stop = self.length.steps
-        return training_batches(config, data, order, start, stop, self.corrupt, **self.hosts)
+        return self.train_data.train_batches(self.sampler, config, start, stop, self.shard)
 
     def _metrics_at_start(self, done: int) -> dict[str, float]:
         """Evaluates the restored state where the last start saved it and did not come to that.
@@ -440,7 +437,7 @@ class _Run:
             size = self.config.evaluate.batch_size or self.config.train.batch_size
             what = f"an evaluation batch of {size} images"
             with explain_out_of_memory(what, "take a smaller evaluate.batch_size"):
-                batches = self._unless_stopped(done, self._evaluation_batches())
+                batches = self._unless_stopped(done, self.eval_data.eval_batches(size, self.shard))
                 threshold = self.config.evaluate.threshold
                 metrics = evaluate(self.evaluation_step, variables, batches, threshold)
             seconds = time.monotonic() - start
@@ -474,13 +471,6 @@ class _Run:
             f"train.ema_every = {train.ema_every} average over {span:,.0f} steps, and {done:,} are "
             "done; a smaller train.ema_decay follows the weights sooner"
         )
-
-    def _evaluation_batches(self) -> Generator[Batch, None, None]:
-        config, data = self.config, self.eval_data
-        size = config.evaluate.batch_size or config.train.batch_size
-        if isinstance(data, InMemoryDataset):
-            return evaluation_batches(data, size, **self.hosts)
-        return streamed_evaluation_batches(data, config.data, size, self.corrupt, **self.hosts)
 
     def _unless_stopped(
         self, done: int, batches: Generator[Batch, None, None]

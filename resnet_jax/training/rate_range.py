@@ -20,12 +20,11 @@ import optax
 from resnet_jax.compile_cache import use_compile_cache
 from resnet_jax.config.model import make_model
 from resnet_jax.config.schema import Config, Schedule, check, check_types
-from resnet_jax.data.pipeline import Corrupt, prefetch
+from resnet_jax.data.pipeline import CorruptImages, open_dataset, prefetch
 from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError
-from resnet_jax.training.batches import load_images, training_batches
-from resnet_jax.training.class_balance import class_weights, count_classes, training_order
+from resnet_jax.training.class_balance import class_weights, count_classes, training_sampler
 from resnet_jax.training.init_from import initial_variables, look_at_weights
 from resnet_jax.training.optimizer import RunLength, make_optimizer, peak_learning_rate
 from resnet_jax.training.setup import (
@@ -193,7 +192,7 @@ def find_rate(
       >>> from resnet_jax.config.schema import Data, Model, Train
       >>> model, data = Model(name="resnet8_cifar"), Data(image_size=8)
       >>> config = Config(model, data, train=Train(batch_size=8))
-      >>> curve = find_rate(config, low=1e-4, high=1e-2, steps=20, say=lambda line: None)
+      >>> curve = find_rate(config, low=1e-4, high=1e-2, steps=20, log=lambda line: None)
       >>> curve.losses.shape
       (20,)
     """
@@ -217,10 +216,10 @@ def find_rate(
     schedule = optax.schedules.exponential_decay(scale * low, steps - 1, high / low)
     optimizer = make_optimizer(config, length, schedule)
     initial = initial_variables(config, model, channels)
-    corrupt = Corrupt(config.data.max_corrupt, log)
-    data = load_images(config, source, True, corrupt)
-    order = training_order(config, data, log)
-    counts = count_classes(config, data, order, source.num_classes, log)
+    corrupt = CorruptImages(config.data.max_corrupt, log)
+    data = open_dataset(source, config.data, True, corrupt)
+    sampler = training_sampler(config, data, log)
+    counts = count_classes(config, data, sampler, source.num_classes, log)
     weights = class_weights(config.loss, counts, model.num_classes)
     log(
         f"{config.model.name} on {config.data.name}: {steps} steps of {config.train.batch_size} "
@@ -233,7 +232,7 @@ def find_rate(
         state = data_parallel.replicate(create_state(model, optimizer, config, channels, initial))
         step = make_train_step(model, optimizer, config, length, class_weights=weights)
         step = data_parallel.parallel_step(step)
-        made = training_batches(config, data, order, 0, steps, corrupt)
+        made = data.train_batches(sampler, config, 0, steps)
         batches = prefetch(map(data_parallel.shard_batch, made), config.data.prefetch)
         window = max(round(_WINDOW * steps), 1)
         # Closed in time they leave neither threads nor processes behind.

@@ -6,8 +6,10 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from resnet_jax.config.schema import Data
+from resnet_jax.config.schema import Augment, Config, Data, Train
 from resnet_jax.data import pipeline
+
+WHOLE = pipeline.Shard()
 
 
 class Photos:
@@ -38,15 +40,19 @@ class Photos:
 
 def reports():
     lines = []
-    return lines, pipeline.Corrupt(limit=2, report=lines.append)
+    return lines, pipeline.CorruptImages(limit=2, log=lines.append)
 
 
-def stream(source, order, start, stop, corrupt=None, **options):
-    config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2)
-    for name in ("workers",):
-        setattr(config, name, options.pop(name, 0))
-    corrupt = corrupt or pipeline.Corrupt(limit=0, report=print)
-    return list(pipeline.stream_batches(source, order, config, 8, start, stop, corrupt, **options))
+def batches_of(batch_size=8, mirror=False):
+    """A configuration with what batches depend on beside the dataset and its sampler."""
+    return Config(train=Train(batch_size=batch_size), augment=Augment(flip_alternates=mirror))
+
+
+def stream(source, sampler, start, stop, corrupt=None, mirror=False, shard=WHOLE, workers=0):
+    config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2, workers=workers)
+    corrupt = corrupt or pipeline.CorruptImages(limit=0, log=print)
+    dataset = pipeline.StreamedDataset(source, config, corrupt)
+    return list(dataset.train_batches(sampler, batches_of(8, mirror), start, stop, shard))
 
 
 def assert_same(batches, expected):

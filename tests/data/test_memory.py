@@ -1,4 +1,4 @@
-"""Data sets that stay decoded in memory."""
+"""Datasets that lie decoded in memory."""
 
 from resnet_jax.config.schema import Data
 from resnet_jax.data import pipeline
@@ -6,9 +6,11 @@ from tests.data.photos import Photos, reports
 
 
 def test_damaged_images_are_left_out_of_memory():
-    images = pipeline.load_memory(Photos(damaged=(3,)), Data(image_size=8), True, reports()[1])
+    source = Photos(damaged=(3,))
+    images = pipeline.InMemoryDataset.decode(source, Data(image_size=8), True, reports()[1])
     assert 3 not in images.labels
     assert len(images) == 19
+    assert images.indices.tolist() == [x for x in range(20) if x != 3]
 
 
 def test_what_fits_memory():

@@ -1,4 +1,4 @@
-"""The order of a run's images, and the part of it that each host reads."""
+"""The order of a run's images, and the shard of each process."""
 
 import copy
 import hashlib
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from resnet_jax.data import pipeline
+from tests.data.photos import batches_of
 
 
 def test_every_epoch_has_every_image_once_in_an_order_of_its_own():
-    order = pipeline.IndexSampler(images=50, seed=3)
-    epochs = order.indices(np.arange(150)).reshape(3, 50)
+    sampler = pipeline.IndexSampler(images=50, seed=3)
+    epochs = sampler.indices(np.arange(150)).reshape(3, 50)
     for epoch in epochs:
         assert sorted(epoch) == list(range(50))
     assert not np.array_equal(epochs[0], epochs[1])
@@ -20,11 +21,11 @@ def test_every_epoch_has_every_image_once_in_an_order_of_its_own():
     assert not np.array_equal(epochs[0], other)
 
 
-def test_positions_may_be_asked_in_any_order():
-    order = pipeline.IndexSampler(images=7, seed=0)
+def test_positions_in_any_order():
+    sampler = pipeline.IndexSampler(images=7, seed=0)
     positions = np.random.default_rng(0).permutation(100)
     np.testing.assert_array_equal(
-        order.indices(positions), order.indices(np.arange(100))[positions]
+        sampler.indices(positions), sampler.indices(np.arange(100))[positions]
     )
 
 
@@ -37,27 +38,27 @@ def test_repeats_stand_apart():
         np.testing.assert_array_equal(copies, np.tile(first, 3))
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_hosts_read_disjoint_parts_of_the_same_batches(hosts):
-    whole = pipeline.host_positions(5, 16, 0, 1)
-    parts = [pipeline.host_positions(5, 16, host, hosts) for host in range(hosts)]
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shards_are_disjoint_parts_of_the_same_batches(count):
+    whole = pipeline.Shard().positions(5, 16)
+    parts = [pipeline.Shard(index, count).positions(5, 16) for index in range(count)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_every_image_is_mirrored_in_every_other_epoch():
     images = 64
-    order = pipeline.IndexSampler(images, seed=1)
+    sampler = pipeline.IndexSampler(images, seed=1)
     epochs = []
     for epoch in range(3):
         positions = np.arange(epoch * images, (epoch + 1) * images)
         by_image = np.zeros(images, bool)
-        by_image[order.indices(positions)] = order.mirrored(positions)
+        by_image[sampler.indices(positions)] = sampler.mirrored(positions)
         epochs.append(by_image)
     assert 16 < epochs[0].sum() < 48
     np.testing.assert_array_equal(epochs[1], ~epochs[0])
     np.testing.assert_array_equal(epochs[2], epochs[0])
-    choices = pipeline.memory_choices(order, 8, start=3, steps=2, mirror=True)
-    np.testing.assert_array_equal(choices["mirrored"][:, 1], order.mirrored(np.arange(32, 40)))
+    choices = pipeline.index_batch(sampler, batches_of(8, mirror=True), start=3, steps=2)
+    np.testing.assert_array_equal(choices["mirrored"][:, 1], sampler.mirrored(np.arange(32, 40)))
 
 
 def test_shuffled_orders_are_those_of_earlier_versions():
@@ -65,8 +66,10 @@ def test_shuffled_orders_are_those_of_earlier_versions():
         *(8, 0, 7, 1, 3, 6, 2, 4, 5, 9),
         *(9, 0, 8, 6, 7, 1, 3, 4, 2, 5),
     ]
-    order, positions = pipeline.IndexSampler(50, seed=3, repeats=2), np.arange(40, 400)
-    found = order.indices(positions).astype("<i8").tobytes() + order.mirrored(positions).tobytes()
+    sampler, positions = pipeline.IndexSampler(50, seed=3, repeats=2), np.arange(40, 400)
+    found = (
+        sampler.indices(positions).astype("<i8").tobytes() + sampler.mirrored(positions).tobytes()
+    )
     assert hashlib.sha256(found).hexdigest()[:16] == "b3f0a69d249ce39f"
 
 
@@ -76,8 +79,8 @@ LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), SIZES)).as
 
 def test_a_balanced_order_has_each_class_in_each_round():
     """As often as each other over any stretch, up to one at either end."""
-    order = pipeline.BalancedSampler(LABELS, seed=1)
-    classes = LABELS[order.indices(np.arange(400))].reshape(100, 4)
+    sampler = pipeline.BalancedSampler(LABELS, seed=1)
+    classes = LABELS[sampler.indices(np.arange(400))].reshape(100, 4)
     np.testing.assert_array_equal(np.sort(classes, axis=1), np.tile([0, 1, 3, 4], (100, 1)))
     assert len(np.unique(classes, axis=0)) == 24  # in every order
 
@@ -94,25 +97,25 @@ def test_no_image_comes_again_before_all_of_its_class(kind):
 
 
 def test_a_balanced_order_follows_from_seed_and_position():
-    """Far from the start too, in any order, and by another one."""
-    order = pipeline.BalancedSampler(LABELS, seed=1)
+    """Far from the start too, in any order, and by another sampler."""
+    sampler = pipeline.BalancedSampler(LABELS, seed=1)
     positions = np.random.default_rng(0).integers(0, 10**12, 20)
-    found = order.indices(positions)
-    np.testing.assert_array_equal(found[::-1], order.indices(positions[::-1]))
-    for other in (pipeline.BalancedSampler(LABELS, seed=1), copy.deepcopy(order)):
+    found = sampler.indices(positions)
+    np.testing.assert_array_equal(found[::-1], sampler.indices(positions[::-1]))
+    for other in (pipeline.BalancedSampler(LABELS, seed=1), copy.deepcopy(sampler)):
         assert [int(other.indices(each[None])[0]) for each in positions] == [*found]
     assert (found != pipeline.BalancedSampler(LABELS, seed=2).indices(positions)).mean() > 0.5
     # A golden value: another stream would change what a run that goes on is fed.
-    assert order.indices(np.arange(8)).tolist() == [42, 34, 4, 40, 30, 40, 15, 3]
+    assert sampler.indices(np.arange(8)).tolist() == [42, 34, 4, 40, 30, 40, 15, 3]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_shuffles_are_uniform(size):
     """Each permutation as often as any other, and each image in each place."""
     labels = np.repeat(np.arange(2), (size, size))
-    order = pipeline.BalancedSampler(labels, seed=3)
+    sampler = pipeline.BalancedSampler(labels, seed=3)
     shuffles = 100 * math.factorial(size)
-    images = order.indices(np.arange(2 * size * shuffles))
+    images = sampler.indices(np.arange(2 * size * shuffles))
     own = images[images < size].reshape(shuffles, size)
     _, counts = np.unique(own, axis=0, return_counts=True)
     assert len(counts) == math.factorial(size)
@@ -135,11 +138,12 @@ def test_a_balanced_order_repeats_and_mirrors_as_any_other():
     assert 10 < once.mirrored(np.arange(4 * 40))[LABELS[images[:160]] == 3].sum() < 30
 
 
-def test_hosts_share_balanced_batches():
-    order = pipeline.BalancedSampler(LABELS, seed=0)
+def test_shards_of_balanced_batches():
+    sampler = pipeline.BalancedSampler(LABELS, seed=0)
     images = pipeline.InMemoryDataset(np.zeros((len(LABELS), 2, 2, 1), np.uint8), LABELS)
-    (whole,) = pipeline.memory_batches(images, order, 8, 3, 4)
-    parts = [next(pipeline.memory_batches(images, order, 8, 3, 4, host=i, hosts=2)) for i in (0, 1)]
+    (whole,) = images.train_batches(sampler, batches_of(8), 3, 4)
+    shards = [pipeline.Shard(index, 2) for index in range(2)]
+    parts = [next(images.train_batches(sampler, batches_of(8), 3, 4, each)) for each in shards]
     labels = np.concatenate([part["labels"] for part in parts])
     np.testing.assert_array_equal(labels, whole["labels"])
     assert np.bincount(labels, minlength=5).tolist() == [2, 2, 0, 2, 2]

@@ -12,7 +12,7 @@ from PIL import Image
 from resnet_jax.config.schema import Data
 from resnet_jax.data import pipeline
 from resnet_jax.errors import DataError
-from tests.data.photos import Photos, assert_same, bombs, reports, stream
+from tests.data.photos import Photos, assert_same, batches_of, bombs, reports, stream
 
 
 def test_each_position_has_a_crop_of_its_own():
@@ -27,21 +27,21 @@ def test_each_position_has_a_crop_of_its_own():
 
 
 def test_a_stream_starts_anywhere():
-    source, order = Photos(), pipeline.IndexSampler(images=20, seed=1)
-    assert_same(stream(source, order, 3, 6), stream(source, order, 0, 6)[3:])
+    source, sampler = Photos(), pipeline.IndexSampler(images=20, seed=1)
+    assert_same(stream(source, sampler, 3, 6), stream(source, sampler, 0, 6)[3:])
 
 
-def test_hosts_of_a_stream():
-    source, order = Photos(), pipeline.IndexSampler(images=20, seed=1)
-    whole = stream(source, order, 0, 3)
-    parts = [stream(source, order, 0, 3, host=host, hosts=2) for host in range(2)]
+def test_shards_of_a_stream():
+    source, sampler = Photos(), pipeline.IndexSampler(images=20, seed=1)
+    whole = stream(source, sampler, 0, 3)
+    parts = [stream(source, sampler, 0, 3, shard=pipeline.Shard(i, 2)) for i in range(2)]
     joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*parts)]
     assert_same(joined, whole)
 
 
 def test_worker_processes_give_the_same_batches():
-    source, order = Photos(), pipeline.IndexSampler(images=20, seed=1)
-    assert_same(stream(source, order, 0, 4, workers=2), stream(source, order, 0, 4))
+    source, sampler = Photos(), pipeline.IndexSampler(images=20, seed=1)
+    assert_same(stream(source, sampler, 0, 4, workers=2), stream(source, sampler, 0, 4))
 
 
 class Platforms(Photos):
@@ -59,14 +59,12 @@ def test_worker_processes_use_no_accelerator(monkeypatch):
 
 
 def test_memory_stays_flat():
+    sampler = pipeline.IndexSampler(images=20, seed=1)
     config = Data(image_size=32, crop="random_resized", threads=2, prefetch=2)
-    order, corrupt = (
-        pipeline.IndexSampler(images=20, seed=1),
-        pipeline.Corrupt(limit=0, report=print),
-    )
+    dataset = pipeline.StreamedDataset(Photos(), config, pipeline.CorruptImages(0, print))
     used = {}
     tracemalloc.start()
-    batches = pipeline.stream_batches(Photos(), order, config, 8, 0, 300, corrupt)
+    batches = dataset.train_batches(sampler, batches_of(8), 0, 300)
     for count, batch in enumerate(batches):
         size = batch["images"].nbytes
         if count in (100, 299):
@@ -77,23 +75,21 @@ def test_memory_stays_flat():
 
 def test_leaving_a_stream_early_ends_its_threads():
     before = threading.active_count()
-    order, corrupt = (
-        pipeline.IndexSampler(images=20, seed=1),
-        pipeline.Corrupt(limit=0, report=print),
-    )
+    sampler = pipeline.IndexSampler(images=20, seed=1)
     config = Data(image_size=8, crop="random_resized", threads=3)
-    batches = pipeline.stream_batches(Photos(), order, config, 8, 0, 10**6, corrupt)
+    dataset = pipeline.StreamedDataset(Photos(), config, pipeline.CorruptImages(0, print))
+    batches = dataset.train_batches(sampler, batches_of(8), 0, 10**6)
     next(batches)
     batches.close()
     assert threading.active_count() == before
 
 
 def test_damaged_images_are_replaced_and_named_once():
-    source, order = Photos(damaged=(3, 7)), pipeline.IndexSampler(images=20, seed=1)
+    source, sampler = Photos(damaged=(3, 7)), pipeline.IndexSampler(images=20, seed=1)
     lines, corrupt = reports()
-    batches = stream(source, order, 0, 10, corrupt)
+    batches = stream(source, sampler, 0, 10, corrupt)
     labels = np.concatenate([batch["labels"] for batch in batches])
-    whole = stream(Photos(), order, 0, 10)
+    whole = stream(Photos(), sampler, 0, 10)
     expected = np.concatenate([batch["labels"] for batch in whole])
     np.testing.assert_array_equal(
         labels, np.where(np.isin(expected, (3, 7)), expected + 1, expected)
@@ -128,6 +124,6 @@ def test_damaged_images_in_a_row_are_all_named():
 def test_damaged_images_have_no_weight_in_evaluation():
     source, config = Photos(damaged=(3,)), Data(image_size=8)
     lines, corrupt = reports()
-    batches = list(pipeline.streamed_evaluation_batches(source, config, 8, corrupt))
+    batches = list(pipeline.StreamedDataset(source, config, corrupt).eval_batches(8))
     assert sum(batch["weights"].sum() for batch in batches) == 19
     assert len(lines) == 1

@@ -8,7 +8,7 @@ import pytest
 import resnet_jax as rj
 from resnet_jax.config.schema import Config, Data
 from resnet_jax.data.decode.decoding import eval_crop
-from resnet_jax.data.pipeline import load_memory, streamed_evaluation_batches
+from resnet_jax.data.pipeline import InMemoryDataset, StreamedDataset
 from resnet_jax.evaluation.measuring import Evaluator
 from resnet_jax.export.hub import hub_config, model_card
 from resnet_jax.weights.source import Network
@@ -46,9 +46,9 @@ def test_evaluation_in_memory_and_streamed(fields):
     """Both ways to read a data set prepare its images as `eval_crop` does."""
     source, config = Photos(6), Data(image_size=8, threads=2, **fields)
     expected = np.stack([eval_crop(data, config, 3) for data in source.data])
-    found = load_memory(source, config, training=False, corrupt=reports()[1])
+    found = InMemoryDataset.decode(source, config, training=False, corrupt=reports()[1])
     np.testing.assert_array_equal(found.images, expected)
-    batches = [*streamed_evaluation_batches(source, config, 6, reports()[1])]
+    batches = [*StreamedDataset(source, config, reports()[1]).eval_batches(6)]
     np.testing.assert_array_equal(batches[0]["images"], expected)
 
 

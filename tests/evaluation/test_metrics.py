@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.data.pipeline import InMemoryDataset, evaluation_batches
+from resnet_jax.data.pipeline import InMemoryDataset
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
@@ -51,7 +51,7 @@ def expected():
 def test_any_batch_size(size):
     model, data, variables = setting()
     step = data_parallel.parallel_sums(make_evaluation_step(model, HALVED))
-    found = evaluate(step, variables, evaluation_batches(data, size))
+    found = evaluate(step, variables, data.eval_batches(size))
     assert found.keys() == expected().keys()
     for name, value in expected().items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6)
@@ -62,7 +62,7 @@ def test_padding_may_be_anything():
     model, data, variables = setting()
     broken = InMemoryDataset(data.images[:3], data.labels[:3])
     step = data_parallel.parallel_sums(make_evaluation_step(model, HALVED))
-    found = evaluate(step, variables, evaluation_batches(broken, 8))
+    found = evaluate(step, variables, broken.eval_batches(8))
     assert found["images"] == 3
     assert np.isfinite(found["loss"])
 
@@ -73,14 +73,14 @@ def test_logits_of_an_image_and_its_mirror_image():
         evaluate(
             data_parallel.parallel_sums(make_evaluation_step(model, HALVED, flip=True)),
             variables,
-            evaluation_batches(InMemoryDataset(images, data.labels), 16),
+            InMemoryDataset(images, data.labels).eval_batches(16),
         )
         for images in (data.images, data.images[:, :, ::-1])
     ]
     plain = evaluate(
         data_parallel.parallel_sums(make_evaluation_step(model, HALVED)),
         variables,
-        evaluation_batches(data, 16),
+        data.eval_batches(16),
     )
     np.testing.assert_allclose(found[0]["loss"], found[1]["loss"], rtol=1e-6)
     assert abs(found[0]["loss"] - plain["loss"]) > 1e-4

@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn_metrics
 import resnet_jax as rj
 from resnet_jax.cli import parser
 from resnet_jax.config import schema as c
-from resnet_jax.data.pipeline import InMemoryDataset, evaluation_batches
+from resnet_jax.data.pipeline import InMemoryDataset, Shard
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel
 from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
@@ -157,13 +157,15 @@ def setting():
     return model, InMemoryDataset(images, labels), random_variables(model)
 
 
-def evaluated(size, devices=8, hosts=1, labels=None):
+def evaluated(size, devices=8, shards=1, labels=None):
     model, data, variables = setting()
     data = InMemoryDataset(data.images, data.labels if labels is None else labels)
     devices = jax.devices()[:devices]
-    step = data_parallel.parallel_sums(make_evaluation_step(model, Preprocessing()), devices)
-    found = [evaluation_batches(data, size, host, hosts) for host in range(hosts)]
-    # The batches of several hosts one after the other: what the devices gather from all of them.
+    step = data_parallel.parallel_sums(
+        make_evaluation_step(model, Preprocessing(mean=(0.5,), std=(0.25,))), devices
+    )
+    found = [data.eval_batches(size, Shard(index, shards)) for index in range(shards)]
+    # The batches of several shards one after the other: what the devices gather from all of them.
     batches = (
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*found, strict=True)
@@ -181,8 +183,8 @@ def test_any_batch_size_number_of_devices_and_hosts(unsharded):
     reference = evaluated(40)
     assert reference["images"] == 37
     assert reference.keys() == {"images", "loss", "top1", "top5", "map", "f1", "f1_micro"}
-    for size, devices, hosts in ((8, 8, 1), (16, 2, 1), (16, 8, 2), (64, 1, 4)):
-        found = evaluated(size, devices, hosts)
+    for size, devices, shards in ((8, 8, 1), (16, 2, 1), (16, 8, 2), (64, 1, 4)):
+        found = evaluated(size, devices, shards)
         for name, value in reference.items():  # logits may differ by rounding
             np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
     _, data, variables = setting()

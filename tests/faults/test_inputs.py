@@ -25,7 +25,7 @@ from resnet_jax.training import setup
 from resnet_jax.training.loop import train
 from resnet_jax.training.metrics import MetricAccumulator
 from tests.conftest import FAST_COMPILE
-from tests.data.photos import Photos
+from tests.data.photos import Photos, batches_of
 from tests.training.runs import state_of
 from tests.training.test_loop import configuration
 
@@ -51,14 +51,15 @@ def limit(seconds):
 
 
 def stream(source, corrupt, steps=400, **fields):
-    order = pipeline.IndexSampler(len(source), seed=1)
+    sampler = pipeline.IndexSampler(len(source), seed=1)
     config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2, **fields)
-    return pipeline.stream_batches(source, order, config, 8, 0, steps, corrupt)
+    dataset = pipeline.StreamedDataset(source, config, corrupt)
+    return dataset.train_batches(sampler, batches_of(8), 0, steps)
 
 
 def reports(most=10):
     lines = []
-    return lines, pipeline.Corrupt(most, lines.append)
+    return lines, pipeline.CorruptImages(most, lines.append)
 
 
 # Worker processes.
@@ -379,7 +380,7 @@ def test_a_disk_that_is_full_at_the_first_use_of_the_digits(small_disk):
 
 def test_no_image_to_evaluate():
     source = Photos(count=4, damaged=range(4))
-    batches = pipeline.streamed_evaluation_batches(source, Data(image_size=8), 8, reports()[1])
+    batches = pipeline.StreamedDataset(source, Data(image_size=8), reports()[1]).eval_batches(8)
     sums = dict.fromkeys(("images", "loss", "top1", "top5"), 0.0)
     with pytest.raises(DataError, match=r"data\.eval_split: none of its images"):
         evaluate(lambda *_: sums, {}, batches)

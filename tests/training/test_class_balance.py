@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from resnet_jax.config import schema as c
-from resnet_jax.data.pipeline import BalancedSampler, InMemoryDataset
+from resnet_jax.data.pipeline import (
+    BalancedSampler,
+    CorruptImages,
+    InMemoryDataset,
+    StreamedDataset,
+)
 from resnet_jax.data.sources.folders import FolderSource
 from resnet_jax.data.sources.known import SizedSource
 from resnet_jax.data.sources.opening import Source, open_source
@@ -119,12 +124,13 @@ def test_images_are_read_for_their_labels_only_where_that_is_needed(sections, as
     source, read, said = open_source("digits", "train"), [], []
     labels = Source.labels
     monkeypatch.setattr(Source, "labels", lambda self: read.append(self) or labels(self))
-    order = class_balance.training_order(config, source, said.append)
-    counts = class_balance.count_classes(config, source, order, 10, said.append)
+    data = StreamedDataset(source, config.data, CorruptImages(0, print))
+    found = class_balance.training_sampler(config, data, said.append)
+    counts = class_balance.count_classes(config, data, found, 10, said.append)
     assert len(read) == len(said) == asked
     assert counts.sum() == (1437 if asked else 0)
-    assert class_balance.count_at_hand(source, 10).size == 0
-    assert isinstance(order, BalancedSampler) == bool(sampler)
+    assert class_balance.known_class_counts(data, 10).size == 0
+    assert isinstance(found, BalancedSampler) == bool(sampler)
     if asked:
         assert said[0].startswith("reading all 1,437 training images for their labels, which ")
 
@@ -137,13 +143,14 @@ def test_a_folder_is_counted_by_its_names(tmp_path):
             (tmp_path / "train" / label / f"{index}.png").write_bytes(image)
     source = open_source(f"folder:{tmp_path}", "train")
     assert isinstance(source, FolderSource)
-    assert class_balance.count_at_hand(source, 2).tolist() == [5, 1]
+    data = StreamedDataset(source, c.Data(), CorruptImages(0, print))
+    assert class_balance.known_class_counts(data, 2).tolist() == [5, 1]
 
 
 def test_sets_of_labels_are_counted():
     labels = np.array([[1, 1, 0], [0, 1, 0]], np.uint8)
     data = InMemoryDataset(np.zeros((2, 2, 2, 1), np.uint8), labels)
-    assert class_balance.count_at_hand(data, 3).tolist() == [1, 2, 0]
+    assert class_balance.known_class_counts(data, 3).tolist() == [1, 2, 0]
     loss = c.Loss(name="bce", class_weights="balanced")
     weights = class_balance.class_weights(loss, np.array([1, 2, 0]), outputs=3)
     assert weights.tolist() == [1.5, 0.75, 0.0]  # 1 on average over the labels

@@ -20,6 +20,7 @@ import pytest
 import resnet_jax as rj
 from resnet_jax.cli import parser
 from resnet_jax.config import schema as c
+from resnet_jax.data.memory import InMemoryDataset
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.report.runs import read_run
@@ -315,16 +316,16 @@ def test_a_failed_evaluation_loses_nothing(calls, straight, tmp_path, monkeypatc
 def test_a_signal_during_an_evaluation(step, straight, tmp_path, monkeypatch):
     """The run stops at once: its state is saved, and evaluated by the next start."""
     with monkeypatch.context() as patch:
-        seen, batches = [], loop.evaluation_batches
+        seen, batches = [], InMemoryDataset.eval_batches
 
-        def stopping(*arguments, **options):
-            for batch in batches(*arguments, **options):
+        def stopping(*arguments):
+            for batch in batches(*arguments):
                 seen.append(batch)
                 if len(seen) == 2 + (step == 6) * 2 * 8:  # 360 images are 8 batches, twice
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield batch
 
-        patch.setattr(loop, "evaluation_batches", stopping)
+        patch.setattr(InMemoryDataset, "eval_batches", stopping)
         with pytest.raises(StoppedError, match=f"after step {step}; all is saved"):
             train(configuration(), tmp_path)
     assert saved_steps(tmp_path)[-1] == step

@@ -19,7 +19,7 @@ from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step, top_k_hits
-from tests.data.photos import assert_same
+from tests.data.photos import assert_same, batches_of
 from tests.evaluation.settings import SetsOfLabels, photo, prepare_sets, tiny_network
 from tests.training.runs import records, state_of, without_times
 
@@ -140,24 +140,23 @@ def source():
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_have_the_sets_of_their_images(source, workers):
-    """From memory and streamed, by threads and processes, of one host and of two."""
-    order, corrupt = (
-        pipeline.IndexSampler(images=20, seed=1),
-        pipeline.Corrupt(limit=0, report=print),
-    )
+    """From memory and streamed, by threads and processes, for one shard and for two."""
+    sampler = pipeline.IndexSampler(images=20, seed=1)
+    corrupt = pipeline.CorruptImages(limit=0, log=print)
     config = c.Data(image_size=8, workers=workers, threads=2)
-    data = pipeline.load_memory(source, config, True, corrupt)
-    expected = list(pipeline.memory_batches(data, order, 8, 0, 4))
+    data = pipeline.open_dataset(source, config, True, corrupt)
+    expected = list(data.train_batches(sampler, batches_of(8), 0, 4))
+    streamed = pipeline.StreamedDataset(source, config, corrupt)
     streams = [
-        list(pipeline.stream_batches(source, order, config, 8, 0, 4, corrupt, False, host, hosts))
-        for host, hosts in ((0, 1), (0, 2), (1, 2))
+        list(streamed.train_batches(sampler, batches_of(8), 0, 4, pipeline.Shard(*shard)))
+        for shard in ((0, 1), (0, 2), (1, 2))
     ]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*streams[1:])]
     assert_same(streams[0], expected)
     assert_same(joined, expected)
     labels = source.labels()
     for step, batch in enumerate(expected):
-        indices = order.indices(np.arange(8 * step, 8 * step + 8))
+        indices = sampler.indices(np.arange(8 * step, 8 * step + 8))
         np.testing.assert_array_equal(batch["labels"], labels[indices])
         assert batch["labels"].dtype == np.uint8
 
