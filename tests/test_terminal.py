@@ -11,7 +11,7 @@ import pytest
 from resnet_jax.cli import parser
 from resnet_jax.config.schema import Config, Log
 from resnet_jax.data.corrupt import CorruptImages
-from resnet_jax.evaluation.result import Report, dump_json
+from resnet_jax.evaluation.result import EvaluationResult, dump_json
 from resnet_jax.terminal import columns, json_text, log, padded, print_copy, show, visible
 from resnet_jax.workdirs.metric_writers import MetricWriters
 
@@ -122,10 +122,10 @@ def test_the_training_log_is_escaped(tmp_path):
 def test_tables_of_an_evaluation(capsys):
     names = ("\x1b[2J\x07", "漢字", "cat\u202e", "x" * 10_000)
     labels, predictions = np.array([0, 1, 2, 3]), np.array([1, 1, 0, 3])
-    report = Report(
+    report = EvaluationResult(
         **{"network": "run\x1b", "model": "tiny", "step": 1, "weights": "", "data": "folder:\x9b"},
         **{"split": "te\nst", "views": "one_crop", "image_size": 8, "resize_size": 8},
-        **{"scales": (), "batch_size": 4, "skipped": 0, "unlabelled": 0, "loss": math.inf},
+        **{"scales": (), "batch_size": 4, "skipped": 0, "unlabeled": 0, "loss": math.inf},
         **{"top1": 0.5, "top5": 1.0, "class_names": names, "indices": np.arange(4)},
         **{"labels": labels, "predictions": predictions, "seconds": 1.0},
         **{"confidences": np.full(4, 0.5, np.float32), "hits": labels == predictions},

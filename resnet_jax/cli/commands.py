@@ -345,7 +345,7 @@ def features(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measures a network on a data set."""
-    from resnet_jax.evaluation.evaluator import evaluate_data
+    from resnet_jax.evaluation.held_out import evaluate_data
     from resnet_jax.evaluation.result import dump_json
     from resnet_jax.inference.writers import new_file
 
@@ -357,7 +357,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.json not in ("", "-"):
         file = new_file(options.json, options.force, "--json", stream=True)
     with file as stream:
-        report = evaluate_data(
+        result = evaluate_data(
             _open_network(options),
             options.data,
             options.split,
@@ -371,10 +371,10 @@ def evaluate(options: argparse.Namespace) -> None:
             bar=True,
         )
         if stream is not None:
-            stream.write(f"{dump_json(report.to_json())}\n".encode())
+            stream.write(f"{dump_json(result.to_json())}\n".encode())
     with printing():
         show(
-            dump_json(report.to_json()) if options.json == "-" else report.table(options.per_class)
+            dump_json(result.to_json()) if options.json == "-" else result.table(options.per_class)
         )
 
 

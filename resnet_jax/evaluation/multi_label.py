@@ -1,8 +1,8 @@
-"""Measures of images that have none, one or several labels: average precision, F1, loss.
+"""Metrics of images that have none, one or several labels: average precision, F1, loss.
 
-The devices compute logits and the host does the rest, in float64 and image by image, so the
-measures do not depend on the batch size, the padding, or the number of devices and hosts.
-Average precision ranks all images of a class, so all logits are kept until the end.
+The devices compute logits, and the host does the rest in float64 and image by image, so the
+metrics do not depend on the batch size, the padding, or the number of devices and hosts. Average
+precision ranks all images of a class, so all logits are kept until the end.
 """
 
 from __future__ import annotations
@@ -14,27 +14,21 @@ import numpy as np
 
 from resnet_jax.limits import check_host_memory
 
-# Logits that are sorted at a time: 16 MiB.
-_AT_A_TIME = 2**22
+_SORTED_AT_ONCE = 2**22  # logits: 16 MiB
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiLabelMeasures:
-    """Measures over a data set, and of each of its classes. Shares are fractions.
+class MultiLabelMetrics:
+    """Metrics over a data set and of each of its classes; fractions, not percent.
 
-    A class that no image has cannot be ranked: it has no average precision and does not enter
-    `map`. A class that no image has and that was not predicted either has no F1 and does not
-    enter `f1`; one that was predicted for some image has an F1 of 0.
+    `loss` is the binary cross-entropy in nats, averaged over classes and images. `top1` and `top5`
+    are over the images that have labels; any of an image's labels is a hit. The counts of images
+    that have a class (`positives`), for which it is predicted, and both (`true_positives`) are
+    int64 [classes].
 
-    Args:
-      threshold: Probability from which a class is predicted.
-      loss: Binary cross-entropy in nats, mean over classes and images.
-      top1: Share of the images with labels whose highest logit is one of their labels.
-      top5: The same for the five highest.
-      positives: Images that have the class, int64 [classes].
-      predicted: Images for which it is predicted, int64 [classes].
-      true_positives: Images of both kinds, int64 [classes].
-      average_precision: [classes], NaN for a class that no image has.
+    A class that no image has cannot be ranked: its `average_precision` [classes] is NaN, and it
+    does not enter `map`. A class that no image has and that is never predicted has no F1 and does
+    not enter `f1`; if it is predicted for some image, its F1 is 0.
     """
 
     threshold: float
@@ -58,12 +52,12 @@ class MultiLabelMeasures:
 
     @property
     def precision(self) -> np.ndarray:
-        """Share of the predictions of each class that are right; NaN where there are none."""
+        """Fraction of the predictions of each class that are right; NaN where there are none."""
         return _ratio(self.true_positives, self.predicted)
 
     @property
     def recall(self) -> np.ndarray:
-        """Share of the images of each class that are found; NaN where there are none."""
+        """Fraction of the images of each class that are found; NaN where there are none."""
         return _ratio(self.true_positives, self.positives)
 
     @property
@@ -78,24 +72,24 @@ class MultiLabelMeasures:
 
     @property
     def f1_micro(self) -> float:
-        """Micro F1: that of all pairs of an image and a class together."""
+        """Micro F1: over all pairs of an image and a class."""
         both = self.positives.sum() + self.predicted.sum()
         return float(2 * self.true_positives.sum() / both)
 
     def record(self) -> dict[str, float]:
-        """What metrics.jsonl has of an evaluation."""
+        """The fields of an evaluation record in metrics.jsonl."""
         names = ("loss", "top1", "top5", "map", "f1", "f1_micro")
         return {name: getattr(self, name) for name in names}
 
 
-class Scores:
-    """The logits and labels of a data set's images, batch by batch.
+class MultiLabelAccumulator:
+    """Collects the logits and labels of a data set, batch by batch.
 
     Example:
-      >>> scores = Scores()
+      >>> scores = MultiLabelAccumulator()
       >>> _ = scores.add(np.array([[2.0, -1.0], [1.0, 3.0], [0.5, -2.0]]), np.array([[1, 0]] * 3))
-      >>> measures = scores.measure(threshold=0.5)
-      >>> measures.average_precision.tolist(), measures.f1, measures.f1_micro, measures.top1
+      >>> metrics = scores.compute(threshold=0.5)
+      >>> metrics.average_precision.tolist(), metrics.f1, metrics.f1_micro, metrics.top1
       ([1.0, nan], 0.5, 0.8571428571428571, 0.6666666666666666)
     """
 
@@ -106,72 +100,65 @@ class Scores:
         self._ranks: list[np.ndarray] = []
 
     def add(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Adds images.
+        """Adds logits [N, classes] and labels of 0 and 1, and returns the images' `best_ranks`.
 
-        Args:
-          logits: float [N, classes].
-          labels: [N, classes] of 0 and 1, or of fewer classes where the head is wider.
-
-        Returns:
-          The place of each image's best label, as `rank_of_labels` gives it.
+        Labels may have fewer classes than the head: no image has the others.
         """
         missing = logits.shape[1] - labels.shape[1]
         labels = np.pad(labels > 0, ((0, 0), (0, missing)))
         self._logits.append(logits)
         self._labels.append(labels)
         self._losses.append(_losses(logits, labels))
-        self._ranks.append(rank_of_labels(logits, labels))
+        self._ranks.append(best_ranks(logits, labels))
         return self._ranks[-1]
 
     @property
     def ranks(self) -> np.ndarray:
-        """The place of each image's best label, as `rank_of_labels` gives it."""
+        """The `best_ranks` of all images so far."""
         return np.concatenate(self._ranks) if self._ranks else np.zeros(0, np.int64)
 
-    def measure(self, threshold: float) -> MultiLabelMeasures:
-        """The measures of all images so far, of which at least one has a label."""
-        ranks, logits, labels = self.ranks, self._logits, self._labels
-        known = int((ranks >= 0).sum())
-        images, classes = len(ranks), logits[0].shape[1]
-        precisions: list[float] = []
-        at_a_time = max(1, _AT_A_TIME // images)
-        for first in range(0, classes, at_a_time):
-            part = slice(first, first + at_a_time)
-            # A class in one piece of memory, which is several times faster to sort.
-            columns = np.concatenate([each[:, part].T for each in logits], axis=1)
-            truths = np.concatenate([each[:, part].T for each in labels], axis=1)
-            precisions += map(average_precision, columns, truths)
-        counts = np.zeros((3, classes), np.int64)
-        for outputs, truth in zip(logits, labels):
-            predicted = is_predicted(outputs, threshold)
-            counts += [each.sum(0) for each in (truth, predicted, truth & predicted)]
-        losses = np.concatenate(self._losses)
-        return MultiLabelMeasures(
+    def compute(self, threshold: float) -> MultiLabelMetrics:
+        """The metrics of all images so far, at least one of which has a label."""
+        ranks, losses = self.ranks, np.concatenate(self._losses)
+        images, labeled = len(ranks), int((ranks >= 0).sum())
+        positives, predicted, true_positives = self._counts(threshold)
+        return MultiLabelMetrics(
             threshold=threshold,
             # An exact sum does not depend on the order of the images.
             loss=math.fsum(losses) / images if np.isfinite(losses).all() else math.nan,
-            top1=float(((ranks >= 0) & (ranks < 1)).sum() / known),
-            top5=float(((ranks >= 0) & (ranks < 5)).sum() / known),
-            positives=counts[0],
-            predicted=counts[1],
-            true_positives=counts[2],
-            average_precision=np.array(precisions),
+            top1=float(((ranks >= 0) & (ranks < 1)).sum() / labeled),
+            top5=float(((ranks >= 0) & (ranks < 5)).sum() / labeled),
+            positives=positives,
+            predicted=predicted,
+            true_positives=true_positives,
+            average_precision=self._average_precisions(images),
         )
+
+    def _counts(self, threshold: float) -> np.ndarray:
+        counts = np.zeros((3, self._logits[0].shape[1]), np.int64)
+        for logits, labels in zip(self._logits, self._labels):
+            predicted = is_predicted(logits, threshold)
+            counts += [each.sum(0) for each in (labels, predicted, labels & predicted)]
+        return counts
+
+    def _average_precisions(self, images: int) -> np.ndarray:
+        classes, precisions = self._logits[0].shape[1], list[float]()
+        classes_at_once = max(1, _SORTED_AT_ONCE // images)
+        for first in range(0, classes, classes_at_once):
+            part = slice(first, first + classes_at_once)
+            # Contiguous columns are several times faster to sort.
+            logits = np.concatenate([each[:, part].T for each in self._logits], axis=1)
+            labels = np.concatenate([each[:, part].T for each in self._labels], axis=1)
+            precisions += map(average_precision, logits, labels)
+        return np.array(precisions)
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over a class's images of the precision at their place in the ranking.
+    """The area under a class's curve of precision over recall, for scores [N] and labels bool [N].
 
-    The area under the curve of precision over recall, by steps and not by trapezoids: sum over
+    By steps and not by trapezoids, as in scikit-learn's `average_precision_score`: the sum over
     thresholds n of (R_n - R_(n-1)) P_n. Equal scores share one threshold, so their order does not
-    matter. This is the definition of scikit-learn's `average_precision_score`.
-
-    Args:
-      scores: [N], of any scale.
-      labels: bool [N].
-
-    Returns:
-      A fraction; NaN where no label is true.
+    matter. NaN where no label is true.
 
     Example:
       >>> average_precision(np.array([0.9, 0.8, 0.8, 0.1]), np.array([True, False, True, False]))
@@ -187,21 +174,16 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
 
 
-def rank_of_labels(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many wrong classes an image's best label has above it or beside it.
+def best_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The number of wrong classes that are ranked above an image's best label, int64 [N].
 
-    Args:
-      logits: [N, classes].
-      labels: bool [N, classes].
-
-    Returns:
-      int64 [N]: 0 where the highest logit is a label's, -1 for an image without labels. A tie
-      with a wrong class counts against the network, and logits that are not finite come last.
+    0 where the highest logit [N, classes] is a label, bool [N, classes]; -1 for an image without
+    labels. A tie with a wrong class counts against the network, and logits that are not finite
+    come last.
 
     Example:
       >>> logits = np.array([[3.0, 2.0, 1.0], [3.0, 3.0, 1.0], [3.0, 2.0, 1.0]])
-      >>> labels = np.array([[0, 1, 0], [1, 1, 0], [0, 0, 0]], bool)
-      >>> rank_of_labels(logits, labels).tolist()
+      >>> best_ranks(logits, np.array([[0, 1, 0], [1, 1, 0], [0, 0, 0]], bool)).tolist()
       [1, 0, -1]
     """
     best = np.where(labels, logits, -np.inf).max(1)
@@ -212,14 +194,7 @@ def rank_of_labels(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def is_predicted(logits: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether the probability of a class, the logistic function of its logit, reaches a threshold.
-
-    Args:
-      logits: Of any shape.
-      threshold: In (0, 1).
-
-    Returns:
-      bool, of the same shape.
+    """Whether the logistic function of each logit reaches a threshold in (0, 1).
 
     Example:
       >>> is_predicted(np.array([-0.1, 0.0, 2.0]), 0.5).tolist()
@@ -231,32 +206,16 @@ def is_predicted(logits: np.ndarray, threshold: float) -> np.ndarray:
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """The logistic function, without overflow.
 
-    Args:
-      logits: float32 or float64, of any shape.
-
-    Returns:
-      Probabilities of the same shape and type.
-
     Example:
       >>> sigmoid(np.array([-1000.0, 0.0, 1000.0])).tolist()
       [0.0, 0.5, 1.0]
     """
-    small = np.exp(-np.abs(logits))  # the lesser outcome's share of the greater's
+    small = np.exp(-np.abs(logits))
     return np.where(logits >= 0, 1, small) / (1 + small)
 
 
 def check_scores_memory(images: int, classes: int, what: str, remedy: str) -> None:
-    """Refuses a data set whose logits the host cannot keep.
-
-    Args:
-      images: Their number.
-      classes: Of the network.
-      what: The field or flag that names the data set, with its value.
-      remedy: What makes it smaller.
-
-    Raises:
-      ConfigError: They take more than the host's memory.
-    """
+    """Raises a ConfigError that starts with `what` where the host cannot keep all logits."""
     needed = images * classes * 5  # a float32 and a bool
     what = f"{what}: mean average precision over {images:,} images of {classes:,} classes"
     check_host_memory(needed, what, remedy)

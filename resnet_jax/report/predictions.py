@@ -11,9 +11,10 @@ import numpy as np
 from resnet_jax.data.decode.decoding import eval_crop
 from resnet_jax.data.sources.base import Label, Source
 from resnet_jax.errors import DataError
-from resnet_jax.evaluation.evaluator import evaluate_network, open_held_out
-from resnet_jax.evaluation.label_sets import match_classes
-from resnet_jax.evaluation.result import Report
+from resnet_jax.evaluation.evaluator import evaluate_network
+from resnet_jax.evaluation.held_out import open_held_out
+from resnet_jax.evaluation.label_sets import match_labels
+from resnet_jax.evaluation.result import EvaluationResult
 from resnet_jax.weights.source import Network, evaluated_data
 
 
@@ -41,43 +42,43 @@ class Predictions:
     Args:
       network: That made it.
       source: The images.
-      report: What it says of each.
+      result: The prediction for each.
     """
 
     network: Network
     source: Source
-    report: Report
+    result: EvaluationResult
 
     def examples(self, count: int) -> list[Example]:
         """The first images, right or wrong."""
-        return self._read(range(min(count, self.report.images)))
+        return self._read(range(min(count, self.result.images)))
 
     def mistakes(self, count: int) -> list[Example]:
         """The surest wrong predictions, the surest first; each image's likeliest class counts."""
-        report = self.report
-        if report.labels is not None:
-            wrong = np.flatnonzero(report.predictions != report.labels)
+        result = self.result
+        if result.labels is not None:
+            wrong = np.flatnonzero(result.predictions != result.labels)
         else:  # a class that the image has not, and that is predicted all the same
-            wrong = np.flatnonzero(~report.hits & (report.confidences >= self.network.threshold))
-        surest = np.argsort(-report.confidences[wrong], kind="stable")
+            wrong = np.flatnonzero(~result.hits & (result.confidences >= self.network.threshold))
+        surest = np.argsort(-result.confidences[wrong], kind="stable")
         return self._read(wrong[surest[:count]].tolist())
 
     def _read(self, places: Iterable[int]) -> list[Example]:
         return [self._example(place) for place in places]
 
     def _example(self, place: int) -> Example:
-        network, report = self.network, self.report
-        data, label = self.source[report.indices[place]]
-        if report.labels is not None:
-            labels = report.labels[place : place + 1]
+        network, result = self.network, self.result
+        data, label = self.source[result.indices[place]]
+        if result.labels is not None:
+            labels = result.labels[place : place + 1]
         else:
-            sets = match_classes(network, self.source).translate(np.array([label]))
+            sets = match_labels(network, self.source).classes_of(np.array([label]))
             labels = sets.nonzero()[1]
         return Example(
             eval_crop(data, network.crop, network.channels),
             tuple(map(int, labels)),
-            int(report.predictions[place]),
-            float(report.confidences[place]),
+            int(result.predictions[place]),
+            float(result.confidences[place]),
         )
 
 
@@ -115,13 +116,13 @@ def predict_split(network: Network, where: HeldOut, most: int) -> Predictions:
     source = open_held_out(network, name, data.eval_split, folder)
     first = _First(source, most)
     # The run has named the images that cannot be decoded. Of its processes only one writes.
-    report = evaluate_network(network, first, "one_crop", log=lambda line: None, alone=True)
-    if report.class_names != network.class_names:
+    result = evaluate_network(network, first, "one_crop", log=lambda line: None, local=True)
+    if result.class_names != network.class_names:
         raise DataError(
-            f"{source.name}: has {len(report.class_names)} of the {len(network.class_names)} "
+            f"{source.name}: has {len(result.class_names)} of the {len(network.class_names)} "
             "classes that the network was trained for; restore the others"
         )
-    return Predictions(network, first, report)
+    return Predictions(network, first, result)
 
 
 class _First(Source):

@@ -14,7 +14,7 @@ import numpy as np
 from resnet_jax.config.schema import to_flat
 from resnet_jax.data.decode.decoding import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
-from resnet_jax.evaluation.result import ClassMeasures, Report
+from resnet_jax.evaluation.result import ClassMetrics, EvaluationResult
 from resnet_jax.inference.classifier import probabilities
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
@@ -102,10 +102,10 @@ def one_run(run: Run, images: Sequence[str | Path], data: HeldOut) -> list[Secti
         return [*sections, *_class_sizes(run), images_section, _filters(network), *recipe]
     held_out = predictions.examples(RESPONDING)
     examples = _read_images(images, network) or held_out
-    classes = predictions.report.class_measures
+    classes = predictions.result.class_metrics
     sections += [
-        *_class_sizes(run, predictions.report),
-        _confusion(predictions.report) if classes is None else _class_measures(classes, run),
+        *_class_sizes(run, predictions.result),
+        _confusion(predictions.result) if classes is None else _class_measures(classes, run),
         _mistakes(predictions),
         _explanations(network, examples[:EXPLAINED]),
         _filters(network),
@@ -197,12 +197,12 @@ def _curves(runs: Sequence[Run]) -> Section:
     return Section("curves", "Learning curves", pictures=pictures)
 
 
-def _class_sizes(run: Run, report: Report | None = None) -> list[Section]:
+def _class_sizes(run: Run, result: EvaluationResult | None = None) -> list[Section]:
     """Sizes of the classes, and what is recognized of each; none where the run did not count."""
     if not run.class_counts.get("train", np.zeros(0)).any():
         return []
     names, counts = read_class_names(run.workdir), run.class_counts["train"]
-    known = report and report.class_names == names and report.per_class
+    known = result and result.class_names == names and result.per_class
     recognized = [each.top1 for each in known] if known else []
     order, there = np.argsort(-counts, kind="stable"), counts[counts > 0]
     smallest = int(order[len(there) - 1])
@@ -231,26 +231,26 @@ def _class_sizes(run: Run, report: Report | None = None) -> list[Section]:
     ]
 
 
-def _confusion(report: Report) -> Section:
-    there = [each for each in report.per_class or () if each.top1 is not None]
+def _confusion(result: EvaluationResult) -> Section:
+    there = [each for each in result.per_class or () if each.top1 is not None]
     hardest = sorted(there, key=lambda each: each.top1 or 0.0)
     rows = [(each.name, f"{each.top1:.1%}", f"{each.images:,}") for each in hardest]
     table = Table(rows, ("class", "recognised", "images"), folded="Each class, the hardest first")
     pictures = []
-    names, counts = report.class_names, report.confusion
+    names, counts = result.class_names, result.confusion
     if counts is not None and len(names) <= 200:  # with more nothing could be seen
         pictures.append(
             Picture(
                 "confusion",
                 figures.confusion_matrix(counts, [visible(name) for name in names]),
                 "Confusion matrix: true classes by predicted ones",
-                f"Of {report.images:,} held-out images, by the best state of the run.",
+                f"Of {result.images:,} held-out images, by the best state of the run.",
             )
         )
     return Section("confusion", "Confusion", pictures=pictures, tables=[table])
 
 
-def _class_measures(classes: Sequence[ClassMeasures], run: Run) -> Section:
+def _class_measures(classes: Sequence[ClassMetrics], run: Run) -> Section:
     """Each class of a multi-label network, in the place of a confusion matrix."""
     there = [each for each in classes if each.average_precision is not None]
     hardest = sorted(there, key=lambda each: each.average_precision or 0.0)
@@ -270,10 +270,10 @@ def _class_measures(classes: Sequence[ClassMeasures], run: Run) -> Section:
 
 
 def _mistakes(predictions: Predictions) -> Section:
-    names, shown = predictions.report.class_names, predictions.mistakes(MISTAKES)
+    names, shown = predictions.result.class_names, predictions.mistakes(MISTAKES)
     several = predictions.network.multi_label
     if not shown:
-        text = f"None of {predictions.report.images:,} images is mistaken."
+        text = f"None of {predictions.result.images:,} images is mistaken."
         return Section("mistakes", "Surest mistakes", text)
     titles = [
         f"{_short(', '.join(names[label] for label in each.labels) or 'none')}\n"

@@ -154,11 +154,11 @@ def test_the_only_held_out_split_is_the_default(place, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["split"] == "test"
     shutil.copytree(tmp_path / "data/test", tmp_path / "data/val")
     assert main([*command, f"--data=folder:{tmp_path}/data"]) == 2
-    assert "--split: say which split of folder:" in (err := capsys.readouterr().err)
-    assert err.endswith("to measure; it has: test, val\n")
+    assert "--split: name the split of folder:" in (err := capsys.readouterr().err)
+    assert err.endswith("to evaluate; it has: test, val\n")
     (tmp_path / "list.csv").write_text("path,label\na.png,a\nb.png,b\n")
     assert main([*command, f"--data=csv:{tmp_path}/list.csv"]) == 2
-    assert capsys.readouterr().err.endswith("to measure; it has: train\n")
+    assert capsys.readouterr().err.endswith("to evaluate; it has: train\n")
     assert main(command) == 2
     err = capsys.readouterr().err
     assert "error: --data: " in err

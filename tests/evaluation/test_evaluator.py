@@ -13,9 +13,9 @@ import resnet_jax as rj
 from resnet_jax.config import schema as c
 from resnet_jax.data import scales as data_scales
 from resnet_jax.data.sources.opening import open_source
-from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
-from resnet_jax.evaluation.measures import calibration, expected_calibration_error
-from resnet_jax.evaluation.measuring import Evaluator
+from resnet_jax.evaluation.evaluator import Evaluator, evaluate_network
+from resnet_jax.evaluation.held_out import evaluate_data
+from resnet_jax.evaluation.metrics import calibration, expected_calibration_error
 from resnet_jax.evaluation.views import default_scales
 from resnet_jax.training.loop import train
 from resnet_jax.weights.source import open_network
@@ -77,7 +77,7 @@ def test_a_run_keeps_its_precision(run):
 
 
 def check(report, expected, labels):
-    """Expected: each image's probabilities, or what orders and normalises to them."""
+    """Expected: each image's probabilities, or logits whose softmax they are."""
     expected = np.stack(expected)
     np.testing.assert_array_equal(report.labels, labels)
     np.testing.assert_array_equal(report.predictions, expected.argmax(1))
@@ -166,10 +166,10 @@ def test_scales_that_are_too_small():
         Evaluator(network, "multi_scale", scales=(2, 8))
 
 
-# --- Measures -------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------
 
 
-def test_measures_of_one_report(squares):
+def test_metrics_of_one_result(squares):
     report = evaluate_network(tiny_network(), open_folder(squares[0]), batch_size=8)
     confusion = np.zeros((4, 4), int)
     for label, prediction in zip(report.labels, report.predictions):

@@ -9,7 +9,7 @@ import resnet_jax as rj
 from resnet_jax.config.schema import Config, Data
 from resnet_jax.data.decode.decoding import eval_crop
 from resnet_jax.data.pipeline import InMemoryDataset, StreamedDataset
-from resnet_jax.evaluation.measuring import Evaluator
+from resnet_jax.evaluation.evaluator import Evaluator
 from resnet_jax.export.hub import hub_config, model_card
 from resnet_jax.weights.source import Network
 from tests.data.photos import Photos, reports

@@ -10,11 +10,12 @@ import tensorflow_datasets as tfds
 from resnet_jax.data.sources import tfds_files
 from resnet_jax.data.sources.opening import open_source
 from resnet_jax.errors import ConfigError, DataError
-from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
+from resnet_jax.evaluation.evaluator import evaluate_network
+from resnet_jax.evaluation.held_out import evaluate_data
 from resnet_jax.evaluation.label_sets import (
     ALEXNET_ERRORS,
     data_set_name,
-    match_classes,
+    match_labels,
     subset_ids,
 )
 from resnet_jax.weights.source import imagenet_ids, imagenet_names
@@ -101,7 +102,7 @@ def test_real_labels(prepared):
             top5.append(bool(right & set(order[:5].tolist())))
     assert report.hits.tolist() == top1
     assert (report.top1, report.top5) == (np.mean(top1), np.mean(top5))
-    assert (report.images, report.unlabelled, report.skipped) == (len(top1), 1, 0)
+    assert (report.images, report.unlabeled, report.skipped) == (len(top1), 1, 0)
     assert (report.loss, report.labels, report.confusion, report.per_class) == (None,) * 4
     record = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert record["unlabelled"] == 1
@@ -160,7 +161,7 @@ def write_corrupted(folder, corruption, severity, seed):
 def test_mce(corrupted):
     network = imagenet_network(crop_fraction=0.8)
     report = evaluate_data(network, "tfds:imagenet2012_corrupted", data_dir=str(corrupted))
-    assert report.reports.keys() == ALEXNET_ERRORS.keys()
+    assert report.results.keys() == ALEXNET_ERRORS.keys()
     assert (report.mce, report.mean_error) == (None, None)
     assert "no mCE: not all severities of fog are prepared" in report.table()
     write_corrupted(corrupted, "fog", 5, seed=999)
@@ -220,7 +221,7 @@ def test_some_of_the_classes(tmp_path):
     write_folder(tmp_path, [(8, 8)] * 9, classes=3)
     network = tiny_network(names=("class2", "other", "class0", "class1"), crop_fraction=1.0)
     source = open_source(f"folder:{tmp_path}", "test", train_split="")
-    assert match_classes(network, source).outputs.tolist() == [2, 3, 0]
+    assert match_labels(network, source).outputs.tolist() == [2, 3, 0]
     report = evaluate_network(network, source)
     assert len(report.class_names) == 3
     assert report.predictions.max() < 3
@@ -234,21 +235,21 @@ def test_classes_that_do_not_match(tmp_path):
     ):
         evaluate_network(tiny_network(classes=6, names=tuple("abcdef")), source)
     # Nobody knows what the outputs of a weight file are called; their number fits.
-    classes = match_classes(tiny_network(names=tuple("0123")), source)
-    assert (classes.names, classes.matched) == (source.class_names, "order")
-    assert "by order, not by name (class0 ... class3): --classes=FILE" in classes.doubt
+    match = match_labels(tiny_network(names=tuple("0123")), source)
+    assert (match.names, match.by) == (source.class_names, "order")
+    assert "by order, not by name (class0 ... class3): --classes=FILE" in match.warning
     # Where somebody says it, other names are another network's.
     known = dataclasses.replace(tiny_network(names=("class0", "class1", "cat", "dog")), named=True)
     with pytest.raises(DataError, match=r"2 of its 4 .*class2, class3.* \(cat, dog\); .*--classes"):
-        match_classes(known, source)
+        match_labels(known, source)
     # Some of ImageNet's classes among others are no ImageNet.
     folder = SetsOfLabels([], [], [*imagenet_ids()[:-1], "cat"], sets=False)
     with pytest.raises(DataError, match="its 1000 classes"):
-        match_classes(imagenet_network(), folder)
+        match_labels(imagenet_network(), folder)
     other = SetsOfLabels([], [], [f"class{number}" for number in range(1000)], sets=False)
-    assert match_classes(imagenet_network(), other).matched == "order"
+    assert match_labels(imagenet_network(), other).by == "order"
     numbers = SetsOfLabels([], [], [*map(str, range(1000))], sets=False)
-    assert match_classes(imagenet_network(), numbers).matched == "number"
+    assert match_labels(imagenet_network(), numbers).by == "number"
 
 
 def test_data_that_nobody_named():

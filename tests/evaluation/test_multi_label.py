@@ -15,10 +15,11 @@ from resnet_jax.config import schema as c
 from resnet_jax.data.pipeline import InMemoryDataset, Shard
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel
-from resnet_jax.evaluation.evaluator import evaluate_data, evaluate_network
+from resnet_jax.evaluation.evaluator import evaluate_network
+from resnet_jax.evaluation.held_out import evaluate_data
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
 from resnet_jax.evaluation.multi_label import (
-    Scores,
+    MultiLabelAccumulator,
     average_precision,
     check_scores_memory,
     is_predicted,
@@ -42,10 +43,10 @@ def draw(images=200, classes=7, seed=0, digits=1):
 
 
 def measure(scores, labels, threshold=0.5, size=64):
-    found = Scores()
+    found = MultiLabelAccumulator()
     for start in range(0, len(scores), size):
         found.add(scores[start : start + size], labels[start : start + size])
-    return found.measure(threshold)
+    return found.compute(threshold)
 
 
 @pytest.mark.parametrize("digits", [0, 1, 6])
@@ -114,7 +115,7 @@ def test_batches_and_their_order_change_nothing():
 def test_more_images_than_are_sorted_at_once(monkeypatch):
     scores, labels = draw()
     whole = measure(scores, labels)
-    monkeypatch.setattr("resnet_jax.evaluation.multi_label._AT_A_TIME", 400)
+    monkeypatch.setattr("resnet_jax.evaluation.multi_label._SORTED_AT_ONCE", 400)
     np.testing.assert_array_equal(
         measure(scores, labels).average_precision, whole.average_precision
     )
@@ -259,9 +260,9 @@ def test_the_trainers_numbers_to_the_digit(run, ema):
     found = report.to_json()
     names = ("loss", "top1", "top5", "map", "f1", "f1_micro", "images")
     assert {name: found[name] for name in names} == {name: recorded[name] for name in names}
-    labelled = report.images - report.unlabelled
-    assert report.hits.sum() / labelled == recorded["top1"]
-    assert report.unlabelled > 0
+    labeled = report.images - report.unlabeled
+    assert report.hits.sum() / labeled == recorded["top1"]
+    assert report.unlabeled > 0
 
 
 def test_what_the_command_writes(run, tmp_path, capsys):

@@ -193,10 +193,10 @@ def test_predictions(workdir):
 
     run, network = read_run(workdir), open_network(workdir, best=False)
     found = predict_split(network, HeldOut(), most=10_000)
-    assert found.report.images == 360
-    assert found.report.top1 == pytest.approx(run.final["top1"], abs=1e-9)
+    assert found.result.images == 360
+    assert found.result.top1 == pytest.approx(run.final["top1"], abs=1e-9)
     mistakes = found.mistakes(360)
-    assert len(mistakes) == 360 - found.report.hits.sum()
+    assert len(mistakes) == 360 - found.result.hits.sum()
     assert all(each.labels != (each.predicted,) for each in mistakes)
     surest = [each.probability for each in mistakes]
     assert surest == sorted(surest, reverse=True)
@@ -213,7 +213,7 @@ def test_examples_are_what_the_network_sees():
     source = open_source("digits", "test")
     found = predict_split(digits_network(), HeldOut(), most=3)
     examples = found.examples(10)
-    assert found.report.images == len(examples) == 3
+    assert found.result.images == len(examples) == 3
     for index, example in enumerate(examples):
         data, label = source[index]
         assert example.labels == (label,)
@@ -226,14 +226,14 @@ def test_one_process_of_several_reports_alone(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.devices", lambda: [*jax.local_devices()] * 2)
     monkeypatch.setattr("jax.pmap", lambda *a, **k: ran.append(k["devices"]) or pmap(*a, **k))
-    assert predict_split(network, HeldOut(), most=20).report.images == 20
+    assert predict_split(network, HeldOut(), most=20).result.images == 20
     assert ran == [jax.local_devices()] * len(ran) != []
 
 
 def test_a_class_without_images():
     """There is no accuracy to show of it, and no division by nothing."""
     found = predict_split(digits_network(), HeldOut(), most=3)
-    [table] = sections._confusion(found.report).tables
+    [table] = sections._confusion(found.result).tables
     there = {str(*each.labels) for each in found.examples(3)}
     assert {name for name, _, _ in table.rows} == there
     assert len(there) < 10
@@ -299,7 +299,7 @@ def test_sizes_of_classes(workdir, tmp_path):
     assert sum(sizes) == 1437
     assert sum(int(row[2]) for row in every.rows) == 360
 
-    found = predict_split(digits_network(), HeldOut(), most=3).report
+    found = predict_split(digits_network(), HeldOut(), most=3).result
     found = dataclasses.replace(found, class_names=read_class_names(workdir))
     [section] = sections._class_sizes(run, found)
     recognized = [row[3] for row in section.tables[1].rows]

@@ -12,7 +12,7 @@ from resnet_jax.cli.parser import parse_train_flags
 from resnet_jax.config import schema as c
 from resnet_jax.config.schema import Checkpoint, Config, Data
 from resnet_jax.errors import ConfigError
-from resnet_jax.evaluation.evaluator import evaluate_data
+from resnet_jax.evaluation.held_out import evaluate_data
 from resnet_jax.training.init_from import Start, initial_variables, look_at_weights
 from resnet_jax.training.loop import train
 from resnet_jax.weights.source import imagenet_ids, imagenet_names, open_network

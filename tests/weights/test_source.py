@@ -9,7 +9,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.config import schema as c
-from resnet_jax.evaluation.evaluator import evaluate_data
+from resnet_jax.evaluation.held_out import evaluate_data
 from resnet_jax.training.loop import train
 from resnet_jax.weights import weight_file
 from resnet_jax.weights.class_file import read_class_file

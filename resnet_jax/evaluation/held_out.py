@@ -1,0 +1,172 @@
+"""Finds held-out data and evaluates a network on it: `python -m resnet_jax evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.config.schema import DATA_PLACES, Data, data_place
+from resnet_jax.data.sources.opening import Source, open_source, split_names
+from resnet_jax.data.sources.tfds_files import prepared_configs
+from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.evaluation.evaluator import Evaluator, evaluate_network
+from resnet_jax.evaluation.label_sets import CORRUPTED, DEFAULT_SPLITS, data_set_name
+from resnet_jax.evaluation.result import CorruptionResult, EvaluationResult
+from resnet_jax.weights.source import Network, evaluated_data, require_head
+from resnet_jax.workdirs.workdir import read_class_names, read_json
+
+_HELD_OUT = ("test", "val", "valid", "validation")  # names of splits
+
+
+def evaluate_data(
+    network: Network,
+    data: str = "",
+    split: str = "",
+    data_dir: str = "",
+    allow_missing_classes: bool = False,
+    **options: Any,
+) -> EvaluationResult | CorruptionResult:
+    """Opens a data set and evaluates a network on it.
+
+    Args:
+      network: From `open_network`.
+      data: As in `data.name`. Default: the data of the run that trained the network.
+      split: Default: that of the run's evaluation, that of an ImageNet variant, or the data set's
+        only split named test, val, valid or validation.
+      data_dir: Where TFDS keeps its data sets. Default: the run's if this user trained it, else
+        TFDS's own.
+      allow_missing_classes: Evaluate a run on its own data although there are no images of some
+        classes. Default: the run's data.allow_missing_classes.
+      **options: Options of `evaluate_network`.
+
+    Raises:
+      ConfigError: Neither the run nor the arguments name the data or the split; the run, which
+        somebody else trained, names a folder; or the network has no head.
+      DataError: As `open_source` and `evaluate_network` raise it.
+    """
+    require_head(network, "evaluate")
+    log = options.get("log", print)
+    config = network.config.data if network.config else None
+    if not data:
+        trained = evaluated_data(network)
+        data, data_dir = trained.name, data_dir or trained.data_dir
+    elif config is not None and network.own:
+        data_dir = data_dir or config.data_dir
+    own = _own_data(network, data)
+    split = split or (own.eval_split if own else DEFAULT_SPLITS.get(data_set_name(data), ""))
+    if data == f"tfds:{CORRUPTED}":
+        _log_assumed(network, log)
+        return evaluate_corruptions(network, data_dir, split, **options)
+    with _naming(f"--data={data}"):
+        split = split or _held_out_split(data, data_dir)
+    with _naming(f"--data={data} --split={split}"):
+        source = open_held_out(network, data, split, data_dir, allow_missing_classes)
+    _log_assumed(network, log)
+    if source.left_out:
+        log(f"in {split}: {source.left_out}")
+    if own and split == own.eval_split and _has_changed(network, source):
+        log(f"{source.name} has changed since the run was evaluated on it")
+    result = evaluate_network(network, source, **options)
+    competing = len(result.class_names)
+    if competing < result.outputs and data.partition(":")[0] in DATA_PLACES:
+        log(
+            f"{split} has {competing} of the network's {result.outputs} classes, and only these "
+            "compete"
+        )
+    return result
+
+
+def evaluate_corruptions(
+    network: Network, data_dir: str = "", split: str = "", views: str = "", **options: Any
+) -> CorruptionResult:
+    """Evaluates a network on every prepared configuration of ImageNet-C.
+
+    `options` are those of `evaluate_network`.
+
+    Raises:
+      DataError: None is prepared; and as `evaluate_network` raises it.
+    """
+    found = prepared_configs(CORRUPTED, data_dir)
+    if not found:
+        raise DataError(
+            f"--data=tfds:{CORRUPTED}: none of its configurations is prepared; run: "
+            f"python -m resnet_jax prepare {CORRUPTED}/gaussian_noise_1"
+        )
+    evaluator = Evaluator(network, views, **options)
+    results: dict[str, dict[int, EvaluationResult]] = {}
+    for name in found:
+        corruption, _, severity = name.partition("/")[2].rpartition("_")
+        source = open_source(f"tfds:{name}", split or DEFAULT_SPLITS[CORRUPTED], data_dir)
+        results.setdefault(corruption, {})[int(severity)] = evaluator.evaluate(source)
+    return CorruptionResult(results)
+
+
+@contextlib.contextmanager
+def _naming(flags: str) -> Iterator[None]:
+    """Begins the messages of data errors with the flags that name the data."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{flags}: {error}") from error
+
+
+def _log_assumed(network: Network, log: Callable[[str], Any]) -> None:
+    for line in network.assumed:
+        log(f"assumed: {line}")
+
+
+def _held_out_split(data: str, data_dir: str) -> str:
+    """The only split of a data set that is named as a held-out one; else a ConfigError."""
+    splits = split_names(data, data_dir)
+    held_out = [split for split in splits if split in _HELD_OUT]
+    if len(held_out) == 1:
+        return held_out[0]
+    shown = ", ".join(splits[:8]) + (", ..." if len(splits) > 8 else "")
+    raise ConfigError(f"--split: name the split of {data} to evaluate; it has: {shown or 'none'}")
+
+
+def open_held_out(
+    network: Network,
+    data: str,
+    split: str,
+    data_dir: str,
+    allow_missing_classes: bool = False,
+    class_names: Sequence[str] = (),
+) -> Source:
+    """Opens a split to evaluate a network on.
+
+    A split of a run's own data must have images of all classes of the run, which are `class_names`
+    or, by default, those of its workdir; unless `allow_missing_classes` or the run's
+    data.allow_missing_classes is set.
+
+    Raises:
+      DataError: As `open_source`.
+    """
+    options: dict[str, Any] = {"train_split": "", "multi_label": None}
+    if network.config and network.config.data.multi_label:
+        options["multi_label"] = True
+    if own := _own_data(network, data):
+        options["label_separator"] = own.label_separator
+        options["train_split"] = own.train_split
+        if data.partition(":")[0] in DATA_PLACES:
+            options["classes"] = class_names or read_class_names(Path(network.source))
+        options["allow_missing_classes"] = allow_missing_classes or own.allow_missing_classes
+    return open_source(data, split, data_dir, **options)
+
+
+def _own_data(network: Network, data: str) -> Data | None:
+    """A run's `data` section, if it is about this data."""
+    if network.config is None or data_place(data) != data_place(network.config.data.name):
+        return None
+    return network.config.data
+
+
+def _has_changed(network: Network, source: Source) -> bool:
+    """Whether a run's images differ from those at its training, by the recorded fingerprint."""
+    try:
+        stored = read_json(Path(network.source, "data.json"))
+    except ConfigError:  # there is no record, or it is damaged
+        return False
+    return stored.get("eval", source.fingerprint) != source.fingerprint
