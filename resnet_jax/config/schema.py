@@ -8,6 +8,7 @@ What the fields may be is in rules.py.
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,6 +28,8 @@ LOSSES = ("softmax", "bce", "focal")
 SAMPLERS = ("shuffled", "balanced")
 DATA_NAMES = "digits, tfds:NAME[:VERSION], folder:PATH, csv:FILE or jsonl:FILE"
 DATA_PLACES = ("folder", "csv", "jsonl")  # kinds of data that are named by a path
+# DATA:SPLIT, as in evaluate.also; a slice of the split may have a colon, as "test[:10%]" does.
+DATA_SPLIT = re.compile(r"(?P<data>.+):(?P<split>([^:\[\]]|\[[^\]]*\])+)")
 # Measures by which one state is better than another; of a loss the least is the best.
 MULTI_LABEL_MEASURES = ("map", "f1")
 MEASURES = ("top1", "top5", "loss", *MULTI_LABEL_MEASURES)
@@ -325,12 +328,17 @@ class Evaluate:
       batch_size: Images a step, on all devices together; 0: that of training.
       flip: Average the logits of each image and its mirror image.
       threshold: Probability from which a class is predicted, with data.multi_label.
+      also: Further held-out data, evaluated with every evaluation, each as DATA:SPLIT with DATA as
+        in data.name, such as "tfds:imagenet_v2/matched-frequency:test". Its records in
+        metrics.jsonl have that text as `split`; it has no part in the choice of the best state or
+        in early stopping. It may change from one start to the next.
     """
 
     every_epochs: float = 1.0
     batch_size: int = 0
     flip: bool = False
     threshold: float = 0.5
+    also: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -642,6 +650,7 @@ _FREE = {
     "train.min_improvement",
     "train.max_skipped",
     "evaluate.batch_size",
+    "evaluate.also",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.keep_best",

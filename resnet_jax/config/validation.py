@@ -13,6 +13,7 @@ from resnet_jax.config.schema import (
     CROPS,
     DATA_NAMES,
     DATA_PLACES,
+    DATA_SPLIT,
     DECAYS,
     DTYPES,
     EVAL_CROPS,
@@ -179,6 +180,10 @@ _RULES: dict[str, Rule] = {
     "evaluate.every_epochs": _POSITIVE,
     "evaluate.batch_size": _from_to(0, MAX_BATCH),
     "evaluate.threshold": (lambda x: 0 < x < 1, "must be in (0, 1)"),
+    "evaluate.also": (
+        lambda x: all(map(DATA_SPLIT.fullmatch, x)) and len(set(x)) == len(x),
+        "must be different data, each as DATA:SPLIT, such as digits:test",
+    ),
     "checkpoint.every_steps": _NOT_NEGATIVE,
     "checkpoint.keep": _AT_LEAST_1,
     "checkpoint.keep_best": _AT_LEAST_1,

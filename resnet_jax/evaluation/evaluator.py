@@ -80,6 +80,7 @@ def evaluate_network(
 
     Example:
       >>> import dataclasses, tempfile, jax, jax.numpy as jnp, resnet_jax as rj
+      >>> from resnet_jax.data.sources.opening import open_source
       >>> from resnet_jax.weights.source import open_network
       >>> model = rj.ResNet20()
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
@@ -99,7 +100,7 @@ def evaluate_network(
 class Evaluator:
     """Evaluates one network on any number of data sets, with programs that are compiled once.
 
-    The arguments are those of `evaluate_network`.
+    The arguments are those of `evaluate_network`, and the name of the batch size in messages.
 
     Raises:
       ConfigError: An unknown view, sizes that do not go together, or a network without a head.
@@ -115,6 +116,7 @@ class Evaluator:
         log: Callable[[str], Any] = print,
         bar: bool = False,
         local: bool = False,
+        batch_size_option: str = "--batch_size",
     ) -> None:
         require_head(network, "evaluate")
         flips = network.config is not None and network.config.evaluate.flip
@@ -122,6 +124,7 @@ class Evaluator:
         self.views = views or ("flip" if flips else "one_crop")
         self.log, self.bar, self.local = log, bar, local
         self.max_corrupt = max_corrupt
+        self._batch_size_option = batch_size_option
         self.devices = jax.local_devices() if local else jax.devices()
         self.size = network.preprocessing.image_size
         if self.views not in VIEWS:
@@ -137,7 +140,7 @@ class Evaluator:
         check_batch_memory(
             network.model,
             (-(-self.batch_size // processes), side, side, network.channels),
-            f"--batch_size={self.batch_size} of {side}x{side} pixels",
+            f"{batch_size_option} = {self.batch_size} of {side}x{side} pixels",
         )
         self._steps: dict[bytes, Any] = {}
 
@@ -254,7 +257,7 @@ class Evaluator:
         step, outputs, waiting = self._step(match.outputs), _Outputs(), None
         what = f"a batch of {self.batch_size} images"
         with (
-            explain_out_of_memory(what, "take a smaller --batch_size"),
+            explain_out_of_memory(what, f"take a smaller {self._batch_size_option}"),
             self._progress(len(source)) as advance,
         ):
             # One batch is fetched while the next is computed.

@@ -1,19 +1,31 @@
-"""Finds held-out data and evaluates a network on it: `python -m resnet_jax evaluate`."""
+"""Opens held-out data and evaluates a network on it.
+
+`evaluate_data` is the command `python -m resnet_jax evaluate`; `HeldOutSets` are the data sets of
+the field `evaluate.also`, on which a network is evaluated while it trains.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config.schema import DATA_PLACES, Data, data_place
+from resnet_jax.config.schema import DATA_PLACES, DATA_SPLIT, Config, Data, data_place
+from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources.opening import Source, open_source, split_names
 from resnet_jax.data.sources.tfds_files import prepared_configs
-from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.evaluation.evaluator import Evaluator, evaluate_network
-from resnet_jax.evaluation.label_sets import CORRUPTED, DEFAULT_SPLITS, data_set_name
+from resnet_jax.evaluation.label_sets import (
+    CORRUPTED,
+    DEFAULT_SPLITS,
+    data_set_name,
+    match_labels,
+)
+from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.evaluation.result import CorruptionResult, EvaluationResult
+from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.source import Network, evaluated_data, require_head
 from resnet_jax.workdirs.workdir import read_class_names, read_json
 
@@ -104,12 +116,12 @@ def evaluate_corruptions(
 
 
 @contextlib.contextmanager
-def _naming(flags: str) -> Iterator[None]:
-    """Begins the messages of data errors with the flags that name the data."""
+def _naming(option: str) -> Iterator[None]:
+    """Begins the messages of errors about data with the flags or the field that names it."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"{flags}: {error}") from error
+    except (DataError, WeightsError) as error:
+        raise type(error)(f"{option}: {error}") from error
 
 
 def _log_assumed(network: Network, log: Callable[[str], Any]) -> None:
@@ -170,3 +182,138 @@ def _has_changed(network: Network, source: Source) -> bool:
     except ConfigError:  # there is no record, or it is damaged
         return False
     return stored.get("eval", source.fingerprint) != source.fingerprint
+
+
+class HeldOutSets:
+    """The data sets of `evaluate.also`, on which a network is evaluated while it trains.
+
+    Each is evaluated as the `evaluate` command does it: labels are matched to outputs by name, and
+    ImageNet's variants are recognized by their TFDS names. `names` are those of the field.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, resnet_jax as rj
+      >>> from resnet_jax.config.schema import Evaluate
+      >>> config = Config(evaluate=Evaluate(also=("digits:train[:8]", "digits:test[:8]")))
+      >>> model = rj.ResNet20()
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
+      >>> digits = tuple("0123456789")
+      >>> with tempfile.TemporaryDirectory() as config.data.data_dir:
+      ...     sets = HeldOutSets.open(config, model, digits, channels=1)
+      ...     for split, metrics in sets.evaluate(variables):
+      ...         print(split, metrics["images"], sorted(metrics))
+      digits:train[:8] 8 ['images', 'images_per_second', 'loss', 'top1', 'top5']
+      digits:test[:8] 8 ['images', 'images_per_second', 'loss', 'top1', 'top5']
+    """
+
+    def __init__(self, evaluator: Evaluator | None, sources: Mapping[str, Source]) -> None:
+        self._evaluator = evaluator
+        self._sources = sources
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        model: ResNet,
+        class_names: Sequence[str],
+        channels: int,
+        log: Callable[[str], Any] = print,
+    ) -> HeldOutSets:
+        """Opens and checks the data sets of a run, before its first step.
+
+        Args:
+          config: The configuration of the run.
+          model: The network that is trained.
+          class_names: Classes of the training data.
+          channels: Channels of the images.
+          log: Called with a line for each image that cannot be decoded.
+
+        Raises:
+          ConfigError: The logits of a multi-label network on a data set do not fit in memory.
+          DataError: A data set is missing or damaged, or the network does not have its classes.
+        """
+        if not config.evaluate.also:
+            return cls(None, {})
+        # A head may be wider than the training data.
+        numbers = map(str, range(len(class_names), model.num_classes))
+        network = Network(
+            source="the network",
+            name=config.model.name,
+            model=model.clone(axis_name=None, bn_group_size=None),
+            variables={},
+            preprocessing=Preprocessing.from_config(config),
+            channels=channels,
+            class_names=(*class_names, *numbers),
+            config=config,
+            multi_label=config.data.multi_label,
+            threshold=config.evaluate.threshold,
+            named=True,
+        )
+        evaluator = Evaluator(network, log=log, batch_size_option="evaluate.batch_size")
+        sources = {}
+        for name in config.evaluate.also:
+            data, split = _parse(name)
+            option = f"evaluate.also = {name!r}"
+            with _naming(option):
+                source = open_held_out(
+                    network, data, split, config.data.data_dir, class_names=class_names
+                )
+                classes = len(match_labels(network, source).names)
+            if network.multi_label:
+                remedy = "evaluate on a part of it, such as test[:10%]"
+                check_scores_memory(len(source), classes, option, remedy)
+            sources[name] = source
+        return cls(evaluator, sources)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._sources)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each data set, which must be the same in all processes."""
+        return {name: source.fingerprint for name, source in self._sources.items()}
+
+    def evaluate(
+        self, variables: Any, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        """Evaluates {"params", "batch_stats"} on the devices, in all processes together.
+
+        Yields for each data set its name and the fields of its record in metrics.jsonl: "loss"
+        (not where images of a network with one label have several), "top1", "top5", for a
+        multi-label network also "map", "f1" and "f1_micro"; "images" and "images_per_second".
+
+        Args:
+          variables: Variables of the network.
+          names: Data sets to evaluate. Default: all.
+
+        Raises:
+          DataError: More than data.max_corrupt images of a data set cannot be decoded.
+          WeightsError: The network's outputs are not numbers.
+        """
+        for name, source in self._sources.items():
+            if self._evaluator is None or (names is not None and name not in names):
+                continue
+            with _naming(f"evaluate.also = {name!r}"):
+                result = self._evaluator.evaluate(source, variables)
+            yield name, result.record()
+
+    def missing(
+        self, records: Collection[Mapping[str, Any]], step: int, weights: str = ""
+    ) -> list[str]:
+        """The data sets without a record of a step, among the evaluation records of a run.
+
+        `weights` is "ema" for the moving average of the state, else "".
+        """
+        found = {
+            record["split"]
+            for record in records
+            if record["step"] == step and record.get("weights", "") == weights
+        }
+        return [name for name in self._sources if name not in found]
+
+
+def _parse(name: str) -> tuple[str, str]:
+    found = DATA_SPLIT.fullmatch(name)
+    if found is None:
+        raise ConfigError(f"evaluate.also = {name!r}: must be DATA:SPLIT, such as digits:test")
+    return found["data"], found["split"]

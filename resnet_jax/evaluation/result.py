@@ -162,6 +162,16 @@ class EvaluationResult:
         counts = found.positives.tolist(), found.predicted.tolist()
         return tuple(map(ClassMetrics, self.class_names, *counts, *known))
 
+    def record(self) -> dict[str, Any]:
+        """The fields of an evaluation record in metrics.jsonl."""
+        metrics = {name: getattr(self, name) for name in ("loss", "top1", "top5")}
+        if self.multi_label is not None:
+            metrics = self.multi_label.record()
+        if metrics["loss"] is None:
+            del metrics["loss"]
+        speed = self.images / self.seconds
+        return {**metrics, "images_per_second": speed, "images": self.images}
+
     def summary(self) -> dict[str, Any]:
         """The metrics and counts, as JSON has them."""
         metrics = {name: getattr(self, name) for name in ("loss", "top1", "top5", "ece")}

@@ -133,6 +133,7 @@ def measured(network: Network) -> dict[str, Any] | None:
         for record in read_records(path).good
         if record["step"] == network.step
         and not is_training(record)
+        and (network.config is None or record["split"] == network.config.data.eval_split)
         and (record.get("weights") == "ema") == network.ema
     ]
     return own[-1] if own else None

@@ -101,7 +101,13 @@ def read_run(workdir: str | Path) -> Run:
     if not records:
         lines = f", and {bad} lines that are not what a run writes" if bad else ""
         raise ConfigError(f"{workdir / 'metrics.jsonl'} has no record yet{lines}; train first")
-    evaluations = [record for record in records if not is_training(record)]
+    evaluations = [
+        record
+        for record in records
+        if not is_training(record)
+        and record["split"] == config.data.eval_split
+        and "loss" in record  # as every evaluation by the trainer has it
+    ]
     return Run(
         workdir=workdir,
         title=workdir.absolute().name,

@@ -219,7 +219,8 @@ def _evaluation_line(record: Record) -> str:
     if "map" in record:
         text += f" mAP {record['map']:.2%}  F1 {record['f1']:.2%} "
     text += f" top-1 {record['top1']:.2%}"
-    return f"{text}  top-5 {record['top5']:.2%}  loss {record['loss']:.4f}"
+    text += f"  top-5 {record['top5']:.2%}"
+    return text + (f"  loss {record['loss']:.4f}" if "loss" in record else "")
 
 
 def duration(seconds: float) -> str:

@@ -18,8 +18,9 @@ _MOST_RECORDS, _MOST_BAD = 2**20, 10_000
 LARGEST_STEP = 2**53  # beyond it floats skip integers
 _LARGEST_NUMBER = 2.0**128  # beyond what float32 holds
 TRAINING, EVALUATION = "training", "evaluation"  # values of "kind"
-_ALWAYS = ("loss", "top1")
-_IN_TRAINING = ("learning_rate", "images_per_second")
+_ALWAYS = ("top1",)
+# An evaluation on images with several labels (ReaL) has no loss.
+_IN_TRAINING = ("loss", "learning_rate", "images_per_second")
 _SOMETIMES = (
     *("top5", "map", "f1", "f1_micro", "epoch", "images", "mfu", "skipped"),
     *_IN_TRAINING,
