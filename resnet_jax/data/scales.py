@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from resnet_jax.config.schema import Data
+from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import Corrupt
-from resnet_jax.data.decode import decoding
 from resnet_jax.data.sources.base import Batch, Source
 from resnet_jax.data.stream import Batches, by_threads, reported
 from resnet_jax.errors import DataError

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.config.schema import Data
+from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import Corrupt
-from resnet_jax.data.decode import decoding
 from resnet_jax.data.memory import label_type
 from resnet_jax.data.sampler import IndexSampler, host_positions
 from resnet_jax.data.sources.base import Batch, Label

@@ -198,7 +198,7 @@ def test_open_files_that_give_no_image(tmp_path, monkeypatch):
     with path.open("rb") as file:
         with pytest.raises(rj.DataError, match=r"x\.png: not a whole image"):
             read_pixels(file, 3)
-        monkeypatch.setattr(module, "FILE_BYTES", 59)
+        monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 59)
         with pytest.raises(rj.DataError, match=r"x\.png: has more than the limit of 59 bytes"):
             read_pixels(file, 3)
     with pytest.raises(rj.DataError, match=r"x\.png: cannot be read .*closed"):

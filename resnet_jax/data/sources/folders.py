@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.data.decode.budget import FILE_BYTES
 from resnet_jax.data.sources.base import Label, Request, Source, digest, fault, one_hot
 from resnet_jax.data.sources.splits import WHOLE, Span, parse, select
 from resnet_jax.errors import DataError
 from resnet_jax.files import open_regular
+from resnet_jax.limits import MAX_IMAGE_BYTES
 
 # What is an image in a folder, by the formats that are decoded.
 IMAGE_SUFFIXES = (
@@ -100,7 +100,7 @@ def read_image(path: Path) -> bytes:
     Raises:
       DataError: It cannot be read, or is no regular file.
     """
-    from resnet_jax.data.decode.decoding import read_encoded
+    from resnet_jax.data.decode import read_encoded
 
     try:
         return read_encoded(path)
@@ -292,14 +292,14 @@ def stored_channels(
     Grey images count as color where any has color. Images of another number of channels are named
     when they are read, like those that cannot be decoded.
     """
-    from resnet_jax.data.decode.decoding import read_header
+    from resnet_jax.data.decode import read_header
 
     share = max(_LOOKED_AT // len(classes), 16)
     counts: collections.Counter[int] = collections.Counter()
     for each, names in zip(classes, files):
         for name in names[:: -(-len(names) // share)]:
             try:
-                with open_regular(folder / each / name, FILE_BYTES) as file:
+                with open_regular(folder / each / name, MAX_IMAGE_BYTES) as file:
                     counts[read_header(file).channels] += 1
             except (DataError, OSError):  # is named when it is read as an image of the run
                 continue
