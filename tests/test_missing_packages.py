@@ -13,7 +13,7 @@ from resnet_jax import WeightsError
 from resnet_jax.cli import parser
 from resnet_jax.config.schema import Checkpoint, Config, Log
 from resnet_jax.data.decode import image_pixels, jpeg
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source
 from resnet_jax.data.sources.tfds_files import import_tfds
 from resnet_jax.errors import (
     ConfigError,
@@ -269,7 +269,7 @@ def test_a_package_that_is_missing_is_no_damaged_record(monkeypatch):
     def lose(folder, split):
         raise ModuleNotFoundError("No module named 'array_record'", name="array_record")
 
-    monkeypatch.setattr("resnet_jax.data.sources.opening._data_source", lose)
+    monkeypatch.setattr("resnet_jax.data.sources.tfds._open_records", lose)
     with pytest.raises(ModuleNotFoundError):
         source[0]
 

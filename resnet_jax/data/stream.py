@@ -22,8 +22,8 @@ from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import Corrupt
 from resnet_jax.data.memory import label_type
 from resnet_jax.data.sampler import IndexSampler, host_positions
+from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch, Label
-from resnet_jax.data.sources.opening import Source
 from resnet_jax.data.workers import by_processes
 from resnet_jax.errors import DataError
 

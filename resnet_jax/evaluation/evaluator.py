@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config.schema import DATA_PLACES, Data, data_place
-from resnet_jax.data.sources.opening import Source, open_source, split_names
+from resnet_jax.data.sources import Source, open_source, split_names
 from resnet_jax.data.sources.tfds_files import prepared_configs
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.label_sets import CORRUPTED, data_set_name

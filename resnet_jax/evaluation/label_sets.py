@@ -16,7 +16,7 @@ from importlib import resources
 
 import numpy as np
 
-from resnet_jax.data.sources.base import Source, named
+from resnet_jax.data.sources.base import Source, shortlist
 from resnet_jax.errors import DataError
 from resnet_jax.weights.source import Network, imagenet_ids, imagenet_names
 
@@ -135,7 +135,7 @@ def match_classes(network: Network, source: Source) -> Classes:
     Example:
       >>> import tempfile
       >>> from types import SimpleNamespace
-      >>> from resnet_jax.data.sources.opening import open_source
+      >>> from resnet_jax.data.sources import open_source
       >>> network = SimpleNamespace(class_names=tuple("0987654321"))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     match_classes(network, open_source("digits", "test", folder)).places.tolist()
@@ -171,10 +171,11 @@ def _outputs(wanted: Sequence[str], network: Network, source: Source) -> tuple[n
     if same_number and not _is_named(network) and not _some_are_imagenets(wanted, network):
         return np.arange(len(wanted), dtype=np.int32), "order"
     here, there = _only(wanted, network.class_names), _only(network.class_names, wanted)
+    theirs, ours = shortlist(here, network.class_names), shortlist(there, wanted)
     which = f"{len(here)} of its" if 0 < len(here) < len(wanted) else "its"
     raise DataError(
-        f"{source.name}: {which} {len(wanted)} classes ({named(here, network.class_names)}) are "
-        f"not among the {len(network.class_names)} of {network.source} ({named(there, wanted)}); "
+        f"{source.name}: {which} {len(wanted)} classes ({theirs}) are not among the "
+        f"{len(network.class_names)} of {network.source} ({ours}); "
         "take the data set that the network was trained for" + _remedy(network, same_number)
     )
 

@@ -24,8 +24,8 @@ from resnet_jax.data.pipeline import (
     streamed_evaluation_batches,
 )
 from resnet_jax.data.scales import plan_batches, scaled_batches
+from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch
-from resnet_jax.data.sources.opening import Source
 from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name

@@ -15,7 +15,7 @@ from resnet_jax.data.pipeline import (
     memory_batches,
     stream_batches,
 )
-from resnet_jax.data.sources.opening import Source
+from resnet_jax.data.sources import Source
 from resnet_jax.errors import DataError
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from resnet_jax.config.schema import Config, Loss, given_weights
 from resnet_jax.data.pipeline import BalancedSampler, IndexSampler, InMemoryDataset
+from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import count_labels
-from resnet_jax.data.sources.opening import Source
 from resnet_jax.errors import ConfigError
 from resnet_jax.terminal import visible
 

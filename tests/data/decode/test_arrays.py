@@ -20,7 +20,7 @@ from resnet_jax.data.decode import (
     tiff,
     train_crop,
 )
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
 from resnet_jax.inference.images import ImageFile, read_pixels
 
