@@ -26,10 +26,14 @@ import simplejpeg
 from PIL import Image
 
 from resnet_jax.config.schema import Data
-from resnet_jax.data import decode as ours
+from resnet_jax.data.decode import train_crop
+from resnet_jax.data.decode.crop import _random_region
+from resnet_jax.data.decode.jpeg import decode_jpeg, read_jpeg_header
+from resnet_jax.data.decode.orientation import Region
+from resnet_jax.data.decode.resize import resize_to_square
 
 SIZE = 224
-Crop = Callable[[bytes, ours.Region], Any]
+Crop = Callable[[bytes, Region], Any]
 
 
 def encode_photos(folder: str, width: int, height: int) -> list[bytes]:
@@ -49,13 +53,13 @@ def encode_photos(folder: str, width: int, height: int) -> list[bytes]:
     return files
 
 
-def shrink_of(region: ours.Region) -> int:
+def shrink_of(region: Region) -> int:
     """The largest power of 2 that leaves SIZE pixels on each side."""
     shortest = min(side.stop - side.start for side in region)
     return next((each for each in (8, 4, 2) if shortest // each >= SIZE), 1)
 
 
-def part(pixels: np.ndarray, region: ours.Region, shrink: int) -> np.ndarray:
+def part(pixels: np.ndarray, region: Region, shrink: int) -> np.ndarray:
     """The region of a shrunk image."""
     rows, columns = region
     return pixels[
@@ -64,7 +68,7 @@ def part(pixels: np.ndarray, region: ours.Region, shrink: int) -> np.ndarray:
     ]
 
 
-def pillow_whole(data: bytes, region: ours.Region) -> Any:
+def pillow_whole(data: bytes, region: Region) -> Any:
     """Pillow alone, from the whole image."""
     (top, bottom), (left, right) = ((side.start, side.stop) for side in region)
     image = Image.open(io.BytesIO(data))
@@ -72,7 +76,7 @@ def pillow_whole(data: bytes, region: ours.Region) -> Any:
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
 
-def pillow_draft(data: bytes, region: ours.Region) -> Any:
+def pillow_draft(data: bytes, region: Region) -> Any:
     """Pillow alone, decoding at a smaller scale where it can."""
     image, shrink = Image.open(io.BytesIO(data)), shrink_of(region)
     image.draft("RGB", (image.width // shrink, image.height // shrink))
@@ -81,7 +85,7 @@ def pillow_draft(data: bytes, region: ours.Region) -> Any:
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
 
-def opencv_decoded(data: bytes, region: ours.Region, area: bool) -> Any:
+def opencv_decoded(data: bytes, region: Region, area: bool) -> Any:
     """OpenCV alone; its INTER_AREA, or this package's blur and INTER_CUBIC."""
     shrink = shrink_of(region)
     flag = {
@@ -94,10 +98,10 @@ def opencv_decoded(data: bytes, region: ours.Region, area: bool) -> Any:
     pixels = part(cv2.imdecode(np.frombuffer(data, np.uint8), flag), region, shrink)
     if area and min(pixels.shape[:2]) > SIZE:
         return cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-    return ours._resize(pixels, SIZE, "bicubic")
+    return resize_to_square(pixels, SIZE, "bicubic")
 
 
-def simplejpeg_pillow(data: bytes, region: ours.Region) -> Any:
+def simplejpeg_pillow(data: bytes, region: Region) -> Any:
     """Simplejpeg decodes (scaled), Pillow resizes."""
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
     shrink = shrink_of(region)
@@ -106,15 +110,15 @@ def simplejpeg_pillow(data: bytes, region: ours.Region) -> Any:
     return np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
-def simplejpeg_opencv(data: bytes, region: ours.Region, fast: bool, cut: bool) -> Any:
+def simplejpeg_opencv(data: bytes, region: Region, fast: bool, cut: bool) -> Any:
     """Simplejpeg decodes (scaled), OpenCV resizes."""
-    frame = ours.jpeg_frame(data)
-    if frame is None:
+    header = read_jpeg_header(data)
+    if header is None:
         raise SystemExit("not a JPEG")
     shrink = shrink_of(region)
-    rows = min(frame.height, region[0].stop + shrink) if cut else frame.height
-    pixels = ours._decode_jpeg(data, frame, 3, rows, shrink, exact=not fast)
-    return ours._resize(part(pixels, region, shrink), SIZE, "bicubic")
+    rows = min(header.height, region[0].stop + shrink) if cut else header.height
+    pixels = decode_jpeg(data, header, 3, rows, shrink, exact=not fast)
+    return resize_to_square(part(pixels, region, shrink), SIZE, "bicubic")
 
 
 WAYS: dict[str, Crop] = {
@@ -136,13 +140,13 @@ WAYS: dict[str, Crop] = {
 }
 
 
-def regions(files: list[bytes], width: int, height: int) -> list[ours.Region]:
+def regions(files: list[bytes], width: int, height: int) -> list[Region]:
     """A random resized crop for each file."""
     rng = np.random.default_rng(0)
-    return [ours._random_region(height, width, Data(), rng) for _ in files]
+    return [_random_region(height, width, Data(), rng) for _ in files]
 
 
-def milliseconds(way: Crop, files: list[bytes], crops: list[ours.Region]) -> float:
+def milliseconds(way: Crop, files: list[bytes], crops: list[Region]) -> float:
     """Processor time for each image."""
     start = time.thread_time()
     for data, region in zip(files, crops):
@@ -156,7 +160,7 @@ def crops_for(files: list[bytes], seconds: float) -> int:
     count, end = 0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         rng = np.random.default_rng(count)
-        ours.train_crop(files[count % len(files)], config, 3, rng)
+        train_crop(files[count % len(files)], config, 3, rng)
         count += 1
     return count
 

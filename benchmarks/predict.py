@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.data.decode.decoding import crop_pixels
+from resnet_jax.data.decode import crop_pixels
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed.data_parallel import shard_batch
 from resnet_jax.inference.classifier import Classifier

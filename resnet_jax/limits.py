@@ -19,6 +19,8 @@ except ModuleNotFoundError:  # Windows, which the models and their weights work 
 
 # Sides of images in pixels. ResNet-50's first stage makes 4 GB of one image of this size.
 MAX_SIDE = 8192
+# The encoded file of an image. A JPEG of 200 million pixels has 50 to 100 MB.
+MAX_IMAGE_BYTES = 128 * 2**20
 # Channels of images; hyperspectral cameras have some hundreds of bands.
 MAX_CHANNELS = 1024
 # The largest sets of faces have some four million people.

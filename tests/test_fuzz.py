@@ -22,7 +22,8 @@ from safetensors.numpy import save
 import resnet_jax as rj
 from resnet_jax.cli import parser
 from resnet_jax.config import schema as c
-from resnet_jax.data.decode import decoding
+from resnet_jax.data import decode
+from resnet_jax.data.decode import jpeg, reading
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError, WeightsError
 from resnet_jax.export.hub import measured
 from resnet_jax.inference.images import ImageFile, read_pixels
@@ -138,22 +139,22 @@ CROPS = [
 @SIZES
 def test_images(examples, decoder, monkeypatch):
     monkeypatch.setattr(
-        decoding, "MAX_PIXELS", 1_000_000
+        reading, "MAX_PIXELS", 1_000_000
     )  # for time; what is larger, is in its tests
     if decoder == "pillow":
-        monkeypatch.setattr(decoding, "simplejpeg", None)
+        monkeypatch.setattr(jpeg, "simplejpeg", None)
 
     def holds(data, channels, crop, seed):
         rng = np.random.default_rng(seed)
         calls = {
             (8, 8): [
-                lambda: decoding.train_crop(data, crop, channels, rng),
-                lambda: decoding.eval_crop(data, c.Data(eval_resize=10, eval_size=8), channels),
+                lambda: decode.train_crop(data, crop, channels, rng),
+                lambda: decode.eval_crop(data, c.Data(eval_resize=10, eval_size=8), channels),
             ],
             None: [
-                lambda: decoding.decode(data, channels),
+                lambda: decode.decode(data, channels),
                 lambda: read_pixels(ImageFile("x", data=data), channels),
-                lambda: read_pixels(decoding.open_image(io.BytesIO(data)), channels),
+                lambda: read_pixels(decode.open_image(io.BytesIO(data)), channels),
             ],
         }
         for shape, each in calls.items():

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from resnet_jax import WeightsError
 from resnet_jax.cli import parser
 from resnet_jax.config.schema import Checkpoint, Config, Log
-from resnet_jax.data.decode import decoding
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.decode import image_pixels, jpeg
+from resnet_jax.data.sources import open_source
 from resnet_jax.data.sources.tfds_files import import_tfds
 from resnet_jax.errors import (
     ConfigError,
@@ -137,7 +138,7 @@ def test_a_broken_library_keeps_its_words(family, fail, tmp_path):
     assert "install" not in str(caught.value)
 
 
-_OF_CV2 = ("resnet_jax.inference.classifier", "resnet_jax.data.decode.decoding")
+_OF_CV2 = ("resnet_jax.inference.classifier", "resnet_jax.data.decode")
 _OF_MATPLOTLIB = tuple(f"resnet_jax.report.{name}" for name in ("page", "sections", "figures"))
 COMMANDS = {
     "images": (["predict", "w.npz", "a.jpg"], "cv2", _OF_CV2),
@@ -216,11 +217,12 @@ def test_a_module_missing_from_an_installed_package_is_not_installed_again():
         (ImportError(BROKEN, name="simplejpeg"), True),
     ],
 )
-def test_without_the_faster_decoder_pillow_decodes(error, warns, fail, caplog):
+def test_without_the_faster_decoder_pillow_decodes(error, warns, fail, caplog, monkeypatch):
     """Where it was meant to be there, with a line."""
     fail("simplejpeg", error)
-    spec = importlib.util.spec_from_file_location("another_decode", decoding.__file__)
+    spec = importlib.util.spec_from_file_location("another_jpeg", jpeg.__file__)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look it up
     spec.loader.exec_module(module)
     assert module.simplejpeg is None
     lines = [record.getMessage() for record in caplog.records]
@@ -254,10 +256,10 @@ def test_a_full_memory_is_no_damaged_image(monkeypatch):
     def load(image):
         raise MemoryError
 
-    image = decoding.Image.new("L", (2, 2))
+    image = Image.new("L", (2, 2))
     monkeypatch.setattr(type(image), "load", load)
     with pytest.raises(MemoryError):
-        decoding.image_pixels(image, 1)
+        image_pixels(image, 1)
 
 
 def test_a_package_that_is_missing_is_no_damaged_record(monkeypatch):
@@ -267,7 +269,7 @@ def test_a_package_that_is_missing_is_no_damaged_record(monkeypatch):
     def lose(folder, split):
         raise ModuleNotFoundError("No module named 'array_record'", name="array_record")
 
-    monkeypatch.setattr("resnet_jax.data.sources.opening._data_source", lose)
+    monkeypatch.setattr("resnet_jax.data.sources.tfds._open_records", lose)
     with pytest.raises(ModuleNotFoundError):
         source[0]
 

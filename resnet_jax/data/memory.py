@@ -9,11 +9,11 @@ from collections.abc import Generator
 import numpy as np
 
 from resnet_jax.config.schema import Config, Data
+from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import CorruptImages
-from resnet_jax.data.decode import decoding
 from resnet_jax.data.sampler import WHOLE, IndexSampler, Shard
+from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch, Label, count_labels
-from resnet_jax.data.sources.opening import Source
 from resnet_jax.errors import DataError
 
 

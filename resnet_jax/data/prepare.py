@@ -1,4 +1,4 @@
-"""Preparing TFDS data sets: TensorFlow downloads and writes once, ArrayRecord is read without."""
+"""Prepares TFDS datasets: TensorFlow downloads and writes them once, and reading does without."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config.schema import DATA_PLACES
-from resnet_jax.data.sources.base import fault
+from resnet_jax.data.sources.base import field_error
 from resnet_jax.data.sources.tfds_files import (
     find_prepared,
     import_tfds,
@@ -20,13 +20,13 @@ from resnet_jax.data.sources.tfds_files import (
     missing_shards,
     open_prepared,
     prepare_digits,
-    split_name,
+    split_version,
     tfds_root,
 )
 from resnet_jax.errors import DataError, library_errors, one_line
 from resnet_jax.files import atomic_write, new_folder
 
-# ImageNet's licence forbids TFDS to fetch these; TFDS itself asks for them after minutes only.
+# ImageNet's license forbids TFDS to download these. TFDS itself asks for them only after minutes.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 _DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENOTDIR)
 _LENGTH = struct.Struct("<Q")
@@ -35,27 +35,27 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> None:
-    """Makes a TFDS data set ready for `open_source`; does nothing if it is.
+    """Makes a TFDS dataset ready for `open_source`; does nothing if it is.
 
-    The digits are written at once. A copy in TFRecord files, as TFDS writes by default, is
-    converted where it lies, without TensorFlow and without a download; the old files stay and
-    remain readable (ImageNet's copy needs as much space again; delete them if you like). An
-    interrupted conversion goes on where it stopped. Everything else is downloaded and written
-    by TFDS's own builder, which needs TensorFlow.
+    The digits are written directly. A copy in TFRecord files, as TFDS writes by default, is
+    converted in its folder, without TensorFlow and without a download; the old files stay readable
+    (ImageNet needs the same space again; you may delete them afterwards). An interrupted
+    conversion continues where it stopped. Everything else is downloaded and written by TFDS's own
+    builder, which needs TensorFlow.
 
     Args:
       name: "digits" or NAME[/CONFIG][:VERSION] of TFDS, with or without "tfds:".
-      data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
-      manual_dir: Folder of archives that you downloaded yourself, such as ImageNet's; "":
+      data_dir: Where TFDS keeps its datasets. Default: TFDS's own default.
+      manual_dir: Folder of archives that you downloaded yourself, such as ImageNet's. Default:
         downloads/manual in the data folder.
 
     Raises:
-      DataError: An unknown name, TensorFlow or an archive is missing, a download failed, or the
-        disk is full or not writable.
+      DataError: The name is unknown, TensorFlow or an archive is missing, the download failed, or
+        the disk is full or not writable.
 
     Example:
       >>> import tempfile
-      >>> from resnet_jax.data.sources.opening import open_source
+      >>> from resnet_jax.data.sources import open_source
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     prepare("digits", folder)
       ...     open_source("digits", "test", folder).num_classes
@@ -66,8 +66,8 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> None:
         prepare_digits(data_dir)
         return
     if name.partition(":")[0] in DATA_PLACES:
-        raise fault("data.name", name, "image folders and lists are read as they are")
-    base, _ = split_name(name)
+        raise field_error("data.name", name, "image folders and lists are read as they are")
+    base, _ = split_version(name)
     try:
         folder = find_prepared(name, data_dir)
     except DataError:
@@ -79,9 +79,8 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> None:
 
 
 def _download(name: str, data_dir: str, manual_dir: str) -> None:
-    """Runs TFDS's own builder."""
     if importlib.util.find_spec("tensorflow") is None:
-        raise fault(
+        raise field_error(
             "data.name",
             f"tfds:{name}",
             "TFDS needs TensorFlow to prepare it (never to read it): pip install tensorflow-cpu",
@@ -90,11 +89,11 @@ def _download(name: str, data_dir: str, manual_dir: str) -> None:
     archives = str(manual_dir or root / "downloads" / "manual")
     _check_archives(name, archives)
     tfds = import_tfds()
-    # A folder that is not there would be an error even for data sets that need no archives.
+    # A missing folder would be an error even for datasets that need no archives.
     settings = tfds.download.DownloadConfig(
         manual_dir=archives if os.path.isdir(archives) else None, try_download_gcs=False
     )
-    with library_errors(lambda error: _explain(name, str(root), error)):
+    with library_errors(lambda error: _preparing_error(name, str(root), error)):
         builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
         builder.download_and_prepare(download_config=settings)
 
@@ -103,7 +102,7 @@ def _check_archives(name: str, folder: str) -> None:
     needed = _ARCHIVES.get(name.partition(":")[0].partition("/")[0], ())
     missing = [each for each in needed if not os.path.isfile(os.path.join(folder, each))]
     if missing:
-        raise fault(
+        raise field_error(
             "manual_dir",
             folder,
             f"{' and '.join(missing)} must be there; download from "
@@ -111,44 +110,46 @@ def _check_archives(name: str, folder: str) -> None:
         )
 
 
-def _explain(name: str, root: str, error: Exception) -> DataError:
+def _preparing_error(name: str, root: str, error: Exception) -> DataError:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         where = f" {error.filename}" if error.filename else ""
-        return fault("data.data_dir", root, f"cannot write{where} ({error.strerror})")
+        return field_error("data.data_dir", root, f"cannot write{where} ({error.strerror})")
     if any(sign in str(error) for sign in ("disk space", os.strerror(errno.ENOSPC))):
-        return fault("data.data_dir", root, error)
-    return fault(
+        return field_error("data.data_dir", root, error)
+    return field_error(
         "data.name",
         f"tfds:{name}",
-        f"preparing failed, nothing was kept but finished downloads ({type(error).__name__}: "
+        f"preparing failed, only finished downloads are kept ({type(error).__name__}: "
         f"{one_line(error)})",
     )
 
 
 def _convert(name: str, folder: Any) -> None:
-    """Adds ArrayRecord files beside the TFRecord files of a prepared data set, if it has none."""
+    """Adds ArrayRecord files to a prepared dataset that has only TFRecord files."""
     info = open_prepared(folder, f"tfds:{name}").info
     formats = {each.value for each in info.available_file_formats()}
     if "array_record" in formats:
         return
     if "tfrecord" not in formats:
-        raise fault(
+        raise field_error(
             "data.name",
             f"tfds:{name}",
             f"{folder} holds {'/'.join(sorted(formats))}; only tfrecord can be converted",
         )
     if missing := missing_shards(info.splits.values()):
-        raise fault(
-            "data.name", f"tfds:{name}", f"{folder} lacks {len(missing)} files, as {missing[0]}"
+        raise field_error(
+            "data.name",
+            f"tfds:{name}",
+            f"{folder} lacks {len(missing)} files, such as {missing[0]}",
         )
     try:
         for split in info.splits.values():
             _convert_split(split)
-        # The description comes last: until then the data set is still a TFRecord one.
+        # The description comes last: until then the dataset is still one of TFRecord files.
         info.add_alternative_file_format("array_record")
         atomic_write(folder / "dataset_info.json", info.as_json)
     except (OSError, RuntimeError) as error:  # riegeli raises the latter when the disk is full
-        raise _explain(name, str(folder), error) from error
+        raise _preparing_error(name, str(folder), error) from error
 
 
 def _convert_split(split: Any) -> None:
@@ -159,7 +160,7 @@ def _convert_split(split: Any) -> None:
         if target.exists():
             continue
         if Path(target).parent.resolve() != Path(template.data_dir).resolve():
-            raise DataError(f"{target} lies outside of the data set {template.data_dir}")
+            raise DataError(f"{target} lies outside of the dataset {template.data_dir}")
         with new_folder(template.data_dir) as stage:
             count = _convert_shard(shard, stage / target.name)
             if count != length:
@@ -169,10 +170,10 @@ def _convert_split(split: Any) -> None:
 
 
 def _convert_shard(shard: Any, target: Any) -> int:
-    """Copies the examples, serialised as they are, and counts them."""
+    """Copies the serialized examples as they are, and returns their number."""
     from array_record.python import array_record_module
 
-    # TFDS writes groups of one too: an example is read without its neighbours.
+    # As TFDS does: groups of one, so that an example is read without its neighbors.
     writer = array_record_module.ArrayRecordWriter(str(target), "group_size:1")
     count = 0
     try:
@@ -185,10 +186,10 @@ def _convert_shard(shard: Any, target: Any) -> int:
 
 
 def _read_tfrecord(path: Any) -> Iterator[bytes]:
-    """The records of a TFRecord file: length, its checksum (4 bytes), content, its checksum.
+    """The records of a TFRecord file, each: length, its checksum (4 bytes), content, its checksum.
 
-    The checksums (CRC-32C) are not compared: Python has none fast enough for 140 GB. A damaged
-    image shows when it is decoded.
+    The checksums (CRC-32C) are not compared, because Python's are too slow for 140 GB. Decoding
+    finds damaged images.
     """
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)

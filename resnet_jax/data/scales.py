@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from resnet_jax.config.schema import Data
+from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import CorruptImages
-from resnet_jax.data.decode import decoding
 from resnet_jax.data.sampler import WHOLE, Shard
 from resnet_jax.data.sources.base import Batch, Source
 from resnet_jax.data.stream import Batches, decode_in_threads, report_undecodable

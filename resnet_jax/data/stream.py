@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.config.schema import Config, Data
+from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import CorruptImages
-from resnet_jax.data.decode import decoding
 from resnet_jax.data.memory import label_type
 from resnet_jax.data.sampler import WHOLE, IndexSampler, Shard
+from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch, Label
-from resnet_jax.data.sources.opening import Source
 from resnet_jax.data.workers import decode_in_processes
 from resnet_jax.errors import DataError
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from resnet_jax.data.sources.base import Batch, fault
+from resnet_jax.data.sources.base import Batch, field_error
 from resnet_jax.errors import DataError, one_line
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class _Worker:
         )
 
     def _fault(self, reason: str) -> DataError:
-        return fault("data.workers", self._count, reason)
+        return field_error("data.workers", self._count, reason)
 
 
 def _nameless_memory(shape: tuple[int, ...]) -> int:

@@ -267,7 +267,7 @@ def decode_rate(seconds: float = 0.5) -> Finding:
     """The JPEGs that one core decodes and crops per second, measured for so many seconds."""
     from PIL import Image
 
-    from resnet_jax.data.decode.decoding import train_crop
+    from resnet_jax.data.decode import train_crop
 
     rng = np.random.default_rng(0)
     # Blurred noise, which compresses about as photos do.

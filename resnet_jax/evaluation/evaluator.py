@@ -19,8 +19,8 @@ import numpy as np
 from resnet_jax.config.schema import Data
 from resnet_jax.data.pipeline import CorruptImages, Shard, open_dataset
 from resnet_jax.data.scales import plan_batches, scaled_batches
+from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch
-from resnet_jax.data.sources.opening import Source
 from resnet_jax.distributed.data_parallel import check_divisible, replicate
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
@@ -80,7 +80,7 @@ def evaluate_network(
 
     Example:
       >>> import dataclasses, tempfile, jax, jax.numpy as jnp, resnet_jax as rj
-      >>> from resnet_jax.data.sources.opening import open_source
+      >>> from resnet_jax.data.sources import open_source
       >>> from resnet_jax.weights.source import open_network
       >>> model = rj.ResNet20()
       >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 from resnet_jax.config.schema import DATA_PLACES, DATA_SPLIT, Config, Data, data_place
 from resnet_jax.data.preprocessing import Preprocessing
-from resnet_jax.data.sources.opening import Source, open_source, split_names
+from resnet_jax.data.sources import Source, open_source, split_names
 from resnet_jax.data.sources.tfds_files import prepared_configs
 from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.evaluation.evaluator import Evaluator, evaluate_network

@@ -16,7 +16,7 @@ from importlib import resources
 
 import numpy as np
 
-from resnet_jax.data.sources.base import Source, named
+from resnet_jax.data.sources.base import Source, shortlist
 from resnet_jax.errors import DataError
 from resnet_jax.weights.source import Network, imagenet_ids, imagenet_names
 
@@ -123,7 +123,7 @@ def match_labels(network: Network, source: Source) -> LabelMatch:
     Example:
       >>> import tempfile
       >>> from types import SimpleNamespace
-      >>> from resnet_jax.data.sources.opening import open_source
+      >>> from resnet_jax.data.sources import open_source
       >>> network = SimpleNamespace(class_names=tuple("0987654321"))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     match_labels(network, open_source("digits", "test", folder)).class_of_label.tolist()
@@ -164,9 +164,10 @@ def _find_outputs(
     here, there = _difference(wanted, network.class_names), _difference(network.class_names, wanted)
     which = f"{len(here)} of its" if 0 < len(here) < len(wanted) else "its"
     can_name = network.config is None and same_count
+    theirs, ours = shortlist(here, network.class_names), shortlist(there, wanted)
     raise DataError(
-        f"{source.name}: {which} {len(wanted)} classes ({named(here, network.class_names)}) are "
-        f"not among the {len(network.class_names)} of {network.source} ({named(there, wanted)}); "
+        f"{source.name}: {which} {len(wanted)} classes ({theirs}) are not among the "
+        f"{len(network.class_names)} of {network.source} ({ours}); "
         "take the data set that the network was trained for"
         + (", or name the outputs as its classes are called with --classes=FILE" * can_name)
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from resnet_jax.data.decode.decoding import not_whole
+from resnet_jax.data.decode import image_error
 from resnet_jax.errors import ConfigError, DataError, library_errors
 from resnet_jax.evaluation.multi_label import is_predicted, sigmoid
 from resnet_jax.inference.batch_predictor import BatchPredictor
@@ -232,7 +232,7 @@ def _each(images: Any) -> Iterator[Any]:
         yield images
     elif isinstance(images, Image.Image):
         name = name_of(images)
-        with library_errors(lambda error: DataError(f"{name}: {not_whole(error)}")):
+        with library_errors(lambda error: DataError(f"{name}: {image_error(error)}")):
             images.load()  # here, because two threads cannot load one image
         yield images
     elif isinstance(images, np.ndarray):

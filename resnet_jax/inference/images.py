@@ -22,20 +22,20 @@ import numpy as np
 from PIL import Image
 
 from resnet_jax.config.schema import Data
-from resnet_jax.data.decode.arrays import check_type, to_uint8, with_channels
-from resnet_jax.data.decode.budget import FILE_BYTES, Beside
-from resnet_jax.data.decode.decoding import (
+from resnet_jax.data.decode import (
     crop_bytes,
     crop_pixels,
     decoded,
     image_pixels,
-    no_bytes,
     read_encoded,
     read_header,
 )
-from resnet_jax.data.decode.orientation import turn_of
+from resnet_jax.data.decode.arrays import check_type, to_uint8, with_channels
+from resnet_jax.data.decode.budget import ExtraBytes, no_bytes
+from resnet_jax.data.decode.orientation import orientation_of
 from resnet_jax.data.sources.folders import IMAGE_SUFFIXES
 from resnet_jax.errors import DataError, library_errors
+from resnet_jax.limits import MAX_IMAGE_BYTES
 
 STDIN = "-"
 # Ways to one folder, by links.
@@ -94,14 +94,16 @@ def list_images(inputs: Sequence[str | os.PathLike[str]]) -> list[ImageFile]:
     found: list[ImageFile] = []
     for name in names:
         found += (
-            _from_stdin(sys.stdin.buffer.read(FILE_BYTES + 1)) if name == STDIN else _expand(name)
+            _from_stdin(sys.stdin.buffer.read(MAX_IMAGE_BYTES + 1))
+            if name == STDIN
+            else _expand(name)
         )
     return found
 
 
 def _from_stdin(data: bytes) -> list[ImageFile]:
-    if len(data) > FILE_BYTES:
-        raise DataError(f"-: standard input has more than the limit of {FILE_BYTES:,} bytes")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise DataError(f"-: standard input has more than the limit of {MAX_IMAGE_BYTES:,} bytes")
     if not data.strip():
         raise DataError("-: standard input is empty; it takes an image, or paths one a line")
     # No path has a zero byte, and few images have none: only those need a look.
@@ -204,7 +206,7 @@ def read_crop(image: Any, channels: int, config: Data) -> np.ndarray:
 
 @contextlib.contextmanager
 def opened_pixels(
-    image: Any, channels: int, beside: Beside = no_bytes, *, upright: bool = True
+    image: Any, channels: int, beside: ExtraBytes = no_bytes, *, upright: bool = True
 ) -> Iterator[np.ndarray]:
     """`read_pixels`; of a file, the memory is counted until the block ends.
 
@@ -229,7 +231,7 @@ def opened_pixels(
         if isinstance(image, Image.Image):
             # The tag comes second: loading a TIFF, Pillow turns it and takes its tag away.
             pixels = image_pixels(image, channels)
-            yield turn_of(image).apply(pixels) if upright else pixels
+            yield orientation_of(image).apply(pixels) if upright else pixels
             return
         file = image if isinstance(image, ImageFile) else ImageFile(os.fspath(image))
         data = read_encoded(name) if file.data is None else file.data
@@ -272,13 +274,13 @@ def _content(file: Any) -> bytes:
     with library_errors(lambda error: DataError(f"{name}: cannot be read ({error})")):
         if file.seekable():  # one that was just written is at its end
             file.seek(0)
-        data = file.read(FILE_BYTES + 1)
+        data = file.read(MAX_IMAGE_BYTES + 1)
     if not isinstance(data, bytes):
         raise DataError(
             f'{name}: the open file gives text; open it as a binary one, with mode "rb"'
         )
-    if len(data) > FILE_BYTES:
-        raise DataError(f"{name}: has more than the limit of {FILE_BYTES:,} bytes")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise DataError(f"{name}: has more than the limit of {MAX_IMAGE_BYTES:,} bytes")
     return data
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from resnet_jax.config.model import make_model
 from resnet_jax.config.schema import Config
 from resnet_jax.data.memory import label_type
-from resnet_jax.data.sources.opening import Source
+from resnet_jax.data.sources import Source
 from resnet_jax.distributed import data_parallel
 from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.models.summary import training_flops

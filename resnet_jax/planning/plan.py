@@ -15,8 +15,8 @@ from typing import Any
 
 from resnet_jax.config.schema import Config, check, check_types
 from resnet_jax.data.memory import fits_memory
-from resnet_jax.data.sources.known import training_size
-from resnet_jax.data.sources.opening import Source
+from resnet_jax.data.sources import Source
+from resnet_jax.data.sources.known_sizes import training_size
 from resnet_jax.errors import ConfigError
 from resnet_jax.limits import MAX_BATCH, MAX_CLASSES
 from resnet_jax.packages import installed_versions

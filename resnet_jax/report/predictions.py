@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from resnet_jax.data.decode.decoding import eval_crop
+from resnet_jax.data.decode import eval_crop
 from resnet_jax.data.sources.base import Label, Source
 from resnet_jax.errors import DataError
 from resnet_jax.evaluation.evaluator import evaluate_network

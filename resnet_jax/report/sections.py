@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config.schema import to_flat
-from resnet_jax.data.decode.decoding import eval_crop, read_encoded
+from resnet_jax.data.decode import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
 from resnet_jax.evaluation.result import ClassMetrics, EvaluationResult
 from resnet_jax.inference.classifier import probabilities

@@ -29,7 +29,7 @@ from resnet_jax.data.pipeline import (
     prefetch,
 )
 from resnet_jax.data.preprocessing import Preprocessing
-from resnet_jax.data.sources.opening import Source
+from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.splits import overlap
 from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.accelerators import find_accelerator

@@ -9,7 +9,7 @@ import jax
 from resnet_jax.config.schema import Config, to_flat
 from resnet_jax.data.augment.apply import check_channels
 from resnet_jax.data.pipeline import fits_memory
-from resnet_jax.data.sources.opening import Source, open_split
+from resnet_jax.data.sources import Source, open_split
 from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import check_batch_memory
 from resnet_jax.errors import ConfigError, DataError

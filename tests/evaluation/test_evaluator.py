@@ -12,7 +12,7 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.config import schema as c
 from resnet_jax.data import scales as data_scales
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source
 from resnet_jax.evaluation.evaluator import Evaluator, evaluate_network
 from resnet_jax.evaluation.held_out import evaluate_data
 from resnet_jax.evaluation.metrics import calibration, expected_calibration_error

@@ -7,7 +7,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.config.schema import Config, Data
-from resnet_jax.data.decode.decoding import eval_crop
+from resnet_jax.data.decode import eval_crop
 from resnet_jax.data.pipeline import InMemoryDataset, StreamedDataset
 from resnet_jax.evaluation.evaluator import Evaluator
 from resnet_jax.export.hub import hub_config, model_card

@@ -9,7 +9,7 @@ import resnet_jax as rj
 from resnet_jax.config import schema as c
 from resnet_jax.data.pipeline import CorruptImages, open_dataset
 from resnet_jax.data.preprocessing import Preprocessing
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source
 from resnet_jax.distributed.data_parallel import parallel_sums, replicate
 from resnet_jax.evaluation.held_out import HeldOutSets, evaluate_data
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step

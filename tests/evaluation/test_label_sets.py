@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from resnet_jax.data.sources import tfds_files
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source, tfds_files
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.evaluator import evaluate_network
 from resnet_jax.evaluation.held_out import evaluate_data

@@ -18,7 +18,7 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.config.schema import Config, Data, Train
 from resnet_jax.data import pipeline
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.metrics import evaluate
 from resnet_jax.training import setup

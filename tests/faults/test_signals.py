@@ -17,7 +17,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.cli import commands, parser
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source
 from resnet_jax.distributed import signals
 from tests.conftest import FAST_COMPILE, TEMPORARY
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 import resnet_jax as rj
 from resnet_jax.config.schema import Data
-from resnet_jax.data import decode as decode_module
+from resnet_jax.data.decode import reading
 from resnet_jax.inference import images as module
 from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_crop, read_pixels
 from tests.data.photos import bombs
@@ -147,7 +147,7 @@ def test_bombs_are_named_and_passed_over(monkeypatch):
 
 
 def test_what_is_in_memory_is_not_counted(monkeypatch):
-    monkeypatch.setattr(decode_module, "MAX_PIXELS", 100)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 100)
     assert read_pixels(COLOUR, 3).shape == read_pixels(PICTURE, 3).shape == (24, 32, 3)
     with pytest.raises(rj.DataError, match="x: 32 x 24: more than 100 pixels"):
         read_pixels(ImageFile("x", data=MODES["RGB"]), 3)
@@ -198,7 +198,7 @@ def test_open_files_that_give_no_image(tmp_path, monkeypatch):
     with path.open("rb") as file:
         with pytest.raises(rj.DataError, match=r"x\.png: not a whole image"):
             read_pixels(file, 3)
-        monkeypatch.setattr(module, "FILE_BYTES", 59)
+        monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 59)
         with pytest.raises(rj.DataError, match=r"x\.png: has more than the limit of 59 bytes"):
             read_pixels(file, 3)
     with pytest.raises(rj.DataError, match=r"x\.png: cannot be read .*closed"):

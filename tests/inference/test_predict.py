@@ -21,7 +21,7 @@ from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.cli.parser import main
-from resnet_jax.data.decode.decoding import eval_crop
+from resnet_jax.data.decode import eval_crop
 from resnet_jax.distributed.data_parallel import shard
 from resnet_jax.inference import features as features_module
 from resnet_jax.inference import predictions as predictions_module

@@ -14,7 +14,7 @@ import pytest
 import resnet_jax as rj
 from resnet_jax.config import schema as c
 from resnet_jax.data.preprocessing import Preprocessing
-from resnet_jax.data.sources.known import SizedSource
+from resnet_jax.data.sources.known_sizes import SizeOnlySource
 from resnet_jax.distributed.data_parallel import parallel_outputs, parallel_sums
 from resnet_jax.evaluation.metrics import make_evaluation_step
 from resnet_jax.planning import ahead
@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 GPUS, BATCH, SIDE = 2, 8, 16
-SOURCE = SizedSource(images=64, classes=10, channels=3)
+SOURCE = SizeOnlySource(images=64, classes=10, channels=3)
 # One convolution, as the compiler hands it to cuDNN: the type of its result.
 CONVOLUTION = re.compile(r'= \((\w+)\[[^)]*\) custom-call\(.*"__cudnn\$conv')
 

@@ -13,7 +13,7 @@ from jaxlib import xla_client
 
 from resnet_jax.cli import parser
 from resnet_jax.config import schema as c
-from resnet_jax.data.sources.known import KNOWN_SETS, training_size
+from resnet_jax.data.sources.known_sizes import KNOWN_SIZES, training_size
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor.reasons import explain
@@ -396,7 +396,7 @@ class TestDataSets:
     def test_unknown(self, tmp_path):
         with pytest.raises(DataError, match="--images and --num_classes") as error:
             training_size(c.Data(name="tfds:mine", data_dir=str(tmp_path)))
-        assert all(name in str(error.value) for name in KNOWN_SETS)
+        assert all(name in str(error.value) for name in KNOWN_SIZES)
         assert "\n" not in str(error.value)
 
 

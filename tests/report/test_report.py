@@ -15,7 +15,7 @@ from PIL import Image
 
 from resnet_jax.cli import parser
 from resnet_jax.config import schema as c
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.report import figures, predictions, sections
 from resnet_jax.report.page import _write, write_report

@@ -14,9 +14,9 @@ from resnet_jax.data.pipeline import (
     InMemoryDataset,
     StreamedDataset,
 )
+from resnet_jax.data.sources import Source, open_source
 from resnet_jax.data.sources.folders import FolderSource
-from resnet_jax.data.sources.known import SizedSource
-from resnet_jax.data.sources.opening import Source, open_source
+from resnet_jax.data.sources.known_sizes import SizeOnlySource
 from resnet_jax.errors import ConfigError, StoppedError
 from resnet_jax.planning.ahead import lower_step
 from resnet_jax.training import class_balance, loop
@@ -213,6 +213,6 @@ def test_what_does_not_go_together():
 def test_plans_compile_the_weights(text):
     """As constants; the numbers of images are not known there, and make no difference."""
     config = configuration({"loss": c.Loss(class_weights=text)})
-    lowered = lower_step(config, jax.devices()[:1], SizedSource(100, classes=3, channels=1))
+    lowered = lower_step(config, jax.devices()[:1], SizeOnlySource(100, classes=3, channels=1))
     weights = "2.000000e+00, 1.000000e+00, 0.66" if text == "balanced" else "2.000000e+00, 7.0"
     assert weights in lowered.as_text()

@@ -10,7 +10,7 @@ from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.config.schema import Data
-from resnet_jax.data.decode.decoding import crop_pixels
+from resnet_jax.data.decode import crop_pixels
 from resnet_jax.models.stem import DeepStem, ImageNetStem
 from resnet_jax.weights import pretrained
 from resnet_jax.weights.config_json import read_description

@@ -1,9 +1,9 @@
 """Images as arrays of any number of channels: NumPy files, and the rules for values and channels.
 
-An image has the values 0 to 255 on its way to the device, whatever its file stores. The type says
-how they are stored, so that no image is scaled by its own brightness: uint8 is taken as it is; of
-uint16 the upper 8 bits are kept, as of a 16-bit PNG; floating-point values must lie between 0 and 1
-and are multiplied by 255; other integers must lie between 0 and 255. What lies outside is refused.
+Images reach the device with values from 0 to 255, whatever their files store. The type decides how
+values are converted, so no image is scaled by its own brightness: uint8 stays; of uint16 the upper
+8 bits are kept, as of a 16-bit PNG; floating-point values must lie between 0 and 1 and are
+multiplied by 255; other integers must lie between 0 and 255. Values outside are refused.
 """
 
 from __future__ import annotations
@@ -21,18 +21,14 @@ from resnet_jax.limits import MAX_CHANNELS
 
 NPY_MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 10_000  # NumPy's own limit: Python parses the header as a literal
-_VERSIONS = {1: 2, 2: 4}  # of the format: bytes of the header's length
+_LENGTH_BYTES = {1: 2, 2: 4}  # of the header's length field, by the format's version
 TYPES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
 
 
 class Npy(NamedTuple):
-    """What the header of a .npy file says of an image.
+    """An image [H, W, C] in a .npy file: `fortran` if the first axis varies fastest.
 
-    Args:
-      shape: [H, W, C].
-      dtype: One of TYPES, of either byte order.
-      fortran: The first axis varies fastest in the file.
-      start: Where the values begin, in bytes.
+    The values begin at byte `start`; their `dtype` is one of TYPES, of either byte order.
     """
 
     shape: tuple[int, int, int]
@@ -41,17 +37,17 @@ class Npy(NamedTuple):
     start: int
 
     def decoding_bytes(self, size: int) -> int:
-        """The most memory that `pixels` takes: uint8 values, once more in C's order."""
+        """The most bytes that `pixels` takes: uint8 values, and a copy in C's order."""
         count = math.prod(self.shape)
         return 2 * count + (self.dtype != np.uint8) * scaling_bytes(self.shape)
 
     def pixels(self, data: bytes) -> np.ndarray:
-        """uint8 [H, W, C] of the whole file; raises DataError if it is cut short."""
+        """uint8 [H, W, C], of the whole file; raises DataError if it is cut short."""
         count = math.prod(self.shape)
         if len(data) - self.start < count * self.dtype.itemsize:
             raise DataError(
                 f"the array is cut short: its header says {count * self.dtype.itemsize:,} bytes, "
-                f"and {len(data) - self.start:,} are there"
+                f"and the file has {len(data) - self.start:,}"
             )
         values = np.frombuffer(data, self.dtype, count, self.start)
         if self.fortran:
@@ -60,16 +56,10 @@ class Npy(NamedTuple):
 
 
 def read_npy(file: BinaryIO) -> Npy:
-    """Reads the header of a .npy file; nothing is unpickled, and no memory taken for the values.
-
-    Args:
-      file: At its start.
-
-    Returns:
-      What it says.
+    """Reads the header of a .npy file; unpickles nothing, and allocates nothing for the values.
 
     Raises:
-      DataError: It is damaged, or not that of an image [H, W, C] or [H, W].
+      DataError: The header is damaged, or not that of an image [H, W, C] or [H, W].
 
     Example:
       >>> file = io.BytesIO()
@@ -80,9 +70,9 @@ def read_npy(file: BinaryIO) -> Npy:
     """
     magic = file.read(8)
     version = magic[6] if len(magic) == 8 else 0
-    if version not in _VERSIONS:
-        raise DataError(f"a .npy file of version {version}, which is not one of an image")
-    width = _VERSIONS[version]
+    if version not in _LENGTH_BYTES:
+        raise DataError(f"a .npy file of version {version}; images have version 1 or 2")
+    width = _LENGTH_BYTES[version]
     field = file.read(width)
     length = int.from_bytes(field, "little")
     if length > _HEADER_BYTES:
@@ -96,13 +86,13 @@ def read_npy(file: BinaryIO) -> Npy:
 
 def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) not in (2, 3) or min(shape) < 1:
-        raise DataError(f"an array of shape {shape}, and an image is [H, W, C] or [H, W]")
+        raise DataError(f"an array of shape {shape}; an image is [H, W, C] or [H, W]")
     height, width, channels = shape if len(shape) == 3 else (*shape, 1)
-    first = len(shape) == 3 and width == channels > height
-    if first or channels > MAX_CHANNELS:
+    channels_first = len(shape) == 3 and width == channels > height
+    if channels_first or channels > MAX_CHANNELS:
         raise DataError(
             f"an array of shape {shape}: channels come last, [H, W, C], and are at most "
-            f"{MAX_CHANNELS:,}" + ("; this looks like [C, H, W]" if first else "")
+            f"{MAX_CHANNELS:,}" + ("; this looks like [C, H, W]" if channels_first else "")
         )
     return height, width, channels
 
@@ -113,7 +103,7 @@ def _image_type(dtype: np.dtype) -> np.dtype:
 
 
 def check_type(dtype: np.dtype) -> None:
-    """Refuses an array that holds no numbers of an image."""
+    """Raises DataError for a type that no image has."""
     if dtype.kind + str(dtype.itemsize) not in TYPES or dtype.shape:
         raise DataError(
             f"an array of {dtype.name}; images are uint8, uint16, floating-point from 0 to 1, or "
@@ -122,18 +112,12 @@ def check_type(dtype: np.dtype) -> None:
 
 
 def scaling_bytes(shape: tuple[int, int, int]) -> int:
-    """What `to_uint8` takes beside its result: three times a band of rows as float64."""
+    """Bytes that `to_uint8` takes besides its result: three times a band of rows as float64."""
     return 24 * max(budget.BAND_PIXELS, shape[1] * shape[2])
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
-    """Brings the values of an image to 0..255, by the rules at the top of this file.
-
-    Args:
-      values: [H, W, C] of one of `TYPES`.
-
-    Returns:
-      uint8 [H, W, C]; the array itself if it is uint8.
+    """Converts an image [H, W, C] of one of `TYPES` to uint8, by the rules at the top of this file.
 
     Raises:
       DataError: A floating-point value is not within 0 and 1, or an integer not within 0 and 255.
@@ -154,14 +138,13 @@ stored as uint8 or uint16
     rows = max(1, budget.BAND_PIXELS // math.prod(values.shape[1:]))
     for top in range(0, len(values), rows):
         band = values[top : top + rows]
-        pixels[top : top + rows] = _levels(band)
+        pixels[top : top + rows] = _band_to_uint8(band)
     return pixels
 
 
-def _levels(values: np.ndarray) -> np.ndarray:
-    """`to_uint8`, of a band of rows."""
+def _band_to_uint8(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f":
-        return _from_shares(values)
+        return _float_to_uint8(values)
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         return values >> 8
     if values.min() < 0 or values.max() > 255:
@@ -172,10 +155,10 @@ def _levels(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _from_shares(values: np.ndarray) -> np.ndarray:
+def _float_to_uint8(values: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         levels = np.rint(values.astype(np.float64) * 255)
-        if not ((levels >= 0) & (levels <= 255)).all():  # also where there is no number
+        if not ((levels >= 0) & (levels <= 255)).all():  # NaN compares false
             found = f"from {values.min():g} to {values.max():g}"
             if np.isnan(values).any():
                 found = "that are not numbers (NaN)"
@@ -186,20 +169,13 @@ def _from_shares(values: np.ndarray) -> np.ndarray:
 
 
 def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """An image of as many channels as the network takes.
+    """Converts an image, uint8 [H, W, C], to the channels that the network takes.
 
-    Grey becomes color and the reverse, by Rec. 601 luma. No other number of channels is converted,
-    because nothing says what they show.
-
-    Args:
-      pixels: uint8 [H, W, C].
-      channels: What is needed.
-
-    Returns:
-      uint8 [H, W, channels].
+    Gray becomes color, and color gray by Rec. 601 luma. Other channels cannot be converted, because
+    nothing says what they show.
 
     Raises:
-      DataError: C is another number and cannot be converted.
+      DataError: C cannot be converted.
 
     Example:
       >>> with_channels(np.zeros((4, 8, 1), np.uint8), 3).shape
@@ -215,9 +191,9 @@ def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
         return np.repeat(pixels, 3, axis=2)
     if (found, channels) == (3, 1):
         return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[:, :, None]
-    raise channels_fault(found, channels)
+    raise channels_error(found, channels)
 
 
-def channels_fault(found: int, needed: int) -> DataError:
-    """The error for an image of other channels than the network's."""
+def channels_error(found: int, needed: int) -> DataError:
+    """The error for an image whose channels are not the network's."""
     return DataError(f"has {found} channel{'s' * (found > 1)}, and {needed} are needed")

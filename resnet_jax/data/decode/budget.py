@@ -1,9 +1,9 @@
-"""What decoding an image may take: a budget of memory, and estimates from the image's header.
+"""The memory that decoding may take: a budget, and estimates from an image's header.
 
-A file of a few bytes can claim more pixels than any memory holds. So each image declares, before
-it is decoded, how many bytes that takes at most. All threads of a process share one budget: an
-image waits until there is room, and one that alone needs more is refused. The bytes per pixel
-were measured (docs/decoding.md).
+A file of a few bytes can claim more pixels than any memory holds. So before an image is decoded,
+its header gives an upper bound of the bytes that takes. All threads of a process share one budget:
+an image waits until there is room, and one that needs more than the whole budget is refused. The
+bytes per pixel were measured (docs/decoding.md).
 """
 
 from __future__ import annotations
@@ -14,44 +14,42 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from resnet_jax.data.decode.jpeg import Frame
+from PIL import Image
+
+from resnet_jax.data.decode.jpeg import JpegHeader
 from resnet_jax.errors import DataError
 from resnet_jax.files import MIB
 
-if TYPE_CHECKING:  # who lists a folder of images needs no decoder
-    from PIL import Image
-
-# Largest file of an image. A JPEG of 200 million pixels has 50 to 100 MB.
-FILE_BYTES = 128 * MIB
-# After an image that takes more, freed memory is given back to the system.
-_TRIMMED = 64 * MIB
-# What Pillow converts or resizes at a time; larger images are taken in bands of rows.
+# After an image that took more, freed memory is returned to the system.
+_LARGE_IMAGE_BYTES = 64 * MIB
+# What Pillow converts or resizes at a time; larger images are processed in bands of rows.
 BAND_PIXELS = 2**20
 # Memory for a band, and for a pointer and the padding of each row in Pillow.
 _BAND_BYTES, _ROW_BYTES = 16 * BAND_PIXELS, 32
 # OpenJPEG's structures for each tile and for each of its components.
 _TILE_BYTES, _COMPONENT_BYTES = 8192, 2048
 _SIZ = struct.Struct(">HHIIIIIIIIH")  # length, profile, 4 sides of the image, of a tile, components
-# Most texts of a PNG that Pillow unpacks, and how far zlib can pack.
-_TEXT_BYTES, _ZLIB = 64 * MIB, 1032
-# Scans of a progressive JPEG that are decoded, times its pixels. Encoders write about 10 scans.
+# The most text that Pillow unpacks of a PNG, and zlib's highest compression ratio.
+_TEXT_BYTES, _ZLIB_RATIO = 64 * MIB, 1032
+# The most scans of a progressive JPEG, times its pixels. Encoders write about 10 scans.
 _SCANNED_PIXELS = 2_000_000_000
 
-# Of the height and width of a decoded image, the bytes that are taken beside its pixels.
-Beside = Callable[[int, int], int]
+# Bytes needed besides a decoded image's pixels, by its height and width.
+ExtraBytes = Callable[[int, int], int]
+
+
+def no_bytes(height: int, width: int) -> int:
+    """For a block of code that only reads the pixels."""
+    return 0
 
 
 class Budget:
     """Bytes that all threads of a process may use at a time; first come, first served.
 
-    Args:
-      total: In bytes.
-
     Example:
       >>> budget = Budget(100)
-      >>> with budget.take(60):
+      >>> with budget.reserve(60):
       ...     budget.free
       40
     """
@@ -63,17 +61,14 @@ class Budget:
         self._changed = threading.Condition(self._lock)
         self._waiting: collections.deque[object] = collections.deque()
 
-    def take(self, amount: int) -> contextlib.AbstractContextManager[None]:
-        """Waits until so many bytes are free, and uses them inside the block.
+    def reserve(self, amount: int) -> contextlib.AbstractContextManager[None]:
+        """Waits until `amount` bytes (at most `total`) are free, and reserves them for the block.
 
-        A block must not take more inside itself: two that wait for each other would wait for ever.
-
-        Args:
-          amount: In bytes, at most `total`.
+        A block must not reserve more inside itself: two such blocks could deadlock.
         """
-        return _Share(self, amount)
+        return _Reservation(self, amount)
 
-    def _begin(self, amount: int) -> None:
+    def _acquire(self, amount: int) -> None:
         with self._lock:
             if amount > self.free or self._waiting:
                 turn = object()
@@ -86,16 +81,16 @@ class Budget:
                     self._changed.notify_all()
             self.free -= amount
 
-    def _end(self, amount: int) -> None:
-        if amount > _TRIMMED:
-            _give_back()
+    def _release(self, amount: int) -> None:
+        if amount > _LARGE_IMAGE_BYTES:
+            _trim_heap()
         with self._lock:
             self.free += amount
             if self._waiting:
                 self._changed.notify_all()
 
 
-class _Share:  # a class, for a generator takes longer and this is done for each image
+class _Reservation:  # a class, because a generator is slower and every image makes one
     __slots__ = ("_amount", "_budget")
 
     def __init__(self, budget: Budget, amount: int) -> None:
@@ -103,14 +98,14 @@ class _Share:  # a class, for a generator takes longer and this is done for each
         self._amount = amount
 
     def __enter__(self) -> None:
-        self._budget._begin(self._amount)
+        self._budget._acquire(self._amount)
 
     def __exit__(self, *exception: object) -> None:
-        self._budget._end(self._amount)
+        self._budget._release(self._amount)
 
 
-def _give_back() -> None:
-    """Gives freed memory back to the system; glibc keeps what each thread has freed."""
+def _trim_heap() -> None:
+    """Returns freed memory to the system; glibc keeps what each thread has freed."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -119,25 +114,22 @@ def _give_back() -> None:
 BUDGET = Budget(512 * MIB)
 
 
-def fitting(
+def fit(
     height: int, width: int, need: Callable[[int], int], shrinks: Sequence[int]
 ) -> tuple[int, int]:
-    """The first of several scales at which an image fits the budget.
+    """The bytes and the first n of `shrinks` for which an image at 1 / n fits the budget.
 
     Args:
       height: In pixels, as stored.
       width: In pixels, as stored.
-      need: The bytes that decoding takes at 1 / n of the size.
-      shrinks: Which n there are, the best first.
-
-    Returns:
-      The bytes and n.
+      need: Bytes that decoding at 1 / n of the size takes, by n.
+      shrinks: Possible n, the best first.
 
     Raises:
-      DataError: It does not fit.
+      DataError: The image does not fit.
 
     Example:
-      >>> fitting(60_000, 60_000, lambda shrink: 3 * (60_000 // shrink) ** 2, shrinks=(1, 2, 4, 8))
+      >>> fit(60_000, 60_000, lambda shrink: 3 * (60_000 // shrink) ** 2, shrinks=(1, 2, 4, 8))
       (168750000, 8)
     """
     for shrink in shrinks:
@@ -150,52 +142,35 @@ def fitting(
     )
 
 
-def jpeg_bytes(frame: Frame, channels: int, shrink: int, beside: Beside) -> int:
-    """The most memory that decoding a JPEG takes.
-
-    Args:
-      frame: Its header.
-      channels: Of the result.
-      shrink: Decoded at 1 / shrink of its size.
-      beside: What is taken beside its pixels.
-
-    Returns:
-      Bytes.
-    """
-    height, width = -(-frame.height // shrink), -(-frame.width // shrink)
+def jpeg_bytes(header: JpegHeader, channels: int, shrink: int, extra_bytes: ExtraBytes) -> int:
+    """The most bytes that decoding a JPEG at 1 / shrink of its size to `channels` takes."""
+    height, width = -(-header.height // shrink), -(-header.width // shrink)
     coefficients = 0
-    if not frame.one_scan:  # those of the whole image, 2 bytes each, in blocks of 8 to 32 pixels
-        blocks = (frame.height + 31) // 32 * ((frame.width + 31) // 32)
-        coefficients = round(2 * frame.samples * 1024 * blocks)
-    return coefficients + channels * height * width + beside(height, width) + _small(height, width)
+    if not header.one_scan:  # of the whole image, 2 bytes each, in blocks of 8 to 32 pixels
+        blocks = (header.height + 31) // 32 * ((header.width + 31) // 32)
+        coefficients = round(2 * header.samples * 1024 * blocks)
+    pixels = channels * height * width
+    return coefficients + pixels + extra_bytes(height, width) + _band_bytes(height, width)
 
 
 def pillow_bytes(
-    image: Image.Image, data: bytes, channels: int, shrink: int, beside: Beside
+    image: Image.Image, data: bytes, channels: int, shrink: int, extra_bytes: ExtraBytes
 ) -> int:
-    """The most memory that decoding an image with Pillow takes.
+    """The most bytes that decoding an image with Pillow takes; the image is not loaded yet.
 
-    Args:
-      image: Opened, but not loaded.
-      data: The encoded image.
-      channels: Of the result.
-      shrink: Decoded at 1 / shrink of its size, for JPEG and JPEG 2000.
-      beside: What is taken beside its pixels.
-
-    Returns:
-      Bytes.
+    Only JPEG and JPEG 2000 are decoded at 1 / shrink of their size.
     """
     height, width = -(-image.height // shrink), -(-image.width // shrink)
     stored = _stored_bytes(image.mode)
-    loading, fixed = _LOADING.get(image.format or "", _plain)(image, data, shrink)
+    loading, fixed = _DECODER_BYTES.get(image.format or "", _plain)(image, data, shrink)
     pixels = height * width
-    later = max(channels * pixels + beside(height, width), (stored + channels) * pixels)
+    later = max(channels * pixels + extra_bytes(height, width), (stored + channels) * pixels)
     if image.mode == "F":  # a band as float64, three times
         fixed += 24 * min(pixels, BAND_PIXELS)
-    return max(stored * pixels + loading, later) + fixed + _small(height, width)
+    return max(stored * pixels + loading, later) + fixed + _band_bytes(height, width)
 
 
-def _small(height: int, width: int) -> int:
+def _band_bytes(height: int, width: int) -> int:
     return min(16 * height * width, _BAND_BYTES) + _ROW_BYTES * height
 
 
@@ -206,9 +181,9 @@ def _stored_bytes(mode: str) -> int:
     return 2 if mode.startswith("I;16") else 4
 
 
-# For each format: bytes that its decoder takes beside Pillow's pixels, and those that do not
+# For each format: bytes that its decoder takes besides Pillow's pixels, and those bytes that do not
 # depend on the scale.
-_Loading = Callable[["Image.Image", bytes, int], tuple[int, int]]
+_DecoderBytes = Callable[[Image.Image, bytes, int], tuple[int, int]]
 
 
 def _plain(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
@@ -216,11 +191,11 @@ def _plain(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
 
 
 def _gif(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
-    return image.height * image.width, 0  # the frame before it is laid over the canvas
+    return image.height * image.width, 0  # the frame, before it is drawn over the canvas
 
 
-def _by_python(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
-    """Pillow decodes kinds of BMP and PPM in Python: raw bytes twice, of up to 32 bits a pixel."""
+def _bmp_or_ppm(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
+    """Pillow decodes some kinds in Python: the raw bytes twice, of up to 32 bits a pixel."""
     return (0, 0) if _is_raw(image) else (8 * image.height * image.width, len(data))
 
 
@@ -234,7 +209,7 @@ def _avif(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
 
 
 def _jpeg(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
-    """All coefficients, which is right unless they come in one scan."""
+    """All coefficients, as if there were several scans."""
     layers = getattr(image, "layers", 4)
     check_scans(data, image.height * image.width)
     blocks = (image.height + 31) // 32 * ((image.width + 31) // 32)
@@ -242,22 +217,26 @@ def _jpeg(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
 
 
 def _jpeg2000(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
-    """The codestream's own header counts, which may differ from that of the file around it."""
+    """Reads the codestream's own header, which may differ from that of the file around it."""
     area, fixed, components = image.height * image.width, 0, len(image.getbands())
     at = data.find(b"\xff\x4f\xff\x51")
     while 0 <= at <= len(data) - 4 - _SIZ.size:
-        _, _, right, bottom, left, top, across, down, _, _, parts = _SIZ.unpack_from(data, at + 4)
+        _, _, right, bottom, left, top, tile_width, tile_height, _, _, parts = _SIZ.unpack_from(
+            data, at + 4
+        )
         area = max(area, (right - left) * (bottom - top))
         components = max(components, parts)
-        tiles = (-(-right // across) * -(-bottom // down)) if across and down else 0
+        tiles = 0
+        if tile_width and tile_height:
+            tiles = -(-right // tile_width) * -(-bottom // tile_height)
         fixed = max(fixed, tiles * (_TILE_BYTES + _COMPONENT_BYTES * parts))
         at = data.find(b"\xff\x4f\xff\x51", at + 4)
-    # 32 bits of each component, and what Pillow takes over: up to 16 bits, a tile at a time.
+    # 32 bits of each component, and Pillow's copy of up to 16 bits, a tile at a time.
     return 6 * components * area // shrink**2, fixed + len(data)
 
 
 def _tiff(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
-    """A strip or tile, which may be larger than the image; and a turned copy, by its tag."""
+    """A strip or tile, which may be larger than the image, and a copy turned by its tag."""
     tags = getattr(image, "tag_v2", {})
     pixels = image.height * image.width
     tile = _number(tags, 322) * _number(tags, 323)
@@ -269,70 +248,58 @@ def _tiff(image: Image.Image, data: bytes, shrink: int) -> tuple[int, int]:
 
 
 def _number(tags: object, tag: int) -> int:
-    """The largest value of a TIFF's tag; 0 where it has none."""
+    """The largest value of a TIFF's tag; 0 without the tag."""
     value = tags.get(tag, 0) if hasattr(tags, "get") else 0
     values = value if isinstance(value, tuple) else (value,)
     return max((int(each) for each in values if isinstance(each, int)), default=0)
 
 
-_LOADING: dict[str, _Loading] = {
+_DECODER_BYTES: dict[str, _DecoderBytes] = {
     "AVIF": _avif,
-    "BMP": _by_python,
+    "BMP": _bmp_or_ppm,
     "GIF": _gif,
     "HEIF": _avif,
     "JPEG": _jpeg,
     "MPO": _jpeg,
     "JPEG2000": _jpeg2000,
-    "PPM": _by_python,
+    "PPM": _bmp_or_ppm,
     "TIFF": _tiff,
 }
 
 
 def check_scans(data: bytes, pixels: int) -> None:
-    """Refuses a JPEG that would take minutes: thousands of scans of all its pixels, in a few bytes.
-
-    Args:
-      data: The encoded image.
-      pixels: How many it has.
-
-    Raises:
-      DataError: There are too many scans.
-    """
+    """Raises DataError for a JPEG that takes minutes: thousands of scans of all its pixels."""
     scans = data.count(b"\xff\xda")
     if scans * (pixels + 100_000) > _SCANNED_PIXELS and scans > 10:
         raise DataError(f"{scans:,} scans of {pixels:,} pixels are not decoded")
 
 
-def bytes_to_open(data: bytes, channels: int, beside: Beside) -> tuple[int, tuple[int, int]] | None:
-    """What decoding takes where Pillow takes memory already while it opens an image.
+def bytes_to_open(
+    data: bytes, channels: int, extra_bytes: ExtraBytes
+) -> tuple[int, tuple[int, int]] | None:
+    """For images that Pillow allocates memory for when it opens them: bytes, and height and width.
 
-    Args:
-      data: The encoded image.
-      channels: Of the result.
-      beside: What is taken beside its pixels.
-
-    Returns:
-      Bytes for all of its decoding, its height and width; None where opening takes nothing.
+    The bytes are those of the whole decoding. None for formats that are opened without memory.
     """
     size = webp_size(data)
     if size is not None:
         height, width = size
         pixels = height * width
-        later = channels * pixels + beside(height, width)
-        return max(18 * pixels, later) + 2 * len(data) + _small(height, width), size
+        later = channels * pixels + extra_bytes(height, width)
+        return max(18 * pixels, later) + 2 * len(data) + _band_bytes(height, width), size
     if data[:4] == b"\x89PNG" and len(data) > 24 and (b"zTXt" in data or b"iTXt" in data):
         width, height = struct.unpack_from(">II", data, 16)
         pixels = height * width
         if not pixels:  # no PNG that can be decoded
             return None
-        text = min(_TEXT_BYTES, _ZLIB * len(data))
-        later = max(channels * pixels + beside(height, width), (4 + channels) * pixels)
-        return text + later + _small(height, width), (height, width)
+        text = min(_TEXT_BYTES, _ZLIB_RATIO * len(data))
+        later = max(channels * pixels + extra_bytes(height, width), (4 + channels) * pixels)
+        return text + later + _band_bytes(height, width), (height, width)
     return None
 
 
 def webp_size(start: bytes) -> tuple[int, int] | None:
-    """Height and width of a WebP by its first 30 bytes; None of all else, and where one is 0."""
+    """Height and width of a WebP, from its first 30 bytes; None for other data, or if one is 0."""
     if start[:4] != b"RIFF" or start[8:12] != b"WEBP" or len(start) < 30:
         return None
     kind = start[12:16]

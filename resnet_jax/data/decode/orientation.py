@@ -1,4 +1,4 @@
-"""Which way up an image is: the orientation that a camera notes beside the pixels (EXIF)."""
+"""The orientation of a photo: how its stored pixels become upright ones (EXIF)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ from resnet_jax.errors import DataError, library_errors
 Region = tuple[slice, slice]
 
 
-class Turn(NamedTuple):
-    """How stored pixels become upright ones: rows and columns are reversed, then swapped.
-
-    Args:
-      reverse_rows: The stored rows begin at the bottom.
-      reverse_columns: The stored columns begin at the right.
-      transpose: Stored rows are the upright image's columns.
-    """
+class Orientation(NamedTuple):
+    """How stored pixels become upright ones: rows and columns are reversed, then swapped."""
 
     reverse_rows: bool = False
     reverse_columns: bool = False
@@ -32,11 +26,11 @@ class Turn(NamedTuple):
         pixels = pixels[rows, columns]
         return pixels.swapaxes(0, 1) if self.transpose else pixels
 
-    def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the upright image of a stored one, and the reverse."""
+    def upright_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the upright image of a stored one."""
         return (width, height) if self.transpose else (height, width)
 
-    def stored(self, region: Region, height: int, width: int) -> Region:
+    def stored_region(self, region: Region, height: int, width: int) -> Region:
         """Where a region of the upright image lies in the stored one of that height and width."""
         rows, columns = region[::-1] if self.transpose else region
         if self.reverse_rows:
@@ -46,41 +40,37 @@ class Turn(NamedTuple):
         return rows, columns
 
 
-AS_STORED = Turn()
-# By the value of the tag.
-_TURNS = {
-    2: Turn(reverse_columns=True),
-    3: Turn(reverse_rows=True, reverse_columns=True),
-    4: Turn(reverse_rows=True),
-    5: Turn(transpose=True),
-    6: Turn(reverse_rows=True, transpose=True),
-    7: Turn(reverse_rows=True, reverse_columns=True, transpose=True),
-    8: Turn(reverse_columns=True, transpose=True),
+AS_STORED = Orientation()
+# By the value of the EXIF tag.
+_ORIENTATIONS = {
+    2: Orientation(reverse_columns=True),
+    3: Orientation(reverse_rows=True, reverse_columns=True),
+    4: Orientation(reverse_rows=True),
+    5: Orientation(transpose=True),
+    6: Orientation(reverse_rows=True, transpose=True),
+    7: Orientation(reverse_rows=True, reverse_columns=True, transpose=True),
+    8: Orientation(reverse_columns=True, transpose=True),
 }
 
 
-def turn_of(image: Image.Image) -> Turn:
-    """How an image is to be turned.
+def orientation_of(image: Image.Image) -> Orientation:
+    """The orientation that an image's tag gives; AS_STORED without a tag that can be read.
 
-    Args:
-      image: Opened by Pillow, and loaded: the tag of a PNG may come after its pixels, and a TIFF is
-        turned by Pillow while it is loaded, which takes the tag away.
-
-    Returns:
-      What its tag says; nothing is turned where there is none, or it cannot be read.
+    The image must be loaded: the tag of a PNG may come after its pixels, and Pillow turns a TIFF
+    and removes the tag while it loads the pixels.
     """
     try:
         with library_errors(lambda error: DataError(str(error))):
-            return turn_by_tag(image.getexif().get(ExifTags.Base.Orientation, 1))
+            return orientation_from_tag(image.getexif().get(ExifTags.Base.Orientation, 1))
     except DataError:  # damaged tags are no reason to refuse whole pixels
         return AS_STORED
 
 
-def turn_by_tag(value: object) -> Turn:
-    """How an image with that value of the tag is to be turned.
+def orientation_from_tag(value: object) -> Orientation:
+    """The orientation for a value of the tag; AS_STORED for values that EXIF does not define.
 
     Example:
-      >>> turn_by_tag(6).size(height=24, width=32)
+      >>> orientation_from_tag(6).upright_size(height=24, width=32)
       (32, 24)
     """
-    return _TURNS.get(value, AS_STORED) if isinstance(value, int) else AS_STORED
+    return _ORIENTATIONS.get(value, AS_STORED) if isinstance(value, int) else AS_STORED

@@ -1,9 +1,9 @@
 """TIFF files of several channels, of which Pillow opens only a few kinds.
 
-Pillow parses the tags, and its libtiff unpacks the strips or tiles: to a TIFF of one channel, whose
-columns are the bytes of all channels, those are the same. So that nothing here reads packed bytes,
-and no other package is needed. What is left is to take the bytes as numbers and to undo the
-horizontal differences (predictor 2) that they may be stored as.
+Pillow parses the tags, and its libtiff unpacks the strips or tiles: written with other tags, the
+file is a TIFF of one channel whose columns are the bytes of all channels. So no compressed bytes
+are read here, and no other package is needed. What remains is to view the bytes as numbers and to
+undo the horizontal differences (predictor 2) that they may be stored as.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 25
 _FILL_ORDER, _STRIPS, _SAMPLES, _ROWS, _STRIP_SIZES, _PLANAR = 266, 273, 277, 278, 279, 284
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_SIZES = 317, 322, 323, 324, 325
 _ORIENTATION, _EXTRA, _FORMAT = 274, 338, 339
-# Codecs of bytes, which do not know what they mean: none, LZW, Deflate, PackBits, LZMA, Zstandard.
-_OF_BYTES = (1, 5, 8, 32773, 32946, 34925, 50000)
+# Codecs that work on bytes, whatever they mean: none, LZW, Deflate, PackBits, LZMA, Zstandard.
+_BYTE_CODECS = (1, 5, 8, 32773, 32946, 34925, 50000)
 _KINDS = {1: "u", 2: "i", 3: "f"}  # of the sample format
 _TYPES = {
     (number, 8 * int(kind[1])): kind
@@ -34,7 +34,7 @@ _TYPES = {
     for kind in TYPES
     if kind[0] == letter
 }
-_MOST = 2**31 - 1
+_UNLIMITED = 2**31 - 1
 
 
 class Tiff(NamedTuple):
@@ -43,14 +43,14 @@ class Tiff(NamedTuple):
     Args:
       shape: [H, W, C].
       dtype: Of a sample, in the file's byte order.
-      separate: Each channel by itself (PlanarConfiguration 2).
+      separate: Each channel is stored by itself (PlanarConfiguration 2).
       part: Rows and columns of a strip or tile, in pixels.
-      tiled: Whether those are tiles.
-      differences: Samples are stored as the difference to the one on their left.
-      compression: One of _OF_BYTES.
+      tiled: The parts are tiles.
+      differences: A sample is stored as its difference to the sample on its left.
+      compression: One of _BYTE_CODECS.
       offsets: Of the strips or tiles, in bytes.
       sizes: Of the strips or tiles, in bytes.
-      orientation: The tag's value; 1: as stored.
+      orientation: The tag's value; 1 is upright.
     """
 
     shape: tuple[int, int, int]
@@ -66,11 +66,11 @@ class Tiff(NamedTuple):
 
     @property
     def _samples(self) -> int:
-        """Of a pixel that lie side by side."""
+        """Samples of a pixel that are stored side by side."""
         return 1 if self.separate else self.shape[2]
 
     def decoding_bytes(self, size: int) -> int:
-        """The most memory that `pixels` takes, for a file of that many bytes."""
+        """The most bytes that `pixels` takes, for a file of `size` bytes."""
         height, width, channels = self.shape
         pixel = self._samples * self.dtype.itemsize
         stored = height * width * channels * self.dtype.itemsize
@@ -79,7 +79,7 @@ class Tiff(NamedTuple):
         return copies + loaded + 2 * stored + height * width * channels + scaling_bytes(self.shape)
 
     def pixels(self, data: bytes) -> np.ndarray:
-        """uint8 [H, W, C] of the whole file."""
+        """uint8 [H, W, C], of the whole file."""
         height, width, channels = self.shape
         planes = channels if self.separate else 1
         each = len(self.offsets) // planes
@@ -87,26 +87,26 @@ class Tiff(NamedTuple):
         for plane in range(planes):
             part = slice(plane * each, (plane + 1) * each)
             with library_errors(_damaged):
-                file = io.BytesIO(self._of_one_channel(data, part))
+                file = io.BytesIO(self._as_one_channel(data, part))
                 with Image.open(file, formats=("TIFF",)) as image:
                     rows = np.asarray(image)
             samples = rows.view(self.dtype).reshape(height, width, self._samples)
-            values[:, :, plane : plane + self._samples] = self._summed(samples)
+            values[:, :, plane : plane + self._samples] = self._undo_differences(samples)
         return to_uint8(values)
 
-    def _summed(self, samples: np.ndarray) -> np.ndarray:
+    def _undo_differences(self, samples: np.ndarray) -> np.ndarray:
         if not self.differences:
             return samples
-        # Tiles begin anew; a sum that overflows wraps around, as the difference did.
-        across = self.part[1] if self.tiled else self.shape[1]
+        # Each tile starts from 0; a sum that overflows wraps around, as the difference did.
+        width = self.part[1] if self.tiled else self.shape[1]
         parts = [
-            samples[:, left : left + across].cumsum(1, dtype=self.dtype)
-            for left in range(0, self.shape[1], across)
+            samples[:, left : left + width].cumsum(1, dtype=self.dtype)
+            for left in range(0, self.shape[1], width)
         ]
         return np.concatenate(parts, 1)
 
-    def _of_one_channel(self, data: bytes, part: slice) -> bytes:
-        """The file with other tags: an image of one channel and 8 bits, the bytes of a row."""
+    def _as_one_channel(self, data: bytes, part: slice) -> bytes:
+        """The file with tags of a one-channel image, whose columns are the bytes of a row."""
         pixel = self._samples * self.dtype.itemsize
         tags: dict[int, tuple[int, ...]] = {
             _SUBFILE: (0,),
@@ -127,7 +127,7 @@ class Tiff(NamedTuple):
 
 
 def _with_tags(data: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
-    """A TIFF file with a new directory at its end, in its own byte order."""
+    """The TIFF file with a new directory appended, in its own byte order."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2] == 43
     kind, word = (16, "Q") if big else (4, "L")
@@ -149,17 +149,7 @@ def _with_tags(data: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
 
 
 def read_tiff(file: BinaryIO) -> Tiff:
-    """Reads how the first image of a TIFF file is stored.
-
-    Args:
-      file: At its start.
-
-    Returns:
-      What its tags say; no memory is taken for its pixels.
-
-    Raises:
-      DataError: It is damaged, or of a kind that is not decoded.
-    """
+    """Reads the tags of a TIFF file's first image; raises DataError if it cannot be decoded."""
     tags = read_tags(file)
     height, width, channels = (_one(tags, each, 1) for each in (_HEIGHT, _WIDTH, _SAMPLES))
     if channels > MAX_CHANNELS:
@@ -167,7 +157,7 @@ def read_tiff(file: BinaryIO) -> Tiff:
     compression, predictor = _one(tags, _COMPRESSION, 1), _one(tags, _PREDICTOR, 1)
     stored = _one(tags, _FORMAT, 1), _one(tags, _BITS, 1)
     for what, known, allowed in (
-        ("compression", compression, compression in _OF_BYTES),
+        ("compression", compression, compression in _BYTE_CODECS),
         ("predictor", predictor, predictor == 1 or (predictor == 2 and stored[0] in (1, 2))),
         ("fill order", _one(tags, _FILL_ORDER, 1), _one(tags, _FILL_ORDER, 1) == 1),
         ("planar configuration", _one(tags, _PLANAR, 1), _one(tags, _PLANAR, 1) in (1, 2)),
@@ -183,7 +173,7 @@ def read_tiff(file: BinaryIO) -> Tiff:
     if tiled:
         part = _one(tags, _TILE_HEIGHT, 0), _one(tags, _TILE_WIDTH, 0)
     else:
-        part = min(_one(tags, _ROWS, _MOST), height), width
+        part = min(_one(tags, _ROWS, _UNLIMITED), height), width
     found = (_TILES, _TILE_SIZES) if tiled else (_STRIPS, _STRIP_SIZES)
     offsets, sizes = (_many(tags, each) for each in found)
     if min(height, width, channels, *part) < 1:
@@ -200,9 +190,9 @@ def read_tiff(file: BinaryIO) -> Tiff:
 
 
 def read_tags(file: BinaryIO) -> ImageFileDirectory_v2:
-    """The tags of the first image of a TIFF file, at whose start the file is."""
+    """The tags of a TIFF file's first image."""
     head = file.read(8)
-    if head[:4] == MAGICS[3]:  # Pillow takes it for an ordinary TIFF
+    if head[:4] == MAGICS[3]:  # Pillow would read it as an ordinary TIFF
         raise DataError("a big-endian BigTIFF, which is not decoded")
     with library_errors(_damaged):
         if head[:4] == MAGICS[2]:
@@ -214,11 +204,7 @@ def read_tags(file: BinaryIO) -> ImageFileDirectory_v2:
 
 
 def channels_of(tags: Any) -> int:
-    """Channels that a TIFF declares beside color, grey, and transparency; 0 if there are none.
-
-    Args:
-      tags: Of the image.
-    """
+    """The number of channels, if some are neither gray, color nor transparency; else 0."""
     samples = _one(tags, _SAMPLES, 1)
     extra = _many(tags, _EXTRA)
     unspecified = extra.count(0) if extra else 0
@@ -228,11 +214,7 @@ def channels_of(tags: Any) -> int:
 
 
 def bits_of(tags: Any) -> int:
-    """Bits of a value of one channel, such as 12; 0 where they are 16 or the tags do not say.
-
-    Args:
-      tags: Of the image.
-    """
+    """Bits of a value, such as 12; 0 if there are 16 or the tags do not say."""
     bits = _one(tags, _BITS, 0)
     return bits if bits < 16 else 0
 
@@ -247,7 +229,7 @@ def _many(tags: Any, tag: int) -> tuple[int, ...]:
 
 
 def _one(tags: Any, tag: int, default: int) -> int:
-    """The number that a tag has, for each channel the same."""
+    """The value of a tag, which must be the same for each channel."""
     values = set(_many(tags, tag))
     if len(values) > 1:
         raise DataError(f"a TIFF whose channels differ (tag {tag})")

@@ -1,7 +1,7 @@
-"""scikit-learn's handwritten digits as a TFDS data set: 1,797 grey images of 8x8 pixels.
+"""scikit-learn's handwritten digits as a TFDS dataset: 1,797 gray images of 8x8 pixels.
 
-They come with scikit-learn, so that a first run needs no download. Imported by the function that
-prepares them, as it imports TFDS.
+They come with scikit-learn, so a first run needs no download. This module imports TFDS, so it is
+imported only where the digits are prepared.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ VERSION = "1.0.0"
 def load() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The two splits as arrays.
 
-    Every fifth image of the images sorted by class is a test image: 360, as many of each class
-    as can be, and no random number generator that might change.
+    Of the images sorted by class, every fifth is a test image. That gives 360, the classes as equal
+    as can be, without a random number generator that might change.
 
     Returns:
-      {"train", "test"}: uint8 images [N, 8, 8] whose 17 levels of grey fill 0 to 255, and int64
+      {"train", "test"}: uint8 images [N, 8, 8] whose 17 levels of gray span 0 to 255, and int64
       labels [N].
 
     Example:
@@ -47,14 +47,9 @@ def load() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-# TFDS's register of builders by name stays as it is: nobody looks this one up there.
+# Not registered: nobody looks this builder up by name in TFDS.
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Prepares the digits; `tfds.builder_from_directory` reads them.
-
-    Example:
-      >>> Digits.name
-      'digits'
-    """
+    """Prepares the digits; `tfds.builder_from_directory` reads them."""
 
     VERSION = tfds.core.Version(VERSION)
 
@@ -87,13 +82,10 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
 
 
 def prepare(root: Path) -> None:
-    """Writes the data set; it appears in one step, when it is whole.
-
-    Args:
-      root: Folder of TFDS data sets.
+    """Writes the dataset into `root`, where it appears when it is complete.
 
     Raises:
-      OSError: The folder cannot be written, or the disk is full; no file of it is left.
+      OSError: The folder cannot be written, or the disk is full; no file is left behind.
 
     Example:
       >>> import pathlib, tempfile

@@ -11,41 +11,40 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.data.decode.budget import FILE_BYTES
-from resnet_jax.data.sources.base import Label, Request, Source, digest, fault, one_hot
-from resnet_jax.data.sources.splits import WHOLE, Span, parse, select
+from resnet_jax.data.sources.base import Label, Source, digest, field_error, one_hot
+from resnet_jax.data.sources.splits import (
+    WHOLE_SPLIT,
+    Span,
+    SplitSpec,
+    parse_split,
+    select_images,
+)
 from resnet_jax.errors import DataError
 from resnet_jax.files import open_regular
+from resnet_jax.limits import MAX_IMAGE_BYTES
 
-# What is an image in a folder, by the formats that are decoded.
+# Files in a folder with these endings are images.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".npy"),
 )
-# Images whose headers are read, evenly from all of a split and at least 16 of each class, to learn
-# how many channels there are. Most data sets have color, which is clear after a few.
-_LOOKED_AT = 1000
-_ENOUGH = 16  # that have color, or more channels
+# Images whose headers are read to find the number of channels: evenly from the whole split, and at
+# least 16 of each class. Most datasets have color, which is clear after a few.
+_PROBED_IMAGES = 1000
+_ENOUGH_PROBES = 16  # if they have color, or more channels
 
 
 class FolderSource(Source):
-    """PATH/SPLIT/CLASS/image files, in the class folders or deeper.
+    """The images in PATH/SPLIT/CLASS, in the class folders or deeper; `root` is PATH."""
 
-    Args:
-      root: PATH.
-      request: What is opened.
-    """
-
-    def __init__(self, root: Path, request: Request) -> None:
-        self.name, self.split = request.name, request.split
-        parts = _find_splits(root, request)
+    def __init__(self, root: Path, spec: SplitSpec) -> None:
+        self.name, self.split = spec.name, spec.split
+        parts = _find_splits(root, spec)
         self._root = root / next(iter(parts)) if len(parts) == 1 else root
-        self.class_names = request.classes or _training_classes(root, parts, request)
-        notes = _Notes()
-        files = _chosen_files(root, parts, request, notes)
-        missing = request.check_classes(
-            {label for label, _ in files}, self.class_names, notes.text()
-        )
+        self.class_names = spec.classes or _training_classes(root, parts, spec)
+        notes = _UnusedFiles()
+        files = _selected_files(root, parts, spec, notes)
+        missing = spec.check_classes({label for label, _ in files}, self.class_names, notes.text())
         self.left_out = notes.text(missing)
         # The files of one class folder follow each other, in the order of the classes.
         numbers = {label: number for number, label in enumerate(self.class_names)}
@@ -55,17 +54,17 @@ class FolderSource(Source):
         self._files = [[file for file, _ in files[key]] for key in keys]
         self._ends = list(itertools.accumulate(map(len, self._files)))
         self.channels = stored_channels(
-            self._root, self._folders, self._files, request.field, request.split
+            self._root, self._folders, self._files, spec.field, spec.split
         )
         self.image_shape = None
-        if request.multi_label:
+        if spec.multi_label:
             self.label_shape = (self.num_classes,)
         sizes = [
             f"{folder}/{file} {size}"
             for folder, key in zip(self._folders, keys)
             for file, size in files[key]
         ]
-        self.fingerprint = digest([request.split, len(self), *sizes])
+        self.fingerprint = digest([spec.split, len(self), *sizes])
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -89,18 +88,8 @@ class FolderSource(Source):
 
 
 def read_image(path: Path) -> bytes:
-    """Reads an encoded image.
-
-    Args:
-      path: Of the file.
-
-    Returns:
-      Its content.
-
-    Raises:
-      DataError: It cannot be read, or is no regular file.
-    """
-    from resnet_jax.data.decode.decoding import read_encoded
+    """Reads an encoded image; raises DataError if that fails or the file is not regular."""
+    from resnet_jax.data.decode import read_encoded
 
     try:
         return read_encoded(path)
@@ -109,39 +98,30 @@ def read_image(path: Path) -> bytes:
 
 
 def folder_splits(root: Path, name: str) -> list[str]:
-    """The folders of a data set, which are its splits.
-
-    Args:
-      root: PATH.
-      name: As in `data.name`, for messages.
-
-    Returns:
-      Their names.
-
-    Raises:
-      DataError: There is no such folder.
-    """
+    """The names of the folders in `root`; `name` is `data.name`, for messages."""
     if not os.path.isdir(root):
-        raise fault("data.name", name, f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS")
+        raise field_error(
+            "data.name", name, f"{root} is not a folder; give PATH of PATH/SPLIT/CLASS"
+        )
     return _folders(root, "data.name", name)
 
 
-def _find_splits(root: Path, request: Request) -> dict[str, tuple[Span, ...]]:
-    """The split folders that are asked for, and which parts of each."""
-    folder_splits(root, request.name)
-    parts = _parts(root, request.split, request.field)
+def _find_splits(root: Path, spec: SplitSpec) -> dict[str, tuple[Span, ...]]:
+    """The folders of the requested splits, and which parts of each."""
+    folder_splits(root, spec.name)
+    parts = _parts(root, spec.split, spec.field)
     for name in parts:
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise request.fault(f"must be the name of a folder in {root}")
+            raise spec.error(f"must be the name of a folder in {root}")
         if not _is_split(root, name):
-            raise _no_split(root, name, request)
+            raise _missing_split(root, name, spec)
     return parts
 
 
 def _parts(root: Path, split: str, field: str) -> dict[str, tuple[Span, ...]]:
-    """An expression, unless it is the name of a folder itself."""
+    """The parts that an expression names, unless it is itself the name of a folder."""
     is_expression = set("[+") & set(split) and not _is_split(root, split)
-    return parse(split, field) if is_expression else {split: WHOLE}
+    return parse_split(split, field) if is_expression else {split: WHOLE_SPLIT}
 
 
 def _is_split(root: Path, name: str) -> bool:
@@ -150,29 +130,29 @@ def _is_split(root: Path, name: str) -> bool:
     return os.path.isdir(root / name) and (root / name).resolve() != root.resolve()
 
 
-def _no_split(root: Path, split: str, request: Request) -> DataError:
-    there = folder_splits(root, request.name)
-    if not there:
+def _missing_split(root: Path, split: str, spec: SplitSpec) -> DataError:
+    found = folder_splits(root, spec.name)
+    if not found:
         reason = f"{root} has no folders; it needs {split}/CLASS/image.jpg"
-        return fault("data.name", request.name, reason)
-    shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
+        return field_error("data.name", spec.name, reason)
+    shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
     reason = f"{root} has no folder {split!r}; it has: {shown}"
-    if any(each.lower().endswith(IMAGE_SUFFIXES) for each in _scan(root / there[0], "", split)):
+    if any(each.lower().endswith(IMAGE_SUFFIXES) for each in _scan(root / found[0], "", split)):
         reason += (
             f". If these are classes, {root.name} is the split: data.name = "
             f"'folder:{root.parent}', data.train_split = '{root.name}[:90%]' and "
             f"data.eval_split = '{root.name}[90%:]'"
         )
-    return request.fault(reason)
+    return spec.error(reason)
 
 
 def _training_classes(
-    root: Path, parts: dict[str, tuple[Span, ...]], request: Request
+    root: Path, parts: dict[str, tuple[Span, ...]], spec: SplitSpec
 ) -> tuple[str, ...]:
-    """The class folders of the training split, or of the split itself where there is no other."""
-    field, names = request.field, parts
-    if request.train_split not in ("", request.split):
-        trained = _parts(root, request.train_split, "data.train_split")
+    """The class folders of the training split, or of the split itself if that one is missing."""
+    field, names = spec.field, parts
+    if spec.train_split not in ("", spec.split):
+        trained = _parts(root, spec.train_split, "data.train_split")
         if all(_is_split(root, name) for name in trained):
             field, names = "data.train_split", trained
     return tuple(sorted({label for name in names for label in _classes(root / name, field, name)}))
@@ -181,33 +161,33 @@ def _training_classes(
 def _classes(folder: Path, field: str, split: str) -> list[str]:
     classes = _folders(folder, field, split)
     if not classes:
-        raise fault(field, split, f"{folder} has no class folders; it needs CLASS/image.jpg")
+        raise field_error(field, split, f"{folder} has no class folders; it needs CLASS/image.jpg")
     return classes
 
 
-def _chosen_files(
-    root: Path, parts: dict[str, tuple[Span, ...]], request: Request, notes: _Notes
+def _selected_files(
+    root: Path, parts: dict[str, tuple[Span, ...]], spec: SplitSpec, notes: _UnusedFiles
 ) -> dict[tuple[str, str], list[tuple[str, int]]]:
-    """Names below the class folder and sizes in bytes, by class and split; none is empty."""
-    chosen = {}
+    """Names below the class folder and sizes in bytes, by class and split, without empty ones."""
+    selected = {}
     for name, spans in parts.items():
         folder = root / name
-        classes = _classes(folder, request.field, request.split)
-        inside = set(_scan(folder, request.field, request.split)) - set(classes)
+        classes = _classes(folder, spec.field, spec.split)
+        inside = set(_scan(folder, spec.field, spec.split)) - set(classes)
         notes.outside += sum(each.lower().endswith(IMAGE_SUFFIXES) for each in inside)
         for label in classes:
-            files = _image_files(folder / label, request, notes)
-            places = select([f"{label}/{file}" for file, _ in files], spans)
-            if places:
-                chosen[label, name] = [files[place] for place in places]
-    return chosen
+            files = _image_files(folder / label, spec, notes)
+            indices = select_images([f"{label}/{file}" for file, _ in files], spans)
+            if indices:
+                selected[label, name] = [files[index] for index in indices]
+    return selected
 
 
-def _image_files(folder: Path, request: Request, notes: _Notes) -> list[tuple[str, int]]:
+def _image_files(folder: Path, spec: SplitSpec, notes: _UnusedFiles) -> list[tuple[str, int]]:
     """Names below a class folder and sizes in bytes, in the order of the names.
 
-    Broken links and special files are among them: whoever reads one, names and counts it. Links to
-    folders are followed, but no folder is entered twice, nor one that the class folder is in.
+    Broken links and special files are included, and reported when they are read. Links to folders
+    are followed, but no folder is entered twice, nor one that contains the class folder.
     """
     found, todo = [], [""]
     entered: set[tuple[int, int]] = set()
@@ -217,19 +197,17 @@ def _image_files(folder: Path, request: Request, notes: _Notes) -> list[tuple[st
             with os.scandir(folder / below) as entries:
                 each_entry = [each for each in entries if not each.name.startswith(".")]
         except OSError as error:
-            raise request.fault(
-                f"cannot read {folder / below} ({error.strerror or error})"
-            ) from error
+            raise spec.error(f"cannot read {folder / below} ({error.strerror or error})") from error
         for entry in sorted(each_entry, key=lambda entry: entry.name):
             status = _status(entry)
             if status is not None and stat.S_ISDIR(status.st_mode):
-                entered = entered or _around(folder)
-                if (place := (status.st_dev, status.st_ino)) not in entered:
-                    entered.add(place)
+                entered = entered or _with_parents(folder)
+                if (inode := (status.st_dev, status.st_ino)) not in entered:
+                    entered.add(inode)
                     todo.append(f"{below}{entry.name}/")
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 found.append((below + entry.name, -1 if status is None else status.st_size))
-                notes.dangling += status is None
+                notes.broken_links += status is None
             else:
                 notes.others[os.path.splitext(entry.name)[1] or entry.name] += 1
     return sorted(found)
@@ -242,23 +220,23 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
         return None
 
 
-def _around(folder: Path) -> set[tuple[int, int]]:
-    """A folder and all folders that it is in, by its name and in truth."""
+def _with_parents(folder: Path) -> set[tuple[int, int]]:
+    """Device and inode of a folder and its parents, by its path and by its path without links."""
     real = Path(os.path.realpath(folder))
     found = [os.stat(each) for each in (folder, *folder.parents, *real.parents)]
     return {(each.st_dev, each.st_ino) for each in found}
 
 
-class _Notes:
+class _UnusedFiles:
     """What is in a split and is not used."""
 
     def __init__(self) -> None:
         self.others: collections.Counter[str] = collections.Counter()  # files, by suffix
         self.outside = 0  # images in no class folder
-        self.dangling = 0  # links
+        self.broken_links = 0
 
     def text(self, missing: str = "") -> str:
-        """All of it, in words; "" where there is nothing."""
+        """A text about all of it, after the one about missing classes; "" if there is nothing."""
         parts = [missing] if missing else []
         if self.others:
             kinds = [kind for kind, _ in self.others.most_common(5)]
@@ -267,8 +245,8 @@ class _Notes:
             parts.append(f"{count} that are not images by their names ({', '.join(kinds)}{more})")
         if self.outside:
             parts.append(f"{self.outside:,} images in no class folder")
-        if self.dangling:
-            parts.append(f"{self.dangling:,} links that lead nowhere, and count as corrupt")
+        if self.broken_links:
+            parts.append(f"{self.broken_links:,} broken links, which count as corrupt")
         return "; ".join(parts)
 
 
@@ -281,36 +259,38 @@ def _scan(folder: Path, field: str, value: str) -> list[str]:
     try:
         return sorted(each for each in os.listdir(folder) if not each.startswith("."))
     except OSError as error:
-        raise fault(field, value, f"cannot read {folder} ({error.strerror or error})") from error
+        raise field_error(
+            field, value, f"cannot read {folder} ({error.strerror or error})"
+        ) from error
 
 
 def stored_channels(
     folder: Path, classes: list[str], files: list[list[str]], field: str, split: str
 ) -> int:
-    """The channels of most of the images that are looked at.
+    """The number of channels that most images have, judged by the headers of some.
 
-    Grey images count as color where any has color. Images of another number of channels are named
-    when they are read, like those that cannot be decoded.
+    Gray images count as color if any image has color. Images of other channels are reported when
+    they are read, like those that cannot be decoded.
     """
-    from resnet_jax.data.decode.decoding import read_header
+    from resnet_jax.data.decode import read_header
 
-    share = max(_LOOKED_AT // len(classes), 16)
+    per_class = max(_PROBED_IMAGES // len(classes), 16)
     counts: collections.Counter[int] = collections.Counter()
     for each, names in zip(classes, files):
-        for name in names[:: -(-len(names) // share)]:
+        for name in names[:: -(-len(names) // per_class)]:
             try:
-                with open_regular(folder / each / name, FILE_BYTES) as file:
+                with open_regular(folder / each / name, MAX_IMAGE_BYTES) as file:
                     counts[read_header(file).channels] += 1
-            except (DataError, OSError):  # is named when it is read as an image of the run
+            except (DataError, OSError):  # is reported when the run reads it
                 continue
-            # Only after grey images alone can a later one change the answer.
-            if counts.total() >= _ENOUGH and _most_common(counts) != 1:
+            # A later image can only change the answer if all are gray so far.
+            if counts.total() >= _ENOUGH_PROBES and _most_common(counts) != 1:
                 return _most_common(counts)
     if not counts:
-        raise fault(field, split, f"none of the images looked at in {folder} can be opened")
+        raise field_error(field, split, f"no image in {folder} can be opened")
     return _most_common(counts)
 
 
 def _most_common(counts: collections.Counter[int]) -> int:
-    grey = counts[1] if counts[3] else 0
-    return max(counts, key=lambda channels: counts[channels] + grey * (channels == 3))
+    gray = counts[1] if counts[3] else 0
+    return max(counts, key=lambda channels: counts[channels] + gray * (channels == 3))

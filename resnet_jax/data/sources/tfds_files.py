@@ -1,4 +1,4 @@
-"""Where prepared TFDS data sets lie on disk, and whether they are whole. Asks no network."""
+"""Finds prepared TFDS datasets on disk and checks them, without the network."""
 
 from __future__ import annotations
 
@@ -12,41 +12,30 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.data.sources.base import fault
+from resnet_jax.data.sources.base import field_error
 from resnet_jax.errors import DataError, importing, library_errors, one_line
 from resnet_jax.files import MIB, open_regular
 from resnet_jax.limits import MAX_CLASSES
 
-# A name may come from a stranger's config.json, and is a path below the folder of data sets.
+# A name may come from a stranger's config.json, and becomes a path in the folder of datasets.
 _NAME = re.compile(r"(?P<base>\w[\w.+-]*(/\w[\w.+-]*)?)(:(?P<version>\w[\w.+-]*))?")
-# The classes that a description may name. TFDS would import any other from wherever Python looks,
-# the current folder included.
+# The classes that a description may name. TFDS would import any other class that Python finds, even
+# from the current folder.
 _TFDS_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+(\.\w+)*")
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
-# Other arguments of features: what would be read, and what is made a list of.
-_PATHS = ("names_file", "namesFile")
-_COUNTS = ("numClasses", "num_classes")
-_RECORDS = ("array_record", "tfrecord", "riegeli", "parquet")  # in the names of files of records
-_LARGEST_DESCRIPTION = 64 * MIB
+# Other arguments of features: files that TFDS would read, and lengths of lists that it would make.
+_PATH_KEYS = ("names_file", "namesFile")
+_COUNT_KEYS = ("numClasses", "num_classes")
+_RECORD_FORMATS = ("array_record", "tfrecord", "riegeli", "parquet")  # in the names of files
+_MAX_DESCRIPTION_BYTES = 64 * MIB
 
 
 def import_tfds() -> Any:
-    """The module tensorflow_datasets, without TensorFlow.
-
-    Returns:
-      The module.
-
-    Raises:
-      DataError: It, or a package that it needs, is not installed.
-
-    Example:
-      >>> import_tfds().__name__
-      'tensorflow_datasets'
-    """
+    """The module tensorflow_datasets, without TensorFlow; DataError if a package is missing."""
     with importing("reading TFDS data sets", DataError), _without_tracebacks():
         import tensorflow_datasets as tfds
 
-        # TFDS logs a failed import of its own and leaves an empty module; this raises it.
+        # TFDS only logs a failed import of its own and leaves an empty module; this raises it.
         import tensorflow_datasets.public_api
     return tfds
 
@@ -62,13 +51,10 @@ def _without_tracebacks() -> Iterator[None]:
 
 
 def tfds_root(data_dir: str) -> Path:
-    """The folder that TFDS data sets are in.
+    """The folder of TFDS datasets: an absolute path, or an etils path in a bucket.
 
     Args:
       data_dir: As in `data.data_dir`; "": TFDS's own default.
-
-    Returns:
-      An absolute path, or one of etils' if it is in a bucket.
 
     Example:
       >>> str(tfds_root("/data"))
@@ -78,29 +64,24 @@ def tfds_root(data_dir: str) -> Path:
     with importing("reading TFDS data sets", DataError):
         from etils import epath
 
-        default = tfds.core.constants.DATA_DIR  # TFDS imports its parts when they are first used
+        default = tfds.core.constants.DATA_DIR  # TFDS imports its parts on first use
     path = epath.Path(data_dir or default).expanduser()
-    if path.parts[:1] == ("~",):  # etils leaves it
-        raise fault("data.data_dir", data_dir, f"{path}: there is no home directory; name a folder")
-    return path if path.is_absolute() else epath.Path(Path.cwd()) / path  # for workers elsewhere
+    if path.parts[:1] == ("~",):  # etils did not expand it
+        raise field_error(
+            "data.data_dir", data_dir, f"{path}: there is no home directory; name a folder"
+        )
+    return (
+        path if path.is_absolute() else epath.Path(Path.cwd()) / path
+    )  # for workers in other folders
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Splits the name of a TFDS data set.
-
-    Args:
-      name: NAME[/CONFIG][:VERSION].
-
-    Returns:
-      NAME[/CONFIG], and VERSION or "".
-
-    Raises:
-      DataError: It is no such name.
+def split_version(name: str) -> tuple[str, str]:
+    """Splits NAME[/CONFIG][:VERSION] into NAME[/CONFIG], and VERSION or "".
 
     Example:
-      >>> split_name("cifar10:3.0.2")
+      >>> split_version("cifar10:3.0.2")
       ('cifar10', '3.0.2')
-      >>> split_name("../secret")
+      >>> split_version("../secret")
       Traceback (most recent call last):
       resnet_jax.errors.DataError: data.name = 'tfds:../secret': must be tfds:NAME, \
 tfds:NAME/CONFIG or tfds:NAME:VERSION
@@ -108,12 +89,12 @@ tfds:NAME/CONFIG or tfds:NAME:VERSION
     found = _NAME.fullmatch(name)
     if not found:
         reason = "must be tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION"
-        raise fault("data.name", f"tfds:{name}", reason)
+        raise field_error("data.name", f"tfds:{name}", reason)
     return found["base"], found["version"] or ""
 
 
 def is_known(name: str) -> bool:
-    """Whether TFDS has a builder of this NAME[/CONFIG]; asks no network."""
+    """Whether TFDS has a builder for this NAME[/CONFIG]."""
     return name.partition("/")[0] in _tfds_names()
 
 
@@ -122,17 +103,14 @@ def _tfds_names() -> list[str]:
 
 
 def find_prepared(name: str, data_dir: str) -> Path:
-    """Finds a prepared TFDS data set; the highest version unless one is named.
+    """The folder of a prepared TFDS dataset; the highest version unless one is named.
 
     Args:
       name: NAME[/CONFIG][:VERSION], without "tfds:".
       data_dir: As in `data.data_dir`.
 
-    Returns:
-      The folder with dataset_info.json.
-
     Raises:
-      DataError: There is none.
+      DataError: The dataset is not prepared there.
 
     Example:
       >>> find_prepared("fashion_mnist", "/nowhere")
@@ -140,13 +118,13 @@ def find_prepared(name: str, data_dir: str) -> Path:
       resnet_jax.errors.DataError: data.name = 'tfds:fashion_mnist': not prepared in \
 data.data_dir = '/nowhere'; run: python -m resnet_jax prepare fashion_mnist --data_dir=/nowhere
     """
-    base, version = split_name(name)
+    base, version = split_version(name)
     root = tfds_root(data_dir)
     place = f"data.data_dir = {str(root)!r}"
     hint = f"run: python -m resnet_jax prepare {name} --data_dir={root}"
     folder = root / base
-    entries = _listed(folder)
-    # TFDS writes into incomplete.RANDOM_VERSION and renames it when all is there.
+    entries = _list_names(folder)
+    # TFDS writes into incomplete.RANDOM_VERSION and renames the folder when it is complete.
     finished = [each for each in entries if not each.startswith("incomplete.")]
     found = [each for each in finished if (folder / each / "dataset_info.json").exists()]
     if version in found:
@@ -165,34 +143,27 @@ data.data_dir = '/nowhere'; run: python -m resnet_jax prepare fashion_mnist --da
         reason = f"neither prepared in {place} nor known to TFDS{guess}"
     else:
         reason = f"not prepared in {place}; {hint}"
-    raise fault("data.name", f"tfds:{name}", reason)
+    raise field_error("data.name", f"tfds:{name}", reason)
 
 
 def prepared_configs(name: str, data_dir: str) -> list[str]:
-    """The configurations of a TFDS data set that are prepared.
-
-    Args:
-      name: NAME, without "tfds:".
-      data_dir: As in `data.data_dir`.
-
-    Returns:
-      NAME/CONFIG each, sorted.
+    """The prepared configurations of the TFDS dataset NAME, as sorted NAME/CONFIG.
 
     Example:
       >>> prepared_configs("imagenet2012_corrupted", "/nowhere")
       []
     """
     folder = tfds_root(data_dir) / name
-    return [f"{name}/{each}" for each in _listed(folder) if _has_version(folder / each)]
+    return [f"{name}/{each}" for each in _list_names(folder) if _has_version(folder / each)]
 
 
-def _listed(folder: Any) -> list[str]:
+def _list_names(folder: Any) -> list[str]:
     try:
         return sorted(each.name for each in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise fault("data.data_dir", str(folder), error.strerror or error) from error
+        raise field_error("data.data_dir", str(folder), error.strerror or error) from error
 
 
 def _has_version(folder: Any) -> bool:
@@ -204,65 +175,53 @@ def _version_key(version: str) -> tuple[int, ...]:
 
 
 def missing_shards(infos: Iterable[Any]) -> list[str]:
-    """Names of the files that a split needs and that are not there.
-
-    Args:
-      infos: TFDS's descriptions of splits.
-
-    Returns:
-      File names, sorted.
-
-    Example:
-      >>> missing_shards([])
-      []
-    """
+    """Sorted names of missing files, by TFDS's descriptions of splits."""
     paths = {path for info in infos for path in info.filepaths}
     return sorted(path.name for path in paths if not path.is_file())
 
 
 def open_prepared(folder: Path, name: str) -> Any:
-    """Opens a prepared data set, whoever prepared it.
+    """TFDS's read-only builder for a prepared dataset, which may come from a stranger.
 
     Args:
-      folder: With dataset_info.json and features.json.
+      folder: Has dataset_info.json and features.json.
       name: As in `data.name`, for messages.
 
-    Returns:
-      TFDS's read-only builder.
-
     Raises:
-      DataError: A description is missing, damaged or very old, names a class that is not one of
-        TFDS, or files outside of the folder.
+      DataError: A description is missing, damaged or very old, or names files outside of the folder
+        or a class that is not one of TFDS.
     """
 
     def unreadable(error: Exception) -> DataError:
         reason = f"cannot read its description in {folder} ({one_line(error)})"
-        return fault("data.name", name, reason)
+        return field_error("data.name", name, reason)
 
     tfds = import_tfds()
     try:
         _check_files(folder)
-        reason = _fault_of(json.loads((folder / "features.json").read_text()))
+        reason = _unsafe_entry(json.loads((folder / "features.json").read_text()))
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(error) from error
     if reason:
-        raise fault("data.name", name, f"{folder / 'features.json'} {reason}, and is not loaded")
+        raise field_error(
+            "data.name", name, f"{folder / 'features.json'} {reason}, and is not loaded"
+        )
     with library_errors(unreadable):
         builder = tfds.builder_from_directory(folder)
         paths = [path for split in builder.info.splits.values() for path in split.filepaths]
     outside = [path for path in paths if _parent(path) != _parent(folder / "x")]
     if outside:
-        raise fault("data.name", name, f"its file {outside[0]} lies outside of {folder}")
+        raise field_error("data.name", name, f"its file {outside[0]} lies outside of {folder}")
     return builder
 
 
 def _check_files(folder: Path) -> None:
-    """Raises OSError unless what TFDS reads at once is regular and small."""
+    """Raises OSError unless the files that TFDS reads in one piece are regular and small."""
     if "://" in str(folder):  # in a bucket, whose objects are always regular
         return
     for name in os.listdir(folder):
-        if not any(kind in name for kind in _RECORDS):  # these are read piece by piece
-            open_regular(folder / name, _LARGEST_DESCRIPTION).close()
+        if not any(kind in name for kind in _RECORD_FORMATS):  # those are read in pieces
+            open_regular(folder / name, _MAX_DESCRIPTION_BYTES).close()
 
 
 def _parent(path: Any) -> str:
@@ -270,23 +229,23 @@ def _parent(path: Any) -> str:
     return folder if "://" in folder else os.path.realpath(folder)
 
 
-def _fault_of(description: Any) -> str:
-    """What is wrong with a features.json, which may hold JSON inside of strings; "" if nothing."""
+def _unsafe_entry(description: Any) -> str:
+    """What makes a features.json unsafe to load, or ""; its strings may hold JSON, too."""
     if isinstance(description, list):
-        return next(filter(None, map(_fault_of, description)), "")
+        return next(filter(None, map(_unsafe_entry, description)), "")
     if not isinstance(description, dict):
         return ""
     for key, value in description.items():
-        if "/" in key:  # a feature's name is part of a file's
+        if "/" in key:  # a feature's name becomes part of a file name
             return f"has a feature with the name {key!r}"
         if key in _CLASS_KEYS and not isinstance(value, dict | list):
             if not isinstance(value, str) or not _TFDS_FEATURE.fullmatch(value):
                 return f"names the class {value!r}, which is not one of TFDS"
-        elif key in _PATHS and isinstance(value, str):
+        elif key in _PATH_KEYS and isinstance(value, str):
             return f"names the file {value!r}"
-        elif key in _COUNTS and not isinstance(value, dict) and int(value or 0) > MAX_CLASSES:
-            return f"has {value} classes, of which {MAX_CLASSES:,} are the most"
-        if reason := _fault_of(json.loads(value) if _is_json(key, value) else value):
+        elif key in _COUNT_KEYS and not isinstance(value, dict) and int(value or 0) > MAX_CLASSES:
+            return f"has {value} classes; the limit is {MAX_CLASSES:,}"
+        if reason := _unsafe_entry(json.loads(value) if _is_json(key, value) else value):
             return reason
     return ""
 
@@ -296,17 +255,10 @@ def _is_json(key: str, value: Any) -> bool:
 
 
 def prepare_digits(data_dir: str) -> Path:
-    """Prepares scikit-learn's digits as a TFDS data set, unless they are there.
-
-    Args:
-      data_dir: As in `data.data_dir`.
-
-    Returns:
-      The data set's folder.
+    """Prepares scikit-learn's digits as a TFDS dataset unless they exist; returns its folder.
 
     Raises:
-      DataError: scikit-learn is missing, the folder cannot be written, or what is there is not
-        whole.
+      DataError: scikit-learn is missing, the folder cannot be written, or holds damaged digits.
 
     Example:
       >>> import tempfile
@@ -324,13 +276,13 @@ def prepare_digits(data_dir: str) -> Path:
             with importing("data.name = 'digits'", DataError):
                 digits.prepare(root)
     except OSError as error:
-        # Another process may have been faster; renaming onto its folder fails.
+        # Renaming fails if another process was faster; its folder is as good.
         if not folder.exists():
             reason = f"cannot write the digits there ({error.strerror or error})"
-            raise fault("data.data_dir", str(root), reason) from error
-    # It may be anyone's folder, so nothing in it is replaced.
-    whole = (folder / "dataset_info.json").exists()
-    if not whole or missing_shards(open_prepared(folder, "digits").info.splits.values()):
+            raise field_error("data.data_dir", str(root), reason) from error
+    # The folder may be anyone's, so nothing in it is replaced.
+    complete = (folder / "dataset_info.json").exists()
+    if not complete or missing_shards(open_prepared(folder, "digits").info.splits.values()):
         reason = f"the digits in {folder} are not whole; move that folder away"
-        raise fault("data.data_dir", str(root), reason)
+        raise field_error("data.data_dir", str(root), reason)
     return folder

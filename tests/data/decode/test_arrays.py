@@ -10,9 +10,17 @@ import pytest
 from PIL import Image
 
 from resnet_jax.config.schema import Data
-from resnet_jax.data.decode import arrays, budget, decoding, tiff
-from resnet_jax.data.decode.decoding import eval_crop, read_header, train_crop
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.decode import (
+    arrays,
+    budget,
+    decode,
+    decoded,
+    eval_crop,
+    read_header,
+    tiff,
+    train_crop,
+)
+from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
 from resnet_jax.inference.images import ImageFile, read_pixels
 
@@ -55,15 +63,15 @@ def test_tiffs_are_what_tifffile_wrote(path):
     expected = _pattern(int(channels), dtype)
     expected = expected if dtype == "u1" else (expected >> 8).astype(np.uint8)
     data = path.read_bytes()
-    np.testing.assert_array_equal(decoding.decode(data, int(channels)), expected)
+    np.testing.assert_array_equal(decode(data, int(channels)), expected)
     assert read_header(io.BytesIO(data)) == (20, 24, int(channels))
 
 
 def test_color_with_more_channels_gives_color_where_that_is_asked_for():
     data = next(path for path in FIXTURES if path.stem.startswith("rgb")).read_bytes()
-    np.testing.assert_array_equal(decoding.decode(data, 3), _pattern(5, "u1")[:, :, :3])
+    np.testing.assert_array_equal(decode(data, 3), _pattern(5, "u1")[:, :, :3])
     with pytest.raises(DataError, match="has 5 channels, and 4 are needed"):
-        decoding.decode(data, 4)
+        decode(data, 4)
 
 
 def test_values_of_arrays():
@@ -77,8 +85,8 @@ def test_values_of_arrays():
         (pixels / 255).astype(">f4"),
         np.asfortranarray(pixels / 255),
     ):
-        np.testing.assert_array_equal(decoding.decode(_npy(values), 5), pixels)
-    np.testing.assert_array_equal(decoding.decode(_npy(pixels[:, :, 0]), 1), pixels[:, :, :1])
+        np.testing.assert_array_equal(decode(_npy(values), 5), pixels)
+    np.testing.assert_array_equal(decode(_npy(pixels[:, :, 0]), 1), pixels[:, :, :1])
 
 
 GREY = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)
@@ -116,8 +124,8 @@ GREY_FILES = {
 @pytest.mark.parametrize("data", GREY_FILES.values(), ids=GREY_FILES)
 def test_one_rule_of_values(data):
     """Every type is scaled in one way, in training, evaluation and prediction."""
-    np.testing.assert_array_equal(decoding.decode(data, 1)[:, :, 0], GREY)
-    np.testing.assert_array_equal(decoding.decode(data, 3), np.stack([GREY] * 3, -1))
+    np.testing.assert_array_equal(decode(data, 1)[:, :, 0], GREY)
+    np.testing.assert_array_equal(decode(data, 3), np.stack([GREY] * 3, -1))
     config = Data(image_size=6)
     png = _encoded(Image.fromarray(GREY), "PNG")
     np.testing.assert_array_equal(eval_crop(data, config, 1), eval_crop(png, config, 1))
@@ -140,7 +148,7 @@ def test_values_without_a_rule_are_refused(values, message):
     for data in (_tiff(values), _npy(values)):
         for channels in (1, 3):
             with pytest.raises(DataError, match=message):
-                decoding.decode(data, channels)
+                decode(data, channels)
     with pytest.raises(DataError, match=message):
         read_pixels(values, 1)
     with pytest.raises(DataError, match=message):
@@ -154,7 +162,7 @@ def test_tiffs_of_several_channels_are_turned_where_asked_for(monkeypatch):
     stored = _pattern(5, "u1")
     data = path.read_bytes()
     for upright, expected in ((False, stored), (True, np.rot90(stored, -1))):
-        with decoding.decoded(data, 5, upright=upright) as pixels:
+        with decoded(data, 5, upright=upright) as pixels:
             np.testing.assert_array_equal(pixels, expected)
 
 
@@ -163,7 +171,7 @@ def test_floating_point_values_lie_between_0_and_1(value):
     values = np.full((4, 4, 5), 0.5)
     values[2, 3, 4] = value
     with pytest.raises(DataError, match="from 0 to 1, or stored as uint8"):
-        decoding.decode(_npy(values), 5)
+        decode(_npy(values), 5)
 
 
 def test_color_and_grey_are_converted_as_in_other_files():
@@ -171,8 +179,8 @@ def test_color_and_grey_are_converted_as_in_other_files():
         pixels = _pixels(channels)
         png = _encoded(Image.fromarray(pixels.squeeze(), mode), "PNG")
         for needed in (1, 3):
-            expected = decoding.decode(png, needed)
-            np.testing.assert_array_equal(decoding.decode(_npy(pixels), needed), expected)
+            expected = decode(png, needed)
+            np.testing.assert_array_equal(decode(_npy(pixels), needed), expected)
 
 
 def test_other_channels_are_not_converted():
@@ -191,7 +199,7 @@ def test_other_channels_are_not_converted():
     ):
         expected = f"has {found} channels?, and {needed} are needed"
         with pytest.raises(DataError, match=expected):
-            decoding.decode(data, needed)
+            decode(data, needed)
         with pytest.raises(DataError, match=expected):
             train_crop(data, Data(image_size=4, crop="random_resized"), needed, RNG)
 
@@ -201,8 +209,8 @@ def test_transparency_is_a_channel_where_four_are_asked_for(kind):
     pixels = _pixels(4)
     file = io.BytesIO()
     Image.fromarray(pixels, "RGBA").save(file, kind, **({"lossless": True, "exact": True}))
-    np.testing.assert_array_equal(decoding.decode(file.getvalue(), 4), pixels)
-    np.testing.assert_array_equal(decoding.decode(file.getvalue(), 3), pixels[:, :, :3])
+    np.testing.assert_array_equal(decode(file.getvalue(), 4), pixels)
+    np.testing.assert_array_equal(decode(file.getvalue(), 3), pixels[:, :, :3])
     file.seek(0)
     assert read_header(file).channels == 3
 
@@ -255,7 +263,7 @@ DAMAGED = {
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_arrays(data):
     with pytest.raises(DataError) as caught:
-        decoding.decode(data, 5)
+        decode(data, 5)
     assert "\n" not in str(caught.value)
 
 
@@ -268,16 +276,16 @@ def test_damaged_tiffs_are_an_error_or_an_image(path):
         for _ in range(4):
             broken[rng.integers(len(data))] = rng.integers(256)
         with contextlib.suppress(DataError):
-            assert decoding.decode(bytes(broken), channels).shape[2] == channels
+            assert decode(bytes(broken), channels).shape[2] == channels
     with pytest.raises(DataError):
-        decoding.decode(data[: len(data) // 3], channels)
+        decode(data[: len(data) // 3], channels)
 
 
 def test_memory_of_arrays_is_counted(monkeypatch):
     data = _npy(np.zeros((100, 100, 5), np.uint16))
     monkeypatch.setattr(budget, "BUDGET", budget.Budget(60_000))
     with pytest.raises(DataError, match="more than the limit"):
-        decoding.decode(data, 5)
+        decode(data, 5)
     for path in FIXTURES[:2]:
         file = io.BytesIO(path.read_bytes())
         assert tiff.read_tiff(file).decoding_bytes(0) > np.prod(read_header(file))

@@ -17,11 +17,19 @@ import pytest
 from PIL import Image
 
 from resnet_jax.config.schema import Data
-from resnet_jax.data import decode as module
-from resnet_jax.data.decode import budget
-from resnet_jax.data.decode.decoding import decode, decoded, eval_crop, read_encoded, train_crop
+from resnet_jax.data.decode import (
+    budget,
+    decode,
+    decoded,
+    eval_crop,
+    jpeg,
+    read_encoded,
+    read_header,
+    train_crop,
+)
 from resnet_jax.errors import DataError
 from resnet_jax.files import MIB
+from resnet_jax.limits import MAX_IMAGE_BYTES
 from tests.data.decode.test_decoding import encode, photo
 
 # Bytes of memory that a process has had at most while it ran the code, beside what it had before.
@@ -29,8 +37,9 @@ PEAK = """
 import io, sys
 import numpy as np
 from PIL import Image
-from resnet_jax.data.decode import decoding
 from resnet_jax.config.schema import Data
+from resnet_jax.data import decode
+from resnet_jax.errors import DataError
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
@@ -42,7 +51,7 @@ open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
 try:
     {call}
-except decode.DataError as error:
+except DataError as error:
     print(error, file=sys.stderr)
 print(status("VmHWM") - before)
 """
@@ -73,11 +82,11 @@ def estimates(data: bytes, call: str, monkeypatch) -> int:
     """The most that a call takes from the budget."""
     taken = [0]
 
-    def take(shared, amount):
+    def reserve(shared, amount):
         taken.append(amount)
-        return budget._Share(shared, amount)
+        return budget._Reservation(shared, amount)
 
-    monkeypatch.setattr(budget.Budget, "take", take)
+    monkeypatch.setattr(budget.Budget, "reserve", reserve)
     rng = np.random.default_rng(0)
     {
         "decode": lambda: decode(data, 3),
@@ -145,10 +154,10 @@ def test_a_share_waits_for_room_and_nobody_overtakes():
     shared, order = budget.Budget(100), []
 
     def take(name, amount):
-        with shared.take(amount):
+        with shared.reserve(amount):
             order.append(name)
 
-    with shared.take(80):
+    with shared.reserve(80):
         threads = []
         for name, amount in (("large", 90), ("small", 10)):  # the second would fit beside 80
             threads.append(threading.Thread(target=take, args=(name, amount)))
@@ -168,10 +177,10 @@ def test_an_interrupted_wait_leaves_no_trace(monkeypatch):
     def interrupted(timeout=None):
         raise KeyboardInterrupt
 
-    with shared.take(80):
+    with shared.reserve(80):
         monkeypatch.setattr(shared._changed, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            shared.take(30).__enter__()
+            shared.reserve(30).__enter__()
         assert not shared._waiting
     assert shared.free == 100
 
@@ -211,7 +220,7 @@ def test_an_image_that_does_not_fit_is_refused_by_its_header(monkeypatch):
 @pytest.mark.parametrize("decoder", ["simplejpeg", "pillow"])
 def test_formats_with_scales_are_decoded_smaller(kind, decoder, monkeypatch):
     if decoder == "pillow":
-        monkeypatch.setattr(module, "simplejpeg", None)
+        monkeypatch.setattr(jpeg, "simplejpeg", None)
     # Smooth, for the low-pass of each format is another.
     data = encode(photo(50, 38).resize((400, 304), Image.Resampling.BICUBIC), kind)
     whole = decode(data, 3)
@@ -283,7 +292,7 @@ def test_large_files_are_judged_by_their_header(tmp_path):
     os.truncate(path, 2**26)
     with pytest.raises(DataError, match="of no known format"):
         read_encoded(path)
-    os.truncate(path, budget.FILE_BYTES + 1)
+    os.truncate(path, MAX_IMAGE_BYTES + 1)
     with pytest.raises(OSError, match="more than the limit of 134,217,728"):
         read_encoded(path)
 
@@ -293,4 +302,4 @@ def test_headers_of_webp_take_no_memory():
     for options in ({}, {"lossless": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}):
         data = encode(photo(61, 47), "WEBP", **options)
         assert budget.webp_size(data[:30]) == (47, 61)
-        assert module.read_header(io.BytesIO(data))[:2] == (47, 61)
+        assert read_header(io.BytesIO(data))[:2] == (47, 61)

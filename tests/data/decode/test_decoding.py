@@ -14,9 +14,11 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from resnet_jax.config.schema import Data
-from resnet_jax.data import decode as module
-from resnet_jax.data.decode.decoding import decode, eval_crop, train_crop
-from resnet_jax.data.decode.orientation import AS_STORED, turn_by_tag
+from resnet_jax.data.decode import crop as crop_module
+from resnet_jax.data.decode import decode, eval_crop, jpeg, reading, train_crop
+from resnet_jax.data.decode import pixels as pixels_module
+from resnet_jax.data.decode.orientation import AS_STORED, orientation_from_tag
+from resnet_jax.data.decode.resize import resize_to_square
 from resnet_jax.errors import DataError
 from tests.data.photos import bombs
 
@@ -48,11 +50,17 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a.astype(int) - b)
 
 
+def decode_region(data: bytes, region: tuple[slice, slice], size: int) -> np.ndarray:
+    """As a training crop of that size decodes it."""
+    shrink = crop_module._largest_shrink(region, size)
+    return pixels_module.decode_jpeg_region(data, jpeg.read_jpeg_header(data), 3, region, shrink)
+
+
 @pytest.fixture(params=["simplejpeg", "pillow"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "pillow":
-        monkeypatch.setattr(module, "simplejpeg", None)
-    elif module.simplejpeg is None:
+        monkeypatch.setattr(jpeg, "simplejpeg", None)
+    elif jpeg.simplejpeg is None:
         pytest.skip("simplejpeg is not installed")
     return request.param
 
@@ -195,18 +203,18 @@ def test_images_are_taken_as_stored_by_default(decoder):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_regions_are_found_in_the_stored_image(orientation):
-    turn = turn_by_tag(orientation)
+    turn = orientation_from_tag(orientation)
     stored = np.arange(7 * 5).reshape(7, 5, 1)
     seen = turn.apply(stored)
-    assert seen.shape[:2] == turn.size(7, 5)
+    assert seen.shape[:2] == turn.upright_size(7, 5)
     region = (slice(1, 3), slice(2, 5))
-    part = turn.apply(stored[turn.stored(region, 7, 5)])
+    part = turn.apply(stored[turn.stored_region(region, 7, 5)])
     np.testing.assert_array_equal(part, seen[region])
 
 
 @pytest.mark.parametrize("value", [0, 9, -1, 2**40, "6", None, 6.0])
 def test_strange_tags_turn_nothing(value):
-    assert turn_by_tag(value) == AS_STORED
+    assert orientation_from_tag(value) == AS_STORED
 
 
 # Random crops. An image whose red is the column and green the row tells where a crop was.
@@ -255,7 +263,7 @@ def test_random_resized_draws_are_torchvisions():
     config = Data(crop="random_resized", crop_area=(0.2, 0.5), crop_ratio=(0.5, 1.5))
     rng = np.random.default_rng(0)
     for _ in range(2000):
-        rows, columns = module._random_region(60, 90, config, rng)
+        rows, columns = crop_module._random_region(60, 90, config, rng)
         h, w = rows.stop - rows.start, columns.stop - columns.start
         assert min(rows.start, 60 - rows.stop, columns.start, 90 - columns.stop) >= 0
         assert 0.2 - 0.01 <= h * w / 5400 <= 0.5 + 0.01
@@ -272,7 +280,7 @@ def test_random_resized_draws_are_torchvisions():
 def test_random_resized_falls_back_on_the_centre(sides, expected):
     width, height = sides
     config = Data(crop_area=(0.9, 1.0))
-    assert module._random_region(height, width, config, np.random.default_rng(0)) == expected
+    assert crop_module._random_region(height, width, config, np.random.default_rng(0)) == expected
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "scale_jitter"])
@@ -333,7 +341,7 @@ def test_tiny_images_and_extreme_shapes():
 @pytest.mark.parametrize("shrink", [0.6, 1.3, 1.9, 3.0])
 def test_training_resize_is_close_to_pillows(kind, shrink):
     image = photo(round(160 * shrink), round(128 * shrink))
-    ours = module._resize(np.asarray(image), 112, kind)
+    ours = resize_to_square(np.asarray(image), 112, kind)
     pillows = np.asarray(image.resize((112, 112), FILTERS[kind]))
     # Mean of 255 levels.
     assert difference(ours, pillows).mean() < 2
@@ -342,7 +350,7 @@ def test_training_resize_is_close_to_pillows(kind, shrink):
 def test_training_crops_are_antialiased():
     stripes = np.zeros((224, 224, 3), np.uint8)
     stripes[:, ::2] = 255
-    pixels = module._resize(stripes, 100, "bilinear")
+    pixels = resize_to_square(stripes, 100, "bilinear")
     assert difference(pixels, np.full_like(pixels, 128)).max() < 16  # aliased: 0 to 255
 
 
@@ -351,17 +359,17 @@ def test_training_crops_are_antialiased():
 def test_regions_are_those_of_the_full_decode(decoder, progressive, sampling):
     """A smaller height in the header must not change a pixel above it, nor shift one."""
     data = encode(photo(211, 157), progressive=progressive, subsampling=sampling)
-    frame = module.jpeg_frame(data)
+    header = jpeg.read_jpeg_header(data)
     full = decode(data, 3)
     for top, bottom in ((0, 1), (3, 16), (20, 64), (100, 157), (0, 157)):
         region = (slice(top, bottom), slice(5, 190))
-        part = module._decode_region(data, frame, 3, region, size=300)
+        part = decode_region(data, region, size=300)
         found = difference(part, full[region])
         # simplejpeg interpolates no colour here (fastupsample), which 4:4:4 does not need.
         limit = 0 if decoder == "pillow" else 1.5 if sampling == "4:4:4" else 3.0
         assert found.mean() <= limit
         if decoder == "simplejpeg":
-            exact = module._decode_jpeg(data, frame, 3, min(157, bottom + 1), 1, exact=True)
+            exact = jpeg.decode_jpeg(data, header, 3, min(157, bottom + 1), 1, exact=True)
             assert difference(exact[top:bottom], full[top:bottom]).max() == 0
 
 
@@ -371,10 +379,10 @@ def test_scaled_decoding_is_close_to_the_full_decode(decoder, shrink):
     data = encode(photo(side + 45, side + 21))
     # On whole pixels of the scaled image, to which other regions are rounded.
     region = (slice(8, 8 + side), slice(16, 16 + side))
-    part = module._decode_region(data, module.jpeg_frame(data), 3, region, size=64)
+    part = decode_region(data, region, size=64)
     assert part.shape == (72, 72, 3)
-    scaled = module._resize(part, 64, "bicubic")
-    full = module._resize(decode(data, 3)[region], 64, "bicubic")
+    scaled = resize_to_square(part, 64, "bicubic")
+    full = resize_to_square(decode(data, 3)[region], 64, "bicubic")
     # The blocks' low-pass against a triangle: 1 to 2 levels in photos, as the mean of the pixels
     # is; a shift by one pixel of the result gives 8 and more.
     assert difference(scaled, full).mean() < 3.5
@@ -385,7 +393,7 @@ def test_scaled_decoding_is_close_to_the_full_decode(decoder, shrink):
 def test_scaled_decoding_leaves_enough_pixels(decoder, side, shrink):
     data = encode(photo(640, 610))
     region = (slice(3, 3 + side), slice(1, 1 + side + 9))
-    part = module._decode_region(data, module.jpeg_frame(data), 3, region, size=64)
+    part = decode_region(data, region, size=64)
     assert abs(part.shape[0] - side / shrink) <= 1
     assert min(part.shape[:2]) >= 63  # 64 but for the rounding of the edges
 
@@ -485,10 +493,10 @@ def test_an_end_in_the_middle(decoder):
         decode(data, 3)
     lower = (slice(80, 120), slice(0, 160))
     with pytest.raises(DataError, match="premature end"):
-        module._decode_region(data, module.jpeg_frame(data), 3, lower, 40)
+        decode_region(data, lower, 40)
     nearly = (slice(80, 110), slice(0, 160))
     with pytest.raises(DataError, match="premature end"):
-        module._decode_region(data, module.jpeg_frame(data), 3, nearly, 40)
+        decode_region(data, nearly, 40)
 
 
 @pytest.mark.parametrize(
@@ -576,9 +584,9 @@ def test_bombs_take_no_memory(decoder, kind):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
 def test_the_limit_itself(decoder, kind, monkeypatch):
     data = encode(photo(30, 20), kind)
-    monkeypatch.setattr(module, "MAX_PIXELS", 600)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 600)
     assert decode(data, 3).shape == (20, 30, 3)
-    monkeypatch.setattr(module, "MAX_PIXELS", 599)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 599)
     with pytest.raises(DataError, match="30 x 20: more than 599 pixels"):
         decode(data, 3)
 
@@ -598,8 +606,8 @@ def test_pillow_does_not_warn():
     """Between its two limits it would, of an image that is fine here."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        module._limit_pillow()
-        with module.open_image(io.BytesIO(b"P6 12000 12000 255\n")) as image:
+        reading._limit_pillow()
+        with reading.open_image(io.BytesIO(b"P6 12000 12000 255\n")) as image:
             assert image.size == (12_000, 12_000)
     assert not told
 
@@ -622,6 +630,6 @@ def test_pillow_does_not_warn_of_tags():
         assert Image.open(file).getexif()[274] == 6
         assert told
         told.clear()
-        module._limit_pillow()
+        reading._limit_pillow()
         assert Image.open(file).getexif()[274] == 6
     assert not told

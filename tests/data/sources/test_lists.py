@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from resnet_jax.config.schema import Augment, Config, Data
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
 from resnet_jax.training.setup import open_sources
 
@@ -303,8 +303,8 @@ def test_missing_files_are_said_and_named(place):
         ("", "names no images"),
         ("\n\n", "names no images"),
         ("path,label\n", "names no images"),
-        ("a/0.png,cat\n", "line 1: must name the columns, of which one is 'path'; it has 'a/0.png"),
-        ("path\na/0.png\n", "line 1: must name the columns, of which one is 'label'"),
+        ("a/0.png,cat\n", "line 1: must name the columns, one of them 'path'; it has 'a/0.png"),
+        ("path\na/0.png\n", "line 1: must name the columns, one of them 'label'"),
         ("path;label\na/0.png;cat\n", "it has 'path;label'"),
         ("path,label,path\n", "line 1: has the column 'path' twice"),
         ("path,label\na/0.png,cat\n\na/1.png\n", "line 4: has 1 fields and the header 2"),
@@ -321,7 +321,7 @@ def test_missing_files_are_said_and_named(place):
         ('path,label\n"a/0.png\n,cat\n', "line 2: is not CSV (unexpected end of data)"),
         ('path,label\na/1.png,x\n"a"b,cat\n', "line 3: is not CSV ("),
         ("path,label\ra/0.png,cat\r", "line 1: is not CSV ("),
-        ("path,label\na\0,cat\n", "line 2: has a path that no file can have"),
+        ("path,label\na\0,cat\n", "line 2: has a path that is not a valid file name"),
         (b"path,label\na/0.png,caf\xe9\n", "line 2: has an empty label, or one that is not UTF-8"),
         ("path,label\n".encode("utf-16"), "line 1: is UTF-16; save the list as UTF-8"),
         ("path,label\n" + "x" * 2**21, "line 2: has more than 1,048,576 bytes"),
@@ -341,8 +341,8 @@ def test_mistakes_in_csv(text, reason, place):
         ("[\n", "line 1: is not JSON ("),
         ("[1]\n", "line 1: is not an object"),
         ("[" * 100_000, "line 1: is not JSON ("),
-        ('{"label": "cat"}', "line 1: has no text under the key 'path'"),
-        ('{"path": 3, "label": "cat"}', "line 1: has no text under the key 'path'"),
+        ('{"label": "cat"}', "line 1: needs text under the key 'path'"),
+        ('{"path": 3, "label": "cat"}', "line 1: needs text under the key 'path'"),
         ('{"path": "a"}', 'line 1: needs "label": text or a whole number'),
         ('{"path": "a", "label": null}', 'line 1: needs "label"'),
         ('{"path": "a", "label": true}', 'line 1: needs "label"'),
@@ -350,12 +350,12 @@ def test_mistakes_in_csv(text, reason, place):
         ('{"path": "a", "label": ["cat"]}', 'line 1: needs "label"'),
         ('{"path": "a", "labels": []}', "line 1: has no label; set data.multi_label = true"),
         ('{"path": "a", "label": ""}', "line 1: has an empty label"),
-        ('{"path": "\\ud800", "label": "x"}', "line 1: has a path that no file can have"),
+        ('{"path": "\\ud800", "label": "x"}', "line 1: has a path that is not a valid file name"),
         ('{"path": "a", "label": "\\ud800"}', "line 1: has an empty label, or one that is not"),
-        ('{"path": "a", "label": "x", "split": 1}', "line 1: has a split that is no text"),
+        ('{"path": "a", "label": "x", "split": 1}', "line 1: has a split that is not text"),
         (
             '{"path": "a", "label": "x", "split": "t"}\n{"path": "b", "label": "x"}',
-            "line 2: has a split, or has none, unlike the lines before",
+            "line 2: must have a split if the first line has one",
         ),
     ],
 )
@@ -372,7 +372,7 @@ def test_labels_that_training_does_not_know(place):
     records += [{"path": "a/1.png", "label": "x", "split": "train"}]
     records += [{"path": "b/2.png", "label": "cafe\u0301", "split": "test"}]
     text = message(write(place, lines(*records), "list.jsonl"), "test")
-    assert "line 3: the label 'cafe\\u0301' is none of the 2 classes that are trained on" in text
+    assert "line 3: the label 'cafe\\u0301' is not one of the 2 training classes" in text
     assert "('caf\\xe9', x)" in text
 
 

@@ -22,8 +22,7 @@ from sklearn.datasets import load_digits
 
 from resnet_jax.config.schema import Augment, Config, Data
 from resnet_jax.data import prepare
-from resnet_jax.data.sources import digits, folders, tfds_files
-from resnet_jax.data.sources.opening import open_source
+from resnet_jax.data.sources import digits, folders, open_source, tfds_files
 from resnet_jax.errors import DataError
 from resnet_jax.training.setup import open_sources
 
@@ -245,11 +244,11 @@ def test_digits_without_a_place_or_scikit_learn(tmp_path, monkeypatch):
 def test_nothing_imports_tensorflow(digits_dir):
     code = f"""
 import sys
-import resnet_jax, resnet_jax.data.sources.opening, resnet_jax.data.prepare
+import resnet_jax, resnet_jax.data.sources, resnet_jax.data.prepare
 assert "tensorflow_datasets" not in sys.modules
 import tensorflow_datasets.core.registered as registered
 before = set(registered._DATASET_REGISTRY)
-source = resnet_jax.data.sources.opening.open_source("digits", "train", {digits_dir!r})
+source = resnet_jax.data.sources.open_source("digits", "train", {digits_dir!r})
 source[0]
 resnet_jax.data.prepare.prepare("digits", {digits_dir!r})
 import resnet_jax.data.sources.digits
@@ -393,7 +392,7 @@ def test_tfds_splits_that_are_not_there(prepared, split):
 
 
 def test_tfds_data_sets_that_cannot_train(prepared):
-    assert "no image with one label (its features: vector)" in message(
+    assert "needs an image with a class label; its features: vector" in message(
         "tfds:vectors", "train", str(prepared)
     )
     assert "has no label (-1); choose another split" in message(
@@ -425,8 +424,8 @@ def test_tfds_files_that_were_cut_off(photos_dir, size):
     ("words", "advice"),
     [
         ("open() failed: Too many open files; opening x", "raise `ulimit -n`"),
-        ("open() failed: Permission denied; opening x", "mend that"),
-        ("read() failed: Input/output error", "mend that"),
+        ("open() failed: Permission denied; opening x", "fix that"),
+        ("read() failed: Input/output error", "fix that"),
         ("Invalid chunk header hash", "the file is damaged"),
     ],
 )
@@ -636,7 +635,7 @@ def test_what_is_left_out_is_said(images):
     shutil.copy(images / "test" / "cat" / "0.jpg", images / "test")
     assert open_source(f"folder:{images}", "test").left_out == (
         "6 files that are not images by their names (.txt, README, .doc); 1 images in no class "
-        "folder; 1 links that lead nowhere, and count as corrupt"
+        "folder; 1 broken links, which count as corrupt"
     )
 
 
@@ -922,7 +921,7 @@ def test_splits_joined(images):
 @pytest.mark.parametrize(
     ("split", "reason"),
     [
-        ("train[:1000]", "1000 must be a percentage: parts are shares of every class"),
+        ("train[:1000]", "1000 must be a percentage: which is taken of every class"),
         ("train[10%]", "must be a split or parts of splits"),
         ("train[:]+", "must be a split or parts of splits"),
         ("train[:200%]", "200% must be between"),

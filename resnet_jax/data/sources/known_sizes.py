@@ -1,14 +1,14 @@
-"""The size of data sets that are not here: enough to plan a run on them."""
+"""Sizes of well-known datasets, for planning a run on a machine that does not have them."""
 
 from __future__ import annotations
 
 from resnet_jax.config.schema import Data
-from resnet_jax.data.sources.base import Source, fault
+from resnet_jax.data.sources.base import Source, field_error
 from resnet_jax.data.sources.opening import open_split
 from resnet_jax.errors import DataError
 
-# Images of the split "train", classes, channels; of TFDS, and the embedded digits.
-KNOWN_SETS = {
+# Training images, classes and channels, by the name in TFDS; and the embedded digits.
+KNOWN_SIZES = {
     "cifar10": (50_000, 10, 3),
     "cifar100": (50_000, 100, 3),
     "digits": (1_437, 10, 1),
@@ -23,16 +23,11 @@ KNOWN_SETS = {
 }
 
 
-class SizedSource(Source):
-    """A split of which only the size is known: it has no images to read.
-
-    Args:
-      images: How many.
-      classes: Of its labels.
-      channels: Of its images, 1 or 3.
+class SizeOnlySource(Source):
+    """A split of which only the size is known; it has no images to read.
 
     Example:
-      >>> source = SizedSource(images=50_000, classes=10, channels=3)
+      >>> source = SizeOnlySource(images=50_000, classes=10, channels=3)
       >>> len(source), source.num_classes
       (50000, 10)
     """
@@ -48,25 +43,22 @@ class SizedSource(Source):
         return self._images
 
     def _read(self, position: int) -> tuple[bytes, int]:
-        raise DataError(f"image {position} of a data set of which only the size is known")
+        raise DataError(f"image {position} of a dataset of which only the size is known")
 
     def _name(self, position: int) -> str:
         return str(position)
 
 
 def training_size(config: Data, images: int = 0, classes: int = 0) -> Source:
-    """The size of the training split, whether or not the data set is here.
+    """The training split as a source whose images are counted, not read.
 
     Args:
-      config: Which data set.
-      images: How many it has; 0: as is known of it, or as it is prepared.
-      classes: Likewise.
-
-    Returns:
-      A source to be counted, not to be read.
+      config: Names the dataset.
+      images: Its training images; 0: as known here, or as prepared on this machine.
+      classes: Its classes; 0: as for `images`.
 
     Raises:
-      DataError: Nothing is known of it, and it is not prepared either.
+      DataError: The dataset is neither known nor prepared.
 
     Example:
       >>> len(training_size(Data(name="tfds:imagenet2012")))
@@ -74,14 +66,14 @@ def training_size(config: Data, images: int = 0, classes: int = 0) -> Source:
     """
     name = config.name.removeprefix("tfds:").partition(":")[0].partition("/")[0]
     if images and classes:
-        channels = KNOWN_SETS.get(name, (0, 0, 3))[2]
-        return SizedSource(images, classes, config.channels or channels)
-    if name in KNOWN_SETS and config.train_split == "train":
-        found: Source = SizedSource(*KNOWN_SETS[name])
+        channels = KNOWN_SIZES.get(name, (0, 0, 3))[2]
+        return SizeOnlySource(images, classes, config.channels or channels)
+    if name in KNOWN_SIZES and config.train_split == "train":
+        found: Source = SizeOnlySource(*KNOWN_SIZES[name])
     else:
         found = _prepared(config)
     if images or classes:
-        return SizedSource(images or len(found), classes or found.num_classes, found.channels)
+        return SizeOnlySource(images or len(found), classes or found.num_classes, found.channels)
     return found
 
 
@@ -89,10 +81,10 @@ def _prepared(config: Data) -> Source:
     try:
         return open_split(config, config.train_split)
     except DataError as error:
-        raise fault(
+        raise field_error(
             "data.name",
             config.name,
             f"the size of its split {config.train_split!r} is not known; give --images and "
-            f"--num_classes, or prepare it. Known without: train of {', '.join(KNOWN_SETS)} "
+            f"--num_classes, or prepare it. Known without: train of {', '.join(KNOWN_SIZES)} "
             f"({error})",
         ) from error
