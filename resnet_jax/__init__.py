@@ -15,6 +15,7 @@ from resnet_jax.errors import (
     StoppedError,
     WeightsError,
 )
+from resnet_jax.models.attention import SqueezeExcite
 from resnet_jax.models.blocks import (
     BasicBlock,
     BottleneckBlock,
@@ -22,10 +23,8 @@ from resnet_jax.models.blocks import (
     PreActBottleneckBlock,
     ResidualBlock,
     Shortcut,
-    SqueezeExcite,
-    StochasticDepth,
 )
-from resnet_jax.models.layers import Conv
+from resnet_jax.models.layers import Conv, StochasticDepth
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.models.registry import (
     Architecture,
