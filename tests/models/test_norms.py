@@ -62,7 +62,9 @@ def test_moments_of_a_product_from_its_input():
 
         return jax.jit(jax.value_and_grad(weighted, has_aux=True))(arguments)
 
-    chex.assert_trees_all_close(run(product_norm_from_input), run(product_norm_from_output), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(
+        run(product_norm_from_input), run(product_norm_from_output), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_every_kind_of_derivative_exists():
