@@ -120,7 +120,7 @@ class BatchNorm(nn.Module):
 
     @nn.nowrap
     def _blend(self, name: str, batch: jax.Array) -> None:
-        running = self.get_variable("batch_stats", name)
+        running: jax.Array = self.get_variable("batch_stats", name)
         blended = self.momentum * running + (1 - self.momentum) * batch
         self.put_variable("batch_stats", name, blended)
 

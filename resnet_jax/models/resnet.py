@@ -148,7 +148,7 @@ class ResNet(nn.Module):
       (1, 10)
     """
 
-    stage_sizes: Sequence[int]
+    stage_sizes: Sequence[int] = (3, 4, 6, 3)
     block_cls: type[ResidualBlock] = BottleneckBlock
     stem_cls: ModuleDef = ImageNetStem
     stage_widths: Sequence[int] = (64, 128, 256, 512)

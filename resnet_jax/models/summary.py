@@ -93,7 +93,7 @@ def summary(model: ResNet, shape: Sequence[int]) -> Summary:
       ModelError: The image is too small for the model.
 
     Example:
-      >>> from resnet_jax.models.registry import ResNet50
+      >>> from resnet_jax.models.constructors import ResNet50
       >>> counts = summary(ResNet50(stride_in_1x1=True), (1, 224, 224, 3))
       >>> counts.parameters, counts.multiply_adds
       (25557032, 3857973248)
@@ -146,7 +146,7 @@ def training_flops(model: ResNet, shape: Sequence[int]) -> float:
       ModelError: The image is too small for the model.
 
     Example:
-      >>> from resnet_jax.models.registry import ResNet20
+      >>> from resnet_jax.models.constructors import ResNet20
       >>> training_flops(ResNet20(), (128, 32, 32, 3)) / 1e9
       31.14319872
     """
