@@ -17,13 +17,12 @@ from typing import ClassVar, Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from resnet_jax.errors import ModelError
 from resnet_jax.models.attention import EfficientChannelAttention, SqueezeExcite
 from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, StochasticDepth
 from resnet_jax.models.norms import BatchNorm, conv_norm
-from resnet_jax.ops.convolution import Precision
+from resnet_jax.ops.convolution import Precision, subsample
 from resnet_jax.ops.pooling import average_pool_2x2
 
 ShortcutOption = Literal["A", "B", "C", "D", "none"]
@@ -96,9 +95,7 @@ class Shortcut(nn.Module):
                 "channels of zeros and drops none; choose stage_widths that do not shrink (the "
                 "stem's channels included), or shortcut = 'B'"
             )
-        if self.stride > 1:
-            # lax.slice: x[:, ::stride] has another formula for a symbolic size (jax.export).
-            x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, self.stride, self.stride, 1))
+        x = subsample(x, self.stride)
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 

@@ -7,9 +7,9 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from resnet_jax import upstream
 from resnet_jax.ops.sharding import BATCH, over_batch
 
 
@@ -101,16 +101,8 @@ def average_pool_2x2(x: jax.Array, stride: int) -> jax.Array:
     def window_sum(values: jax.Array) -> jax.Array:
         # ceil(side / stride) windows for every side; the last may reach one pixel past the edge.
         edges = (0, 1)
-        # A NumPy zero, because under jit a traced one hides that this is a sum, and JAX then has
-        # no gradient for it.
-        return lax.reduce_window(
-            values,
-            np.zeros((), values.dtype),
-            lax.add,
-            window_dimensions=(1, 2, 2, 1),
-            window_strides=(1, stride, stride, 1),
-            padding=((0, 0), edges, edges, (0, 0)),
-        )
+        padding = ((0, 0), edges, edges, (0, 0))
+        return upstream.window_sum(values, (1, 2, 2, 1), (1, stride, stride, 1), padding)
 
     if stride == 1:
         return window_sum(x) / 4

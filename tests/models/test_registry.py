@@ -220,7 +220,7 @@ def test_a_network_of_ones_own_has_a_name():
 def test_a_name_means_one_network():
     rj.register_model("mynet", **FIELDS)
     rj.register_model("mynet", **FIELDS)  # the same: a recipe that is loaded twice
-    with pytest.raises(rj.ModelError, match="'mynet'.*another network.*replace=True"):
+    with pytest.raises(rj.ModelError, match=r"'mynet'.*another network.*replace=True"):
         rj.register_model("mynet", eca=True, **FIELDS)
     rj.register_model("mynet", eca=True, replace=True, **FIELDS)
     assert rj.create_model("mynet").eca

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
-import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from resnet_jax import upstream
 from resnet_jax.data.sources.base import fault
 from resnet_jax.errors import DataError, importing, library_errors, one_line
 from resnet_jax.files import MIB, open_regular
@@ -43,22 +42,8 @@ def import_tfds() -> Any:
       >>> import_tfds().__name__
       'tensorflow_datasets'
     """
-    with importing("reading TFDS data sets", DataError), _without_tracebacks():
-        import tensorflow_datasets as tfds
-
-        # TFDS logs a failed import of its own and leaves an empty module; this raises it.
-        import tensorflow_datasets.public_api
-    return tfds
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+    with importing("reading TFDS data sets", DataError):
+        return upstream.import_tfds()
 
 
 def tfds_root(data_dir: str) -> Path:
