@@ -17,11 +17,10 @@ import platform
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax._src import compilation_cache  # JAX has no public way to bring a store of one's own
 
+from resnet_jax import upstream
 from resnet_jax.files import read_bytes
 
 FOLDER = "~/.cache/resnet_jax/xla"
@@ -53,23 +52,11 @@ def use_compile_cache(folder: str = FOLDER) -> None:
     except RuntimeError as error:  # no home directory
         _log.warning("compile cache: %s: %s; programs are not kept", folder, error)
         return
-    if hasattr(compilation_cache, "get_file_cache"):  # else JAX keeps them in a store of its own
-        _bring(store)
+    upstream.use_program_store(store, str(store.folder))
     jax.config.update("jax_compilation_cache_dir", str(store.folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
     # XLA keeps files of its own in the folder, and fails where those cannot be written.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-
-
-def _bring(store: ProgramStore) -> None:
-    """Makes JAX take the store for its folder."""
-    private: Any = compilation_cache
-    jaxs_own = private.get_file_cache
-
-    def get_file_cache(path: str, *arguments: Any, **options: Any) -> Any:
-        return (store, path) if path == str(store.folder) else jaxs_own(path, *arguments, **options)
-
-    private.get_file_cache = get_file_cache
 
 
 class ProgramStore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from resnet_jax import upstream
 from resnet_jax.errors import ConfigError
 
 _FLAG = "--xla_gpu_deterministic_ops"
@@ -26,15 +27,13 @@ def use_deterministic_operations() -> None:
       Traceback (most recent call last):
       resnet_jax.errors.ConfigError: --deterministic: JAX already runs in this process; ...
     """
-    from jax._src import xla_bridge  # whether there is a backend is not public
-
     flags = os.environ.get("XLA_FLAGS", "").split()
     values = [each.partition("=")[2].lower() for each in flags if each.partition("=")[0] == _FLAG]
     if values and values[-1] in ("false", "0"):  # the last one counts
         raise ConfigError(f"--deterministic: XLA_FLAGS has {_FLAG}={values[-1]}; remove it there")
     if values:
         return
-    if xla_bridge.backends_are_initialized():
+    if upstream.backends_are_initialized():
         raise ConfigError(
             "--deterministic: JAX already runs in this process; start another one, or set "
             f"XLA_FLAGS={_FLAG}=true before the first computation"

@@ -80,7 +80,7 @@ def check_batch_memory(
       ConfigError: By far too many images.
 
     Example:
-      >>> from resnet_jax.models.registry import ResNet50
+      >>> from resnet_jax.models.constructors import ResNet50
       >>> shape = (10**9, 224, 224, 3)
       >>> check_batch_memory(ResNet50(), shape, "batch_size")  # doctest: +ELLIPSIS
       Traceback (most recent call last):

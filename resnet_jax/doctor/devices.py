@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from resnet_jax import upstream
 from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, size
@@ -26,7 +27,7 @@ def backend(machine: Machine, log: Sequence[str] = ()) -> Finding:
     except Exception as error:  # of any class: an unknown platform is an AssertionError
         return judge_failure(error, machine, log)
     found = runtime()
-    reasons = [*log, *map(str, _backend_errors().values())]
+    reasons = [*log, *map(str, upstream.backend_errors().values())]
     return judge_backend(jax.default_backend(), machine, reasons, found)
 
 
@@ -38,13 +39,6 @@ def judge_failure(error: Exception, machine: Machine, log: Sequence[str] = ()) -
     if not reason and platforms and not str(error):
         reason = f"JAX_PLATFORMS={platforms} asks for what this machine does not have: unset it"
     return Finding(PROBLEM, f"does not start: {reason or said}", {"error": said})
-
-
-def _backend_errors() -> dict[str, Any]:
-    """Why platforms that JAX tried did not start; JAX has no public name for it."""
-    from jax._src import xla_bridge
-
-    return dict(getattr(xla_bridge, "_backend_errors", {}))
 
 
 def judge_backend(

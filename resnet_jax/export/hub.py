@@ -155,7 +155,7 @@ def model_card(network: Network) -> str:
     parts = [
         "\n".join(front),
         f"# {network.name}",
-        f"{model_info(network.name).paper}. Made with resnet_jax.",
+        ". ".join(filter(None, [model_info(network.name).paper, "Made with resnet_jax."])),
         _table(_facts(network)),
         *_training(network),
         _usage(network),

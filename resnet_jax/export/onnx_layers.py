@@ -22,6 +22,7 @@ from onnx import helper, numpy_helper
 from resnet_jax.export.fold import FoldedNorm
 from resnet_jax.models.layers import Conv, standardize_kernel
 from resnet_jax.models.norms import BatchNorm, GroupNorm
+from resnet_jax.ops.pooling import max_pool
 
 NCHW = (0, 3, 1, 2)  # the NHWC axis that stands at each place
 OPSET = 21  # the first with per-channel GroupNormalization
@@ -119,7 +120,7 @@ def record_layer(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
       The traced operation's output; for what is no layer, that of `call`.
     """
     module, make = context.module, _LAYERS.get(type(context.module))
-    if make is None or context.method_name != "__call__":
+    if make is None or context.method_name not in ("__call__", "max_pool"):
         return call(*args, **kwargs)
     leaves = {
         name: np.asarray(leaf)
@@ -129,8 +130,7 @@ def record_layer(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     x = args[0]
     emit, shape = make(module, leaves, x.shape)
     y = _layer.bind(x, emit=emit, shape=shape)
-    pool = kwargs.get("pool")  # of a BatchNorm
-    return pool(y) if pool else y
+    return max_pool(y) if context.method_name == "max_pool" else y  # of a BatchNorm
 
 
 def _conv(module: Conv, leaves: Mapping[str, np.ndarray], shape: Any) -> tuple[_Emit, Any]:

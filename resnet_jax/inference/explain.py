@@ -183,7 +183,9 @@ def _deviations(model: ResNet, variables: Variables, images: jax.Array) -> Any:
         images,
         train=False,
         mutable=["intermediates"],
-        capture_intermediates=lambda module, method: isinstance(module, wanted),
+        capture_intermediates=lambda module, method: (
+            method == "__call__" and isinstance(module, wanted)
+        ),
     )
     return jax.tree.map(lambda x: x.astype(jnp.float32).std(), captured["intermediates"])
 

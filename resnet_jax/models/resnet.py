@@ -25,13 +25,13 @@ from resnet_jax.models.layers import (
     Dtype,
     Initializer,
     ModuleDef,
-    dot_general,
     he_fan_out,
     normal_001,
 )
 from resnet_jax.models.norms import NORM_KINDS, BatchNorm, GroupNorm, NormKind
 from resnet_jax.models.stem import ImageNetStem
 from resnet_jax.ops.convolution import PRECISIONS, Precision
+from resnet_jax.ops.sharding import dot_general
 
 
 class FeatureInfo(NamedTuple):
@@ -148,7 +148,7 @@ class ResNet(nn.Module):
       (1, 10)
     """
 
-    stage_sizes: Sequence[int]
+    stage_sizes: Sequence[int] = (3, 4, 6, 3)
     block_cls: type[ResidualBlock] = BottleneckBlock
     stem_cls: ModuleDef = ImageNetStem
     stage_widths: Sequence[int] = (64, 128, 256, 512)

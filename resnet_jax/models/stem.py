@@ -8,8 +8,9 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
-from resnet_jax.models.layers import Conv, ModuleDef, max_pool
+from resnet_jax.models.layers import Conv, ModuleDef
 from resnet_jax.models.norms import BatchNorm, norm_relu_pool
+from resnet_jax.ops.pooling import max_pool
 
 
 class ImageNetStem(nn.Module):

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.blocks import ChannelConv
+from resnet_jax.models.attention import ChannelConv
 from resnet_jax.models.layers import Conv
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.models.resnet import ResNet
@@ -20,6 +20,7 @@ _COUNTED = (
     *(Conv, ChannelConv, nn.Conv, nn.Dense),
     *(BatchNorm, nn.BatchNorm, GroupNorm, nn.GroupNorm),
 )
+_CALLS = ("__call__", "max_pool")  # the latter of a `BatchNorm` before a pool
 
 # Simonyan & Zisserman 2015, Table 1, column D: 3x3 convolutions, M a 2x2 max pool.
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
@@ -92,7 +93,7 @@ def summary(model: ResNet, shape: Sequence[int]) -> Summary:
       ModelError: The image is too small for the model.
 
     Example:
-      >>> from resnet_jax.models.registry import ResNet50
+      >>> from resnet_jax.models.constructors import ResNet50
       >>> counts = summary(ResNet50(stride_in_1x1=True), (1, 224, 224, 3))
       >>> counts.parameters, counts.multiply_adds
       (25557032, 3857973248)
@@ -102,7 +103,7 @@ def summary(model: ResNet, shape: Sequence[int]) -> Summary:
     def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
         module = context.module
-        if context.method_name == "__call__" and isinstance(module, _COUNTED):
+        if context.method_name in _CALLS and isinstance(module, _COUNTED):
             parameters = jax.tree.leaves(module.variables["params"])
             # Each output value is a sum over one filter: spatial taps times input channels.
             kernel = module.variables["params"].get("kernel")
@@ -145,7 +146,7 @@ def training_flops(model: ResNet, shape: Sequence[int]) -> float:
       ModelError: The image is too small for the model.
 
     Example:
-      >>> from resnet_jax.models.registry import ResNet20
+      >>> from resnet_jax.models.constructors import ResNet20
       >>> training_flops(ResNet20(), (128, 32, 32, 3)) / 1e9
       31.14319872
     """

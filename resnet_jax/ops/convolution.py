@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resnet_jax import upstream
 from resnet_jax.ops.sharding import BATCH, over_batch
 
 # Networks repeat a layer many times. What is called through this is traced and differentiated once
@@ -68,11 +69,14 @@ def convolve(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array
     default = functools.partial(xla_convolution, options=options)
     # A CPU's products of bfloat16 numbers are slower than XLA's convolution, which takes float32.
     if options.groups > 1 or x.dtype != jnp.float32:
+        on_cpu = upstream.on_cpu(default, x.dtype)
+    elif kernel.shape[0] == 1:
+        on_cpu = functools.partial(pointwise, options=options)
+    else:
+        on_cpu = functools.partial(convolution_with_product_gradient, options=options)
+    if on_cpu is default:
         return default(x, kernel)
-    on_cpu = pointwise if kernel.shape[0] == 1 else convolution_with_product_gradient
-    return lax.platform_dependent(
-        x, kernel, cpu=functools.partial(on_cpu, options=options), default=default
-    )
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
 
 
 def xla_convolution(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
@@ -92,11 +96,15 @@ def xla_convolution(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> ja
 
 def pointwise(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
     """`convolve` for a 1x1 kernel: one matrix product over all positions."""
-    if options.stride > 1:
-        # lax.slice, because x[:, ::stride] has another formula for a symbolic size (jax.export).
-        strides = (1, options.stride, options.stride, 1)
-        x = lax.slice(x, (0, 0, 0, 0), x.shape, strides)
-    return _product(x, kernel[0, 0], options.precision)
+    return _product(subsample(x, options.stride), kernel[0, 0], options.precision)
+
+
+def subsample(x: jax.Array, stride: int) -> jax.Array:
+    """Every `stride`-th row and column of x [N, H, W, C]."""
+    if stride == 1:
+        return x
+    # lax.slice, because x[:, ::stride] has another formula for a symbolic size (jax.export).
+    return lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))
 
 
 # A rule for tangents, not for gradients: JAX transposes it, and so every kind of derivative

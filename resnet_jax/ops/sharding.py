@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 
 # The mapped axis of a training step: each device has its part of the batch.
 AXIS = "batch"
@@ -75,3 +76,7 @@ def _mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh:
     """The mesh that `jax.set_mesh` sets, or else that of x."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.typeof(x).sharding.mesh if mesh.empty else mesh
+
+
+# For `nn.Dense`, whose kernel JAX cannot differentiate by where only the images' type has a mesh.
+dot_general = over_batch(BATCH)(lax.dot_general)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from resnet_jax.errors import WeightsError
+from resnet_jax.models.architectures import TABLE
 from resnet_jax.models.blocks import (
     BasicBlock,
     BottleneckBlock,
@@ -86,8 +87,12 @@ def infer_model(tensors: Mapping[str, Any]) -> Inferred:
         known = translated.fields.items()
         return fields | {field: value for field, value in known if getattr(model, field) != value}
 
-    # Of plain and residual networks with the same weights the residual one is the likelier.
-    names = sorted(list_models(), key=lambda name: create_model(name).shortcut == "none")
+    # Of networks with the same weights one of the family is likelier than one that a user has
+    # registered, and a residual one than a plain one.
+    names = sorted(
+        (name for name in list_models() if model_info(name).model_cls is ResNet),
+        key=lambda name: (name not in TABLE, create_model(name).shortcut == "none"),
+    )
     name = min(names, key=lambda name: len(differing(create_model(name))))
     registered = create_model(name)
     fields = {**differing(registered), "num_classes": _classes(layers)}
@@ -264,7 +269,7 @@ def _look(model: ResNet) -> _Seen:
         block_cls=model.block_cls,
         stem=(
             model.stem_type,
-            tuple(stem["widths"]) if "widths" in stem else (stem["features"],),
+            tuple(stem["widths"]) if "widths" in stem else (stem.get("features", 0),),
             bool(stem.get("conv_pool")),
         ),
         shortcut="A" if model.shortcut == "none" else model.shortcut,

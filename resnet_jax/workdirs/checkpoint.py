@@ -39,7 +39,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from resnet_jax import files
+from resnet_jax import files, upstream
 from resnet_jax.errors import ConfigError, library_errors, one_line
 from resnet_jax.files import sync
 from resnet_jax.terminal import visible
@@ -56,8 +56,7 @@ from resnet_jax.workdirs.workdir import (
 # A pytree with a field "step", such as `TrainState`.
 State = Any
 
-# Orbax and its helpers tell of every file on the "absl" logger, and of errors once a thread.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+upstream.silence_orbax()
 
 _STATE = "default"  # where Orbax's own CheckpointManager looks for it
 _DISK_ERRORS = (

@@ -7,7 +7,6 @@ processes of a run before the first step (`compared`).
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from resnet_jax import upstream
 from resnet_jax.packages import declared, installed_versions
 from resnet_jax.workdirs.workdir import write_whole
 
@@ -108,8 +108,7 @@ def runtime() -> dict[str, str]:
 def _cuda_libraries() -> dict[str, str]:
     """Versions of CUDA and cuDNN as JAX's plugin has loaded them; {} where it does not say."""
     found: dict[str, str] = {}
-    # JAX has no public name for it (github.com/jax-ml/jax/issues/32729).
-    queries = getattr(importlib.import_module("jax._src.lib"), "cuda_versions", None)
+    queries = upstream.cuda_versions()
     names = {"CUDA in use": "cuda_runtime_get_version", "cuDNN in use": "cudnn_get_version"}
     for name, query in names.items():
         # The query is C++ and fails in ways of its own; a missing version is no reason to stop.

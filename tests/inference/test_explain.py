@@ -91,3 +91,8 @@ def test_responses_where_the_norm_comes_first():
     layers = ["conv1", "conv2"]
     expected = [f"stage{n}/block1/{layer}" for n in (1, 2, 3) for layer in layers]
     assert list(responses(model, variables, images)) == expected
+    norm = variables["params"]["stage1"]["block1"]["norm1"]
+    before = responses(model, variables, images)
+    norm |= {name: 3 * value for name, value in norm.items()}
+    tripled = responses(model, variables, images)
+    assert tripled["stage1/block1/conv1"] == pytest.approx(3 * before["stage1/block1/conv1"])

@@ -13,15 +13,15 @@ from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 import resnet_jax as rj
-from resnet_jax.models import norms
-from resnet_jax.models.layers import max_pool
-from resnet_jax.models.norms import (
-    conv_norm,
+from resnet_jax.models.norms import BatchNorm, conv_norm, norm_relu_pool
+from resnet_jax.ops.batch_norm import (
+    batch_moments,
     mean_outer_product,
-    norm_relu_pool,
-    product_norm,
-    product_norm_by_input,
+    normalize,
+    product_norm_from_input,
+    product_norm_from_output,
 )
+from resnet_jax.ops.pooling import max_pool
 from tests.variables import random_variables
 
 
@@ -62,7 +62,9 @@ def test_moments_of_a_product_from_its_input():
 
         return jax.jit(jax.value_and_grad(weighted, has_aux=True))(arguments)
 
-    chex.assert_trees_all_close(run(product_norm_by_input), run(product_norm), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(
+        run(product_norm_from_input), run(product_norm_from_output), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_every_kind_of_derivative_exists():
@@ -116,8 +118,8 @@ def test_batch_norm_has_every_kind_of_derivative():
     x, scale, bias, _ = example_far_from_zero()
 
     def apply(x, scale, bias):
-        moments = norms.batch_moments(x, jnp.zeros(6))
-        return jnp.sin(norms.normalize(x, *moments, scale, bias, 1e-5))
+        moments = batch_moments(x, jnp.zeros(6))
+        return jnp.sin(normalize(x, *moments, scale, bias, 1e-5))
 
     arguments = jax.tree.map(jnp.float32, (x / 10, scale, bias))
     check_grads(apply, arguments, order=2, modes=["fwd", "rev"], rtol=2e-2, atol=2e-2)
@@ -245,20 +247,26 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_network(request):
 def test_devices_share_the_moments_of_a_product(group_size):
     arguments = draw(seed=5)
     x = np.stack([arguments["x"] * (1 + device) + device for device in range(4)])
-    fields = {"kernel": arguments["kernel"]}
-    norm = rj.BatchNorm(axis_name="batch", group_size=group_size)
-    variables = norm.init(jax.random.key(0), x[0], train=False, **fields)
-    apply = functools.partial(norm.apply, variables, train=True, mutable=["batch_stats"], **fields)
-    ours, statistics = jax.pmap(apply, axis_name="batch")(x)
+
+    class Both(nn.Module):
+        axis_name: str | None = None
+
+        @nn.compact
+        def __call__(self, x):
+            norm = rj.BatchNorm(axis_name=self.axis_name, group_size=group_size, name="norm")
+            return conv_norm(rj.Conv(12, 1, name="conv"), norm, x, train=True)
+
+    ours, alone = Both("batch"), Both()
+    variables = alone.init(jax.random.key(0), x[0])
+    variables["params"]["conv"]["kernel"] = arguments["kernel"][None, None]
+    apply = functools.partial(ours.apply, variables, mutable=["batch_stats"])
+    found, statistics = jax.pmap(apply, axis_name="batch")(x)
     share = group_size or 4
     for first in range(0, 4, share):
-        process_group = x[first : first + share].reshape(-1, *x.shape[2:])
-        alone = rj.BatchNorm()
-        y, expected = alone.apply(
-            variables, process_group, train=True, mutable=["batch_stats"], **fields
-        )
-        found = ours[first : first + share].reshape(y.shape)
-        chex.assert_trees_all_close(found, y, rtol=1e-4, atol=1e-4)
+        images = x[first : first + share].reshape(-1, *x.shape[2:])
+        y, expected = alone.apply(variables, images, mutable=["batch_stats"])
+        group = found[first : first + share].reshape(y.shape)
+        chex.assert_trees_all_close(group, y, rtol=1e-4, atol=1e-4)
         each = jax.tree.map(lambda s, first=first: s[first], statistics)
         chex.assert_trees_all_close(each, expected, rtol=1e-5, atol=1e-5)
 
@@ -267,7 +275,7 @@ def test_devices_share_the_moments_of_a_product(group_size):
 def test_far_from_zero_the_running_mean_keeps_the_variance():
     """What a TPU takes deviations from; at the true mean the one-pass variance is exact."""
     x = 1000 + np.random.default_rng(0).normal(size=(64, 4, 4, 2)).astype(np.float32)
-    _, variance = norms.batch_moments(jnp.asarray(x), jnp.full(2, 1000.0))
+    _, variance = batch_moments(jnp.asarray(x), jnp.full(2, 1000.0))
     np.testing.assert_allclose(variance, x.var((0, 1, 2), dtype=np.float64), rtol=1e-4)
 
 
@@ -288,10 +296,10 @@ def test_other_norms_and_convolutions_keep_the_plain_order():
     chex.assert_trees_all_close(y, max_pool(nn.relu(expected)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pool", [None, max_pool])
-def test_statistics_stay_float32_where_jax_has_float64(pool):
+@pytest.mark.parametrize("method", ["__call__", "max_pool"])
+def test_statistics_stay_float32_where_jax_has_float64(method):
     with jax.enable_x64(True):
-        norm, x = norms.BatchNorm(), jnp.ones((2, 4, 4, 8), jnp.float32)
+        norm, x = BatchNorm(), jnp.ones((2, 4, 4, 8), jnp.float32)
         variables = norm.init(jax.random.key(0), x, train=False)
-        _, updates = norm.apply(variables, x, train=True, mutable=["batch_stats"], pool=pool)
+        _, updates = norm.apply(variables, x, train=True, mutable=["batch_stats"], method=method)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {np.dtype(np.float32)}

@@ -1,5 +1,10 @@
 """Every registered model: shapes, dtypes, counts, names."""
 
+import csv
+import functools
+import inspect
+import pathlib
+import pickle
 import re
 
 import chex
@@ -8,104 +13,17 @@ import jax.numpy as jnp
 import pytest
 
 import resnet_jax as rj
+from resnet_jax.models import registry
 
-# Parameters of published networks with their usual number of classes, from torchvision, timm and
-# the papers; the rest were counted here once.
-PARAMETERS = {
-    "plain110": 1_727_962,
-    "plain18": 11_515_688,
-    "plain20": 269_722,
-    "plain32": 464_154,
-    "plain34": 21_623_848,
-    "plain44": 658_586,
-    "plain56": 853_018,
-    "resnet101": 44_549_160,
-    "resnet101_cifar": 42_512_970,
-    "resnet101d": 44_568_392,
-    "resnet110": 1_727_962,
-    "resnet1202": 19_421_274,
-    "resnet152": 60_192_808,
-    "resnet152_cifar": 58_156_618,
-    "resnet152d": 60_212_040,
-    "resnet18": 11_689_512,
-    "resnet8_cifar": 1_227_594,
-    "resnet18_cifar": 11_173_962,
-    "resnet20": 269_722,
-    "resnet200": 64_673_832,
-    "resnet32": 464_154,
-    "resnet34": 21_797_672,
-    "resnet34_cifar": 21_282_122,
-    "resnet44": 658_586,
-    "resnet50": 25_557_032,
-    "resnet50_cifar": 23_520_842,
-    "resnet50c": 25_576_264,
-    "resnet50d": 25_576_264,
-    "resnet50t": 25_573_728,
-    "resnet56": 853_018,
-    "resnetrs101": 63_618_696,
-    "resnetrs152": 86_621_576,
-    "resnetrs50": 35_691_912,
-    "resnetv2_101": 44_541_480,
-    "resnetv2_101x1_bit": 44_541_480,
-    "resnetv2_110": 1_730_522,
-    "resnetv2_152": 60_185_128,
-    "resnetv2_164": 1_703_258,
-    "resnetv2_18": 11_687_720,
-    "resnetv2_200": 64_666_152,
-    "resnetv2_34": 21_795_880,
-    "resnetv2_50": 25_549_352,
-    "resnetv2_50x1_bit": 25_549_352,
-    "resnext101_32x8d": 88_791_336,
-    "resnext101_64x4d": 83_455_272,
-    "resnext50_32x4d": 25_028_904,
-    "seresnet101": 49_326_872,
-    "seresnet152": 66_821_848,
-    "seresnet50": 28_088_024,
-    "wide_resnet101_2": 126_886_696,
-    "wide_resnet28_10": 36_479_194,
-    "wide_resnet50_2": 68_883_240,
-    # By name only; counted with timm.
-    "resnet26": 15_995_176,
-    "resnet50_gn": 25_557_032,
-    "resnet10t": 5_435_488,
-    "resnet14t": 10_081_632,
-    "resnet26t": 16_011_872,
-    "resnet18d": 11_708_744,
-    "resnet34d": 21_816_904,
-    "resnet26d": 16_014_408,
-    "resnet200d": 64_693_064,
-    "resnet101c": 44_568_392,
-    "resnet152c": 60_212_040,
-    "resnet50s": 25_680_808,
-    "resnet101s": 44_672_936,
-    "resnet152s": 60_316_584,
-    "resnext101_32x4d": 44_177_704,
-    "resnext101_32x16d": 194_026_792,
-    "resnext101_32x32d": 468_530_472,
-    "resnext50d_32x4d": 25_048_136,
-    "seresnext50_32x4d": 27_559_896,
-    "seresnext101_32x4d": 48_955_416,
-    "seresnext101_32x8d": 93_569_048,
-    "seresnext101_64x4d": 88_232_984,
-    "seresnext101d_32x8d": 93_588_280,
-    "seresnext26d_32x4d": 16_809_512,
-    "seresnext26t_32x4d": 16_806_976,
-    "seresnet152d": 66_841_080,
-    "ecaresnet26t": 16_011_916,
-    "ecaresnet50t": 25_573_814,
-    "ecaresnet50d": 25_576_350,
-    "ecaresnet101d": 44_568_563,
-    "ecaresnet269d": 102_093_077,
-    "ecaresnetlight": 30_162_046,
-    "resnetrs200": 93_209_992,
-    "resnetrs270": 129_861_448,
-    "resnetrs350": 163_956_168,
-    "resnetrs420": 191_891_656,
-}
+# Parameters of published networks are those of torchvision, timm and the papers; multiply-adds, and
+# the parameters of the others, were counted here once.
+with open(pathlib.Path(__file__).with_name("networks.csv"), newline="") as file:
+    NETWORKS = {row["name"]: row for row in csv.DictReader(file)}
 
 
 def test_every_model_is_in_the_table():
-    assert {name: rj.model_info(name).parameters for name in rj.list_models()} == PARAMETERS
+    found = {name: rj.model_info(name).image_size for name in rj.list_models()}
+    assert found == {name: int(row["image_size"]) for name, row in NETWORKS.items()}
 
 
 def is_slow(name):
@@ -119,20 +37,18 @@ _SHOWN = ("resnet50d", "resnetrs50", "ecaresnet26t", "seresnext26d_32x4d")
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if is_slow(name) else ()) for name in PARAMETERS],
+    [pytest.param(name, marks=pytest.mark.slow if is_slow(name) else ()) for name in NETWORKS],
 )
 def test_counts(name):
     info = rj.model_info(name)
-    side = info.image_size
-    counts = rj.summary(rj.create_model(name), (1, side, side, 3))
-    assert counts.parameters == info.parameters
-    assert counts.multiply_adds == info.multiply_adds
+    assert info.parameters == int(NETWORKS[name]["parameters"])
+    assert info.multiply_adds == int(NETWORKS[name]["multiply_adds"])
 
 
 def shallowest_of_each_kind():
     """Names of networks that differ in more than the number of their blocks."""
     kinds = {}
-    for name in PARAMETERS:
+    for name in NETWORKS:
         fields = vars(rj.create_model(name))
         kind = tuple(value for field, value in fields.items() if field in rj.ResNet.__annotations__)
         sizes = fields["stage_sizes"]
@@ -152,7 +68,7 @@ SHALLOW = shallowest_of_each_kind()
         (jnp.float32, "resnet50", 999),
         *(
             pytest.param(jnp.float32, name, 999, marks=pytest.mark.slow)
-            for name in PARAMETERS
+            for name in NETWORKS
             if name != "resnet50"
         ),
     ],
@@ -236,12 +152,33 @@ def test_every_kind_of_model_has_a_gradient_under_jit(model):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, variables["params"])
 
 
-def test_constructors_are_public_or_the_model_has_a_name_only():
-    for name in rj.list_models():
-        constructor = rj.model_info(name).constructor
-        public = getattr(constructor, "__name__", None)
-        assert public is None or getattr(rj, public) is constructor
-        assert constructor() == rj.create_model(name)
+CONSTRUCTORS = {row["constructor"]: name for name, row in NETWORKS.items() if row["constructor"]}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_constructors(name):
+    constructor = getattr(rj, name)
+    assert constructor(num_classes=7) == rj.create_model(CONSTRUCTORS[name], num_classes=7)
+    assert pickle.loads(pickle.dumps(constructor))() == constructor()  # noqa: S301
+    assert name in dir(rj)
+
+
+def test_constructors_of_the_paper_show_their_fields():
+    depths = (18, 34, 50, 101, 152, 20, 32, 44, 56, 110, 1202)
+    names = {f"ResNet{depth}" for depth in depths}
+    assert {name for name in CONSTRUCTORS if name in rj.__all__} == names
+    for name in names:
+        fields = inspect.signature(getattr(rj, name)).parameters
+        assert fields["stage_sizes"].default == getattr(rj, name)().stage_sizes
+        assert {"num_classes", "dtype", "remat"} < fields.keys()
+
+
+def test_other_constructors_are_made_on_demand():
+    from resnet_jax import SEResNet50
+
+    assert SEResNet50().se_ratio
+    with pytest.raises(AttributeError, match="SEResNet51"):
+        rj.SEResNet51  # noqa: B018
 
 
 def test_unknown_names_suggest_close_ones():
@@ -255,3 +192,69 @@ def test_unknown_names_suggest_close_ones():
         rj.create_model("resnet26", num_clases=3)
     with pytest.raises(ValueError, match=r"rj\.load_pretrained"):
         rj.ResNet50(pretrained=True)
+
+
+@pytest.fixture
+def own_names(monkeypatch):
+    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+
+
+FIELDS = {"stage_sizes": (1,), "stage_widths": (16,), "stem_cls": rj.CifarStem}
+
+
+@pytest.mark.usefixtures("own_names")
+def test_a_network_of_ones_own_has_a_name():
+    entry = rj.register_model("mynet", image_size=32, paper="A note", num_classes=10, **FIELDS)
+    assert rj.list_models("mynet") == ["mynet"]
+    assert rj.model_info("mynet") is entry
+    assert rj.create_model("mynet", dtype=jnp.bfloat16) == rj.ResNet(
+        num_classes=10, dtype=jnp.bfloat16, **FIELDS
+    )
+    counts = rj.summary(rj.create_model("mynet"), (1, 32, 32, 3))
+    assert (entry.parameters, entry.multiply_adds) == (counts.parameters, counts.multiply_adds)
+    with pytest.raises(ValueError, match=r"mynet: .*'num_clases'.*'num_classes'"):
+        rj.create_model("mynet", num_clases=3)
+
+
+@pytest.mark.usefixtures("own_names")
+def test_a_name_means_one_network():
+    rj.register_model("mynet", **FIELDS)
+    rj.register_model("mynet", **FIELDS)  # the same: a recipe that is loaded twice
+    with pytest.raises(rj.ModelError, match=r"'mynet'.*another network.*replace=True"):
+        rj.register_model("mynet", eca=True, **FIELDS)
+    rj.register_model("mynet", eca=True, replace=True, **FIELDS)
+    assert rj.create_model("mynet").eca
+    with pytest.raises(rj.ModelError, match=r"'resnet50'.*another network has this name"):
+        rj.register_model("resnet50", replace=True, **FIELDS)
+
+
+class Wider(rj.ResNet):
+    factor: int = 2
+
+
+@pytest.mark.usefixtures("own_names")
+def test_a_subclass_has_fields_of_its_own():
+    rj.register_model("wider", Wider, factor=3, **FIELDS)
+    assert rj.create_model("wider", num_classes=7) == Wider(factor=3, num_classes=7, **FIELDS)
+
+
+@pytest.mark.usefixtures("own_names")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "my net"}, "name = 'my net'"),
+        ({"name": ""}, "name = ''"),
+        ({"name": 3}, "name = '3'"),
+        ({"model_cls": rj.BasicBlock}, "mynet: model_cls = .*BasicBlock.* is not ResNet"),
+        ({"model_cls": functools.partial(rj.ResNet)}, "mynet: model_cls = "),
+        ({"image_size": 0}, "mynet: image_size = 0"),
+        ({"image_size": "32"}, "mynet: image_size = '32'"),
+        ({"num_clases": 3}, "mynet: .*'num_clases'.*'num_classes'"),
+        ({"stage_sizes": 3}, "mynet: "),
+        ({"shortcut": "E"}, "shortcut = 'E'"),
+    ],
+)
+def test_refused_registrations(arguments, message):
+    with pytest.raises(rj.ModelError, match=message):
+        rj.register_model(**{"name": "mynet", **arguments})
+    assert "mynet" not in rj.list_models()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
-import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from resnet_jax import upstream
 from resnet_jax.data.sources.base import field_error
 from resnet_jax.errors import DataError, importing, library_errors, one_line
 from resnet_jax.files import MIB, open_regular
@@ -32,22 +31,8 @@ _MAX_DESCRIPTION_BYTES = 64 * MIB
 
 def import_tfds() -> Any:
     """The module tensorflow_datasets, without TensorFlow; DataError if a package is missing."""
-    with importing("reading TFDS data sets", DataError), _without_tracebacks():
-        import tensorflow_datasets as tfds
-
-        # TFDS only logs a failed import of its own and leaves an empty module; this raises it.
-        import tensorflow_datasets.public_api
-    return tfds
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+    with importing("reading TFDS data sets", DataError):
+        return upstream.import_tfds()
 
 
 def tfds_root(data_dir: str) -> Path:

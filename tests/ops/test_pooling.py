@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from resnet_jax.models.layers import average_pool_2x2, max_pool
+from resnet_jax.ops.pooling import average_pool_2x2, max_pool
 
 
 @pytest.mark.parametrize("zero_padding", [False, True])

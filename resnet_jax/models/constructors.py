@@ -1,0 +1,106 @@
+"""The constructors of the paper's networks (He et al. 2015): `create_model` with a name in Python.
+
+Those for ImageNet are in Table 1. A block's stride is on its 3x3 convolution (v1.5), unless
+stride_in_1x1=True. Those for CIFAR have 6n + 2 layers for 32x32 images (section 4.2).
+"""
+
+# ruff: noqa: N802  (functions with the names of networks)
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+from resnet_jax.models.registry import create_model, model_info
+from resnet_jax.models.resnet import ResNet
+
+_P = ParamSpec("_P")
+_Constructor = Callable[..., ResNet]
+
+
+def _with_fields(_: Callable[_P, ResNet]) -> Callable[[_Constructor], Callable[_P, ResNet]]:
+    """Gives a constructor the fields of `ResNet` as keywords, for editors and notebooks."""
+
+    def decorate(constructor: _Constructor) -> Callable[_P, ResNet]:
+        registered = model_info(constructor.__name__.lower()).fields
+        parameters = [
+            each.replace(
+                kind=inspect.Parameter.KEYWORD_ONLY,
+                default=registered.get(each.name, each.default),
+            )
+            for each in inspect.signature(ResNet).parameters.values()
+        ]
+        constructor.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return constructor
+
+    return decorate
+
+
+@_with_fields(ResNet)
+def ResNet18(**fields: Any) -> ResNet:
+    """ResNet-18 (He et al. 2015, Table 1): basic blocks. Takes the fields of `ResNet`."""
+    return create_model("resnet18", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet34(**fields: Any) -> ResNet:
+    """ResNet-34 (He et al. 2015, Table 1): basic blocks. Takes the fields of `ResNet`."""
+    return create_model("resnet34", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet50(**fields: Any) -> ResNet:
+    """ResNet-50 (He et al. 2015, Table 1): bottlenecks. Takes the fields of `ResNet`.
+
+    A block's stride is on its 3x3 convolution (v1.5) unless stride_in_1x1=True.
+    """
+    return create_model("resnet50", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet101(**fields: Any) -> ResNet:
+    """ResNet-101 (He et al. 2015, Table 1): bottlenecks. Takes the fields of `ResNet`."""
+    return create_model("resnet101", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet152(**fields: Any) -> ResNet:
+    """ResNet-152 (He et al. 2015, Table 1): bottlenecks. Takes the fields of `ResNet`."""
+    return create_model("resnet152", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet20(**fields: Any) -> ResNet:
+    """ResNet-20 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
+    return create_model("resnet20", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet32(**fields: Any) -> ResNet:
+    """ResNet-32 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
+    return create_model("resnet32", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet44(**fields: Any) -> ResNet:
+    """ResNet-44 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
+    return create_model("resnet44", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet56(**fields: Any) -> ResNet:
+    """ResNet-56 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
+    return create_model("resnet56", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet110(**fields: Any) -> ResNet:
+    """ResNet-110 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
+    return create_model("resnet110", **fields)
+
+
+@_with_fields(ResNet)
+def ResNet1202(**fields: Any) -> ResNet:
+    """ResNet-1202 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
+    return create_model("resnet1202", **fields)

@@ -1,0 +1,123 @@
+"""Code that exists because of a fault or a gap in another project, and goes when that is mended.
+
+Each entry says what breaks in which versions, where it is reported, and when it can go. Formulas
+that are faster than what a library derives are in ops/, and so is what stands in for sharding rules
+that JAX does not have (ops/sharding.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax import lax
+
+_JAXLIB = tuple(map(int, jaxlib.__version__.split(".")[:2]))
+
+
+def on_cpu(convolution: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
+    """A bfloat16 convolution for a CPU, kept out of fusions with other convolutions.
+
+    XLA (jaxlib 0.12.0; not 0.10.2) fuses two bfloat16 convolutions and a sum of their output into
+    one call of YNNPACK, and the sum is NaN. Other wrong results of these fusions are
+    https://github.com/jax-ml/jax/issues/39103 and /39257; this one has no report yet. Can go when
+    tests/test_upstream.py passes without it in the newest jaxlib.
+    """
+    if dtype != jnp.bfloat16 or _JAXLIB < (0, 11):
+        return convolution
+    return lambda x, kernel: lax.optimization_barrier(convolution(x, kernel))
+
+
+def window_sum(
+    x: jax.Array,
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> jax.Array:
+    """Sums over windows, with a gradient under `jax.jit`.
+
+    Where the initial value is traced, `lax.reduce_window` does not recognize a sum and has no
+    derivative: https://github.com/jax-ml/jax/issues/7815, in all versions so far. A NumPy zero is
+    never traced. Can go when that issue is closed.
+    """
+    zero = np.zeros((), x.dtype)
+    return lax.reduce_window(x, zero, lax.add, tuple(window), tuple(strides), tuple(padding))
+
+
+def backends_are_initialized() -> bool:
+    """Whether JAX has started its backend, without starting it.
+
+    JAX has no public name for it: https://github.com/jax-ml/jax/issues/23320. Can go when it has.
+    """
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
+def backend_errors() -> dict[str, Any]:
+    """Why platforms that JAX tried did not start; {} where JAX does not say.
+
+    JAX has no public name for it, and no report asks for one. Can go when it has.
+    """
+    from jax._src import xla_bridge
+
+    return dict(getattr(xla_bridge, "_backend_errors", {}))
+
+
+def cuda_versions() -> Any:
+    """Queries for the versions of CUDA and cuDNN that JAX's plugin has loaded; None without one.
+
+    JAX has no public name for them: https://github.com/jax-ml/jax/issues/32729. Can go when it has.
+    """
+    return getattr(importlib.import_module("jax._src.lib"), "cuda_versions", None)
+
+
+def use_program_store(store: Any, folder: str) -> None:
+    """Makes JAX keep compiled programs of a folder in `store`, which has `get` and `put`.
+
+    JAX's own store (up to 0.12) keeps files that a full disk or a killed process cut short, and
+    until https://github.com/jax-ml/jax/issues/39880 was mended stopped writing once one of its
+    files was missing. Can go when it checks what it reads and replaces what is damaged.
+    """
+    from jax._src import compilation_cache
+
+    private: Any = compilation_cache
+    if not hasattr(private, "get_file_cache"):  # JAX then keeps them in its own store
+        return
+    jaxs_own = private.get_file_cache
+
+    def get_file_cache(path: str, *arguments: Any, **options: Any) -> Any:
+        return (store, path) if path == folder else jaxs_own(path, *arguments, **options)
+
+    private.get_file_cache = get_file_cache
+
+
+def silence_orbax() -> None:
+    """Turns off the "absl" logger, on which Orbax reports every file and every error.
+
+    Orbax has no setting for it: https://github.com/google/orbax/issues/1951. Can go when it has.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def import_tfds() -> ModuleType:
+    """The module tensorflow_datasets, or the ImportError of what it needs.
+
+    Where one of its own imports fails, TFDS (4.9) logs a traceback and leaves an empty module. No
+    report is known. Can go when `import tensorflow_datasets` raises the error.
+    """
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        import tensorflow_datasets as tfds
+        import tensorflow_datasets.public_api
+    finally:
+        logger.disabled = before
+    return tfds
