@@ -19,7 +19,7 @@ from resnet_jax.data.sources.opening import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.report import figures, predictions, sections
 from resnet_jax.report.page import _write, write_report
-from resnet_jax.report.predictions import HeldOut, predict_split
+from resnet_jax.report.predictions import HeldOutData, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training.loop import train
 from resnet_jax.workdirs.workdir import read_class_names
@@ -192,15 +192,15 @@ def test_predictions(workdir):
     from resnet_jax.weights.source import open_network
 
     run, network = read_run(workdir), open_network(workdir, best=False)
-    found = predict_split(network, HeldOut(), most=10_000)
-    assert found.report.images == 360
-    assert found.report.top1 == pytest.approx(run.final["top1"], abs=1e-9)
-    mistakes = found.mistakes(360)
-    assert len(mistakes) == 360 - found.report.hits.sum()
-    assert all(each.labels != (each.predicted,) for each in mistakes)
-    surest = [each.probability for each in mistakes]
-    assert surest == sorted(surest, reverse=True)
-    assert [each.probability for each in found.mistakes(5)] == surest[:5]
+    found = predict_split(network, HeldOutData(), limit=10_000)
+    assert found.result.images == 360
+    assert found.result.top1 == pytest.approx(run.final["top1"], abs=1e-9)
+    errors = found.confident_errors(360)
+    assert len(errors) == 360 - found.result.hits.sum()
+    assert all(each.labels != (each.predicted,) for each in errors)
+    confidences = [each.probability for each in errors]
+    assert confidences == sorted(confidences, reverse=True)
+    assert [each.probability for each in found.confident_errors(5)] == confidences[:5]
 
 
 def digits_network(classes=10):
@@ -211,9 +211,9 @@ def digits_network(classes=10):
 
 def test_examples_are_what_the_network_sees():
     source = open_source("digits", "test")
-    found = predict_split(digits_network(), HeldOut(), most=3)
+    found = predict_split(digits_network(), HeldOutData(), limit=3)
     examples = found.examples(10)
-    assert found.report.images == len(examples) == 3
+    assert found.result.images == len(examples) == 3
     for index, example in enumerate(examples):
         data, label = source[index]
         assert example.labels == (label,)
@@ -226,14 +226,14 @@ def test_one_process_of_several_reports_alone(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.devices", lambda: [*jax.local_devices()] * 2)
     monkeypatch.setattr("jax.pmap", lambda *a, **k: ran.append(k["devices"]) or pmap(*a, **k))
-    assert predict_split(network, HeldOut(), most=20).report.images == 20
+    assert predict_split(network, HeldOutData(), limit=20).result.images == 20
     assert ran == [jax.local_devices()] * len(ran) != []
 
 
 def test_a_class_without_images():
     """There is no accuracy to show of it, and no division by nothing."""
-    found = predict_split(digits_network(), HeldOut(), most=3)
-    [table] = sections._confusion(found.report).tables
+    found = predict_split(digits_network(), HeldOutData(), limit=3)
+    [table] = sections._confusion(found.result).tables
     there = {str(*each.labels) for each in found.examples(3)}
     assert {name for name, _, _ in table.rows} == there
     assert len(there) < 10
@@ -269,26 +269,26 @@ def test_sets_of_labels(multi_label_run):
     assert len(page.images) == len(names)
     assert "average precision" in text
     assert "&lt;i&gt;dog" in text
-    assert "1 classes are on no image" in text
+    assert "Classes without images are left out: 1." in text
     assert "mAP" in text
 
 
-def test_mistakes_of_sets_of_labels(multi_label_run):
+def test_errors_of_sets_of_labels(multi_label_run):
     from resnet_jax.weights.source import open_network
 
-    found = predict_split(open_network(multi_label_run), HeldOut(), most=100)
+    found = predict_split(open_network(multi_label_run), HeldOutData(), limit=100)
     labels = open_source("tfds:sets", "test", multi_label_run.parent, multi_label=None).labels()
     for place, example in enumerate(found.examples(100)):
         assert example.labels == tuple(np.flatnonzero(labels[place]))
-    mistakes = found.mistakes(100)
-    assert mistakes
-    for each in mistakes:
+    errors = found.confident_errors(100)
+    assert errors
+    for each in errors:
         assert each.predicted not in each.labels
         assert each.probability >= 0.5
 
 
 def test_sizes_of_classes(workdir, tmp_path):
-    """From the largest to the smallest, with what is recognized of each where that is known."""
+    """By decreasing size, with accuracies where they are known."""
     run = read_run(workdir)
     [section] = sections._class_sizes(run)
     facts, every = section.tables
@@ -299,11 +299,11 @@ def test_sizes_of_classes(workdir, tmp_path):
     assert sum(sizes) == 1437
     assert sum(int(row[2]) for row in every.rows) == 360
 
-    found = predict_split(digits_network(), HeldOut(), most=3).report
+    found = predict_split(digits_network(), HeldOutData(), limit=3).result
     found = dataclasses.replace(found, class_names=read_class_names(workdir))
     [section] = sections._class_sizes(run, found)
-    recognized = [row[3] for row in section.tables[1].rows]
-    assert recognized.count("") == 10 - len({*found.labels})
+    accuracies = [row[3] for row in section.tables[1].rows]
+    assert accuracies.count("") == 10 - len({*found.labels})
     others = dataclasses.replace(found, class_names=tuple("abcdefghij"))
     assert len(sections._class_sizes(run, others)[0].tables[1].header) == 3
 
@@ -323,20 +323,28 @@ def test_sizes_of_classes(workdir, tmp_path):
 
 def test_a_data_set_that_lost_classes():
     with pytest.raises(DataError, match="has 10 of the 11 classes"):
-        predict_split(digits_network(11), HeldOut(), most=3)
+        predict_split(digits_network(11), HeldOutData(), limit=3)
 
 
 def test_drops_and_times(workdir):
     run = read_run(workdir)
-    assert run.drops() == [3]  # of four steps, the learning rate drops after two
+    assert run.rate_drops() == [3]  # of four steps, the learning rate drops after two
     rates = [record["images_per_second"] for record in run.training]
     assert run.seconds == pytest.approx(sum(48 / rate for rate in rates))
+
+
+def test_short_records_are_averaged():
+    """With the next record, or at the end with the one before."""
+    records = [{"step": 4, "top1": 0.5}, {"step": 5, "top1": 1.0}, {"step": 8, "top1": 0.5}]
+    assert figures.training_errors(records) == ([4, 8], [50.0, 37.5])
+    ends_short = [*records, {"step": 9, "top1": 1.0}]
+    assert figures.training_errors(ends_short) == ([4, 9], [50.0, 30.0])
 
 
 def test_many_classes_and_long_names():
     counts = np.eye(50, dtype=int)
     assert figures.confusion_matrix(counts, ["x" * 40] * 50).startswith(b"\x89PNG")
-    many = figures.picture_grid([np.zeros((8, 8, 3), np.uint8)] * 7, ["$a$\n^"] * 7, columns=3)
+    many = figures.image_grid([np.zeros((8, 8, 3), np.uint8)] * 7, ["$a$\n^"] * 7, columns=3)
     assert many.startswith(b"\x89PNG")
 
 
@@ -349,10 +357,10 @@ def test_many_classes_and_long_names():
         (["{run}", "--output={tmp}/none/page.html"], "no folder"),
         (["{run}", "--output={tmp}/x.html", "--images", "{tmp}/none.png"], "cannot be read"),
         (["{tmp}/empty"], "cannot be read"),
-        (["{tmp}/odd"], "not what a run writes"),
+        (["{tmp}/odd"], "has no record yet, and 1 lines that are not records"),
     ],
 )
-def test_mistakes(arguments, message, workdir, tmp_path, capsys):
+def test_user_mistakes(arguments, message, workdir, tmp_path, capsys):
     (tmp_path / "there.html").write_text("mine")
     for name, records in (("empty", None), ("odd", '{"step": 1}\n')):
         (tmp_path / name).mkdir()
