@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 from steps import jax_model, make_training
 
-from resnet_jax.planning.ahead import Program
+from resnet_jax.planning.aot import CompiledStep
 from resnet_jax.planning.plan import floors
-from resnet_jax.planning.program import traffic
 from resnet_jax.planning.topology import parse_topology
 from resnet_jax.planning.tpu import tpu_devices
+from resnet_jax.planning.traffic import count_traffic
 
 COLUMNS = ("GFLOP", "counted", "HBM", "temporary", "reduced", "collectives")
 
@@ -93,8 +93,8 @@ def compile_step(network: str, topology: str, batch: int, options: argparse.Name
         Path(folder, f"{network}-{topology.replace(':', '-')}-{batch}.txt").write_text(text)
 
     cost, memory = program.cost_analysis(), program.memory_analysis()
-    moved = traffic(text)
-    work = Program(True, flops=cost["flops"], traffic=moved.memory, reduced=moved.reduced)
+    moved = count_traffic(text)
+    work = CompiledStep(True, flops=cost["flops"], traffic=moved)
     floor = {name: 1e3 * each for name, each in floors(work, tpus).items()}
     return {
         "chips": chips,
@@ -102,8 +102,8 @@ def compile_step(network: str, topology: str, batch: int, options: argparse.Name
         "counted": cost["bytes accessed"] / batch / 1e6,
         "HBM": moved.memory / batch / 1e6,
         "temporary": memory.temp_size_in_bytes / batch / 1e6,
-        "reduced": moved.reduced / 1e6,
-        "collectives": moved.reductions,
+        "reduced": moved.all_reduced / 1e6,
+        "collectives": moved.all_reduces,
         "arithmetic_ms": floor["compute"],
         "hbm_ms": floor["memory"],
         "reduce_ms": floor["interconnect"],

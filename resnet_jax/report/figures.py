@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -74,8 +73,7 @@ def rate_curve(curve: RateCurve, title: str) -> bytes:
     """The loss over the learning rate of a range test, with the suggested rates."""
     figure = Figure(figsize=(7.2, 4.2), dpi=110, layout="constrained")
     axes = figure.subplots()
-    raw = {"color": COLORS[0], "alpha": 0.4, "linewidth": 0.8, "label": "each batch"}
-    axes.plot(curve.rates, curve.losses, **raw)
+    axes.plot(curve.rates, curve.losses, color=COLORS[0], alpha=0.4, lw=0.8, label="each batch")
     axes.plot(curve.rates, curve.smoothed, color=COLORS[0], linewidth=2.2, label="smoothed")
     if np.isfinite(curve.steepest):
         for rate, name, style, color in (
@@ -135,8 +133,13 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
     if classes <= 20:
         for row, column in np.argwhere(counts):
             color = "white" if fractions[row, column] > 0.5 else "black"
-            style = {"ha": "center", "va": "center", "fontsize": 7, "color": color}
-            axes.text(column, row, f"{counts[row, column]}", **style)
+            axes.text(
+                *(column, row, f"{counts[row, column]}"),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=color,
+            )
     return _png(figure)
 
 
@@ -275,8 +278,8 @@ def _grid(*all_axes: Axes) -> None:
         axes.grid(alpha=0.25)
 
 
-def _hide_frames(grid: Iterable[Any]) -> None:
-    for axes in np.ravel(grid):
+def _hide_frames(grid: np.ndarray) -> None:
+    for axes in grid.flat:
         axes.axis("off")
 
 

@@ -17,10 +17,10 @@ from resnet_jax.data.augment.apply import normalize
 from resnet_jax.data.sources.known import SizedSource
 from resnet_jax.distributed.data_parallel import parallel_outputs, parallel_sums
 from resnet_jax.evaluation.metrics import make_evaluation_step
-from resnet_jax.planning import ahead
+from resnet_jax.planning import aot
 from resnet_jax.planning.gpu import COMPILER_OPTIONS, gpu_devices
-from resnet_jax.planning.program import traffic
 from resnet_jax.planning.topology import parse_topology
+from resnet_jax.planning.traffic import count_traffic
 
 pytestmark = [
     pytest.mark.skipif(
@@ -71,10 +71,10 @@ def check_training(text, dtype):
     """Convolutions and their gradients are cuDNN's, in the network's precision."""
     assert {found[1] for found in CONVOLUTION.finditer(text)} == {dtype}
     assert "__cudnn$convBackwardFilter" in text
-    moved = traffic(text)
-    assert moved.reductions >= 1
+    moved = count_traffic(text)
+    assert moved.all_reduces >= 1
     # Gradients, 4 bytes for each parameter of a network of thousands.
-    assert 4 * 5_000 < moved.reduced < moved.memory
+    assert 4 * 5_000 < moved.all_reduced < moved.memory
 
 
 class TestTraining:
@@ -93,7 +93,7 @@ class TestTraining:
         ],
     )
     def test_compiles(self, gpus, dtype, changes):
-        lowered = ahead.lower_step(configuration(**changes), gpus, SOURCE)
+        lowered = aot.lower_step(configuration(**changes), gpus, SOURCE)
         check_training(compiled_text(lowered), dtype)
 
     @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ class TestTraining:
             sizes = {"stage_sizes": (1, 1), "stage_widths": (16, 32)}
             return rj.create_model(name, num_classes=classes, dtype=jnp.bfloat16, **sizes)
 
-        monkeypatch.setattr(ahead, "make_model", small)
+        monkeypatch.setattr(aot, "make_model", small)
         config = configuration(data__image_size=2 * SIDE)
-        check_training(compiled_text(ahead.lower_step(config, gpus, SOURCE)), "bf16")
+        check_training(compiled_text(aot.lower_step(config, gpus, SOURCE)), "bf16")
 
 
 class TestInference:
@@ -136,7 +136,7 @@ class TestInference:
 
         text = compiled_text(self.lower(run))
         assert {found[1] for found in CONVOLUTION.finditer(text)} == {"bf16"}
-        assert traffic(text).reductions >= 1
+        assert count_traffic(text).all_reduces >= 1
 
     def test_prediction_compiles(self, gpus):
         def run(model, variables, images, batch):
@@ -147,4 +147,4 @@ class TestInference:
 
         text = compiled_text(self.lower(run))
         assert {found[1] for found in CONVOLUTION.finditer(text)} == {"bf16"}
-        assert traffic(text).reductions == 0
+        assert count_traffic(text).all_reduces == 0

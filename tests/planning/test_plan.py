@@ -18,12 +18,12 @@ from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor.reasons import explain
 from resnet_jax.errors import ConfigError, DataError
-from resnet_jax.planning import ahead, gpu
-from resnet_jax.planning.ahead import Program
+from resnet_jax.planning import aot, gpu
+from resnet_jax.planning.aot import CompiledStep
 from resnet_jax.planning.plan import floors, largest_batch, make_plan, plan_table
-from resnet_jax.planning.program import Traffic, traffic
 from resnet_jax.planning.topology import parse_topology
 from resnet_jax.planning.tpu import memory_shortage
+from resnet_jax.planning.traffic import Traffic, count_traffic
 
 GIB = 2**30
 IMAGENET = c.Data(name="tfds:imagenet2012", image_size=224, crop="random_resized")
@@ -36,15 +36,17 @@ def recipe(**fields):
 
 
 def compiler(limit=16 * GIB, image=24 * 2**20):
-    """Of programs whose memory is that of their images, and whose work is easy to reckon with."""
+    """Compiles to programs with `image` bytes per image, and with round numbers for their work."""
 
     def make(topology, source):
         def compile_step(config):
             batch = config.train.batch_size // topology.devices
-            work = {"flops": 24e9 * batch, "traffic": 160_000_000 * batch, "kernels": 1161}
-            fits = image * batch <= limit
-            work |= {"reduced": 100_000_000, "reductions": 2} if topology.chips > 1 else {}
-            return Program(fits, image * batch, limit, **(work if fits else {}), seconds=1.0)
+            if (memory := image * batch) > limit:
+                return CompiledStep(False, memory, limit, compile_seconds=1.0)
+            traffic = Traffic(160_000_000 * batch, launches=1161)
+            if topology.chips > 1:
+                traffic += Traffic(all_reduced=100_000_000, all_reduces=2)
+            return CompiledStep(True, memory, limit, 24e9 * batch, traffic, compile_seconds=1.0)
 
         return compile_step
 
@@ -180,24 +182,26 @@ ENTRY %main (x: f32[256], y: bf16[128]) -> f32[256] {
 
     def test_counts_what_crosses_the_bus(self):
         # y once (256), x once (1024); the loops 2048 and 32 a time; the all-reduce is in VMEM.
-        once = traffic(self.PROGRAM)
-        assert once == Traffic(256 + 1024 + 2048 + 32, reduced=1040, reductions=1, operations=5)
+        once = count_traffic(self.PROGRAM)
+        assert once == Traffic(256 + 1024 + 2048 + 32, all_reduced=1040, all_reduces=1, launches=5)
 
     def test_every_fast_memory_is_one(self):
         # On a v4 chip it is number 3; number 0 is HBM.
         v4 = self.PROGRAM.replace("S(1)", "S(3)")
-        assert traffic(v4) == traffic(self.PROGRAM)
-        slow = traffic(self.PROGRAM.replace("S(1)", "S(0)"))
-        assert slow.memory > traffic(self.PROGRAM).memory
+        assert count_traffic(v4) == count_traffic(self.PROGRAM)
+        slow = count_traffic(self.PROGRAM.replace("S(1)", "S(0)"))
+        assert slow.memory > count_traffic(self.PROGRAM).memory
 
     def test_only_the_largest_loop_runs_often(self):
-        assert traffic(self.PROGRAM, trips=4).memory == traffic(self.PROGRAM).memory + 3 * 2048
+        once = count_traffic(self.PROGRAM).memory
+        assert count_traffic(self.PROGRAM, trips=4).memory == once + 3 * 2048
 
     def test_a_trip_count_in_the_text_wins(self):
         line = "body=%body\n"
         counted = line.replace("\n", ', backend_config={"known_trip_count":{"n":"3"}}\n')
         program = self.PROGRAM.replace(line, counted)
-        assert traffic(program, trips=4).memory == traffic(self.PROGRAM).memory + 2 * 2048 + 3 * 32
+        once = count_traffic(self.PROGRAM).memory
+        assert count_traffic(program, trips=4).memory == once + 2 * 2048 + 3 * 32
 
 
 class TestTrafficOfGpus:
@@ -245,14 +249,14 @@ ENTRY %main (data: u8[1000,64], index: s32[4]) -> f32[4,64] {
 """
 
     def test_counts(self):
-        found = traffic(self.PROGRAM)
+        found = count_traffic(self.PROGRAM)
         gather = 4 * 64 + 4 * 4 + 4 * 64 * 4  # rows that are read, indices, result
         conv = 3 * 4 * 64 * 4  # without its scratch memory
         update = 64 * 4  # the other rows stay where they are
         branch, summed, copy = 2 * 64 * 4, 2 * 64 * 4, 2 * 4 * 64 * 4
         assert found.memory == gather + conv + update + branch + branch + summed + copy
-        assert (found.reduced, found.reductions) == (256, 1)
-        assert found.operations == 7
+        assert (found.all_reduced, found.all_reduces) == (256, 1)
+        assert found.launches == 7
 
 
 class TestShortage:
@@ -265,7 +269,7 @@ class TestShortage:
 
 
 def test_floors():
-    work = Program(True, flops=197e12, traffic=819_000_000, reduced=100_000_000)
+    work = CompiledStep(True, flops=197e12, traffic=Traffic(819_000_000, 100_000_000))
     seconds = floors(work, parse_topology("v5e:4x4"))
     assert seconds["compute"] == pytest.approx(1)
     assert seconds["memory"] == pytest.approx(1e-3)
@@ -283,19 +287,19 @@ class TestLargestBatch:
 
         def attempt(batch):
             tried.append(batch)
-            return Program(batch <= limit, needed=batch + 1, limit=limit)
+            return CompiledStep(batch <= limit, batch + 1, limit)
 
-        found = largest_batch(attempt, start, unit=8, most=100_000)
+        found = largest_batch(attempt, start, unit=8, limit=100_000)
         assert found <= limit < found + max(8, found * 2 / 7) + 8
         assert found % 8 == 0
         assert found in tried
         assert len(tried) == len(set(tried)) <= 12
 
     def test_nothing_fits(self):
-        assert largest_batch(lambda batch: Program(False), 64, unit=8, most=1000) == 8
+        assert largest_batch(lambda batch: CompiledStep(False), 64, unit=8, limit=1000) == 8
 
-    def test_stops_at_the_most(self):
-        found = largest_batch(lambda batch: Program(True, needed=1, limit=GIB), 8, 8, most=100)
+    def test_stops_at_the_limit(self):
+        found = largest_batch(lambda batch: CompiledStep(True, 1, GIB), 8, 8, limit=100)
         assert found == 96
 
 
@@ -410,7 +414,7 @@ class TestStep:
             augment=c.Augment(flip_alternates=True),
             train=c.Train(batch_size=4, steps_per_call=steps_per_call),
         )
-        lowered = ahead.lower_step(config, jax.devices()[:2], training_size(config.data))
+        lowered = aot.lower_step(config, jax.devices()[:2], training_size(config.data))
         (_, *rest), _ = lowered.args_info
         batch = {name: info.shape for name, info in rest[-1].items()}
         if steps_per_call == 1:
@@ -493,8 +497,8 @@ class TestCommand:
             def compile(self, options):
                 raise jax.errors.JaxRuntimeError("INTERNAL: no\nkernel")
 
-        monkeypatch.setattr(ahead.gpu, "gpu_devices", lambda topology: [None] * 8)
-        monkeypatch.setattr(ahead, "lower_step", lambda *arguments: Lowered())
+        monkeypatch.setattr(aot.gpu, "gpu_devices", lambda topology: [None] * 8)
+        monkeypatch.setattr(aot, "lower_step", lambda *arguments: Lowered())
         code, _, err = self.run(capsys, "--topology=h100:8")
         assert code == 2
         assert "the compiler fails on this training step: INTERNAL: no kernel" in err
