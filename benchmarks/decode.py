@@ -1,8 +1,10 @@
-"""Time that libraries take to decode a JPEG and to make a 224-pixel training crop of it.
+"""Compares libraries at decoding a JPEG and at making a 224-pixel training crop of it.
 
-Run `python benchmarks/decode.py PHOTOS` with a folder of JPEG photos, of any size: they are
-encoded anew at 500 x 375 pixels, which is typical of ImageNet, and at 1024 x 768 (baseline,
-quality 90). Prints a table in ms of processor time for each image, and a JSON line.
+    python benchmarks/decode.py PHOTOS
+
+PHOTOS is a folder of JPEG photos of any size: they are re-encoded at 500 x 375 pixels, which is
+typical of ImageNet, and at 1024 x 768 (baseline, quality 90). Prints a table in ms of processor
+time per image, and a JSON line.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ import simplejpeg
 from PIL import Image
 
 from resnet_jax.config.schema import Data
-from resnet_jax.data import decode as ours
+from resnet_jax.data.decode import decoding
+from resnet_jax.data.decode.jpeg import jpeg_frame
+from resnet_jax.data.decode.orientation import Region
 
 SIZE = 224
-Crop = Callable[[bytes, ours.Region], Any]
+Crop = Callable[[bytes, Region], Any]
 
 
 def encode_photos(folder: str, width: int, height: int) -> list[bytes]:
-    """The photos of a folder, resized to cover width x height, cut to it and encoded."""
+    """The photos of a folder, resized to cover width x height, cropped to it and encoded."""
     files = []
     for path in sorted(Path(folder).glob("*.jpg")):
         image = Image.open(path).convert("RGB")
@@ -49,13 +53,13 @@ def encode_photos(folder: str, width: int, height: int) -> list[bytes]:
     return files
 
 
-def shrink_of(region: ours.Region) -> int:
-    """The largest power of 2 that leaves SIZE pixels on each side."""
+def shrink_of(region: Region) -> int:
+    """The largest scale 1/n for JPEG decoding that leaves SIZE pixels on each side."""
     shortest = min(side.stop - side.start for side in region)
     return next((each for each in (8, 4, 2) if shortest // each >= SIZE), 1)
 
 
-def part(pixels: np.ndarray, region: ours.Region, shrink: int) -> np.ndarray:
+def crop_region(pixels: np.ndarray, region: Region, shrink: int) -> np.ndarray:
     """The region of a shrunk image."""
     rows, columns = region
     return pixels[
@@ -64,7 +68,7 @@ def part(pixels: np.ndarray, region: ours.Region, shrink: int) -> np.ndarray:
     ]
 
 
-def pillow_whole(data: bytes, region: ours.Region) -> Any:
+def pillow_whole(data: bytes, region: Region) -> Any:
     """Pillow alone, from the whole image."""
     (top, bottom), (left, right) = ((side.start, side.stop) for side in region)
     image = Image.open(io.BytesIO(data))
@@ -72,8 +76,8 @@ def pillow_whole(data: bytes, region: ours.Region) -> Any:
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
 
-def pillow_draft(data: bytes, region: ours.Region) -> Any:
-    """Pillow alone, decoding at a smaller scale where it can."""
+def pillow_draft(data: bytes, region: Region) -> Any:
+    """Pillow alone, decoding at a smaller scale if possible."""
     image, shrink = Image.open(io.BytesIO(data)), shrink_of(region)
     image.draft("RGB", (image.width // shrink, image.height // shrink))
     (top, bottom), (left, right) = ((s.start / shrink, s.stop / shrink) for s in region)
@@ -81,8 +85,8 @@ def pillow_draft(data: bytes, region: ours.Region) -> Any:
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
 
-def opencv_decoded(data: bytes, region: ours.Region, area: bool) -> Any:
-    """OpenCV alone; its INTER_AREA, or this package's blur and INTER_CUBIC."""
+def opencv_decoded(data: bytes, region: Region, area: bool) -> Any:
+    """OpenCV alone, with INTER_AREA or with this package's blur and INTER_CUBIC."""
     shrink = shrink_of(region)
     flag = {
         1: cv2.IMREAD_COLOR,
@@ -91,33 +95,33 @@ def opencv_decoded(data: bytes, region: ours.Region, area: bool) -> Any:
         8: cv2.IMREAD_REDUCED_COLOR_8,
     }[shrink]
     flag |= cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = part(cv2.imdecode(np.frombuffer(data, np.uint8), flag), region, shrink)
+    pixels = crop_region(cv2.imdecode(np.frombuffer(data, np.uint8), flag), region, shrink)
     if area and min(pixels.shape[:2]) > SIZE:
         return cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-    return ours._resize(pixels, SIZE, "bicubic")
+    return decoding._resize(pixels, SIZE, "bicubic")
 
 
-def simplejpeg_pillow(data: bytes, region: ours.Region) -> Any:
-    """Simplejpeg decodes (scaled), Pillow resizes."""
+def simplejpeg_pillow(data: bytes, region: Region) -> Any:
+    """Decodes (scaled) with simplejpeg, resizes with Pillow."""
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
     shrink = shrink_of(region)
     least = {} if shrink == 1 else {"min_height": height // shrink, "min_width": width // shrink}
-    pixels = part(simplejpeg.decode_jpeg(data, **least), region, shrink)
+    pixels = crop_region(simplejpeg.decode_jpeg(data, **least), region, shrink)
     return np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
-def simplejpeg_opencv(data: bytes, region: ours.Region, fast: bool, cut: bool) -> Any:
-    """Simplejpeg decodes (scaled), OpenCV resizes."""
-    frame = ours.jpeg_frame(data)
+def simplejpeg_opencv(data: bytes, region: Region, fast: bool, crop_rows: bool) -> Any:
+    """Decodes (scaled) with simplejpeg, resizes with OpenCV."""
+    frame = jpeg_frame(data)
     if frame is None:
         raise SystemExit("not a JPEG")
     shrink = shrink_of(region)
-    rows = min(frame.height, region[0].stop + shrink) if cut else frame.height
-    pixels = ours._decode_jpeg(data, frame, 3, rows, shrink, exact=not fast)
-    return ours._resize(part(pixels, region, shrink), SIZE, "bicubic")
+    rows = min(frame.height, region[0].stop + shrink) if crop_rows else frame.height
+    pixels = decoding._decode_jpeg(data, frame, 3, rows, shrink, exact=not fast)
+    return decoding._resize(crop_region(pixels, region, shrink), SIZE, "bicubic")
 
 
-WAYS: dict[str, Crop] = {
+METHODS: dict[str, Crop] = {
     "decode: Pillow": lambda data, _: np.asarray(Image.open(io.BytesIO(data))),
     "decode: OpenCV": lambda data, _: cv2.imdecode(np.frombuffer(data, np.uint8), 1),
     "decode: simplejpeg": lambda data, _: simplejpeg.decode_jpeg(data),
@@ -129,40 +133,40 @@ WAYS: dict[str, Crop] = {
     "crop: OpenCV, area": functools.partial(opencv_decoded, area=True),
     "crop: OpenCV": functools.partial(opencv_decoded, area=False),
     "crop: simplejpeg + Pillow": simplejpeg_pillow,
-    "crop: simplejpeg + OpenCV": functools.partial(simplejpeg_opencv, fast=False, cut=False),
-    "  the same, fast": functools.partial(simplejpeg_opencv, fast=True, cut=False),
-    "  the same, rows cut": functools.partial(simplejpeg_opencv, fast=False, cut=True),
-    "  the same, fast, rows cut": functools.partial(simplejpeg_opencv, fast=True, cut=True),
+    "crop: simplejpeg + OpenCV": functools.partial(simplejpeg_opencv, fast=False, crop_rows=False),
+    "  the same, fast": functools.partial(simplejpeg_opencv, fast=True, crop_rows=False),
+    "  the same, rows cut": functools.partial(simplejpeg_opencv, fast=False, crop_rows=True),
+    "  the same, fast, rows cut": functools.partial(simplejpeg_opencv, fast=True, crop_rows=True),
 }
 
 
-def regions(files: list[bytes], width: int, height: int) -> list[ours.Region]:
+def regions(files: list[bytes], width: int, height: int) -> list[Region]:
     """A random resized crop for each file."""
     rng = np.random.default_rng(0)
-    return [ours._random_region(height, width, Data(), rng) for _ in files]
+    return [decoding._random_region(height, width, Data(), rng) for _ in files]
 
 
-def milliseconds(way: Crop, files: list[bytes], crops: list[ours.Region]) -> float:
-    """Processor time for each image."""
+def milliseconds(method: Crop, files: list[bytes], crops: list[Region]) -> float:
+    """Processor time per image."""
     start = time.thread_time()
     for data, region in zip(files, crops):
-        way(data, region)
+        method(data, region)
     return 1e3 * (time.thread_time() - start) / len(files)
 
 
 def crops_for(files: list[bytes], seconds: float) -> int:
-    """Train crops made in so many seconds by one thread."""
+    """Number of training crops that one thread makes in a time."""
     config = Data(image_size=SIZE, crop="random_resized", interpolation="bicubic")
     count, end = 0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         rng = np.random.default_rng(count)
-        ours.train_crop(files[count % len(files)], config, 3, rng)
+        decoding.train_crop(files[count % len(files)], config, 3, rng)
         count += 1
     return count
 
 
 def threads_to_processes(files: list[bytes]) -> float:
-    """Crops that 2 threads make for each that 2 processes make; 1 if no thread ever waits."""
+    """Crops of 2 threads divided by those of 2 processes; 1 if threads never wait."""
     ratios = []
     with ThreadPoolExecutor(2) as threads, ProcessPoolExecutor(2) as processes:
         for _ in range(9):
@@ -174,24 +178,24 @@ def threads_to_processes(files: list[bytes]) -> float:
 
 
 def main() -> None:
-    """Measures in turns and keeps the best time of each, which other load disturbs least."""
+    """Alternates between methods and keeps the best time of each, which is least disturbed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", help="folder of .jpg photos")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     sizes = ((500, 375), (1024, 768))
-    result: dict[str, Any] = {way.strip(): {} for way in WAYS}
+    result: dict[str, Any] = {method.strip(): {} for method in METHODS}
     for width, height in sizes:
         files = encode_photos(options.photos, width, height) * 3
         crops = regions(files, width, height)
         for _ in range(options.rounds):
-            for name, way in WAYS.items():
-                found = milliseconds(way, files, crops)
+            for name, method in METHODS.items():
+                found = milliseconds(method, files, crops)
                 times = result[name.strip()]
                 key = f"{width}x{height}"
                 times[key] = round(min(times.get(key, found), found), 4)
-    print(f"{'ms an image':30} " + " ".join(f"{f'{w}x{h}':>10}" for w, h in sizes))
-    for name in WAYS:
+    print(f"{'ms per image':30} " + " ".join(f"{f'{w}x{h}':>10}" for w, h in sizes))
+    for name in METHODS:
         print(f"{name:30} " + " ".join(f"{ms:10.2f}" for ms in result[name.strip()].values()))
     title = "2 threads / 2 processes"
     result[title] = threads_to_processes(encode_photos(options.photos, 500, 375))

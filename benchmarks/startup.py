@@ -1,10 +1,10 @@
-"""Seconds from the command to the first step and where they go, peak memory, and import times.
+"""Measures the time from the command to the first step and its parts, memory, and imports.
 
     python benchmarks/startup.py [--config=configs/digits.py] [--config.FIELD=X ...]
 
-One run with an empty and one with a filled compilation cache; and the same for
-`python -m resnet_jax predict`, as a whole. Prints tables and one JSON line. The data set must be
-prepared (the digits are, after one run).
+Runs once with an empty and once with a filled compilation cache, also for a whole
+`python -m resnet_jax predict`. Prints tables and one JSON line. The data set must be prepared (the
+digits are, after one run).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = ("flax.linen", "resnet_jax", "resnet_jax.training.loop")
-# What jax.monitoring calls the parts of a compilation; a cached program is read, not compiled.
+# Events of jax.monitoring; with a filled cache, "compiling" is the time to read the program.
 COMPILATION = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
@@ -32,8 +32,8 @@ COMPILATION = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/digits.py")
-    parser.add_argument("--rounds", type=int, default=5, help="of imports and predict")
-    parser.add_argument("--model", default="resnet20", help="that predicts")
+    parser.add_argument("--rounds", type=int, default=5, help="for imports and predict")
+    parser.add_argument("--model", default="resnet20", help="the network of predict")
     options, fields = parser.parse_known_args()
 
     imports = {name: import_seconds(name, options.rounds) for name in IMPORTS}
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def import_seconds(name: str, rounds: int) -> float:
-    """The median over new interpreters, without the interpreter's own start."""
+    """The median over new interpreters, without their start."""
     code = f"import time; start = time.perf_counter(); import {name}"
     code += "; print(time.perf_counter() - start)"
     command = [sys.executable, "-c", code]
@@ -81,7 +81,7 @@ def import_seconds(name: str, rounds: int) -> float:
 
 
 def predict_seconds(folder: Path, name: str, rounds: int) -> dict[str, float]:
-    """CPU seconds of `predict` on two images, in turn with an empty and a filled cache; medians."""
+    """Median CPU seconds of `predict` on two images, with an empty and with a filled cache."""
     import jax
     import numpy as np
     from PIL import Image
@@ -99,7 +99,7 @@ def predict_seconds(folder: Path, name: str, rounds: int) -> dict[str, float]:
     command += [folder / "0.png", folder / "1.png", f"--model={name}"]
     found: dict[str, list[float]] = {"cold": [], "warm": []}
     for number in range(rounds):
-        # The cache is in the home directory, wherever that is.
+        # The cache is in the home directory.
         home = {"HOME": str(folder / f"home{number}"), "PYTHONPATH": str(ROOT)}
         for seconds in found.values():
             start = children_seconds()
@@ -116,7 +116,7 @@ def children_seconds() -> float:
 
 
 def first_step(flags: list[str]) -> dict[str, float]:
-    """The parts of a run of one step in a new interpreter, and its peak memory."""
+    """The parts of the time of a run of one step in a new interpreter, and its peak memory."""
     command = [sys.executable, __file__, "measure", str(time.time()), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
@@ -126,11 +126,15 @@ def first_step(flags: list[str]) -> dict[str, float]:
 
 
 def measure(started: float, flags: list[str]) -> None:
-    """Runs in the new interpreter: trains for a step with a clock on every part."""
+    """Trains for one step in this new interpreter and prints the time of each part."""
     import jax
 
     from resnet_jax.config.flags import parse_train_flags
-    from resnet_jax.training import batches, loop
+    from resnet_jax.data.memory import load_memory
+    from resnet_jax.training.loop import train
+    from resnet_jax.training.setup import open_sources
+    from resnet_jax.training.state import create_state
+    from resnet_jax.workdirs.metric_writers import MetricWriters
 
     parts: dict[str, float] = collections.defaultdict(float)
     parts["interpreter and imports"] = time.time() - started
@@ -145,29 +149,39 @@ def measure(started: float, flags: list[str]) -> None:
 
         return call
 
-    def first_record(writers, record):
+    def record_first(writers, record):
         if record["split"] == "train":
             parts["first step"] = time.time() - started
-            listened = sum(parts[f"step: {part}"] for part in COMPILATION.values())
-            others = sum(parts.values()) - parts["first step"] - listened
+            compilation = sum(parts[f"step: {part}"] for part in COMPILATION.values())
+            others = sum(parts.values()) - parts["first step"] - compilation
             parts["step: all"] = parts["first step"] - others
-        record_before(writers, record)
+        record_original(writers, record)
 
     def listen(event, seconds, **_):
-        # Before the data is loaded it is the compilation of the initial parameters.
+        # Before the data is loaded, only the program of the initial parameters is compiled.
         if event in COMPILATION and "loading images" in parts and "first step" not in parts:
             parts[f"step: {COMPILATION[event]}"] += seconds
 
-    record_before, loop.MetricWriters.record = loop.MetricWriters.record, first_record
-    loop.open_sources = timed("opening the data set", loop.open_sources)
-    loop.create_state = timed("initial parameters", loop.create_state)
-    loop.MetricWriters.__init__ = timed("telemetry", loop.MetricWriters.__init__)
-    batches.load_memory = timed("loading images", batches.load_memory)
+    record_original, MetricWriters.record = MetricWriters.record, record_first
+    MetricWriters.__init__ = timed("metric writers", MetricWriters.__init__)
+    for name, function in (
+        ("opening the data set", open_sources),
+        ("initial parameters", create_state),
+        ("loading images", load_memory),
+    ):
+        replace_imported(function, timed(name, function))
     jax.monitoring.register_event_duration_secs_listener(listen)
 
-    loop.train(*parse_train_flags(flags))
+    train(*parse_train_flags(flags))
     parts["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(parts))
+
+
+def replace_imported(function, replacement) -> None:
+    """Replaces a function in every module of the package that has imported it."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("resnet_jax") and vars(module).get(function.__name__) is function:
+            setattr(module, function.__name__, replacement)
 
 
 if __name__ == "__main__":
