@@ -16,10 +16,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import lax
+from replacing import replace_everywhere
 
 from resnet_jax.config.schema import Config, Data, Evaluate, Log, Train
 from resnet_jax.distributed import data_parallel
-from resnet_jax.training import loop
+from resnet_jax.training.loop import train
 
 
 def idle_step(*_, **__):
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--per_call", default="1,25")
     options = parser.parse_args()
-    loop.make_train_step = idle_step
+    replace_everywhere("make_train_step", lambda _: idle_step)
     print(f"{'steps/call':>13}{'calls':>8}{'host us/step':>16}")
     for per_call in map(int, options.per_call.split(",")):
         row = measure(options.batch, options.steps, per_call)
@@ -72,7 +73,7 @@ def measure(batch: int, steps: int, per_call: int) -> dict:
     data_parallel.parallel_step = counting
     try:
         with tempfile.TemporaryDirectory() as workdir:
-            loop.train(config, workdir)
+            train(config, workdir)
             lines = Path(workdir, "metrics.jsonl").read_text().splitlines()
     finally:
         data_parallel.parallel_step = make

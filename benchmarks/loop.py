@@ -18,10 +18,10 @@ import numpy as np
 
 from resnet_jax.config.flags import parse_train_flags
 from resnet_jax.config.model import make_model
+from resnet_jax.data.sources.opening import open_source
 from resnet_jax.distributed import data_parallel
 from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import RunLength, make_optimizer
-from resnet_jax.training.setup import channels_of, open_sources
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step
 
@@ -75,11 +75,11 @@ def main() -> None:
 
 def bare_step(config):
     """A function that runs a number of steps on one batch and returns steps/s of each window."""
-    source = open_sources(config)["train"]
+    source = open_source(config.data.name, config.data.train_split, config.data.data_dir)
     model = make_model(config, source.num_classes)
     length = RunLength.of(config, len(source))
     optimizer = make_optimizer(config, length)
-    channels = channels_of(config, source)
+    channels = config.data.channels or source.channels
     side, size = config.data.image_size, config.train.batch_size
     state = create_state(model, optimizer, config, channels)
     step = data_parallel.parallel_step(make_train_step(model, optimizer, config, length))

@@ -9,6 +9,7 @@ digits are, after one run).
 
 import argparse
 import collections
+import functools
 import json
 import os
 import resource
@@ -19,6 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from replacing import replace_everywhere
+
+# Functions of the trainer whose time is reported, by what they do.
+TIMED = {
+    "open_sources": "opening the data set",
+    "create_state": "initial parameters",
+    "load_memory": "loading images",
+}
 ROOT = Path(__file__).parents[1]
 IMPORTS = ("flax.linen", "resnet_jax", "resnet_jax.training.loop")
 # Events of jax.monitoring; with a filled cache, "compiling" is the time to read the program.
@@ -130,10 +139,7 @@ def measure(started: float, flags: list[str]) -> None:
     import jax
 
     from resnet_jax.config.flags import parse_train_flags
-    from resnet_jax.data.memory import load_memory
     from resnet_jax.training.loop import train
-    from resnet_jax.training.setup import open_sources
-    from resnet_jax.training.state import create_state
     from resnet_jax.workdirs.metric_writers import MetricWriters
 
     parts: dict[str, float] = collections.defaultdict(float)
@@ -164,24 +170,13 @@ def measure(started: float, flags: list[str]) -> None:
 
     record_original, MetricWriters.record = MetricWriters.record, record_first
     MetricWriters.__init__ = timed("metric writers", MetricWriters.__init__)
-    for name, function in (
-        ("opening the data set", open_sources),
-        ("initial parameters", create_state),
-        ("loading images", load_memory),
-    ):
-        replace_imported(function, timed(name, function))
+    for name, part in TIMED.items():
+        replace_everywhere(name, functools.partial(timed, part))
     jax.monitoring.register_event_duration_secs_listener(listen)
 
     train(*parse_train_flags(flags))
     parts["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(parts))
-
-
-def replace_imported(function, replacement) -> None:
-    """Replaces a function in every module of the package that has imported it."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("resnet_jax") and vars(module).get(function.__name__) is function:
-            setattr(module, function.__name__, replacement)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,12 @@ def agrees_with_the_evaluation_of_the_run(notebook):
 
 
 def shows_pictures(notebook):
-    for text in ("def show_images", "most confident errors", 'title="confusion matrix', "load_pretrained"):
+    for text in (
+        "def show_images",
+        "most confident errors",
+        'title="confusion matrix',
+        "load_pretrained",
+    ):
         for cell in notebook.cells:
             if cell.cell_type == "code" and text in cell.source:
                 assert pictures(cell) == 1

@@ -1,6 +1,6 @@
-"""The programs that a GPU runs, compiled for an H100 by JAX's CUDA plugin, without a card.
+"""Programs for GPUs, compiled for an H100 by JAX's CUDA plugin without a card.
 
-Whether a program compiles, and into what, is known without running it. Needs the extra `plan-gpu`.
+Needs the extra `plan-gpu`.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ pytestmark = [
 
 GPUS, BATCH, SIDE = 2, 8, 16
 SOURCE = SizedSource(images=64, classes=10, channels=3)
-# One convolution, as the compiler hands it to cuDNN: the type of its result.
+# The result type of a convolution that cuDNN computes.
 CONVOLUTION = re.compile(r'= \((\w+)\[[^)]*\) custom-call\(.*"__cudnn\$conv')
 
 
 @pytest.fixture(scope="module")
 def gpus():
-    # Read back, a program that no device here can run would be an error.
+    # Reading a cached program that no device here can run is an error.
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     yield gpu_devices(parse_topology(f"h100:{GPUS}"))
@@ -46,7 +46,7 @@ def gpus():
 
 
 def configuration(**changes):
-    """Such as model__dtype="bfloat16"; of a data set in memory."""
+    """A run with a data set in memory; changes are such as model__dtype="bfloat16"."""
     config = c.Config(
         model=c.Model(name="tiny", dtype="bfloat16"),
         data=c.Data(name="tfds:cifar10", image_size=SIDE),
@@ -68,7 +68,7 @@ def compiled_text(lowered):
 
 
 def check_training(text, dtype):
-    """Convolutions and their gradients are cuDNN's, in the network's precision."""
+    """Convolutions and their gradients are computed by cuDNN in the dtype of the network."""
     assert {found[1] for found in CONVOLUTION.finditer(text)} == {dtype}
     assert "__cudnn$convBackwardFilter" in text
     moved = count_traffic(text)
@@ -105,7 +105,7 @@ class TestTraining:
         ],
     )
     def test_families_compile(self, gpus, name, monkeypatch):
-        """With two blocks each, the second of them at half the resolution."""
+        """Two blocks of each family, the second at half the resolution."""
 
         def small(config, classes):
             sizes = {"stage_sizes": (1, 1), "stage_widths": (16, 32)}
@@ -118,7 +118,7 @@ class TestTraining:
 
 class TestInference:
     def lower(self, run):
-        """Of variables and a batch [D, N / D, ...]."""
+        """Lowers `run` for variables and a batch [D, N / D, ...]."""
         model = rj.create_model("tiny", dtype=jnp.bfloat16)
         shape = jax.ShapeDtypeStruct
         images = shape((GPUS, BATCH // GPUS, SIDE, SIDE, 3), jnp.uint8)

@@ -1,4 +1,4 @@
-"""Plans for TPUs and GPUs: the arithmetic without a compiler, and programs compiled where it is."""
+"""Plans for TPUs and GPUs: arithmetic without a compiler, and compiled programs if there is one."""
 
 import importlib.util
 import json
@@ -77,7 +77,7 @@ class TestTopologies:
             *[("h100:0", "h100:GPUS"), ("h100:2x2x2", "h100:HOSTSxGPUS"), ("t4:64", "at most 16")],
         ],
     )
-    def test_names_that_are_none(self, name, said):
+    def test_invalid_names(self, name, said):
         with pytest.raises(ConfigError, match="--topology=") as error:
             parse_topology(name)
         assert said in str(error.value)
@@ -109,7 +109,7 @@ class TestTopologies:
 
 
 class TestMemoryOfGpus:
-    """JAX takes a share of a card, and a program has to fit into that."""
+    """JAX allocates a fraction of a card, and a program has to fit into that."""
 
     @pytest.fixture(autouse=True)
     def shell(self, monkeypatch):
@@ -141,7 +141,7 @@ class TestMemoryOfGpus:
             gpu.memory_pool(parse_topology("h100:8"))
 
     @pytest.mark.parametrize("value", ["most", "0", "1.5"])
-    def test_no_share(self, value):
+    def test_invalid_fraction(self, value):
         self.monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", value)
         with pytest.raises(ConfigError, match=f"XLA_CLIENT_MEM_FRACTION={value}: must be"):
             gpu.memory_pool(parse_topology("h100:8"))
@@ -205,7 +205,7 @@ ENTRY %main (x: f32[256], y: bf16[128]) -> f32[256] {
 
 
 class TestTrafficOfGpus:
-    """What a GPU's program has and a TPU's has not."""
+    """Operations that only programs for GPUs have."""
 
     PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -405,7 +405,7 @@ class TestDataSets:
 
 
 class TestStep:
-    """The step that is compiled is that of the platform it is for."""
+    """The compiled step is that of the target platform."""
 
     @pytest.mark.parametrize("steps_per_call", [1, 2])
     def test_lowers_what_training_takes(self, steps_per_call):
@@ -447,7 +447,7 @@ class TestCommand:
         assert json.loads(out)["chips"] == 4
         assert json.loads(out)["epochs"] == pytest.approx(3, rel=0.05)
 
-    def test_does_not_fit_is_no_mistake(self, stub, capsys):
+    def test_exit_code_if_it_does_not_fit(self, stub, capsys):
         code, out, _ = self.run(capsys, "--batch_per_chip=4096")
         assert code == 0
         assert "does not fit" in out
@@ -491,7 +491,7 @@ class TestCommand:
         assert err.count("\n") == 1
 
     def test_the_compiler_fails(self, monkeypatch, capsys):
-        """Whatever else it says than that memory is short."""
+        """With an error other than a lack of memory."""
 
         class Lowered:
             def compile(self, options):
@@ -525,7 +525,7 @@ class TestCommand:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_compiles_for_a_tpu():
-    """A process of its own, because libtpu serves one at a time."""
+    """In a separate process, because libtpu serves one at a time."""
     command = [sys.executable, "-m", "resnet_jax", "plan", "--topology=v5e:2x2", "--json"]
     command += ["--config.model.name=resnet8_cifar", "--batch_per_chip=8"]
     environment = {**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

@@ -1,4 +1,4 @@
-"""The page about a run: whole, self-contained, and only text where names are data."""
+"""The page about a run is complete and self-contained, and escapes names."""
 
 import base64
 import dataclasses
@@ -49,7 +49,7 @@ def workdir(tmp_path_factory, tiny_model):
 
 
 class Page(html.parser.HTMLParser):
-    """Tags that are closed in order, and what pictures there are."""
+    """Checks that tags are closed in order, and collects images."""
 
     def __init__(self, text):
         super().__init__()
@@ -92,7 +92,7 @@ def test_one_run(workdir, written):
     assert len(page.images) == len(names)
     for image in page.images:
         assert image["alt"]
-        assert np.ptp(pixels(image)) > 100  # something is drawn
+        assert np.ptp(pixels(image)) > 100  # not blank
     assert "script" not in page.tags
     final = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
     for text in (f"{final['top1']:.2%}", "optimizer.learning_rate", "schedule.name", "jaxlib"):
@@ -102,13 +102,13 @@ def test_one_run(workdir, written):
 def test_several_runs(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "other" / "digits")
     shutil.copytree(workdir, tmp_path / "third")
-    shutil.rmtree(tmp_path / "third" / "checkpoints")  # its curves are there all the same
+    shutil.rmtree(tmp_path / "third" / "checkpoints")  # its curves need no checkpoint
     output = tmp_path / "page.html"
     write_report([workdir, tmp_path / "other" / "digits", tmp_path / "third"], output)
     page = Page(output.read_text())
     assert len(page.images) == 2
     for title in (str(workdir), str(tmp_path / "other" / "digits"), "<td>third</td>"):
-        assert title in page.text  # two of the folders have one name
+        assert title in page.text  # two folders have the same name
 
 
 def test_names_are_data(workdir, tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_names_are_data(workdir, tmp_path, monkeypatch):
 
 
 def test_links_in_a_run_are_not_followed(tmp_path):
-    """A stranger's run has links where its report is to be written."""
+    """A stranger's run may have links at the paths of its report."""
     picture = sections.Picture("curves", b"png", "", "")
     found = [sections.Section("a", "A", pictures=[picture])]
     (tmp_path / "theirs").write_text("theirs")
@@ -158,8 +158,8 @@ def named(names):
     return source
 
 
-def test_what_cannot_be_had_is_said(workdir, tmp_path):
-    """Records outlive checkpoints and data sets."""
+def test_missing_data_is_reported(workdir, tmp_path):
+    """A report is written from records if the data set is missing or not the user's."""
     run = tmp_path / "run"
     shutil.copytree(workdir, run)
     config = json.loads((run / "config.json").read_text())
@@ -168,7 +168,7 @@ def test_what_cannot_be_had_is_said(workdir, tmp_path):
     (run / "environment.json").unlink()
     (run / "SHA256SUMS").unlink()
     page = Page(write_report([run]).read_text())
-    assert "not trained by you" in page.text  # whoever changed config.json may be anyone
+    assert "not trained by you" in page.text  # a changed config.json may be anyone's
     write_report([run], data=config["data"]["name"], force=True)
     page = Page((run / "report.html").read_text())
     assert "is not a folder" in page.text
@@ -221,7 +221,7 @@ def test_examples_are_what_the_network_sees():
 
 
 def test_one_process_of_several_reports_alone(monkeypatch):
-    """The others have ended by then: with them it would wait for ever, or see its part only."""
+    """The other processes have ended, so collectives with them would hang."""
     network, ran, pmap = digits_network(), [], jax.pmap
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.devices", lambda: [*jax.local_devices()] * 2)
@@ -231,7 +231,7 @@ def test_one_process_of_several_reports_alone(monkeypatch):
 
 
 def test_a_class_without_images():
-    """There is no accuracy to show of it, and no division by nothing."""
+    """Its accuracy is not defined, so it is left out."""
     found = predict_split(digits_network(), HeldOutData(), limit=3)
     [table] = sections._confusion(found.result).tables
     there = {str(*each.labels) for each in found.examples(3)}
@@ -258,8 +258,8 @@ def multi_label_run(tmp_path_factory, tiny_model):
     return root / "run"
 
 
-def test_sets_of_labels(multi_label_run):
-    """A table of the classes in the place of the confusion matrix, and curves of mAP and F1."""
+def test_multi_label(multi_label_run):
+    """A multi-label report has metrics by class and curves of mAP and F1, no confusion matrix."""
     text = write_report([multi_label_run]).read_text()
     page = Page(text)
     folder = multi_label_run / "report"
@@ -273,7 +273,7 @@ def test_sets_of_labels(multi_label_run):
     assert "mAP" in text
 
 
-def test_errors_of_sets_of_labels(multi_label_run):
+def test_multi_label_errors(multi_label_run):
     from resnet_jax.weights.source import open_network
 
     found = predict_split(open_network(multi_label_run), HeldOutData(), limit=100)
@@ -375,7 +375,7 @@ def test_user_mistakes(arguments, message, workdir, tmp_path, capsys):
     assert (tmp_path / "there.html").read_text() == "mine"
 
 
-def test_a_disk_that_is_full(workdir, tmp_path, monkeypatch):
+def test_full_disk(workdir, tmp_path, monkeypatch):
     def replace(source, target):
         raise OSError(28, "No space left on device")
 
@@ -385,7 +385,7 @@ def test_a_disk_that_is_full(workdir, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
-def test_a_browser_shows_it(workdir, tmp_path):
+def test_in_a_browser(workdir, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if not browser:
         pytest.skip("needs Chromium")
@@ -396,8 +396,8 @@ def test_a_browser_shows_it(workdir, tmp_path):
     command += [f"--screenshot={tmp_path}/page.png", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr  # where the browser tells of errors in a page
+    assert "CONSOLE" not in done.stderr  # errors of the page
     shown = np.asarray(Image.open(tmp_path / "page.png").convert("L"))
     assert shown.shape == (3600, 900)
     blocks = shown[:3000].reshape(10, 300, 900)
-    assert all(np.ptp(block) > 100 for block in blocks)  # nowhere is it empty
+    assert all(np.ptp(block) > 100 for block in blocks)  # no part is empty
