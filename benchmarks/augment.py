@@ -1,14 +1,14 @@
-"""What augmentation costs: on this machine's device, or on a TPU that is not here.
+"""Measures augmentation on this machine's device, or estimates it for a TPU without one.
 
     python benchmarks/augment.py [--batch=128] [--side=224] [--cases=pad,rotate,rand,trivial]
     pip install libtpu
     python benchmarks/augment.py --topology=v5e:2x2
 
-The first form prints milliseconds a batch, the median of several draws. The second one compiles for
-one chip and prints the compiler's estimate of cycles. It estimates a loop's body once: bodies are
-listed with how often they run, which for some depends on the draws (once for each group of images
-that need an operation). Gathers and scatters have no estimate; what is printed is the number of
-places that gathers read.
+The first form prints milliseconds per batch, the median of several random draws. The second
+compiles for one chip and prints the compiler's estimate of cycles. It counts the body of a loop
+once, so bodies are listed with their number of runs, which for some depends on the draws (one for
+each group of images that need an operation). Gathers and scatters have no estimate; instead the
+number of elements that gathers read is printed.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--side", type=int, default=224, help="pixels")
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--topology", help="compile for it instead, for example v5e:2x2")
+    parser.add_argument("--topology", help="compile for this TPU instead, such as v5e:2x2")
     options = parser.parse_args()
     shape = (options.batch, options.side, options.side, 3)
     for name in options.cases.split(","):
@@ -69,15 +69,15 @@ def seconds(run, shape: tuple[int, ...], draws: int = 16) -> float:
 
 
 def estimate(run, shape: tuple[int, ...], topology: str) -> list[str]:
-    place = jax.sharding.SingleDeviceSharding(tpu_devices(parse_topology(topology))[0])
-    there = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    sharding = jax.sharding.SingleDeviceSharding(tpu_devices(parse_topology(topology))[0])
+    on_tpu = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     key = jax.eval_shape(jax.random.key, 0)
-    arguments = there(shape, jnp.uint8), there(shape[:1], jnp.int32), there((), key.dtype)
-    return read(jax.jit(run).lower(*arguments).compile().as_text())
+    arguments = on_tpu(shape, jnp.uint8), on_tpu(shape[:1], jnp.int32), on_tpu((), key.dtype)
+    return analyze(jax.jit(run).lower(*arguments).compile().as_text())
 
 
-def read(program: str) -> list[str]:
-    """Lines about a compiled program: cycles outside loops and in them, gathers and scatters."""
+def analyze(program: str) -> list[str]:
+    """Lines about a compiled program: cycles outside and inside loops, gathers and scatters."""
     parts: dict[str, list[str]] = {}
     for line in program.splitlines():
         if head := re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line):
@@ -93,14 +93,16 @@ def read(program: str) -> list[str]:
         r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", program
     ):
         limits = re.findall(r"constant\((\d+)\)", "\n".join(parts[condition]))
-        report.append(
-            f"{cycles[body]:,} cycles, {limits[0] + ' times' if limits else 'as often as drawn'}"
-        )
+        runs = f"{limits[0]} times" if limits else "depending on the draws"
+        report.append(f"{cycles[body]:,} cycles, {runs}")
     gather = r"= \w+\[([\d,]+)\]\S* gather\(.*slice_sizes=\{([\d,]+)\}"
-    read = sum(size(result) // size(part) for result, part in re.findall(gather, program))
+    gathered = sum(size(result) // size(part) for result, part in re.findall(gather, program))
     indices = r" scatter\(.*?\), update_window_dims=\{([\d,]*)\}"
     scatters = re.findall(indices, program)
-    return [*report, f"{read:,} places gathered, {scatters.count('')} scatters of single numbers"]
+    return [
+        *report,
+        f"{gathered:,} elements gathered, {scatters.count('')} scatters of single numbers",
+    ]
 
 
 def size(dimensions: str) -> int:

@@ -1,13 +1,13 @@
-"""What a saved state costs: how long it holds up the loop, and how long it takes beside it.
+"""Measures saving a checkpoint: how long it blocks the loop, and how long it takes in total.
 
     python benchmarks/checkpoint.py [--cases=resnet20,resnet20-ema,resnet50] [--rounds=5]
 
-A case is a network with SGD and momentum; "-ema" keeps the average of its weights as well. Its
-compiled step runs as in the training loop, on one batch that lies ready: a few steps alone, and a
-few beside a state that is being written. `save` is the call that the loop waits in, `sealed` the
-time until the state has its checksums and its name, `gap` the longest time between two steps. Then
-the state's checksums are verified and it is read back; from memory, for it was only just written.
-Prints a table and one JSON line a case.
+A case is a network with SGD and momentum; "-ema" adds the moving average of its parameters. The
+compiled step runs as in the training loop, on one batch that is already on the device: a few steps
+alone, then a few while a state is written. `save` is the call that blocks the loop, `sealed` the
+time until the state has its checksums and its final name, `gap` the longest time between the ends
+of two steps. Then the checksums are verified and the state is read back, both from the page cache.
+Prints a table and one JSON line per case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from resnet_jax.config.model import make_model
 from resnet_jax.distributed import data_parallel
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.training.optimizer import RunLength, make_optimizer
-from resnet_jax.training.state import create_state, state_shapes
+from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step
 from resnet_jax.workdirs import checksums
 from resnet_jax.workdirs.checkpoint import Checkpoints
@@ -47,7 +47,7 @@ COLUMNS = {
 
 
 class Case:
-    """A network, its state on the devices, and its step."""
+    """A network, its state on the devices, and its compiled step."""
 
     def __init__(self, name: str, batch_size: int, side: int) -> None:
         network, _, ema = name.partition("-")
@@ -60,7 +60,6 @@ class Case:
         model = make_model(config, create_model(network).num_classes)
         length = RunLength.of(config, 50_000)
         optimizer = make_optimizer(config, length)
-        self.shapes = state_shapes(model, optimizer, config, channels=3)
         self.state = data_parallel.replicate(create_state(model, optimizer, config, channels=3))
         self._step = data_parallel.parallel_step(make_train_step(model, optimizer, config, length))
         images = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), np.uint8)
@@ -74,38 +73,38 @@ class Case:
 
 
 def measure(case: Case, folder: Path, steps: int) -> dict[str, float]:
-    """One round, in ms: steps alone, steps from a save on, and the state that came of it."""
-    alone = ends(case, steps)
+    """One round, in ms (and MB): steps alone, steps during a save, and the saved state."""
+    alone = step_ends(case, steps)
     checkpoints = Checkpoints(folder)
     start = time.perf_counter()
     checkpoints.save(case.state, {})
     saved = time.perf_counter()
     [writing] = checkpoints._pending
-    done: list[float] = []
-    writing.add_done_callback(lambda _: done.append(time.perf_counter()))
-    beside = [start, *ends(case, steps, writing.done)]
+    sealed: list[float] = []
+    writing.add_done_callback(lambda _: sealed.append(time.perf_counter()))
+    during_save = [start, *step_ends(case, steps, writing.done)]
     checkpoints.close()
     newest = checkpoints.latest
     assert newest is not None
     path = folder / "checkpoints" / str(newest)
     verify = seconds(lambda: checksums.damage(path))
-    restore = seconds(lambda: Checkpoints(folder)._read(newest, case.shapes))
+    restore = seconds(lambda: Checkpoints(folder)._read(newest))
     return {
         "megabytes": sum(x.stat().st_size for x in path.rglob("*") if x.is_file()) / 1e6,
         "step": 1e3 * statistics.median(np.diff(alone)),
         "save": 1e3 * (saved - start),
         "gap_without": 1e3 * max(np.diff(alone)),
-        "gap_with": 1e3 * max(np.diff(beside)),
-        "sealed": 1e3 * (done[0] - start),
+        "gap_with": 1e3 * max(np.diff(during_save)),
+        "sealed": 1e3 * (sealed[0] - start),
         "verify": 1e3 * verify,
         "restore": 1e3 * restore,
     }
 
 
-def ends(case: Case, least: int, enough: Any = lambda: True) -> list[float]:
-    """When each of the steps ended: so many, and on until it is enough."""
+def step_ends(case: Case, steps: int, done: Any = lambda: True) -> list[float]:
+    """The times when steps end: at least `steps`, and as many as it takes until `done()`."""
     times = [time.perf_counter()]
-    while len(times) <= least or not enough():
+    while len(times) <= steps or not done():
         case.step()
         times.append(time.perf_counter())
     return times
@@ -120,11 +119,13 @@ def seconds(work: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="resnet20,resnet20-ema,resnet50")
-    parser.add_argument("--batch_sizes", default="128,128,8", help="of each case")
-    parser.add_argument("--side", type=int, default=0, help="of the images; 0: the network's own")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a measurement, at least")
+    parser.add_argument("--batch_sizes", default="128,128,8", help="one for each case")
+    parser.add_argument(
+        "--side", type=int, default=0, help="pixels; 0: the usual size of the network"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="steps per measurement, at least")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="on the disk to measure")
+    parser.add_argument("--folder", default=None, help="a folder on the disk to measure")
     options = parser.parse_args()
     print("  ".join([f"{'':14}", *COLUMNS.values()]))
     lines = []

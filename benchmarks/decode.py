@@ -1,8 +1,10 @@
-"""Time that libraries take to decode a JPEG and to make a 224-pixel training crop of it.
+"""Compares libraries at decoding a JPEG and at making a 224-pixel training crop of it.
 
-Run `python benchmarks/decode.py PHOTOS` with a folder of JPEG photos, of any size: they are
-encoded anew at 500 x 375 pixels, which is typical of ImageNet, and at 1024 x 768 (baseline,
-quality 90). Prints a table in ms of processor time for each image, and a JSON line.
+    python benchmarks/decode.py PHOTOS
+
+PHOTOS is a folder of JPEG photos of any size: they are re-encoded at 500 x 375 pixels, which is
+typical of ImageNet, and at 1024 x 768 (baseline, quality 90). Prints a table in ms of processor
+time per image, and a JSON line.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ Crop = Callable[[bytes, Region], Any]
 
 
 def encode_photos(folder: str, width: int, height: int) -> list[bytes]:
-    """The photos of a folder, resized to cover width x height, cut to it and encoded."""
+    """The photos of a folder, resized to cover width x height, cropped to it and encoded."""
     files = []
     for path in sorted(Path(folder).glob("*.jpg")):
         image = Image.open(path).convert("RGB")
@@ -59,7 +61,7 @@ def shrink_of(region: Region) -> int:
     return next((each for each in (8, 4, 2) if shortest // each >= SIZE), 1)
 
 
-def part(pixels: np.ndarray, region: Region, shrink: int) -> np.ndarray:
+def crop_region(pixels: np.ndarray, region: Region, shrink: int) -> np.ndarray:
     """The region of a shrunk image."""
     rows, columns = region
     return pixels[
@@ -95,7 +97,7 @@ def opencv_decoded(data: bytes, region: Region, area: bool) -> Any:
         8: cv2.IMREAD_REDUCED_COLOR_8,
     }[shrink]
     flag |= cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = part(cv2.imdecode(np.frombuffer(data, np.uint8), flag), region, shrink)
+    pixels = crop_region(cv2.imdecode(np.frombuffer(data, np.uint8), flag), region, shrink)
     if area and min(pixels.shape[:2]) > SIZE:
         return cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     return resize_to_square(pixels, SIZE, "bicubic")
@@ -106,22 +108,22 @@ def simplejpeg_pillow(data: bytes, region: Region) -> Any:
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
     shrink = shrink_of(region)
     least = {} if shrink == 1 else {"min_height": height // shrink, "min_width": width // shrink}
-    pixels = part(simplejpeg.decode_jpeg(data, **least), region, shrink)
+    pixels = crop_region(simplejpeg.decode_jpeg(data, **least), region, shrink)
     return np.asarray(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
-def simplejpeg_opencv(data: bytes, region: Region, fast: bool, cut: bool) -> Any:
+def simplejpeg_opencv(data: bytes, region: Region, fast: bool, crop_rows: bool) -> Any:
     """Simplejpeg decodes (scaled), OpenCV resizes."""
     header = read_jpeg_header(data)
     if header is None:
         raise SystemExit("not a JPEG")
     shrink = shrink_of(region)
-    rows = min(header.height, region[0].stop + shrink) if cut else header.height
+    rows = min(header.height, region[0].stop + shrink) if crop_rows else header.height
     pixels = decode_jpeg(data, header, 3, rows, shrink, exact=not fast)
-    return resize_to_square(part(pixels, region, shrink), SIZE, "bicubic")
+    return resize_to_square(crop_region(pixels, region, shrink), SIZE, "bicubic")
 
 
-WAYS: dict[str, Crop] = {
+METHODS: dict[str, Crop] = {
     "decode: Pillow": lambda data, _: np.asarray(Image.open(io.BytesIO(data))),
     "decode: OpenCV": lambda data, _: cv2.imdecode(np.frombuffer(data, np.uint8), 1),
     "decode: simplejpeg": lambda data, _: simplejpeg.decode_jpeg(data),
@@ -133,10 +135,10 @@ WAYS: dict[str, Crop] = {
     "crop: OpenCV, area": functools.partial(opencv_decoded, area=True),
     "crop: OpenCV": functools.partial(opencv_decoded, area=False),
     "crop: simplejpeg + Pillow": simplejpeg_pillow,
-    "crop: simplejpeg + OpenCV": functools.partial(simplejpeg_opencv, fast=False, cut=False),
-    "  the same, fast": functools.partial(simplejpeg_opencv, fast=True, cut=False),
-    "  the same, rows cut": functools.partial(simplejpeg_opencv, fast=False, cut=True),
-    "  the same, fast, rows cut": functools.partial(simplejpeg_opencv, fast=True, cut=True),
+    "crop: simplejpeg + OpenCV": functools.partial(simplejpeg_opencv, fast=False, crop_rows=False),
+    "  the same, fast": functools.partial(simplejpeg_opencv, fast=True, crop_rows=False),
+    "  the same, rows cut": functools.partial(simplejpeg_opencv, fast=False, crop_rows=True),
+    "  the same, fast, rows cut": functools.partial(simplejpeg_opencv, fast=True, crop_rows=True),
 }
 
 
@@ -146,16 +148,16 @@ def regions(files: list[bytes], width: int, height: int) -> list[Region]:
     return [_random_region(height, width, Data(), rng) for _ in files]
 
 
-def milliseconds(way: Crop, files: list[bytes], crops: list[Region]) -> float:
+def milliseconds(method: Crop, files: list[bytes], crops: list[Region]) -> float:
     """Processor time for each image."""
     start = time.thread_time()
     for data, region in zip(files, crops):
-        way(data, region)
+        method(data, region)
     return 1e3 * (time.thread_time() - start) / len(files)
 
 
 def crops_for(files: list[bytes], seconds: float) -> int:
-    """Train crops made in so many seconds by one thread."""
+    """Number of training crops that one thread makes in a time."""
     config = Data(image_size=SIZE, crop="random_resized", interpolation="bicubic")
     count, end = 0, time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -166,7 +168,7 @@ def crops_for(files: list[bytes], seconds: float) -> int:
 
 
 def threads_to_processes(files: list[bytes]) -> float:
-    """Crops that 2 threads make for each that 2 processes make; 1 if no thread ever waits."""
+    """Crops of 2 threads divided by those of 2 processes; 1 if threads never wait."""
     ratios = []
     with ThreadPoolExecutor(2) as threads, ProcessPoolExecutor(2) as processes:
         for _ in range(9):
@@ -178,24 +180,24 @@ def threads_to_processes(files: list[bytes]) -> float:
 
 
 def main() -> None:
-    """Measures in turns and keeps the best time of each, which other load disturbs least."""
+    """Alternates between methods and keeps the best time of each, which is least disturbed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", help="folder of .jpg photos")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     sizes = ((500, 375), (1024, 768))
-    result: dict[str, Any] = {way.strip(): {} for way in WAYS}
+    result: dict[str, Any] = {method.strip(): {} for method in METHODS}
     for width, height in sizes:
         files = encode_photos(options.photos, width, height) * 3
         crops = regions(files, width, height)
         for _ in range(options.rounds):
-            for name, way in WAYS.items():
-                found = milliseconds(way, files, crops)
+            for name, method in METHODS.items():
+                found = milliseconds(method, files, crops)
                 times = result[name.strip()]
                 key = f"{width}x{height}"
                 times[key] = round(min(times.get(key, found), found), 4)
-    print(f"{'ms an image':30} " + " ".join(f"{f'{w}x{h}':>10}" for w, h in sizes))
-    for name in WAYS:
+    print(f"{'ms per image':30} " + " ".join(f"{f'{w}x{h}':>10}" for w, h in sizes))
+    for name in METHODS:
         print(f"{name:30} " + " ".join(f"{ms:10.2f}" for ms in result[name.strip()].values()))
     title = "2 threads / 2 processes"
     result[title] = threads_to_processes(encode_photos(options.photos, 500, 375))

@@ -1,10 +1,10 @@
-"""What the host does for a training step, and how many times it calls the devices.
+"""Measures the time of the host per training step, and counts its calls of the devices.
 
     python benchmarks/dispatch.py [--batch=512] [--steps=1000] [--per_call=1,25]
 
 Runs the real training loop on the digits, as 32x32 images with three channels, with a step that
-computes nothing: what is left is batches, transfers, calls and records. Prints a table and one
-JSON line a row.
+computes nothing, which leaves batches, transfers, calls and records. Prints a table and one JSON
+line per row.
 """
 
 import argparse
@@ -16,19 +16,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import lax
+from replacing import replace_everywhere
 
 from resnet_jax.config.schema import Config, Data, Evaluate, Log, Train
 from resnet_jax.distributed import data_parallel
-from resnet_jax.training import loop
+from resnet_jax.training.loop import train
 
 
 def idle_step(*_, **__):
-    """In place of `make_train_step`: reads the labels and changes nothing."""
+    """Replaces `make_train_step`: the step reads the labels and changes nothing."""
 
     def step(state, batch):
-        seen = lax.pmean(batch["labels"].astype(jnp.float32).mean(), data_parallel.AXIS)
+        mean = lax.pmean(batch["labels"].astype(jnp.float32).mean(), data_parallel.AXIS)
         names = ("loss", "top1", "top5", "learning_rate")
-        metrics = {**dict.fromkeys(names, seen), "skipped": jnp.float32(0)}
+        metrics = {**dict.fromkeys(names, mean), "skipped": jnp.float32(0)}
         return state.replace(step=state.step + 1), metrics
 
     return step
@@ -40,8 +41,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--per_call", default="1,25")
     options = parser.parse_args()
-    loop.make_train_step = idle_step
-    print(f"{'steps a call':>13}{'calls':>8}{'host us a step':>16}")
+    replace_everywhere("make_train_step", lambda _: idle_step)
+    print(f"{'steps/call':>13}{'calls':>8}{'host us/step':>16}")
     for per_call in map(int, options.per_call.split(",")):
         row = measure(options.batch, options.steps, per_call)
         print(f"{per_call:13d}{row['calls']:8d}{row['host_us_per_step']:16.0f}", flush=True)
@@ -72,12 +73,12 @@ def measure(batch: int, steps: int, per_call: int) -> dict:
     data_parallel.parallel_step = counting
     try:
         with tempfile.TemporaryDirectory() as workdir:
-            loop.train(config, workdir)
+            train(config, workdir)
             lines = Path(workdir, "metrics.jsonl").read_text().splitlines()
     finally:
         data_parallel.parallel_step = make
     records = [record for record in map(json.loads, lines) if record["split"] == "train"]
-    # The first record's time has the compilation in it.
+    # The first record includes compilation.
     rates = [record["images_per_second"] / batch for record in records[1:]]
     return {"calls": calls, "host_us_per_step": 1e6 / statistics.median(rates)}
 

@@ -1,8 +1,9 @@
-"""What folding the batch norms into the convolutions saves: images/s of both networks, in turn.
+"""Compares images/s of a network with and without its batch norms folded into convolutions.
 
     python benchmarks/folded.py [--model=resnet50] [--batch=8] [--side=224] [--rounds=9]
 
-Weights are arguments, as in a server that may load others. Prints a table and one JSON line.
+Weights are arguments of the program, as in a server that can load others. The networks alternate.
+Prints a table and one JSON line.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> None:
             start = time.perf_counter()
             run().block_until_ready()
             seconds[name].append(time.perf_counter() - start)
-    # Neighbours in time see the same machine.
+    # Pairs that are adjacent in time, so that other load affects both.
     ratios = [plain / folded for plain, folded in zip(seconds["plain"], seconds["folded"])]
     for name, times in seconds.items():
         print(f"{name:8} {options.batch / statistics.median(times):8.2f} images/s")
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def compiled(model, variables, images):
-    """A call without arguments; compiled and run once."""
+    """A function without arguments that runs a compiled network; it has run once."""
     variables = jax.device_put(variables)
     function = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
     program = function.lower(variables, images).compile()

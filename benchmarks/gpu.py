@@ -1,16 +1,15 @@
-"""Speed on a GPU beside the straightforward Flax network and torchvision's under torch.compile.
+"""Compares speed on a GPU with a straightforward Flax network and torchvision's, compiled.
 
     pip install torch torchvision
     python benchmarks/gpu.py [--depth=50] [--batches=64,128,256] [--modes=train,inference]
         [--networks=ours,flax,torch] [--rounds=2] [--seconds=5] [--trace=FOLDER]
 
-Each network runs in a process of its own, in turn, on the same card; the best round counts.
-bfloat16 throughout: PyTorch by automatic mixed precision, channels_last and
-torch.compile(mode="max-autotune"). Prints a table with images/s and the share of the card's peak
-that the network's arithmetic takes (MFU), and one JSON line a row. `--trace` writes a trace of
-three steps of ours for jax.profiler's viewers.
+Networks alternate on the same card, each in a separate process; the best round counts. All compute
+in bfloat16, PyTorch by automatic mixed precision, with channels_last and
+torch.compile(mode="max-autotune"). Prints a table with images/s and model FLOPs utilization (MFU),
+and one JSON line per row. `--trace` writes a trace of three of our steps for jax.profiler.
 
-It runs on a CPU too, at any size: --depth=20 --side=32 --batches=8 --rounds=1 --seconds=1.
+It also runs on a CPU: --depth=20 --side=32 --batches=8 --rounds=1 --seconds=1.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import steps
 
 from resnet_jax.distributed.accelerators import find_accelerator
 
-# Multiply-adds of an image (`resnet_jax.summary`); training takes three times a forward pass.
+# Multiply-adds per image, from `resnet_jax.summary`; a training step counts as three passes.
 MULTIPLY_ADDS = {50: 4.09e9, 20: 40.8e6}
 
 
@@ -35,8 +34,8 @@ def main() -> None:
     parser.add_argument("--networks", default="ours,flax,torch")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--trace", help="folder for a trace of ours")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # this process measures NETWORK:MODE
+    parser.add_argument("--trace", help="folder for a trace of our network")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # measures NETWORK:MODE in this process
     options = parser.parse_args()
     if options.one:
         measure(options)
@@ -58,21 +57,23 @@ def main() -> None:
             best = dict.fromkeys(networks, 0.0)
             for _ in range(options.rounds):
                 for network in networks:
-                    best[network] = max(best[network], run_alone(network, mode, batch, options))
-            cells = [f"{rate:.0f} {share(rate, mode, options, peak)}" for rate in best.values()]
+                    best[network] = max(
+                        best[network], run_in_process(network, mode, batch, options)
+                    )
+            cells = [f"{rate:.0f} {mfu(rate, mode, options, peak)}" for rate in best.values()]
             print(f"{mode:>10}{batch:>6}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
             record = {"benchmark": "gpu", "device": card, "depth": options.depth, "mode": mode}
             print(json.dumps({**record, "batch": int(batch), **best}), flush=True)
 
 
-def share(rate: float, mode: str, options: argparse.Namespace, peak: float | None) -> str:
+def mfu(rate: float, mode: str, options: argparse.Namespace, peak: float | None) -> str:
     if peak is None:
         return ""
     passes = 3 if mode == "train" else 1
     return f"({rate * 2 * passes * MULTIPLY_ADDS[options.depth] / peak:.0%})"
 
 
-def run_alone(network: str, mode: str, batch: str, options: argparse.Namespace) -> float:
+def run_in_process(network: str, mode: str, batch: str, options: argparse.Namespace) -> float:
     command = [sys.executable, __file__, f"--one={network}:{mode}", f"--batches={batch}"]
     command += [f"--depth={options.depth}", f"--side={options.side}"]
     command += [f"--seconds={options.seconds}"]

@@ -1,10 +1,10 @@
-"""Images a second that the host can prepare, beside a tf.data pipeline on the same files.
+"""Measures images/s that the host prepares, compared with tf.data on the same files.
 
-    python benchmarks/input.py PHOTOS                        beside tf.data, on one core
-    python benchmarks/input.py PHOTOS --scaling              threads and worker processes
-    python benchmarks/input.py PHOTOS --memory_batches=10000 resident memory on the way
+    python benchmarks/input.py PHOTOS                         # compared with tf.data, on one core
+    python benchmarks/input.py PHOTOS --scaling               # by threads and worker processes
+    python benchmarks/input.py PHOTOS --memory_batches=10000  # resident memory over time
 
-PHOTOS is a folder of JPEG photos of any size: they are encoded anew at 500 x 375 pixels, which is
+PHOTOS is a folder of JPEG photos of any size: they are re-encoded at 500 x 375 pixels, which is
 typical of ImageNet. Prints a table and a JSON line.
 """
 
@@ -29,7 +29,7 @@ from resnet_jax.errors import import_failure
 
 SIZE = 224
 BATCH = 64
-# "antialiased" is tf.data with the antialiasing that this package's crops have.
+# "antialiased" is tf.data with antialiasing, which the crops of this package always have.
 COLUMNS = ("resnet_jax", "tf.data", "antialiased", "ratio", "ratio antialiased")
 
 
@@ -74,7 +74,7 @@ def tensorflow_batches(
         begin, size, _ = tf.image.sample_distorted_bounding_box(
             tf.io.extract_jpeg_shape(data),
             tf.zeros([0, 0, 4]),
-            min_object_covered=0.0,  # as in Szegedy et al.: the area alone has a bound
+            min_object_covered=0.0,  # as in Szegedy et al., only the area is bounded
             area_range=(0.08, 1.0),
             aspect_ratio_range=(3 / 4, 4 / 3),
             max_attempts=10,
@@ -92,7 +92,7 @@ def tensorflow_batches(
 
 
 def rates(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
-    """Images a second and a second of processor time, once the buffers are full."""
+    """Images/s by the clock and by processor time, once the buffers are full."""
     for _ in range(8):
         next(batches)
     count, start, busy = 0, time.perf_counter(), time.process_time()
@@ -103,7 +103,7 @@ def rates(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
 
 
 def memory_rate(seconds: float) -> float:
-    """Images/s of 32 pixels gathered from an array, in a new order each epoch."""
+    """Images/s of 32-pixel images gathered from an array, in a new order each epoch."""
     images = np.random.default_rng(0).integers(0, 256, (50_000, 32, 32, 3), np.uint8)
     count, epoch, start = 0, 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -116,7 +116,7 @@ def memory_rate(seconds: float) -> float:
 
 
 def scaling(files: list[bytes], seconds: float, rounds: int) -> dict[str, float]:
-    """Images a second by the clock with threads of this process and with worker processes."""
+    """Images/s by the clock with threads of this process and with worker processes."""
     cases = {f"{n} threads": {"threads": n} for n in (1, 2, 4)}
     cases |= {f"{n} workers": {"threads": 1, "workers": n} for n in (1, 2)}
     found: dict[str, list[float]] = {name: [] for name in cases}
@@ -154,15 +154,15 @@ def import_tensorflow() -> Any:
 
 
 def main() -> None:
-    """Measures in turns, so that whatever else the machine does meets both alike."""
+    """Alternates between pipelines, so that other load affects all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", help="folder of .jpg photos")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as cores")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scaling", action="store_true", help="over threads and processes only")
-    parser.add_argument("--memory_batches", type=int, default=0, help="read, look at memory")
+    parser.add_argument("--scaling", action="store_true", help="only by threads and processes")
+    parser.add_argument("--memory_batches", type=int, default=0, help="batches for the memory test")
     options = parser.parse_args()
     files = encode_photos(options.photos, 500, 375)
     if options.scaling:
@@ -176,7 +176,7 @@ def main() -> None:
     threads = options.threads or options.cores
 
     result: dict[str, Any] = {"cores": options.cores, "files": len(files)}
-    print(f"{'images/s a core':36}" + "".join(f"{name:>18}" for name in COLUMNS))
+    print(f"{'images/s per core':36}" + "".join(f"{name:>18}" for name in COLUMNS))
     for interpolation in ("bicubic", "bilinear"):
         makers: dict[str, Callable[[], Iterator[Any]]] = {
             "resnet_jax": lambda kind=interpolation: our_batches(files, kind, threads=threads)
@@ -191,9 +191,9 @@ def main() -> None:
             for name, make in makers.items():
                 found[name].append(rates(make(), options.seconds))
         for column, clock in enumerate(("by the clock", "by processor time")):
-            share = 1 if column else options.cores
+            divisor = 1 if column else options.cores
             row = {
-                name: statistics.median(each[column] / share for each in values)
+                name: statistics.median(each[column] / divisor for each in values)
                 for name, values in found.items()
             }
             if tf is not None:

@@ -1,17 +1,18 @@
-"""What `precision` costs on a TPU, as its compiler estimates it; no TPU is needed.
+"""Estimates what `precision` costs on a TPU, by its compiler; no TPU is needed.
 
     pip install libtpu
     python benchmarks/precision.py [--topology=v5e:2x2]
 
 Compiles one 3x3 convolution (16 images of 28x28 pixels, 256 to 256 channels) and one matrix product
-(2048 x 2048 x 2048) and prints the cycles that the compiler estimates, as multiples of bfloat16's.
+(2048 x 2048 x 2048) and prints the compiler's estimate of cycles, also as a multiple of that for
+bfloat16.
 """
 
 import argparse
 import os
 import re
 
-# libtpu must not ask this machine what TPU it has.
+# Stops libtpu from querying the metadata server for the TPU of this machine.
 os.environ.update(
     {
         "JAX_PLATFORMS": "cpu",
@@ -40,16 +41,16 @@ def main() -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     for name, shapes in SHAPES.items():
-        one = cycles(name, shapes, jnp.bfloat16, None, sharding)
+        baseline = cycles(name, shapes, jnp.bfloat16, None, sharding)
         for dtype in (jnp.bfloat16, jnp.float32):
             for precision in (None, "high", "highest"):
                 found = cycles(name, shapes, dtype, precision, sharding)
-                ratio = found / one
+                ratio = found / baseline
                 print(f"{name:12} {dtype.__name__:9} {precision!s:8} {found:9,} {ratio:6.2f}")
 
 
 def cycles(name: str, shapes: tuple, dtype: type, precision: str | None, sharding: object) -> int:
-    """The compiler's estimate for the program's largest part, the product."""
+    """The compiler's estimate for the product, the largest part of the program."""
 
     def compute(x: jax.Array, y: jax.Array) -> jax.Array:
         if name == "product":

@@ -1,11 +1,11 @@
-"""What `predict` costs: its images/s beside those of reading alone and of the bare network.
+"""Compares images/s of `predict` with those of reading alone and of the bare network.
 
     python benchmarks/predict.py PHOTOS [--network=resnet50] [--images=256] [--rounds=5]
 
-PHOTOS is a folder of images of any size. The whole is the command without its start (reading,
-network, CSV lines); reading is the same threads without a network; the network is the compiled
-function on a batch that lies ready. On a CPU reading and the network share the cores, so besides
-the smaller of the two rates the rate of both one after the other is shown. Prints a table and a
+PHOTOS is a folder of images of any size. "predict" is the command without its start (reading,
+network, CSV lines), "reading" the same threads without a network, and "network" the compiled
+function on a batch that is already on the device. On a CPU reading and the network share the cores,
+so the result is compared with the slower of the two and with both in sequence. Prints a table and a
 JSON line.
 """
 
@@ -36,7 +36,7 @@ from resnet_jax.weights.source import Network
 
 
 def network(name: str) -> Network:
-    """The network with random weights."""
+    """A network with random weights."""
     model, side = create_model(name), model_info(name).image_size
     init = jax.jit(functools.partial(model.init, train=False))
     variables = init(jax.random.key(0), jnp.zeros((1, side, side, 3)))
@@ -45,12 +45,12 @@ def network(name: str) -> Network:
     return Network(name, name, model, jax.device_get(variables), shape, 3, names)
 
 
-def whole(classifier: Classifier, files: list[ImageFile]) -> None:
+def predict(classifier: Classifier, files: list[ImageFile]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_predictions(lambda: classifier, files, output=f"{folder}/predictions.csv")
 
 
-def reading(classifier: Classifier, files: list[ImageFile]) -> None:
+def read(classifier: Classifier, files: list[ImageFile]) -> None:
     opened = classifier.network
 
     def crop(file: ImageFile) -> np.ndarray:
@@ -60,12 +60,12 @@ def reading(classifier: Classifier, files: list[ImageFile]) -> None:
         pass
 
 
-def bare(classifier: Classifier, files: list[ImageFile]) -> None:
-    forward, side = classifier.outputs, classifier.network.preprocessing.image_size
-    batch = shard_batch(np.zeros((forward.batch_size, side, side, 3), np.uint8))
+def run_network(classifier: Classifier, files: list[ImageFile]) -> None:
+    predictor, side = classifier.outputs, classifier.network.preprocessing.image_size
+    batch = shard_batch(np.zeros((predictor.batch_size, side, side, 3), np.uint8))
     outputs = [
-        forward._compiled(forward._variables, batch)
-        for _ in range(0, len(files), forward.batch_size)
+        predictor._compiled(predictor._variables, batch)
+        for _ in range(0, len(files), predictor.batch_size)
     ]
     jax.block_until_ready(outputs)
 
@@ -77,7 +77,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    """Measures in turns, so that whatever else the machine does meets all alike."""
+    """Alternates between tasks, so that other load affects all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", help="folder of images")
     parser.add_argument("--network", default="resnet50")
@@ -87,21 +87,25 @@ def main() -> None:
     options = parser.parse_args()
     classifier = Classifier(network(options.network), batch_size=options.batch_size)
     files = list(itertools.islice(itertools.cycle(list_images([options.photos])), options.images))
-    ways = {"predict": whole, "reading": reading, "network": bare}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    tasks = {"predict": predict, "reading": read, "network": run_network}
+    times: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(options.rounds + 1):
-        for name, way in ways.items():
-            taken = seconds(functools.partial(way, classifier, files))
+        for name, task in tasks.items():
+            elapsed = seconds(functools.partial(task, classifier, files))
             if number:  # the first round compiles
-                times[name].append(taken)
-    taken = {name: statistics.median(values) for name, values in times.items()}
-    result = {name: round(len(files) / value, 1) for name, value in taken.items()}
+                times[name].append(elapsed)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    result = {name: round(len(files) / value, 1) for name, value in medians.items()}
     for name, value in result.items():
         print(f"{name:10}{value:10} images/s")
-    result["of the slower"] = round(max(taken["reading"], taken["network"]) / taken["predict"], 3)
-    result["of both in turn"] = round((taken["reading"] + taken["network"]) / taken["predict"], 3)
-    print(f"predict / slower of the two: {result['of the slower']}")
-    print(f"predict / one after the other: {result['of both in turn']}")
+    result["to the slower"] = round(
+        max(medians["reading"], medians["network"]) / medians["predict"], 3
+    )
+    result["to both in sequence"] = round(
+        (medians["reading"] + medians["network"]) / medians["predict"], 3
+    )
+    print(f"predict / slower of the two: {result['to the slower']}")
+    print(f"predict / both in sequence: {result['to both in sequence']}")
     facts = {"model": options.network, "batch_size": classifier.outputs.batch_size}
     print(json.dumps({"benchmark": "predict", **facts, "cores": os.cpu_count(), **result}))
 

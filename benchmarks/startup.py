@@ -1,14 +1,15 @@
-"""Seconds from the command to the first step and where they go, peak memory, and import times.
+"""Measures the time from the command to the first step and its parts, memory, and imports.
 
     python benchmarks/startup.py [--config=configs/digits.py] [--config.FIELD=X ...]
 
-One run with an empty and one with a filled compilation cache; and the same for
-`python -m resnet_jax predict`, as a whole. Prints tables and one JSON line. The data set must be
-prepared (the digits are, after one run).
+Runs once with an empty and once with a filled compilation cache, also for a whole
+`python -m resnet_jax predict`. Prints tables and one JSON line. The data set must be prepared (the
+digits are, after one run).
 """
 
 import argparse
 import collections
+import functools
 import json
 import os
 import resource
@@ -19,9 +20,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from replacing import replace_everywhere
+
+# Functions of the trainer whose time is reported, by what they do.
+TIMED = {
+    "open_sources": "opening the data set",
+    "create_state": "initial parameters",
+    "load_memory": "loading images",
+}
 ROOT = Path(__file__).parents[1]
 IMPORTS = ("flax.linen", "resnet_jax", "resnet_jax.training.loop")
-# What jax.monitoring calls the parts of a compilation; a cached program is read, not compiled.
+# Events of jax.monitoring; with a filled cache, "compiling" is the time to read the program.
 COMPILATION = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
@@ -32,8 +41,8 @@ COMPILATION = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/digits.py")
-    parser.add_argument("--rounds", type=int, default=5, help="of imports and predict")
-    parser.add_argument("--model", default="resnet20", help="that predicts")
+    parser.add_argument("--rounds", type=int, default=5, help="for imports and predict")
+    parser.add_argument("--model", default="resnet20", help="the network of predict")
     options, fields = parser.parse_known_args()
 
     imports = {name: import_seconds(name, options.rounds) for name in IMPORTS}
@@ -70,7 +79,7 @@ def main() -> None:
 
 
 def import_seconds(name: str, rounds: int) -> float:
-    """The median over new interpreters, without the interpreter's own start."""
+    """The median over new interpreters, without their start."""
     code = f"import time; start = time.perf_counter(); import {name}"
     code += "; print(time.perf_counter() - start)"
     command = [sys.executable, "-c", code]
@@ -81,7 +90,7 @@ def import_seconds(name: str, rounds: int) -> float:
 
 
 def predict_seconds(folder: Path, name: str, rounds: int) -> dict[str, float]:
-    """CPU seconds of `predict` on two images, in turn with an empty and a filled cache; medians."""
+    """Median CPU seconds of `predict` on two images, with an empty and with a filled cache."""
     import jax
     import numpy as np
     from PIL import Image
@@ -99,7 +108,7 @@ def predict_seconds(folder: Path, name: str, rounds: int) -> dict[str, float]:
     command += [folder / "0.png", folder / "1.png", f"--model={name}"]
     found: dict[str, list[float]] = {"cold": [], "warm": []}
     for number in range(rounds):
-        # The cache is in the home directory, wherever that is.
+        # The cache is in the home directory.
         home = {"HOME": str(folder / f"home{number}"), "PYTHONPATH": str(ROOT)}
         for seconds in found.values():
             start = children_seconds()
@@ -116,7 +125,7 @@ def children_seconds() -> float:
 
 
 def first_step(flags: list[str]) -> dict[str, float]:
-    """The parts of a run of one step in a new interpreter, and its peak memory."""
+    """The parts of the time of a run of one step in a new interpreter, and its peak memory."""
     command = [sys.executable, __file__, "measure", str(time.time()), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
@@ -126,11 +135,12 @@ def first_step(flags: list[str]) -> dict[str, float]:
 
 
 def measure(started: float, flags: list[str]) -> None:
-    """Runs in the new interpreter: trains for a step with a clock on every part."""
+    """Trains for one step in this new interpreter and prints the time of each part."""
     import jax
 
     from resnet_jax.config.flags import parse_train_flags
-    from resnet_jax.training import loop
+    from resnet_jax.training.loop import train
+    from resnet_jax.workdirs.metric_writers import MetricWriters
 
     parts: dict[str, float] = collections.defaultdict(float)
     parts["interpreter and imports"] = time.time() - started
@@ -145,27 +155,26 @@ def measure(started: float, flags: list[str]) -> None:
 
         return call
 
-    def first_record(writers, record):
+    def record_first(writers, record):
         if record["split"] == "train":
             parts["first step"] = time.time() - started
-            listened = sum(parts[f"step: {part}"] for part in COMPILATION.values())
-            others = sum(parts.values()) - parts["first step"] - listened
+            compilation = sum(parts[f"step: {part}"] for part in COMPILATION.values())
+            others = sum(parts.values()) - parts["first step"] - compilation
             parts["step: all"] = parts["first step"] - others
-        record_before(writers, record)
+        record_original(writers, record)
 
     def listen(event, seconds, **_):
-        # Before the data is loaded it is the compilation of the initial parameters.
+        # Before the data is loaded, only the program of the initial parameters is compiled.
         if event in COMPILATION and "loading images" in parts and "first step" not in parts:
             parts[f"step: {COMPILATION[event]}"] += seconds
 
-    record_before, loop.MetricWriters.record = loop.MetricWriters.record, first_record
-    loop.open_sources = timed("opening the data set", loop.open_sources)
-    loop.create_state = timed("initial parameters", loop.create_state)
-    loop.MetricWriters.__init__ = timed("telemetry", loop.MetricWriters.__init__)
-    loop.open_dataset = timed("loading images", loop.open_dataset)
+    record_original, MetricWriters.record = MetricWriters.record, record_first
+    MetricWriters.__init__ = timed("metric writers", MetricWriters.__init__)
+    for name, part in TIMED.items():
+        replace_everywhere(name, functools.partial(timed, part))
     jax.monitoring.register_event_duration_secs_listener(listen)
 
-    loop.train(*parse_train_flags(flags))
+    train(*parse_train_flags(flags))
     parts["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(parts))
 

@@ -1,4 +1,4 @@
-"""The training and inference steps that the benchmarks time: ours, Flax's and PyTorch's."""
+"""Training and inference steps to benchmark: of this package, of Flax and of PyTorch."""
 
 import os
 import statistics
@@ -6,14 +6,14 @@ import time
 
 
 def make(network, depth, size, side, train, dtype="float32", compiled=False):
-    """(a function that takes one step and waits for it, images a step)."""
+    """(a function that runs one step and waits for it, images per step)."""
     if network == "torch":
         return torch_step(depth, size, side, train, dtype, compiled), size
     return jax_step(network, depth, size, side, train, dtype), size
 
 
 def rate(step, images, seconds):
-    """Images/s: the median of as many steps as fit into `seconds`, at least three."""
+    """Images/s: the median of the steps that fit into `seconds`, at least three."""
     step(), step()
     times: list[float] = []
     while sum(times) < seconds or len(times) < 3:
@@ -40,7 +40,7 @@ def jax_model(network, depth, dtype):
 def make_training(model, axis_name=None):
     """SGD with momentum: (init(key, images), step(state, images, labels)).
 
-    With `axis_name` the step is one device's; gradients and statistics are averaged over it.
+    With `axis_name`, the step is that of one device, and averages gradients and statistics.
     """
     import jax
     import optax
@@ -97,7 +97,7 @@ def jax_step(network, depth, size, side, train, dtype="float32"):
 
 
 def torch_step(depth, size, side, train, dtype="float32", compiled=False):
-    """channels_last; types other than float32 by automatic mixed precision."""
+    """A step with channels_last, and automatic mixed precision for types other than float32."""
     import torch
     from torch.nn import functional
 

@@ -1,4 +1,4 @@
-"""ResNet as one writes it first with flax.linen's own layers: what our networks are measured by."""
+"""A straightforward ResNet of flax.linen's own layers, as the baseline of benchmarks."""
 
 import functools
 from typing import Any

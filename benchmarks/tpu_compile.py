@@ -1,20 +1,20 @@
-"""What a training step costs on a TPU, from its compiled program; no TPU is needed.
+"""Compares training steps on a TPU by their compiled programs; no TPU is needed.
 
     pip install libtpu
     python benchmarks/tpu_compile.py [--topologies=v5e:2x2] [--batches=128,256]
         [--networks=flax,ours] [--depth=50] [--dump=FOLDER]
 
 Compiles the same bfloat16 step of the straightforward Flax network and of ours ahead of time, and
-prints a table and JSON lines; `python -m resnet_jax plan` does it for a whole run. All figures but
-the collectives are for one image:
+prints a table and JSON lines; `python -m resnet_jax plan` does this for a whole run. All figures
+except the collectives are per image:
 
 * GFLOP and `counted` MB are the compiler's own cost analysis. It counts every operand and result
-  of every operation, also those that lie in the chip's fast memory (VMEM).
-* `HBM` MB is what crosses the memory bus: operands and results that the program places in HBM,
-  and copies between HBM and VMEM once.
+  of every operation, including those in the chip's fast memory (VMEM).
+* `HBM` MB crosses the memory bus: operands and results that the program places in HBM, and copies
+  between HBM and VMEM once.
 * `temporary` MB are the activations and gradients that are alive at the same time.
 * `floor` ms are a step's arithmetic, HBM traffic and all-reduce, each at the chip's peak; images/s
-  are an upper bound a chip, from the longest of the three.
+  are an upper bound per chip, from the longest of the three.
 """
 
 import argparse
@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 from steps import jax_model, make_training
 
-from resnet_jax.planning.ahead import Program
+from resnet_jax.planning.aot import CompiledStep
 from resnet_jax.planning.plan import floors
-from resnet_jax.planning.program import traffic
 from resnet_jax.planning.topology import parse_topology
 from resnet_jax.planning.tpu import tpu_devices
+from resnet_jax.planning.traffic import count_traffic
 
 COLUMNS = ("GFLOP", "counted", "HBM", "temporary", "reduced", "collectives")
 
@@ -41,7 +41,7 @@ COLUMNS = ("GFLOP", "counted", "HBM", "temporary", "reduced", "collectives")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topologies", default="v5e:2x2")
-    parser.add_argument("--batches", default="128,256", help="images a chip")
+    parser.add_argument("--batches", default="128,256", help="images per chip")
     parser.add_argument("--networks", default="flax,ours")
     parser.add_argument("--depth", type=int, default=50, choices=(20, 50))
     parser.add_argument("--side", type=int, default=0, help="pixels; 0: 224, or 32 for depth 20")
@@ -56,7 +56,7 @@ def main() -> None:
         for batch in map(int, options.batches.split(",")):
             rows = {}
             for network in options.networks.split(","):
-                rows[network] = row = compile_step(network, topology, batch, options)
+                rows[network] = row = analyze_step(network, topology, batch, options)
                 show(topology, batch, network, row)
             if {"flax", "ours"} <= rows.keys():
                 ratios = [rows["ours"][name] / rows["flax"][name] for name in COLUMNS]
@@ -64,7 +64,7 @@ def main() -> None:
                 print(f"{'ours/flax':>23}" + line, flush=True)
 
 
-def compile_step(network: str, topology: str, batch: int, options: argparse.Namespace) -> dict:
+def analyze_step(network: str, topology: str, batch: int, options: argparse.Namespace) -> dict:
     tpus = parse_topology(topology)
     devices = tpu_devices(tpus)
     side = options.side or (224 if options.depth == 50 else 32)
@@ -93,8 +93,8 @@ def compile_step(network: str, topology: str, batch: int, options: argparse.Name
         Path(folder, f"{network}-{topology.replace(':', '-')}-{batch}.txt").write_text(text)
 
     cost, memory = program.cost_analysis(), program.memory_analysis()
-    moved = traffic(text)
-    work = Program(True, flops=cost["flops"], traffic=moved.memory, reduced=moved.reduced)
+    moved = count_traffic(text)
+    work = CompiledStep(True, flops=cost["flops"], traffic=moved)
     floor = {name: 1e3 * each for name, each in floors(work, tpus).items()}
     return {
         "chips": chips,
@@ -102,8 +102,8 @@ def compile_step(network: str, topology: str, batch: int, options: argparse.Name
         "counted": cost["bytes accessed"] / batch / 1e6,
         "HBM": moved.memory / batch / 1e6,
         "temporary": memory.temp_size_in_bytes / batch / 1e6,
-        "reduced": moved.reduced / 1e6,
-        "collectives": moved.reductions,
+        "reduced": moved.all_reduced / 1e6,
+        "collectives": moved.all_reduces,
         "arithmetic_ms": floor["compute"],
         "hbm_ms": floor["memory"],
         "reduce_ms": floor["interconnect"],

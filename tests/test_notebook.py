@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, small and on a CPU, as someone would run it."""
+"""The notebook runs from top to bottom, at a small size on a CPU."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ from tests import tiny
 tiny.get_config()  # registers it in the notebook's process
 data_set, network, image_size, epochs, resume_steps = "digits", tiny.NAME, 8, 2.0, 150
 """
-# What the notebook does not show, in the kernel that it left behind.
+# Cells after the last one of the notebook, for what it does not show.
 HUB = "pretrained = 'hub'"
 WORKERS = """
 data = dataclasses.replace(config.data, crop="random_resized", workers=1)
@@ -34,7 +34,7 @@ print(train(dataclasses.replace(config, data=data), "streamed").steps, "steps")
 
 
 class Client(NotebookClient):
-    """Counts the pictures that are drawn over one another while a cell runs."""
+    """Counts updates of displayed images while cells run."""
 
     redrawn = 0
 
@@ -53,7 +53,7 @@ def tagged(notebook):
 
 
 def find(notebook, text):
-    """The one code cell that says so."""
+    """The only code cell that contains a text."""
     (cell,) = [x for x in notebook.cells if x.cell_type == "code" and text in x.source]
     return cell
 
@@ -63,7 +63,7 @@ def printed(cell):
 
 
 def pictures(cell):
-    """How many pictures a cell shows; none of them is blank."""
+    """The number of images that a cell shows, none of which is blank."""
     shown = [x.data["image/png"] for x in cell.outputs if "image/png" in x.get("data", {})]
     for picture in shown:
         with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
@@ -72,7 +72,7 @@ def pictures(cell):
 
 
 def execute(folder):
-    """(notebook, client) after a run in an empty folder, without a network."""
+    """(notebook, client) after a run in an empty folder, without an internet connection."""
     _save_as_on_the_hub(folder / "hub")
     notebook = nbformat.read(NOTEBOOK, 4)
     notebook.cells.insert(tagged(notebook)[0] + 1, new_code_cell(SMALL))
@@ -115,33 +115,38 @@ def test_has_one_cell_of_parameters(notebook):
 
 
 def test_runs_from_top_to_bottom(tmp_path):
-    """One test, for it takes a minute and no two processes need do it."""
+    """One test, so that the notebook runs only once."""
     notebook, client = execute(tmp_path)
-    trains_under_ones_eyes(notebook, client, tmp_path)
-    sees_what_the_run_saw(notebook)
+    shows_the_curve_while_training(notebook, client, tmp_path)
+    agrees_with_the_evaluation_of_the_run(notebook)
     shows_pictures(notebook)
     features_without_and_with_pretrained_weights(notebook)
-    goes_on_with_a_stopped_run(notebook)
+    resumes_a_stopped_run(notebook)
     saves_the_run(notebook, tmp_path)
     reads_images_in_other_processes(notebook)
 
 
-def trains_under_ones_eyes(notebook, client, folder):
+def shows_the_curve_while_training(notebook, client, folder):
     cell = find(notebook, "result = watch(")
-    assert "of the test images right after 45 steps" in printed(cell)
+    assert "test accuracy after 45 steps" in printed(cell)
     assert pictures(cell) == 1
     assert client.redrawn >= 2  # at the end, and before
     records = (folder / "runs/notebook/metrics.jsonl").read_text().splitlines()
     assert json.loads(records[-1])["step"] == 45
 
 
-def sees_what_the_run_saw(notebook):
-    here, there = [x for x in printed(find(notebook, "surest mistakes")).split() if "%" in x]
+def agrees_with_the_evaluation_of_the_run(notebook):
+    here, there = [x for x in printed(find(notebook, "most confident errors")).split() if "%" in x]
     assert here == there
 
 
 def shows_pictures(notebook):
-    for text in ("def show_images", "surest mistakes", 'title="mistakes"', "load_pretrained"):
+    for text in (
+        "def show_images",
+        "most confident errors",
+        'title="confusion matrix',
+        "load_pretrained",
+    ):
         for cell in notebook.cells:
             if cell.cell_type == "code" and text in cell.source:
                 assert pictures(cell) == 1
@@ -151,23 +156,23 @@ def features_without_and_with_pretrained_weights(notebook):
     trained, pretrained = [
         printed(x) for x in notebook.cells if "load_pretrained" in x.source and "outputs" in x
     ]
-    assert "so this is tiny as trained above" in trained
+    assert "using tiny as trained above" in trained
     assert pretrained == ""
 
 
-def goes_on_with_a_stopped_run(notebook):
+def resumes_a_stopped_run(notebook):
     text = printed(find(notebook, "def press_stop"))
     assert "stopped by a signal" in text
     assert "going on after step" in text
-    assert "between any two weights: 0.0" in text
+    assert "largest difference of any weight: 0.0" in text
 
 
 def saves_the_run(notebook, folder):
-    assert "the weights read back as they were" in printed(find(notebook, "save_weights"))
+    assert "the weights read back are equal" in printed(find(notebook, "save_weights"))
     (saved,) = (folder / "saved").iterdir()
     assert {"config.json", "metrics.jsonl", "tiny.safetensors"} <= set(os.listdir(saved))
 
 
 def reads_images_in_other_processes(notebook):
-    """Where nobody has parsed absl's flags."""
+    """In a process that has not parsed absl's flags."""
     assert "45 steps" in printed(notebook.cells[-1])

@@ -1,4 +1,4 @@
-"""The README's Python blocks run, one after the other, as a reader would paste them."""
+"""The Python blocks of the README run in order."""
 
 import pathlib
 import re

@@ -12,19 +12,19 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def errors(path: pathlib.Path) -> tuple[float, float]:
-    """The last training and test error of a run, in %."""
+    """The last training error and the last test error of a run, in %."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     last = {record["split"]: record for record in records}
     return tuple(100 * (1 - last[split]["top1"]) for split in ("train", "test"))
 
 
 def cell(values: list[float]) -> str:
-    """Mean, and the lowest and highest of all seeds."""
+    """The mean over all seeds, with the lowest and the highest."""
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def main() -> None:
-    """One row a depth."""
+    """Prints one row per depth."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for path in sorted(FOLDER.glob("*.jsonl")):
         kind, depth = re.match(r"(plain|resnet)(\d+)-", path.name).groups()

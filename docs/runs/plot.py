@@ -1,6 +1,6 @@
-"""Draws the learning curves of runs beside their metrics, by `python docs/runs/plot.py`.
+"""Plots the learning curves of runs from their metrics: `python docs/runs/plot.py`.
 
-For every NAME.jsonl (a run's metrics.jsonl) in this folder it writes NAME.png; needs matplotlib.
+Writes NAME.png for every NAME.jsonl (metrics.jsonl of a run) in this folder; needs matplotlib.
 """
 
 import json
@@ -15,7 +15,7 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def plot(path: pathlib.Path) -> None:
-    """Error over steps, as in the paper's Figure 6: thin in training, bold on held-out images."""
+    """Plots errors over steps as in the paper's Figure 6: training thin, held-out images bold."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(4.5, 2.8), dpi=100, layout="constrained")
     train = [record for record in records if record["split"] == "train"]

@@ -1,1 +1,1 @@
-"""What a run will need on TPUs or GPUs that are not here, from its compiled training step."""
+"""What a run needs on TPUs or GPUs, from its training step compiled ahead of time."""

@@ -1,4 +1,4 @@
-"""GPUs that are not here: JAX's CUDA plugin compiles for a description of a card, without one."""
+"""GPUs to compile for: JAX's CUDA plugin compiles for a description of a card, without one."""
 
 from __future__ import annotations
 
@@ -13,25 +13,18 @@ from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.planning.topology import Topology
 
-# Autotuning runs candidates on a card. Without one, the compiler takes its default.
+# Autotuning times kernels on a card. Without one, the compiler uses default kernels.
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Architecture:
-    """What the streaming multiprocessors (SMs) of a compute capability have.
+    """A streaming multiprocessor (SM) of a compute capability."""
 
-    Args:
-      shared: Bytes of shared memory of an SM.
-      block_shared: Bytes of it that one block can ask for.
-      threads: Resident threads of an SM.
-      units: float32 units of an SM.
-    """
-
-    shared: int
-    block_shared: int
-    threads: int
-    units: int
+    shared: int  # bytes of shared memory
+    block_shared: int  # bytes of it that one block may use
+    threads: int  # resident threads
+    units: int  # float32 units
 
 
 # CUDA C++ Programming Guide, "Compute Capabilities".
@@ -49,23 +42,16 @@ _ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Card:
-    """What the compiler wants to know of a card beside memory and bandwidth.
+    """What the compiler needs to know about a card, except memory and bandwidth."""
 
-    Args:
-      capability: Compute capability.
-      processors: Streaming multiprocessors.
-      l2: MiB of L2 cache.
-      clock: Highest clock in GHz.
-    """
-
-    capability: tuple[int, int]
-    processors: int
-    l2: float
-    clock: float
+    capability: tuple[int, int]  # compute capability
+    processors: int  # streaming multiprocessors
+    l2: float  # MiB of L2 cache
+    clock: float  # highest clock in GHz
 
 
-# Sources: xla/backends/gpu/target_config/specs of openxla/xla for the cards that are there, else
-# NVIDIA's architecture white papers.
+# Sources: xla/backends/gpu/target_config/specs of openxla/xla, and NVIDIA's architecture white
+# papers for cards that are not there.
 _V100, _A100 = _Card((7, 0), 80, 6, 1.53), _Card((8, 0), 108, 40, 1.41)
 _H100 = _Card((9, 0), 132, 50, 1.98)
 _CARDS = {
@@ -91,26 +77,19 @@ _CARDS = {
 
 
 def gpu_devices(topology: Topology) -> Sequence[jax.Device]:
-    """Devices of hosts with GPUs to compile for.
+    """The devices of hosts with GPUs, as `jax.devices()` returns them there.
 
-    Args:
-      topology: The hosts.
-
-    Returns:
-      As `jax.devices()` would give there.
-
-    Raises:
-      ConfigError: JAX's CUDA plugin is not installed, or cannot compile for the card.
+    Raises ConfigError if the CUDA plugin is not installed or cannot compile for the card.
     """
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if not any(importlib.util.find_spec(name) for name in plugins):
         raise ConfigError(
-            "JAX's CUDA plugin is not installed, which compiles for GPUs (no GPU is needed): pip "
-            "install 'jax[cuda12]', or this package's extra 'plan-gpu'"
+            "JAX's CUDA plugin, which compiles for GPUs without one, is not installed: pip install "
+            "'jax[cuda12]', or this package's extra 'plan-gpu'"
         )
     from jax.experimental import topologies
 
-    # The plugin is not to look for a card when it starts.
+    # Stops the plugin from looking for a card when it starts.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     gpus = topology.chips // topology.hosts
     try:
@@ -133,14 +112,7 @@ def gpu_devices(topology: Topology) -> Sequence[jax.Device]:
 
 
 def target_config(topology: Topology) -> str:
-    """Describes a card to XLA.
-
-    Args:
-      topology: GPUs.
-
-    Returns:
-      A `stream_executor.GpuTargetConfigProto` as text.
-    """
+    """The text of a `stream_executor.GpuTargetConfigProto`, which describes a card to XLA."""
     accelerator, card = topology.accelerator, _CARDS[topology.accelerator.name]
     chip, (major, minor) = _ARCHITECTURES[card.capability], card.capability
     return f"""
@@ -171,15 +143,5 @@ def target_config(topology: Topology) -> str:
 
 
 def memory_pool(topology: Topology) -> int:
-    """The part of a card's memory that JAX takes for programs and arrays; by default 3/4 of it.
-
-    Args:
-      topology: GPUs.
-
-    Returns:
-      The card's memory times `memory_fraction`.
-
-    Raises:
-      ConfigError: The environment sets a fraction that JAX does not accept.
-    """
+    """Bytes of a card that JAX uses for programs and arrays: three quarters of it by default."""
     return int(topology.accelerator.memory * memory_fraction())

@@ -1,9 +1,9 @@
-"""What a run will need on TPUs or GPUs, from its compiled training step; none of them is needed.
+"""What a run needs on TPUs or GPUs, from its compiled training step; none of them is needed.
 
-    configuration + topology -> the trainer's own step, compiled -> memory, work, traffic -> floors
+    configuration, topology -> the trainer's own step, compiled -> memory, work, traffic -> floors
 
 Floors are bounds, not predictions: no step is faster than its arithmetic, its memory traffic or
-its all-reduce at the peak of the hardware, and real ones are slower.
+its all-reduces at the peak of the hardware, and real steps are slower.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from resnet_jax.data.sources.known_sizes import training_size
 from resnet_jax.errors import ConfigError
 from resnet_jax.limits import MAX_BATCH, MAX_CLASSES
 from resnet_jax.packages import installed_versions
-from resnet_jax.planning.ahead import Program, step_compiler
+from resnet_jax.planning.aot import CompiledStep, step_compiler
 from resnet_jax.planning.topology import Topology, check_rate, parse_topology
 from resnet_jax.training.init_from import look_at_weights
 from resnet_jax.training.optimizer import RunLength
 from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
 
-# Images/s that one core of a host reads, decodes and crops, or gathers from memory, as
-# docs/decoding.md measured them.
+# Images/s that one core of a host decodes and crops, or gathers from memory; measured in
+# docs/decoding.md.
 DECODED_PER_CORE, GATHERED_PER_CORE = 1_200, 3_000_000
 
-_MOST_IMAGES = 10**12
+_MAX_IMAGES = 10**12
 
-Compile = Callable[[Config], Program]
+StepCompiler = Callable[[Config], CompiledStep]
 # The packages that compile for a platform.
-_COMPILERS = {
+_COMPILER_PACKAGES = {
     "tpu": ("libtpu",),
     "gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
 }
@@ -50,81 +50,80 @@ def make_plan(
     num_classes: int = 0,
     images_per_core: float = 0.0,
     network_gbits: float = 0.0,
-    compiler: Callable[[Topology, Source], Compile] = step_compiler,
+    compiler: Callable[[Topology, Source], StepCompiler] = step_compiler,
 ) -> dict[str, Any]:
     """Compiles a run's training step for TPUs or GPUs and works out what it needs there.
 
     Args:
-      config: The configuration of the run.
-      topology: What to plan for, such as "v5e:4x4", "h100:8" or "a100-40:2x8".
-      batch_per_chip: Images of a step on each TPU chip or GPU; 0: train.batch_size over all.
-      find_batch: Plan for the largest batch that fits, looking upwards and downwards from there.
-      images: Training images; 0: as many as the data set has.
-      num_classes: Classes of the data set; 0: as many as it has.
-      images_per_core: Images/s that a core of a host delivers; 0: as measured.
-      network_gbits: Gbit/s from a host of GPUs to others; 0: that of the usual server.
-      compiler: Makes what compiles a step.
+      config: The run to plan.
+      topology: Devices to plan for, such as "v5e:4x4", "h100:8" or "a100-40:2x8".
+      batch_per_chip: Images per step on each TPU chip or GPU. Default: train.batch_size over all.
+      find_batch: Plan for the largest batch that fits; the search starts at `batch_per_chip`.
+      images: Training images. Default: as many as the data set has.
+      num_classes: Classes of the data set. Default: as many as it has.
+      images_per_core: Images/s that one core of a host delivers. Default: as measured here.
+      network_gbits: Gbit/s from a host of GPUs to others. Default: as in the usual server.
+      compiler: Returns the function that compiles a step.
 
     Returns:
-      What `docs/plan.md` lists. If nothing fits, "fits" is False and what only a program could tell
-      is None.
+      The fields that `docs/plan.md` lists. If no batch fits, "fits" is False and fields that
+      need the compiled program are None.
 
     Raises:
-      ConfigError: The configuration, the topology or the batch is not possible, or what compiles
-        for it is not installed or fails.
-      DataError: Nothing is known of the data set.
+      ConfigError: The configuration, the topology or the batch is invalid, or the compiler for
+        the topology is not installed or fails.
+      DataError: The size of the data set is not known.
     """
     check_types(config)
     config = look_at_weights(config).config
     check(config)
-    place = parse_topology(topology, network_gbits)
-    for name, value, most in (
-        ("images", images, _MOST_IMAGES),
+    devices = parse_topology(topology, network_gbits)
+    for name, value, limit in (
+        ("images", images, _MAX_IMAGES),
         ("num_classes", num_classes, MAX_CLASSES),
         ("batch_per_chip", batch_per_chip, MAX_BATCH),
     ):
-        if not 0 <= value <= most:
-            raise ConfigError(f"--{name}={value}: must be from 1 to {most:,}")
+        if not 0 <= value <= limit:
+            raise ConfigError(f"--{name}={value}: must be from 1 to {limit:,}")
     check_rate("images_per_core", images_per_core)
+    source = _sized_source(config, images, num_classes)
+    if batch_per_chip:
+        config = _with_batch_per_chip(config, batch_per_chip, devices)
+    check_batches(config, devices.devices)
+
+    batch, tried = _compile_batches(config, devices, source, compiler, find_batch)
+    config = with_batch(config, batch * devices.chips)
+    per_core = images_per_core or _images_per_core(config, source)
+    return {
+        **_run_fields(config, devices, source, batch),
+        **_memory_fields(tried[batch], devices),
+        **_bound_fields(tried[batch], devices, config, len(source), per_core),
+        "tried": [_tried_fields(size, tried[size], devices) for size in sorted(tried)],
+        "versions": installed_versions(("jax", *_COMPILER_PACKAGES[devices.accelerator.platform])),
+    }
+
+
+def _sized_source(config: Config, images: int, num_classes: int) -> Source:
+    """The data set of a run, of which only the size needs to be known."""
     classes = num_classes or (config.model.num_classes if images else 0)
     source = training_size(config.data, images, classes)
     if config.data.multi_label:
         source.label_shape = (source.num_classes,)
     check_source(config, source)
     check_calls(config, source)
-    per_chip = place.accelerator.devices_per_chip
-    if batch_per_chip:
-        unit = per_chip * batch_parts(config)
-        if batch_per_chip % unit:
-            raise ConfigError(
-                f"--batch_per_chip={batch_per_chip}: must be a multiple of {unit} (devices a chip, "
-                "train.accumulate, and pairs to mix)"
-            )
-        config = with_batch(config, batch_per_chip * place.chips)
-        check(config)
-    check_batches(config, place.devices)
-    compile_step = compiler(place, source)
-    tried: dict[int, Program] = {}
+    return source
 
-    def attempt(batch: int) -> Program:
-        tried[batch] = compile_step(with_batch(config, batch * place.chips))
-        return tried[batch]
 
-    batch = config.train.batch_size // place.chips
-    if find_batch:
-        unit = math.lcm(8, per_chip * batch_parts(config))
-        batch = largest_batch(attempt, batch, unit, most=max(batch, len(source) // place.chips))
-    else:
-        attempt(batch)
-    config = with_batch(config, batch * place.chips)
-    rate = images_per_core or _images_per_core(config, source)
-    return {
-        **_run(config, place, source, batch),
-        **_memory(tried[batch], place),
-        **_bounds(tried[batch], place, config, len(source), rate),
-        "tried": [_attempt(size, tried[size], place) for size in sorted(tried)],
-        "versions": installed_versions(("jax", *_COMPILERS[place.accelerator.platform])),
-    }
+def _with_batch_per_chip(config: Config, batch_per_chip: int, topology: Topology) -> Config:
+    unit = topology.accelerator.devices_per_chip * batch_parts(config)
+    if batch_per_chip % unit:
+        raise ConfigError(
+            f"--batch_per_chip={batch_per_chip}: must be a multiple of {unit} (devices per chip, "
+            "train.accumulate, and pairs to mix)"
+        )
+    config = with_batch(config, batch_per_chip * topology.chips)
+    check(config)
+    return config
 
 
 def with_batch(config: Config, size: int) -> Config:
@@ -132,62 +131,73 @@ def with_batch(config: Config, size: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
 
 
-def largest_batch(attempt: Callable[[int], Program], start: int, unit: int, most: int) -> int:
-    """The largest batch that fits, to an eighth of its size; each try costs minutes.
+def _compile_batches(
+    config: Config,
+    topology: Topology,
+    source: Source,
+    compiler: Callable[[Topology, Source], StepCompiler],
+    find_batch: bool,
+) -> tuple[int, dict[int, CompiledStep]]:
+    """The batch per chip to plan for, and the compiled steps of every batch that was tried."""
+    compile_step = compiler(topology, source)
+    tried: dict[int, CompiledStep] = {}
 
-    Args:
-      attempt: Compiles the step for a batch.
-      start: The batch to begin with.
-      unit: What it must be a multiple of.
-      most: Where to stop looking.
+    def attempt(batch: int) -> CompiledStep:
+        tried[batch] = compile_step(with_batch(config, batch * topology.chips))
+        return tried[batch]
 
-    Returns:
-      The batch; one of those that were tried, and the smallest where none fits.
+    batch = config.train.batch_size // topology.chips
+    if find_batch:
+        unit = math.lcm(8, topology.accelerator.devices_per_chip * batch_parts(config))
+        limit = max(batch, len(source) // topology.chips)
+        batch = largest_batch(attempt, batch, unit, limit)
+    else:
+        attempt(batch)
+    return batch, tried
+
+
+def largest_batch(attempt: Callable[[int], CompiledStep], start: int, unit: int, limit: int) -> int:
+    """The largest batch that fits, to within an eighth, or the smallest tried if none fits.
+
+    The search starts at `start` and stops at `limit`; every batch is a multiple of `unit`. Each
+    `attempt` compiles a step, which takes minutes, so the search takes large strides.
 
     Example:
       >>> def attempt(batch):
-      ...     return Program(fits=batch <= 700, needed=batch, limit=700)
-      >>> largest_batch(attempt, start=128, unit=8, most=10_000)
+      ...     return CompiledStep(fits=batch <= 700, memory=batch, memory_limit=700)
+      >>> largest_batch(attempt, start=128, unit=8, limit=10_000)
       640
     """
 
-    def down(size: float) -> int:
+    def round_down(size: float) -> int:
         return max(unit, int(size) // unit * unit)
 
-    size, low, high = down(start), 0, 0  # low fits and high does not; 0: not known yet
+    size, low, high = round_down(start), 0, 0  # low fits, high does not; 0: not known yet
     while True:
-        program = attempt(size)
-        if program.fits:
+        step = attempt(size)
+        if step.fits:
             low = size
         else:
             high = size
         if high:
-            if high - low <= down(high / 8):
+            if high - low <= round_down(high / 8):
                 return low or high
-            size = down((low + high) / 2)
+            size = round_down((low + high) / 2)
         else:
-            # Memory grows a little slower than the batch: what is left tells how far to leap.
-            room = program.limit / program.needed if program.needed else 2.0
-            size = down(min(low * max(2, 2 ** int(math.log2(max(room, 1.0)))), most))
+            # Memory grows slightly slower than the batch, so its ratio bounds the next stride.
+            room = step.memory_limit / step.memory if step.memory else 2.0
+            size = round_down(min(low * max(2, 2 ** int(math.log2(max(room, 1.0)))), limit))
             if size <= low:
                 return low
 
 
-def floors(program: Program, topology: Topology) -> dict[str, float]:
-    """The least seconds that a step can take, by what could hold it up.
-
-    Args:
-      program: The compiled step of one device.
-      topology: Where it runs.
-
-    Returns:
-      {"compute", "memory", "interconnect"}.
-    """
+def floors(step: CompiledStep, topology: Topology) -> dict[str, float]:
+    """Lower bounds in seconds of a step's "compute", "memory" and "interconnect" time."""
     device = topology.accelerator
     return {
-        "compute": program.flops / device.flops,
-        "memory": program.traffic / device.memory_bandwidth,
-        "interconnect": topology.all_reduce_seconds(program.reduced),
+        "compute": step.flops / device.flops,
+        "memory": step.traffic.memory / device.memory_bandwidth,
+        "interconnect": topology.all_reduce_seconds(step.traffic.all_reduced),
     }
 
 
@@ -196,7 +206,7 @@ def _images_per_core(config: Config, source: Source) -> float:
     return GATHERED_PER_CORE if in_memory else DECODED_PER_CORE
 
 
-def _run(config: Config, topology: Topology, source: Source, batch: int) -> dict[str, Any]:
+def _run_fields(config: Config, topology: Topology, source: Source, batch: int) -> dict[str, Any]:
     return {
         "topology": topology.name,
         "platform": topology.accelerator.platform,
@@ -213,46 +223,47 @@ def _run(config: Config, topology: Topology, source: Source, batch: int) -> dict
     }
 
 
-def _memory(program: Program, topology: Topology) -> dict[str, Any]:
+def _memory_fields(step: CompiledStep, topology: Topology) -> dict[str, Any]:
     return {
-        "fits": program.fits,
-        "hbm_needed": _whole_chip(program.needed, topology),
-        "hbm": _whole_chip(program.limit or topology.accelerator.memory, topology),
+        "fits": step.fits,
+        "hbm_needed": _per_chip(step.memory, topology),
+        "hbm": _per_chip(step.memory_limit or topology.accelerator.memory, topology),
     }
 
 
-def _whole_chip(size: int, topology: Topology) -> int | None:
+def _per_chip(size: int, topology: Topology) -> int | None:
+    """Bytes per chip from bytes per device; None for 0, which means unknown."""
     return size * topology.accelerator.devices_per_chip or None
 
 
-def _attempt(batch: int, program: Program, topology: Topology) -> dict[str, Any]:
+def _tried_fields(batch: int, step: CompiledStep, topology: Topology) -> dict[str, Any]:
     return {
         "batch_per_chip": batch,
-        "fits": program.fits,
-        "hbm_needed": _whole_chip(program.needed, topology),
-        "compile_seconds": round(program.seconds, 1),
+        "fits": step.fits,
+        "hbm_needed": _per_chip(step.memory, topology),
+        "compile_seconds": round(step.compile_seconds, 1),
     }
 
 
-def _bounds(
-    program: Program, topology: Topology, config: Config, images: int, per_core: float
+def _bound_fields(
+    step: CompiledStep, topology: Topology, config: Config, images: int, per_core: float
 ) -> dict[str, Any]:
-    """All that follows from the work of a step; None where there is no program."""
+    """What follows from the work of a step; None where it does not fit."""
     steps = RunLength.of(config, images).steps
     recipe = {"steps": steps, "epochs": steps * config.train.batch_size / images}
-    if not program.fits:
+    if not step.fits:
         return {**dict.fromkeys(_BOUNDS), **recipe, "images_per_second_per_core": per_core}
-    seconds = floors(program, topology)
+    seconds = floors(step, topology)
     bound = max(seconds, key=lambda name: seconds[name])
     rate = config.train.batch_size / seconds[bound]
-    per_chip = topology.accelerator.devices_per_chip
+    devices_per_chip = topology.accelerator.devices_per_chip
     return {
         **recipe,
-        "flops": program.flops * per_chip,
-        "hbm_bytes": program.traffic * per_chip,
-        "kernels": program.kernels,
-        "all_reduce_bytes": program.reduced,
-        "all_reduces": program.reductions,
+        "flops": step.flops * devices_per_chip,
+        "hbm_bytes": step.traffic.memory * devices_per_chip,
+        "kernels": step.traffic.launches,
+        "all_reduce_bytes": step.traffic.all_reduced,
+        "all_reduces": step.traffic.all_reduces,
         "floor_seconds": seconds,
         "bound_by": bound,
         "images_per_second": rate,
@@ -273,28 +284,21 @@ _BOUNDS = (
 
 
 def plan_table(plan: dict[str, Any]) -> str:
-    """A plan as a table to read.
-
-    Args:
-      plan: From `make_plan`.
-
-    Returns:
-      Lines of text.
-    """
+    """Formats a plan as a table to read."""
     p, gib = plan, 2**30
-    chip, chips, memory = _words(p)
-    needed = f"{p['hbm_needed'] / gib:.2f}" if p["hbm_needed"] else "more than there is"
+    chip, chips, memory = _terms(p)
+    needed = f"{p['hbm_needed'] / gib:.2f}" if p["hbm_needed"] else "more than available"
     rows = [
         (f"{chips}, hosts", f"{p['chips']:,}, {p['hosts']:,}"),
-        (f"batch per {chip}, in all", f"{p['batch_per_chip']:,}, {p['batch_size']:,}"),
+        (f"batch per {chip}, total", f"{p['batch_per_chip']:,}, {p['batch_size']:,}"),
         (f"{memory} per {chip}, GiB", f"{needed} of {p['hbm'] / gib:.2f}"),
-        ("", "fits" if p["fits"] else "does not fit: take a smaller batch, or --find_batch"),
+        ("", "fits" if p["fits"] else "does not fit: use a smaller batch, or --find_batch"),
     ]
     if len(p["tried"]) > 1:
-        each = (f"{x['batch_per_chip']:,} {'fits' if x['fits'] else 'not'}" for x in p["tried"])
-        rows.append((f"batches per {chip} tried", ", ".join(each)))
+        tried = [f"{x['batch_per_chip']:,} {'fits' if x['fits'] else 'not'}" for x in p["tried"]]
+        rows.append((f"batches per {chip} tried", ", ".join(tried)))
         if p["batch_size"] + 8 * p["chips"] > p["images"]:
-            rows.append(("", "a larger batch would be more than the training images"))
+            rows.append(("", "a larger batch would have more images than the training split"))
     if p["fits"]:
         rows += _bound_rows(p)
     width = max(len(name) for name, _ in rows)
@@ -307,14 +311,14 @@ def plan_table(plan: dict[str, Any]) -> str:
     return "\n".join([title, *lines, *notes])
 
 
-def _words(plan: dict[str, Any]) -> tuple[str, str, str]:
-    """What a chip, several of them and their memory are called."""
+def _terms(plan: dict[str, Any]) -> tuple[str, str, str]:
+    """The terms of a platform for a chip, for chips, and for their memory."""
     return ("GPU", "GPUs", "memory") if plan["platform"] == "gpu" else ("chip", "chips", "HBM")
 
 
 def _bound_rows(p: dict[str, Any]) -> list[tuple[str, str]]:
     floor = {name: f"{_digits(1e3 * seconds)} ms" for name, seconds in p["floor_seconds"].items()}
-    chip, _, memory = _words(p)
+    chip, _, memory = _terms(p)
     cores, per_core = _digits(p["cores_per_host"]), f"{p['images_per_second_per_core']:,.0f}"
     kernels = [("kernels per step", f"{p['kernels']:,}")] if p["platform"] == "gpu" else []
     return [
@@ -340,11 +344,11 @@ def _bound_rows(p: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _digits(number: float) -> str:
-    """A number with three digits that count, however small it is."""
+    """A number with three significant digits."""
     return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 _NOTE = (
-    "Floors are bounds, not predictions: each takes one part of the hardware at its peak and all "
-    "else as free.\nReal steps are slower; evaluation, checkpoints and start-up come on top."
+    "Floors are bounds, not predictions: each assumes one part of the hardware at its peak and the "
+    "rest free.\nReal steps are slower; evaluation, checkpoints and start-up are not included."
 )

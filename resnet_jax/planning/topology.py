@@ -1,4 +1,4 @@
-"""The devices that a plan is for: TPU slices such as v5e:4x4, and hosts of GPUs such as h100:8."""
+"""Topologies to plan for: TPU slices such as v5e:4x4, and hosts of GPUs such as h100:8."""
 
 from __future__ import annotations
 
@@ -12,49 +12,35 @@ from resnet_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind that train together.
+    """Chips of one kind that train together."""
 
-    Args:
-      name: As the user gave it, such as "v5e:4x4" or "h100:2x8".
-      accelerator: What they are.
-      chips: TPU chips or GPUs, on all hosts together.
-      hosts: Machines that they are in.
-    """
-
-    name: str
+    name: str  # as in --topology: "v5e:4x4" or "h100:2x8"
     accelerator: Accelerator
-    chips: int
+    chips: int  # TPU chips or GPUs on all hosts
     hosts: int
 
     @property
     def devices(self) -> int:
-        """JAX devices of all chips."""
+        """JAX devices on all hosts."""
         return self.chips * self.accelerator.devices_per_chip
 
     def all_reduce_seconds(self, size: float) -> float:
-        """The least time of an all-reduce of `size` bytes over all chips."""
+        """A lower bound of the time of an all-reduce of `size` bytes over all chips."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class _Torus:
-    """How TPU chips of one kind are put together.
+    """The network of TPU chips of one kind."""
 
-    Args:
-      axes: Axes of the torus that the links make, two links each.
-      pod: Chips of the largest slice.
-      one_host: Chips of the largest slice on a single host.
-      per_host: Chips of a host in larger slices.
-    """
-
-    axes: int
-    pod: int
-    one_host: int = 4
-    per_host: int = 4
+    axes: int  # of the torus, with two links each
+    pod: int  # chips of the largest slice
+    one_host: int = 4  # chips of the largest slice on one host
+    per_host: int = 4  # chips per host of larger slices
 
 
-# The sources are those of the table of accelerators. Hosts of v5e and v6e have 8 chips in slices of
-# up to 8 and, as virtual machines, 4 in larger ones.
+# Sources: as in distributed/accelerators.py. Hosts of v5e and v6e have 8 chips in slices of up to 8
+# chips and 4 in larger ones.
 _TORUS = {
     "v2": _Torus(axes=2, pod=256),
     "v3": _Torus(axes=2, pod=1024),
@@ -67,57 +53,49 @@ _TORUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice(Topology):
-    """TPU chips in a mesh or torus.
+    """TPU chips in a mesh or torus."""
 
-    Args:
-      shape: Chips along each axis.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # chips along each axis
 
     @property
     def links(self) -> float:
-        """Bytes/s that a chip with most neighbors can send: an axis of two has one neighbor."""
+        """Bytes/s that a chip can send: to two neighbors on each axis, to one on an axis of two."""
         used = sum(min(side - 1, 2) for side in self.shape)
         return self.accelerator.links * used / (2 * len(self.shape))
 
     def all_reduce_seconds(self, size: float) -> float:
-        """Every chip sends everything twice, less the share that it keeps."""
+        """Every chip sends every byte twice, except those of the part that it reduces itself."""
         return 2 * size * (self.chips - 1) / self.chips / self.links if self.chips > 1 else 0.0
 
 
-# Bytes/s from a GPU to other hosts where nothing else is said: NVIDIA's DGX servers have a port of
-# 400 Gbit/s for each GPU of H100 and later, of 200 for each A100, of 100 for two V100. Hosts of
-# other cards: 100 Gbit/s, whatever the number of cards.
+# Default bytes/s from a GPU to other hosts: NVIDIA's DGX servers have a port of 400 Gbit/s for each
+# GPU since H100, of 200 for each A100, and of 100 for two V100. Hosts of other cards are assumed to
+# have 100 Gbit/s, whatever the number of cards.
 _NETWORK_PER_GPU = {
     **dict.fromkeys(("h100", "h200", "gh200", "b200", "gb200"), 50e9),
     **dict.fromkeys(("a100-40", "a100-80"), 25e9),
     **dict.fromkeys(("v100", "v100-32"), 6.25e9),
 }
 _NETWORK_PER_HOST = 12.5e9
-_MOST_LETTERS = 40
-# Images/s of a core, and Gbit/s of a host.
-_LEAST_RATE, _MOST_RATE = 0.001, 1e9
-# As many as the largest hosts of NVLink (HGX-2, a2-megagpu-16g) and of PCIe have.
-_MOST_GPUS = 16
-_MOST_HOSTS = 100_000
+_MAX_NAME_LENGTH = 40
+# Of --images_per_core (images/s) and --network_gbits (Gbit/s).
+_MIN_RATE, _MAX_RATE = 0.001, 1e9
+# The largest hosts with NVLink (HGX-2, a2-megagpu-16g) and with PCIe have 16.
+_MAX_GPUS = 16
+_MAX_HOSTS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuHosts(Topology):
-    """Hosts with equal numbers of GPUs.
+    """Hosts with equal numbers of GPUs."""
 
-    Args:
-      network: Bytes/s that a host sends to other hosts.
-    """
-
-    network: float
+    network: float  # bytes/s from a host to other hosts
 
     def all_reduce_seconds(self, size: float) -> float:
-        """The slower of the links in a host and the network, which work at the same time.
+        """The time on the links in a host or on the network, which overlap: the longer of the two.
 
-        A host reduces its own gradients first, so each byte crosses the network twice for a host
-        and not for a GPU, less the share that the host keeps.
+        A host first reduces the gradients of its own GPUs. Between hosts every host, not every
+        GPU, sends every byte twice, except those of the part that it reduces itself.
         """
         gpus = self.chips // self.hosts
         inside = 2 * size * (gpus - 1) / gpus / self.accelerator.links
@@ -126,18 +104,10 @@ class GpuHosts(Topology):
 
 
 def parse_topology(name: str, network_gbits: float = 0.0) -> Topology:
-    """Reads the name of a topology.
+    """Parses CHIP:AxB or CHIP:AxBxC of TPUs, and NAME:GPUS or NAME:HOSTSxGPUS of GPUs.
 
-    Args:
-      name: For TPUs CHIP:AxB, or CHIP:AxBxC for chips with three axes; for GPUs NAME:GPUS on one
-        host, or NAME:HOSTSxGPUS.
-      network_gbits: Gbit/s from a host of GPUs to others; 0: that of the usual server.
-
-    Returns:
-      A `Slice` or `GpuHosts`.
-
-    Raises:
-      ConfigError: An unknown accelerator, or a shape that it does not come in.
+    `network_gbits` is the rate in Gbit/s from a host of GPUs to others; 0: as in the usual server.
+    Raises ConfigError for an unknown accelerator or a shape that it does not come in.
 
     Example:
       >>> tpus, gpus = parse_topology("v5e:4x4"), parse_topology("h100:2x8")
@@ -145,8 +115,8 @@ def parse_topology(name: str, network_gbits: float = 0.0) -> Topology:
       ((16, 4), (16, 2))
     """
     kind, _, shape = name.partition(":")
-    if len(name) > _MOST_LETTERS:
-        raise ConfigError(f"--topology={name[:_MOST_LETTERS]}...: is not the name of any")
+    if len(name) > _MAX_NAME_LENGTH:
+        raise ConfigError(f"--topology={name[:_MAX_NAME_LENGTH]}...: is not a topology")
     accelerator = ACCELERATORS.get(kind)
     if accelerator is not None and kind in _TORUS:
         return _slice(name, accelerator, shape)
@@ -160,9 +130,9 @@ def parse_topology(name: str, network_gbits: float = 0.0) -> Topology:
 
 
 def check_rate(flag: str, rate: float) -> None:
-    """Raises ConfigError unless a rate is 0, for the usual one, or one of real hardware."""
-    if rate != 0 and not _LEAST_RATE <= rate <= _MOST_RATE:
-        raise ConfigError(f"--{flag}={rate}: must be from {_LEAST_RATE} to {_MOST_RATE:,.0f}")
+    """Raises ConfigError unless a rate is 0, which means the default, or plausible."""
+    if rate != 0 and not _MIN_RATE <= rate <= _MAX_RATE:
+        raise ConfigError(f"--{flag}={rate}: must be from {_MIN_RATE} to {_MAX_RATE:,.0f}")
 
 
 def _slice(name: str, accelerator: Accelerator, shape: str) -> Slice:
@@ -188,13 +158,13 @@ def _gpu_hosts(name: str, accelerator: Accelerator, shape: str, network_gbits: f
             f"--topology={name}: must be {kind}:GPUS for one host or {kind}:HOSTSxGPUS, such as "
             f"{kind}:8 or {kind}:2x8"
         )
-    *many, gpus = map(int, shape.split("x"))
-    hosts = many[0] if many else 1
-    if hosts > _MOST_HOSTS:
-        raise ConfigError(f"--topology={name}: has {hosts:,} hosts; at most {_MOST_HOSTS:,}")
-    if gpus > _MOST_GPUS:
+    sizes = [int(size) for size in shape.split("x")]
+    hosts, gpus = sizes if len(sizes) == 2 else (1, *sizes)
+    if hosts > _MAX_HOSTS:
+        raise ConfigError(f"--topology={name}: has {hosts:,} hosts; at most {_MAX_HOSTS:,}")
+    if gpus > _MAX_GPUS:
         raise ConfigError(
-            f"--topology={name}: has {gpus} GPUs on a host; at most {_MOST_GPUS}, so for more give "
+            f"--topology={name}: has {gpus} GPUs on a host; at most {_MAX_GPUS}, so for more give "
             f"{kind}:HOSTSxGPUS"
         )
     check_rate("network_gbits", network_gbits)

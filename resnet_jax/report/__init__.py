@@ -1,1 +1,1 @@
-"""One self-contained page about a run, or about several beside each other."""
+"""One self-contained HTML page about a run, or comparing several."""

@@ -1,4 +1,4 @@
-"""A report's page: one HTML file that holds all sections, and their pictures beside it."""
+"""Renders the page of a report and writes it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from resnet_jax import files
 from resnet_jax.errors import ConfigError
 from resnet_jax.inference.writers import check_output, explained
-from resnet_jax.report.predictions import HeldOut
+from resnet_jax.report.predictions import HeldOutData
 from resnet_jax.report.runs import Run, read_run
-from resnet_jax.report.sections import Section, one_run, several_runs
+from resnet_jax.report.sections import Section, comparison_sections, single_run_sections
 from resnet_jax.terminal import visible
 
 
@@ -26,31 +26,19 @@ def write_report(
     data_dir: str = "",
     force: bool = False,
 ) -> Path:
-    """Writes one self-contained HTML file about runs, and its pictures beside it.
-
-    One run is looked at from all sides; several are laid over each other, as the paper compares
-    plain and residual networks.
+    """Writes one self-contained HTML file about a run or several, and its figures beside it.
 
     Args:
       workdirs: Folders of the runs.
-      output: The HTML file; None: "report.html" in the run's folder, or in the current one for
-        several runs. Pictures go into a folder of the same name without ".html".
-      images: Image files to explain, instead of the first held-out ones.
-      data: Held-out images, as in `data.name`; "": what each run was evaluated on, if this user
-        trained it.
-      data_dir: Where TFDS keeps its data sets; goes with `data`.
-      force: Replace what is there.
-
-    Returns:
-      The file.
+      output: The HTML file. Default: report.html in the run's folder, or in the current folder
+        for several runs. Figures go into a folder of the same name without ".html".
+      images: Image files for the saliency maps. Default: the first held-out images.
+      data: Held-out images, as in `data.name`. Default: those of each run, if this user trained it.
+      data_dir: Where TFDS keeps its data sets; needs `data`.
+      force: Replace existing files.
 
     Raises:
-      ConfigError: A folder is no workdir, or the output is there already or cannot be written.
-
-    Example:
-      >>> write_report(["nowhere"])
-      Traceback (most recent call last):
-      resnet_jax.errors.ConfigError: nowhere is not a workdir: it has no config.json
+      ConfigError: A folder is not a workdir, or the output exists or cannot be written.
     """
     runs = _with_titles([read_run(workdir) for workdir in workdirs])
     output = Path(output or (runs[0].workdir if len(runs) == 1 else Path()) / "report.html")
@@ -59,55 +47,53 @@ def write_report(
     if not output.parent.is_dir():
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
     if data_dir and not data:
-        raise ConfigError(f"--data_dir={data_dir}: goes with --data")
+        raise ConfigError(f"--data_dir={data_dir}: needs --data")
     with explained(output, f"--output={output}"):
         check_output(output, force, f"--output={output}")
     folder = output.with_suffix("")
-    if os.path.lexists(folder):  # before the minutes that the sections take
+    if os.path.lexists(folder):  # fail before the sections take minutes
         with explained(folder, f"--output={output}: {folder}"):
             files.check_own_folder(folder)
-    held_out = HeldOut(data, data_dir)
+    held_out = HeldOutData(data, data_dir)
     if len(runs) == 1:
-        sections = one_run(runs[0], images, held_out)
+        sections = single_run_sections(runs[0], images, held_out)
     else:
-        sections = several_runs(runs, held_out)
+        sections = comparison_sections(runs, held_out)
     _write(output, _render(runs, sections), sections, force)
     return output
 
 
 def _with_titles(runs: list[Run]) -> list[Run]:
-    """Runs whose folders share a name are called by their paths."""
+    """Replaces titles that occur twice by paths."""
     titles = [run.title for run in runs]
-    return [
-        dataclasses.replace(
-            run, title=visible(run.workdir if titles.count(run.title) > 1 else run.title)
-        )
-        for run in runs
-    ]
+    unique = [run.workdir if titles.count(run.title) > 1 else run.title for run in runs]
+    return [dataclasses.replace(run, title=visible(title)) for run, title in zip(runs, unique)]
 
 
 def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     import jinja2
 
     text = (resources.files("resnet_jax.report") / "template.html").read_text(encoding="utf-8")
-    # Names of classes, files and folders are data: autoescape keeps them from being markup.
+    # Names of classes, files and folders are untrusted: autoescape keeps them from being markup.
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: visible(value, keep="\n"),  # no bidirectional codes on the page
     )
-    data = runs[0].config.data
-    one = f"{runs[0].title}: {runs[0].config.model.name} on {data.name}"
-    title = one if len(runs) == 1 else f"{len(runs)} runs on {data.name}"
-    lead = "A network trained with resnet_jax." if len(runs) == 1 else "Runs beside each other."
+    config = runs[0].config
+    if len(runs) == 1:
+        title = f"{runs[0].title}: {config.model.name} on {config.data.name}"
+        lead = "A network trained with resnet_jax."
+    else:
+        title, lead = f"{len(runs)} runs on {config.data.name}", "A comparison of runs."
     return environment.from_string(text).render(title=title, lead=lead, sections=sections)
 
 
 def _write(output: Path, page: str, sections: Sequence[Section], force: bool) -> None:
-    """The pictures first, the page last and at once: a page that is there is whole.
+    """Writes figures first and the page last, by a rename, so that an existing page is complete.
 
-    Runs may be a stranger's: links in the place of files are replaced, one in the place of the
-    folder is refused, and neither is followed.
+    A workdir may be a stranger's: a symbolic link is replaced where it stands for a file, and
+    refused where it stands for the folder.
     """
     flag, folder = f"--output={output}", output.with_suffix("")
     pictures = {

@@ -1,4 +1,4 @@
-"""What a network says of the images that its run was evaluated on, and those images themselves."""
+"""A network's predictions on the held-out images of its run."""
 
 from __future__ import annotations
 
@@ -20,30 +20,17 @@ from resnet_jax.weights.source import Network, evaluated_data
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One image and what the network says of it.
+    """An image and the network's prediction for it."""
 
-    Args:
-      pixels: uint8 [H, W, C], as the network sees it.
-      labels: Its classes: one, or of a multi-label network none or several.
-      predicted: The class with the highest probability.
-      probability: That probability.
-    """
-
-    pixels: np.ndarray
-    labels: tuple[int, ...]
-    predicted: int
-    probability: float
+    pixels: np.ndarray  # uint8 [H, W, C], cropped as the network sees it
+    labels: tuple[int, ...]  # one class; in a multi-label data set none or several
+    predicted: int  # the most probable class
+    probability: float  # of that class
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """A pass over held-out images.
-
-    Args:
-      network: That made it.
-      source: The images.
-      result: The prediction for each.
-    """
+    """Predictions of a network for the images of a source."""
 
     network: Network
     source: Source
@@ -53,69 +40,55 @@ class Predictions:
         """The first images, right or wrong."""
         return self._read(range(min(count, self.result.images)))
 
-    def mistakes(self, count: int) -> list[Example]:
-        """The surest wrong predictions, the surest first; each image's likeliest class counts."""
+    def confident_errors(self, count: int) -> list[Example]:
+        """The wrong predictions of the highest probability, in decreasing order."""
         result = self.result
         if result.labels is not None:
             wrong = np.flatnonzero(result.predictions != result.labels)
-        else:  # a class that the image has not, and that is predicted all the same
+        else:  # multi-label: the most probable class is predicted and is not a label
             wrong = np.flatnonzero(~result.hits & (result.confidences >= self.network.threshold))
-        surest = np.argsort(-result.confidences[wrong], kind="stable")
-        return self._read(wrong[surest[:count]].tolist())
+        order = np.argsort(-result.confidences[wrong], kind="stable")
+        return self._read(wrong[order[:count]].tolist())
 
-    def _read(self, places: Iterable[int]) -> list[Example]:
-        return [self._example(place) for place in places]
+    def _read(self, rows: Iterable[int]) -> list[Example]:
+        return [self._example(row) for row in rows]
 
-    def _example(self, place: int) -> Example:
+    def _example(self, row: int) -> Example:
         network, result = self.network, self.result
-        data, label = self.source[result.indices[place]]
+        data, label = self.source[result.indices[row]]
         if result.labels is not None:
-            labels = result.labels[place : place + 1]
+            labels = result.labels[row : row + 1]
         else:
             sets = match_labels(network, self.source).classes_of(np.array([label]))
             labels = sets.nonzero()[1]
         return Example(
             eval_crop(data, network.crop, network.channels),
             tuple(map(int, labels)),
-            int(result.predictions[place]),
-            float(result.confidences[place]),
+            int(result.predictions[row]),
+            float(result.confidences[row]),
         )
 
 
-class HeldOut(NamedTuple):
-    """Where held-out images are; "": where the run says, if it is this user's own.
-
-    Args:
-      name: As in `data.name`.
-      folder: As in `data.data_dir`.
-    """
+class HeldOutData(NamedTuple):
+    """Values of `data.name` and `data.data_dir`; "": those of the run, if this user trained it."""
 
     name: str = ""
-    folder: str = ""
+    data_dir: str = ""
 
 
-def predict_split(network: Network, where: HeldOut, most: int) -> Predictions:
-    """Runs a network over the images that its run was evaluated on.
+def predict_split(network: Network, data: HeldOutData, limit: int) -> Predictions:
+    """Predicts the first `limit` held-out images of a network opened from a workdir.
 
-    Args:
-      network: From a workdir, with the variables to look at.
-      where: Where the images are.
-      most: Images looked at, at most.
-
-    Returns:
-      What it says of them.
-
-    Raises:
-      ConfigError: Somebody else trained the network, and its images are in a folder.
-      DataError: The data set is not there, or not the one that the network was trained for.
-      WeightsError: The network's outputs are not numbers.
+    Raises ConfigError if the images are in a folder that somebody else's run names, DataError if
+    the data set is missing or lacks classes, and WeightsError if outputs are not finite.
     """
     config = network.config
-    data = config.data if config and where.name else evaluated_data(network)
-    name, folder = where if where.name else (data.name, data.data_dir)
-    source = open_held_out(network, name, data.eval_split, folder)
-    first = _First(source, most)
-    # The run has named the images that cannot be decoded. Of its processes only one writes.
+    recorded = config.data if config and data.name else evaluated_data(network)
+    name, folder = data if data.name else (recorded.name, recorded.data_dir)
+    source = open_held_out(network, name, recorded.eval_split, folder)
+    first = _FirstImages(source, limit)
+    # The run has already reported images that cannot be decoded. `local`: only one process of a
+    # run writes its report, so the devices of the others cannot take part.
     result = evaluate_network(network, first, "one_crop", log=lambda line: None, local=True)
     if result.class_names != network.class_names:
         raise DataError(
@@ -125,12 +98,12 @@ def predict_split(network: Network, where: HeldOut, most: int) -> Predictions:
     return Predictions(network, first, result)
 
 
-class _First(Source):
+class _FirstImages(Source):
     """The first images of a source."""
 
-    def __init__(self, source: Source, most: int) -> None:
+    def __init__(self, source: Source, limit: int) -> None:
         self._source = source
-        self._length = min(most, len(source))
+        self._length = min(limit, len(source))
         self.name, self.split, self.fingerprint = source.name, source.split, source.fingerprint
         self.class_names, self.label_shape = source.class_names, source.label_shape
         self.channels, self.image_shape = source.channels, source.image_shape

@@ -1,4 +1,4 @@
-"""What a run left in its workdir, read for a report."""
+"""What a report reads from a workdir: configuration, records and environment."""
 
 from __future__ import annotations
 
@@ -17,33 +17,21 @@ from resnet_jax.workdirs.workdir import read_class_counts, read_config
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A workdir's records.
-
-    Args:
-      workdir: Its folder.
-      title: What it is called beside others.
-      config: Its configuration.
-      training: Records of training, by step.
-      evaluations: Records of evaluation of the weights themselves.
-      ema_evaluations: Records of evaluation of their moving average.
-      bad_lines: Number of lines in metrics.jsonl that are no records.
-      environment: Versions and devices; {} where the run did not note them.
-      class_counts: Images of each class, by "train" and "eval", as far as the run counted them.
-    """
+    """What a workdir records about its run."""
 
     workdir: Path
-    title: str
+    title: str  # distinguishes it from the other runs of a page
     config: Config
     training: list[Record]
-    evaluations: list[Record]
-    ema_evaluations: list[Record]
-    bad_lines: int
-    environment: dict[str, str]
-    class_counts: dict[str, np.ndarray]
+    evaluations: list[Record]  # of the parameters themselves
+    ema_evaluations: list[Record]  # of their moving average
+    bad_lines: int  # lines of metrics.jsonl that are not records
+    environment: dict[str, str]  # versions and devices; {} if the run did not record them
+    class_counts: dict[str, np.ndarray]  # images of each class in "train" and "eval", if counted
 
     @property
     def final(self) -> Record:
-        """The last evaluation, of the moving average where there is one."""
+        """The last evaluation, of the moving average if there is one."""
         return (self.ema_evaluations or self.evaluations or [{}])[-1]
 
     @property
@@ -64,12 +52,12 @@ class Run:
 
     @property
     def changed_fields(self) -> dict[str, Any]:
-        """The configuration's fields that are not at their defaults."""
+        """Configuration fields that differ from their defaults."""
         default = to_flat(Config())
         return {k: v for k, v in to_flat(self.config).items() if v != default[k]}
 
-    def drops(self) -> list[int]:
-        """Steps before which a schedule that drops dropped the learning rate."""
+    def rate_drops(self) -> list[int]:
+        """First recorded steps after each drop of a "step" or "plateau" schedule."""
         if self.config.schedule.name not in ("step", "plateau"):
             return []
         pairs = zip(self.training, self.training[1:])
@@ -77,29 +65,14 @@ class Run:
 
 
 def read_run(workdir: str | Path) -> Run:
-    """Reads a workdir.
-
-    Args:
-      workdir: Folder of a run.
-
-    Returns:
-      Its records.
-
-    Raises:
-      ConfigError: It is no workdir, or nothing was recorded in it.
-
-    Example:
-      >>> read_run("nowhere")
-      Traceback (most recent call last):
-      resnet_jax.errors.ConfigError: nowhere is not a workdir: it has no config.json
-    """
+    """Reads a workdir; raises ConfigError if it is not one or has no records."""
     workdir = Path(workdir).expanduser()
     if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
     config = read_config(workdir)
     records, bad = read_records(workdir / "metrics.jsonl")
     if not records:
-        lines = f", and {bad} lines that are not what a run writes" if bad else ""
+        lines = f", and {bad} lines that are not records" if bad else ""
         raise ConfigError(f"{workdir / 'metrics.jsonl'} has no record yet{lines}; train first")
     evaluations = [
         record
@@ -124,5 +97,5 @@ def read_run(workdir: str | Path) -> Run:
 def _read_environment(path: Path) -> dict[str, str]:
     try:
         return {str(k): str(v) for k, v in read_json(path).items()}
-    except (OSError, ValueError, AttributeError):  # runs of before it was noted
+    except (OSError, ValueError, AttributeError):  # runs of older versions have none
         return {}

@@ -1,4 +1,4 @@
-"""The sections of a report: what each of them shows, and where it comes from."""
+"""The sections of a report, from what `runs` and `predictions` read."""
 
 from __future__ import annotations
 
@@ -19,52 +19,44 @@ from resnet_jax.inference.classifier import probabilities
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
 from resnet_jax.report import figures
-from resnet_jax.report.predictions import Example, HeldOut, Predictions, predict_split
+from resnet_jax.report.predictions import Example, HeldOutData, Predictions, predict_split
 from resnet_jax.report.runs import Run
 from resnet_jax.terminal import visible
 from resnet_jax.weights.source import Network, open_network
 from resnet_jax.workdirs.metric_writers import duration
 from resnet_jax.workdirs.workdir import read_class_names
 
-# Held-out images that the network is run over again.
-MOST_IMAGES = 10_000
-MISTAKES, EXPLAINED, RESPONDING = 24, 6, 64
+# Images: evaluated at most, shown as errors, shown with saliency maps, averaged in responses.
+MAX_IMAGES, NUM_ERRORS, NUM_SALIENCY, NUM_RESPONSES = 10_000, 24, 6, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A PNG file in a report.
+    """A PNG file of a report."""
 
-    Args:
-      name: Of its file.
-      png: Its bytes.
-      alt: What it shows, for who cannot see it.
-      caption: The line below it.
-    """
-
-    name: str
+    name: str  # of its file, without ".png"
     png: bytes
     alt: str
     caption: str
 
     @property
     def uri(self) -> str:
-        """The picture inside the page itself."""
+        """The file as a data URI, which embeds it in the page."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of text; `folded` is the line that unfolds them."""
+    """Rows of text, collapsed below a line `collapsed` unless that is empty."""
 
     rows: Sequence[Sequence[str]]
     header: Sequence[str] = ()
-    folded: str = ""
+    collapsed: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it."""
+    """A heading and what is below it."""
 
     id: str
     heading: str
@@ -73,88 +65,79 @@ class Section:
     tables: Sequence[Table] = ()
 
 
-def one_run(run: Run, images: Sequence[str | Path], data: HeldOut) -> list[Section]:
-    """A run from all sides, as far as there still is what it was made of.
+def single_run_sections(run: Run, images: Sequence[str | Path], data: HeldOutData) -> list[Section]:
+    """The sections about one run; those whose checkpoint or data set is missing are left out.
 
-    Args:
-      run: Its records.
-      images: Image files to explain, instead of the first held-out ones.
-      data: Where the held-out images are.
-
-    Returns:
-      The sections from above.
-
-    Raises:
-      ConfigError: One of the images cannot be read.
+    Saliency maps are of `images`, or of the first held-out images. Raises ConfigError if one of
+    `images` cannot be read.
     """
-    sections = [_figures(run), _curves([run])]
+    sections = [_result(run), _curves([run])]
     try:
         network = open_network(run.workdir)
     except ResNetJaxError as error:
-        text = f"The network could not be opened, so only its records are here: {error}"
-        found = Section("network", "Network", text)
-        return [*sections, *_class_sizes(run), found, *_recipe(run)]
+        text = f"The checkpoint cannot be opened, so this page shows only records: {error}"
+        missing = Section("network", "Network", text)
+        return [*sections, *_class_sizes(run), missing, *_recipe(run)]
+    recipe = _recipe(run, network.channels)
     try:
-        predictions = predict_split(network, data, MOST_IMAGES)
+        predictions = predict_split(network, data, MAX_IMAGES)
     except ResNetJaxError as error:
-        text = f"The held-out images could not be read, so they are not looked at: {error}"
-        images_section, recipe = Section("images", "Images", text), _recipe(run, network.channels)
-        return [*sections, *_class_sizes(run), images_section, _filters(network), *recipe]
-    held_out = predictions.examples(RESPONDING)
-    examples = _read_images(images, network) or held_out
-    classes = predictions.result.class_metrics
-    sections += [
-        *_class_sizes(run, predictions.result),
-        _confusion(predictions.result) if classes is None else _class_measures(classes, run),
-        _mistakes(predictions),
-        _explanations(network, examples[:EXPLAINED]),
+        text = f"The held-out images cannot be read, so this page shows no predictions: {error}"
+        missing = Section("images", "Held-out images", text)
+        return [*sections, *_class_sizes(run), missing, _filters(network), *recipe]
+    held_out = predictions.examples(NUM_RESPONSES)
+    explained = _read_images(images, network) or held_out
+    result = predictions.result
+    by_class = result.class_metrics
+    return [
+        *sections,
+        *_class_sizes(run, result),
+        _confusion(result) if by_class is None else _class_metrics(by_class, run),
+        _confident_errors(predictions),
+        _saliency(network, explained[:NUM_SALIENCY]),
         _filters(network),
         _responses({run.title: (network, _pixels(held_out))}),
+        *recipe,
     ]
-    return [*sections, *_recipe(run, network.channels)]
 
 
-def several_runs(runs: Sequence[Run], data: HeldOut) -> list[Section]:
-    """Runs laid over each other.
-
-    Args:
-      runs: Their records.
-      data: Where the held-out images are.
-
-    Returns:
-      The sections from above.
-    """
+def comparison_sections(runs: Sequence[Run], data: HeldOutData) -> list[Section]:
+    """The sections that compare several runs."""
     sections = [_comparison(runs), _curves(runs)]
-    found: dict[str, tuple[Network, np.ndarray]] = {}
+    opened: dict[str, tuple[Network, np.ndarray]] = {}
     for run in runs:
         try:
             network = open_network(run.workdir)
-            examples = predict_split(network, data, RESPONDING).examples(RESPONDING)
-        except ResNetJaxError:  # its curves are there all the same
+            examples = predict_split(network, data, NUM_RESPONSES).examples(NUM_RESPONSES)
+        except ResNetJaxError:  # its curves need neither checkpoint nor data
             continue
-        found[run.title] = network, _pixels(examples)
-    if found:
-        sections.append(_responses(found))
+        opened[run.title] = network, _pixels(examples)
+    if opened:
+        sections.append(_responses(opened))
     return sections
 
 
-def _figures(run: Run) -> Section:
+def _result(run: Run) -> Section:
     final, config = run.final, run.config
     rows = [
         ("held out", f"{config.data.eval_split}, {final.get('images', 0):,} images"),
-        ("mAP", f"{final['map']:.2%}" if "map" in final else ""),
-        ("F1, macro", f"{final['f1']:.2%}" if "f1" in final else ""),
-        ("F1, micro", f"{final['f1_micro']:.2%}" if "f1_micro" in final else ""),
-        ("top-1", f"{final['top1']:.2%}" if final else "not evaluated yet"),
-        ("top-5", f"{final['top5']:.2%}" if "top5" in final else ""),
+        ("mAP", _percent(final, "map")),
+        ("F1, macro", _percent(final, "f1")),
+        ("F1, micro", _percent(final, "f1_micro")),
+        ("top-1", _percent(final, "top1") if final else "not evaluated yet"),
+        ("top-5", _percent(final, "top5")),
         ("loss", f"{final['loss']:.4f}" if final else ""),
         ("steps", f"{run.training[-1]['step'] if run.training else 0:,}"),
-        ("time in training", duration(run.seconds)),
-        ("images/s in training", f"{run.images_per_second:,.0f}"),
-        ("left out", f"{run.bad_lines} lines of metrics.jsonl" if run.bad_lines else ""),
+        ("training time", duration(run.seconds)),
+        ("training images/s", f"{run.images_per_second:,.0f}"),
+        ("damaged records", f"{run.bad_lines} lines of metrics.jsonl" if run.bad_lines else ""),
     ]
     rows = [row for row in rows if row[1]]
     return Section("result", "Result", tables=[Table(rows)])
+
+
+def _percent(record: dict[str, Any], name: str) -> str:
+    return f"{record[name]:.2%}" if name in record else ""
 
 
 def _comparison(runs: Sequence[Run]) -> Section:
@@ -173,7 +156,9 @@ def _comparison(runs: Sequence[Run]) -> Section:
                 duration(run.seconds),
             )
         )
-    text = "Training error: the last record's mean, of images augmented as for training."
+    text = (
+        "Training errors are means over the steps of the last record, with training augmentation."
+    )
     return Section("runs", "Runs", text, tables=[Table(rows, header)])
 
 
@@ -182,7 +167,7 @@ def _curves(runs: Sequence[Run]) -> Section:
         "curves",
         figures.learning_curves(runs),
         "Top-1 error over training steps, with the learning rate below",
-        "As in He et al. 2015, Figures 4 and 6. Dotted: where the learning rate falls.",
+        "As in He et al. 2015, Figures 4 and 6. Dotted lines: drops of the learning rate.",
     )
     pictures = [picture]
     if any("map" in record for run in runs for record in run.evaluations):
@@ -198,115 +183,116 @@ def _curves(runs: Sequence[Run]) -> Section:
 
 
 def _class_sizes(run: Run, result: EvaluationResult | None = None) -> list[Section]:
-    """Sizes of the classes, and what is recognized of each; none where the run did not count."""
+    """Images of each class, with accuracies from `result`; [] where the run did not count them."""
     if not run.class_counts.get("train", np.zeros(0)).any():
         return []
     names, counts = read_class_names(run.workdir), run.class_counts["train"]
     known = result and result.class_names == names and result.per_class
-    recognized = [each.top1 for each in known] if known else []
-    order, there = np.argsort(-counts, kind="stable"), counts[counts > 0]
-    smallest = int(order[len(there) - 1])
+    accuracies = [each.top1 for each in known] if known else []
+    order, present = np.argsort(-counts, kind="stable"), counts[counts > 0]
+    smallest = int(order[len(present) - 1])
     facts = [
-        ("largest class", f"{_short(names[order[0]])}, {there.max():,} training images"),
-        ("smallest class", f"{_short(names[smallest])}, {there.min():,} training images"),
-        ("ratio", f"{there.max() / there.min():.3g}"),
+        ("largest class", f"{_short(names[order[0]])}, {present.max():,} training images"),
+        ("smallest class", f"{_short(names[smallest])}, {present.min():,} training images"),
+        ("ratio", f"{present.max() / present.min():.3g}"),
     ]
-    if missing := len(names) - len(there):
+    if missing := len(names) - len(present):
         facts.append(("classes without training images", f"{missing:,}"))
     columns = {"training images": [f"{each:,}" for each in counts]}
     if "eval" in run.class_counts:
         columns["held-out images"] = [f"{each:,}" for each in run.class_counts["eval"]]
-    if recognized:
-        columns["recognized"] = ["" if each is None else f"{each:.1%}" for each in recognized]
+    if accuracies:
+        columns["accuracy"] = ["" if each is None else f"{each:.1%}" for each in accuracies]
     rows = [(names[index], *(column[index] for column in columns.values())) for index in order]
-    every = Table(rows, ("class", *columns), folded="Each class, the largest first")
+    by_class = Table(rows, ("class", *columns), collapsed="All classes, largest first")
     picture = Picture(
         "classes",
-        figures.class_sizes([visible(name) for name in names], counts, recognized),
-        "Training images of each class, and how many of its held-out images are recognized",
-        "Classes from the largest to the smallest, by training images.",
+        figures.class_sizes([visible(name) for name in names], counts, accuracies),
+        "Training images of each class, and accuracy on its held-out images",
+        "Classes by decreasing number of training images.",
     )
-    return [
-        Section("classes", "Sizes of classes", pictures=[picture], tables=[Table(facts), every])
-    ]
+    tables = [Table(facts), by_class]
+    return [Section("classes", "Class sizes", pictures=[picture], tables=tables)]
 
 
 def _confusion(result: EvaluationResult) -> Section:
-    there = [each for each in result.per_class or () if each.top1 is not None]
-    hardest = sorted(there, key=lambda each: each.top1 or 0.0)
+    present = [each for each in result.per_class or () if each.top1 is not None]
+    hardest = sorted(present, key=lambda each: each.top1 or 0.0)
     rows = [(each.name, f"{each.top1:.1%}", f"{each.images:,}") for each in hardest]
-    table = Table(rows, ("class", "recognised", "images"), folded="Each class, the hardest first")
+    header = ("class", "accuracy", "images")
+    table = Table(rows, header, collapsed="All classes, lowest accuracy first")
     pictures = []
     names, counts = result.class_names, result.confusion
-    if counts is not None and len(names) <= 200:  # with more nothing could be seen
+    if counts is not None and len(names) <= 200:  # a larger one is illegible
         pictures.append(
             Picture(
                 "confusion",
                 figures.confusion_matrix(counts, [visible(name) for name in names]),
-                "Confusion matrix: true classes by predicted ones",
-                f"Of {result.images:,} held-out images, by the best state of the run.",
+                "Confusion matrix: true classes in rows, predicted classes in columns",
+                f"{result.images:,} held-out images, classified by the best state of the run.",
             )
         )
-    return Section("confusion", "Confusion", pictures=pictures, tables=[table])
+    return Section("confusion", "Confusion matrix", pictures=pictures, tables=[table])
 
 
-def _class_measures(classes: Sequence[ClassMetrics], run: Run) -> Section:
-    """Each class of a multi-label network, in the place of a confusion matrix."""
-    there = [each for each in classes if each.average_precision is not None]
-    hardest = sorted(there, key=lambda each: each.average_precision or 0.0)
+def _class_metrics(classes: Sequence[ClassMetrics], run: Run) -> Section:
+    """The metrics of each class, which replace the confusion matrix of a multi-label network."""
+    present = [each for each in classes if each.average_precision is not None]
+    hardest = sorted(present, key=lambda each: each.average_precision or 0.0)
     rows = []
     for each in hardest:
-        shares = (each.average_precision, each.precision, each.recall, each.f1)
-        cells = ["" if x is None else f"{x:.1%}" for x in shares]
+        metrics = (each.average_precision, each.precision, each.recall, each.f1)
+        cells = ["" if x is None else f"{x:.1%}" for x in metrics]
         rows.append((each.name, *cells, f"{each.images:,}", f"{each.predicted:,}"))
     header = ("class", "average precision", "precision", "recall", "F1", "images", "predicted")
     text = (
-        f"The hardest first. A class is predicted from a probability of "
-        f"{run.config.evaluate.threshold:g} up."
+        "Classes by increasing average precision. A class is predicted if its probability is at "
+        f"least {run.config.evaluate.threshold:g}."
     )
-    if len(there) < len(classes):
-        text += f" {len(classes) - len(there):,} classes are on no image."
-    return Section("class_measures", "Measures of each class", text, tables=[Table(rows, header)])
+    if absent := len(classes) - len(present):
+        text += f" Classes without images are left out: {absent:,}."
+    return Section("class_metrics", "Metrics by class", text, tables=[Table(rows, header)])
 
 
-def _mistakes(predictions: Predictions) -> Section:
-    names, shown = predictions.result.class_names, predictions.mistakes(MISTAKES)
-    several = predictions.network.multi_label
+def _confident_errors(predictions: Predictions) -> Section:
+    heading = "Most confident errors"
+    names, shown = predictions.result.class_names, predictions.confident_errors(NUM_ERRORS)
     if not shown:
-        text = f"None of {predictions.result.images:,} images is mistaken."
-        return Section("mistakes", "Surest mistakes", text)
+        text = f"All {predictions.result.images:,} images are classified correctly."
+        return Section("errors", heading, text)
     titles = [
         f"{_short(', '.join(names[label] for label in each.labels) or 'none')}\n"
         f"→ {_short(names[each.predicted])} {each.probability:.0%}"
         for each in shown
     ]
+    truth = "true classes" if predictions.network.multi_label else "true class"
     picture = Picture(
         "mistakes",
-        figures.picture_grid([each.pixels for each in shown], titles, columns=6),
-        "Images that the network is most sure of and wrong",
-        f"Above each image its true {'classes' if several else 'class'}, and below that the "
-        "prediction with its probability.",
+        figures.image_grid([each.pixels for each in shown], titles, columns=6),
+        "Wrongly classified images with the highest predicted probability",
+        f"Above each image: its {truth}, then the predicted class with its probability.",
     )
-    return Section("mistakes", "Surest mistakes", pictures=[picture])
+    return Section("errors", heading, pictures=[picture])
 
 
-def _explanations(network: Network, examples: Sequence[Example]) -> Section:
+def _saliency(network: Network, examples: Sequence[Example]) -> Section:
     pixels = _pixels(examples)
     images = network.preprocessing.normalize(pixels)
     classes = jnp.array([example.predicted for example in examples])
-    evidence = grad_cam(network.model, network.variables, images, classes)
-    shares = integrated_gradients(network.model, network.variables, images, classes, steps=20)
+    cams = grad_cam(network.model, network.variables, images, classes)
+    attributions = integrated_gradients(network.model, network.variables, images, classes, steps=20)
     titles = [
         f"{_short(network.class_names[each.predicted])} {each.probability:.0%}" for each in examples
     ]
     picture = Picture(
         "explanations",
-        figures.explanation_grid(pixels, np.asarray(evidence), np.asarray(shares), titles),
-        "Images with the places that speak for the predicted class",
+        figures.saliency_grid(pixels, np.asarray(cams), np.asarray(attributions), titles),
+        "Images with Grad-CAM and integrated gradients of the predicted class",
         "For the predicted class: Grad-CAM (Selvaraju et al. 2017) on the last stage, and "
-        "integrated gradients (Sundararajan et al. 2017): orange speaks for it, purple against.",
+        "integrated gradients (Sundararajan et al. 2017; orange raises its logit, purple lowers "
+        "it).",
     )
-    return Section("explanations", "What it looks at", pictures=[picture])
+    return Section("saliency", "Saliency maps", pictures=[picture])
 
 
 def _filters(network: Network) -> Section:
@@ -314,23 +300,24 @@ def _filters(network: Network) -> Section:
     picture = Picture(
         "filters",
         figures.filter_grid(kernel),
-        "The first layer's filters",
-        f"{kernel.shape[3]} filters of {kernel.shape[0]}x{kernel.shape[1]} pixels; grey is 0.",
+        "The filters of the first convolution",
+        f"{kernel.shape[3]} filters of {kernel.shape[0]}x{kernel.shape[1]} pixels; gray is 0.",
     )
     return Section("filters", "First-layer filters", pictures=[picture])
 
 
 def _responses(networks: dict[str, tuple[Network, np.ndarray]]) -> Section:
-    found = {}
+    """Layer responses of networks by run title, on uint8 images [N, H, W, C] of each."""
+    deviations = {}
     for title, (network, pixels) in networks.items():
         images = network.preprocessing.normalize(pixels)
-        found[title] = responses(network.model, network.variables, images)
+        deviations[title] = responses(network.model, network.variables, images)
     picture = Picture(
         "responses",
-        figures.response_curves(found),
+        figures.response_curves(deviations),
         "Standard deviation of each layer's response",
-        "As in He et al. 2015, Figure 7: after a convolution and its norm, before ReLU or "
-        "addition. The paper finds them smaller in residual networks than in plain ones.",
+        "As in He et al. 2015, Figure 7: after each convolution and its norm, before ReLU or "
+        "addition. In the paper, residual networks have smaller responses than plain ones.",
     )
     return Section("responses", "Layer responses", pictures=[picture])
 
@@ -343,21 +330,21 @@ def _recipe(run: Run, channels: int = 0) -> list[Section]:
         model = make_model(config, len(read_class_names(run.workdir))).clone(axis_name=None)
         side = config.data.image_size
         channels = channels or config.data.channels or len(config.augment.mean)
-        found = summary(model, (1, side, side, channels))
+        counts = summary(model, (1, side, side, channels))
         network = [
             ("network", config.model.name),
-            ("parameters", f"{found.parameters:,}"),
-            ("multiply-adds an image", f"{found.multiply_adds:,}"),
+            ("parameters", f"{counts.parameters:,}"),
+            ("multiply-adds per image", f"{counts.multiply_adds:,}"),
         ]
     except ResNetJaxError:
         network = [("network", config.model.name)]
     changed = [(name, repr(value)) for name, value in run.changed_fields.items()]
-    everything = [(name, repr(value)) for name, value in to_flat(config).items()]
+    every_field = [(name, repr(value)) for name, value in to_flat(config).items()]
     recipe = Section(
         "recipe",
         "Recipe",
-        "What differs from the defaults; all fields are in config.json.",
-        tables=[Table(network + changed), Table(everything, folded="All fields")],
+        "Fields that differ from their defaults; config.json has all of them.",
+        tables=[Table(network + changed), Table(every_field, collapsed="All fields")],
     )
     if not run.environment:
         return [recipe]
@@ -375,9 +362,9 @@ def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]
             raise ConfigError(f"--images: {path}: {error}") from error
         images = network.preprocessing.normalize(pixels[None])
         logits: Any = network.model.apply(network.variables, images, train=False)
-        shares = probabilities(network, np.asarray(logits))[0]
-        guess = int(shares.argmax())
-        examples.append(Example(pixels, (guess,), guess, float(shares[guess])))
+        scores = probabilities(network, np.asarray(logits))[0]
+        predicted = int(scores.argmax())
+        examples.append(Example(pixels, (predicted,), predicted, float(scores[predicted])))
     return examples
 
 

@@ -1,4 +1,4 @@
-"""The Python of docs/predict.md and docs/export.md runs, around the commands that they name."""
+"""The Python blocks of docs/predict.md and docs/export.md run, with the commands beside them."""
 
 import json
 import pathlib
@@ -16,10 +16,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs" / "predict.md"
 
 @pytest.fixture(autouse=True)
 def digits(tmp_path, monkeypatch):
-    """A network in runs/digits.
-
-    Random weights in the Hub's form stand for the trained run; the commands are the same.
-    """
+    """A network in runs/digits: random weights in the Hub's format replace the trained run."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "digits"
     folder.mkdir(parents=True)
@@ -34,7 +31,7 @@ def digits(tmp_path, monkeypatch):
 def test_blocks(capsys):
     text = DOCS.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    _, in_python, apply, as_files, neighbours = blocks  # the first: tests/inference/test_predict.py
+    _, in_python, apply, as_files, neighbors = blocks  # the first: tests/inference/test_predict.py
     names = {}
     exec(compile(as_files, str(DOCS), "exec"), names)  # noqa: S102
     exec(compile(in_python + apply, str(DOCS), "exec"), names)  # noqa: S102
@@ -43,8 +40,8 @@ def test_blocks(capsys):
     for command in commands:
         assert main(command.split()) == 0
     capsys.readouterr()
-    exec(compile(neighbours, str(DOCS), "exec"), names)  # noqa: S102
-    # Even random features tell most digits apart, if paths, labels and rows belong together.
+    exec(compile(neighbors, str(DOCS), "exec"), names)  # noqa: S102
+    # Even random features distinguish most digits, if paths, labels and rows are in the same order.
     assert float(capsys.readouterr().out.partition("%")[0]) > 80
 
 

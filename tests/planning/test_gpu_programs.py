@@ -1,6 +1,6 @@
-"""The programs that a GPU runs, compiled for an H100 by JAX's CUDA plugin, without a card.
+"""Programs for GPUs, compiled for an H100 by JAX's CUDA plugin without a card.
 
-Whether a program compiles, and into what, is known without running it. Needs the extra `plan-gpu`.
+Needs the extra `plan-gpu`.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources.known_sizes import SizeOnlySource
 from resnet_jax.distributed.data_parallel import parallel_outputs, parallel_sums
 from resnet_jax.evaluation.metrics import make_evaluation_step
-from resnet_jax.planning import ahead
+from resnet_jax.planning import aot
 from resnet_jax.planning.gpu import COMPILER_OPTIONS, gpu_devices
-from resnet_jax.planning.program import traffic
 from resnet_jax.planning.topology import parse_topology
+from resnet_jax.planning.traffic import count_traffic
 
 pytestmark = [
     pytest.mark.skipif(
@@ -32,13 +32,13 @@ pytestmark = [
 
 GPUS, BATCH, SIDE = 2, 8, 16
 SOURCE = SizeOnlySource(images=64, classes=10, channels=3)
-# One convolution, as the compiler hands it to cuDNN: the type of its result.
+# The result type of a convolution that cuDNN computes.
 CONVOLUTION = re.compile(r'= \((\w+)\[[^)]*\) custom-call\(.*"__cudnn\$conv')
 
 
 @pytest.fixture(scope="module")
 def gpus():
-    # Read back, a program that no device here can run would be an error.
+    # Reading a cached program that no device here can run is an error.
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     yield gpu_devices(parse_topology(f"h100:{GPUS}"))
@@ -46,7 +46,7 @@ def gpus():
 
 
 def configuration(**changes):
-    """Such as model__dtype="bfloat16"; of a data set in memory."""
+    """A run with a data set in memory; changes are such as model__dtype="bfloat16"."""
     config = c.Config(
         model=c.Model(name="tiny", dtype="bfloat16"),
         data=c.Data(name="tfds:cifar10", image_size=SIDE),
@@ -68,13 +68,13 @@ def compiled_text(lowered):
 
 
 def check_training(text, dtype):
-    """Convolutions and their gradients are cuDNN's, in the network's precision."""
+    """Convolutions and their gradients are computed by cuDNN in the dtype of the network."""
     assert {found[1] for found in CONVOLUTION.finditer(text)} == {dtype}
     assert "__cudnn$convBackwardFilter" in text
-    moved = traffic(text)
-    assert moved.reductions >= 1
+    moved = count_traffic(text)
+    assert moved.all_reduces >= 1
     # Gradients, 4 bytes for each parameter of a network of thousands.
-    assert 4 * 5_000 < moved.reduced < moved.memory
+    assert 4 * 5_000 < moved.all_reduced < moved.memory
 
 
 class TestTraining:
@@ -93,7 +93,7 @@ class TestTraining:
         ],
     )
     def test_compiles(self, gpus, dtype, changes):
-        lowered = ahead.lower_step(configuration(**changes), gpus, SOURCE)
+        lowered = aot.lower_step(configuration(**changes), gpus, SOURCE)
         check_training(compiled_text(lowered), dtype)
 
     @pytest.mark.parametrize(
@@ -105,20 +105,20 @@ class TestTraining:
         ],
     )
     def test_families_compile(self, gpus, name, monkeypatch):
-        """With two blocks each, the second of them at half the resolution."""
+        """Two blocks of each family, the second at half the resolution."""
 
         def small(config, classes):
             sizes = {"stage_sizes": (1, 1), "stage_widths": (16, 32)}
             return rj.create_model(name, num_classes=classes, dtype=jnp.bfloat16, **sizes)
 
-        monkeypatch.setattr(ahead, "make_model", small)
+        monkeypatch.setattr(aot, "make_model", small)
         config = configuration(data__image_size=2 * SIDE)
-        check_training(compiled_text(ahead.lower_step(config, gpus, SOURCE)), "bf16")
+        check_training(compiled_text(aot.lower_step(config, gpus, SOURCE)), "bf16")
 
 
 class TestInference:
     def lower(self, run):
-        """Of variables and a batch [D, N / D, ...]."""
+        """Lowers `run` for variables and a batch [D, N / D, ...]."""
         model = rj.create_model("tiny", dtype=jnp.bfloat16)
         shape = jax.ShapeDtypeStruct
         images = shape((GPUS, BATCH // GPUS, SIDE, SIDE, 3), jnp.uint8)
@@ -136,7 +136,7 @@ class TestInference:
 
         text = compiled_text(self.lower(run))
         assert {found[1] for found in CONVOLUTION.finditer(text)} == {"bf16"}
-        assert traffic(text).reductions >= 1
+        assert count_traffic(text).all_reduces >= 1
 
     def test_prediction_compiles(self, gpus):
         def run(model, variables, images, batch):
@@ -147,4 +147,4 @@ class TestInference:
 
         text = compiled_text(self.lower(run))
         assert {found[1] for found in CONVOLUTION.finditer(text)} == {"bf16"}
-        assert traffic(text).reductions == 0
+        assert count_traffic(text).all_reduces == 0

@@ -1,4 +1,4 @@
-"""Plans for TPUs and GPUs: the arithmetic without a compiler, and programs compiled where it is."""
+"""Plans for TPUs and GPUs: arithmetic without a compiler, and compiled programs if there is one."""
 
 import importlib.util
 import json
@@ -18,12 +18,12 @@ from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor.reasons import explain
 from resnet_jax.errors import ConfigError, DataError
-from resnet_jax.planning import ahead, gpu
-from resnet_jax.planning.ahead import Program
+from resnet_jax.planning import aot, gpu
+from resnet_jax.planning.aot import CompiledStep
 from resnet_jax.planning.plan import floors, largest_batch, make_plan, plan_table
-from resnet_jax.planning.program import Traffic, traffic
 from resnet_jax.planning.topology import parse_topology
 from resnet_jax.planning.tpu import memory_shortage
+from resnet_jax.planning.traffic import Traffic, count_traffic
 
 GIB = 2**30
 IMAGENET = c.Data(name="tfds:imagenet2012", image_size=224, crop="random_resized")
@@ -36,15 +36,17 @@ def recipe(**fields):
 
 
 def compiler(limit=16 * GIB, image=24 * 2**20):
-    """Of programs whose memory is that of their images, and whose work is easy to reckon with."""
+    """Compiles to programs with `image` bytes per image, and with round numbers for their work."""
 
     def make(topology, source):
         def compile_step(config):
             batch = config.train.batch_size // topology.devices
-            work = {"flops": 24e9 * batch, "traffic": 160_000_000 * batch, "kernels": 1161}
-            fits = image * batch <= limit
-            work |= {"reduced": 100_000_000, "reductions": 2} if topology.chips > 1 else {}
-            return Program(fits, image * batch, limit, **(work if fits else {}), seconds=1.0)
+            if (memory := image * batch) > limit:
+                return CompiledStep(False, memory, limit, compile_seconds=1.0)
+            traffic = Traffic(160_000_000 * batch, launches=1161)
+            if topology.chips > 1:
+                traffic += Traffic(all_reduced=100_000_000, all_reduces=2)
+            return CompiledStep(True, memory, limit, 24e9 * batch, traffic, compile_seconds=1.0)
 
         return compile_step
 
@@ -75,7 +77,7 @@ class TestTopologies:
             *[("h100:0", "h100:GPUS"), ("h100:2x2x2", "h100:HOSTSxGPUS"), ("t4:64", "at most 16")],
         ],
     )
-    def test_names_that_are_none(self, name, said):
+    def test_invalid_names(self, name, said):
         with pytest.raises(ConfigError, match="--topology=") as error:
             parse_topology(name)
         assert said in str(error.value)
@@ -107,7 +109,7 @@ class TestTopologies:
 
 
 class TestMemoryOfGpus:
-    """JAX takes a share of a card, and a program has to fit into that."""
+    """JAX allocates a fraction of a card, and a program has to fit into that."""
 
     @pytest.fixture(autouse=True)
     def shell(self, monkeypatch):
@@ -139,7 +141,7 @@ class TestMemoryOfGpus:
             gpu.memory_pool(parse_topology("h100:8"))
 
     @pytest.mark.parametrize("value", ["most", "0", "1.5"])
-    def test_no_share(self, value):
+    def test_invalid_fraction(self, value):
         self.monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", value)
         with pytest.raises(ConfigError, match=f"XLA_CLIENT_MEM_FRACTION={value}: must be"):
             gpu.memory_pool(parse_topology("h100:8"))
@@ -180,28 +182,30 @@ ENTRY %main (x: f32[256], y: bf16[128]) -> f32[256] {
 
     def test_counts_what_crosses_the_bus(self):
         # y once (256), x once (1024); the loops 2048 and 32 a time; the all-reduce is in VMEM.
-        once = traffic(self.PROGRAM)
-        assert once == Traffic(256 + 1024 + 2048 + 32, reduced=1040, reductions=1, operations=5)
+        once = count_traffic(self.PROGRAM)
+        assert once == Traffic(256 + 1024 + 2048 + 32, all_reduced=1040, all_reduces=1, launches=5)
 
     def test_every_fast_memory_is_one(self):
         # On a v4 chip it is number 3; number 0 is HBM.
         v4 = self.PROGRAM.replace("S(1)", "S(3)")
-        assert traffic(v4) == traffic(self.PROGRAM)
-        slow = traffic(self.PROGRAM.replace("S(1)", "S(0)"))
-        assert slow.memory > traffic(self.PROGRAM).memory
+        assert count_traffic(v4) == count_traffic(self.PROGRAM)
+        slow = count_traffic(self.PROGRAM.replace("S(1)", "S(0)"))
+        assert slow.memory > count_traffic(self.PROGRAM).memory
 
     def test_only_the_largest_loop_runs_often(self):
-        assert traffic(self.PROGRAM, trips=4).memory == traffic(self.PROGRAM).memory + 3 * 2048
+        once = count_traffic(self.PROGRAM).memory
+        assert count_traffic(self.PROGRAM, trips=4).memory == once + 3 * 2048
 
     def test_a_trip_count_in_the_text_wins(self):
         line = "body=%body\n"
         counted = line.replace("\n", ', backend_config={"known_trip_count":{"n":"3"}}\n')
         program = self.PROGRAM.replace(line, counted)
-        assert traffic(program, trips=4).memory == traffic(self.PROGRAM).memory + 2 * 2048 + 3 * 32
+        once = count_traffic(self.PROGRAM).memory
+        assert count_traffic(program, trips=4).memory == once + 2 * 2048 + 3 * 32
 
 
 class TestTrafficOfGpus:
-    """What a GPU's program has and a TPU's has not."""
+    """Operations that only programs for GPUs have."""
 
     PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -245,14 +249,14 @@ ENTRY %main (data: u8[1000,64], index: s32[4]) -> f32[4,64] {
 """
 
     def test_counts(self):
-        found = traffic(self.PROGRAM)
+        found = count_traffic(self.PROGRAM)
         gather = 4 * 64 + 4 * 4 + 4 * 64 * 4  # rows that are read, indices, result
         conv = 3 * 4 * 64 * 4  # without its scratch memory
         update = 64 * 4  # the other rows stay where they are
         branch, summed, copy = 2 * 64 * 4, 2 * 64 * 4, 2 * 4 * 64 * 4
         assert found.memory == gather + conv + update + branch + branch + summed + copy
-        assert (found.reduced, found.reductions) == (256, 1)
-        assert found.operations == 7
+        assert (found.all_reduced, found.all_reduces) == (256, 1)
+        assert found.launches == 7
 
 
 class TestShortage:
@@ -265,7 +269,7 @@ class TestShortage:
 
 
 def test_floors():
-    work = Program(True, flops=197e12, traffic=819_000_000, reduced=100_000_000)
+    work = CompiledStep(True, flops=197e12, traffic=Traffic(819_000_000, 100_000_000))
     seconds = floors(work, parse_topology("v5e:4x4"))
     assert seconds["compute"] == pytest.approx(1)
     assert seconds["memory"] == pytest.approx(1e-3)
@@ -283,19 +287,19 @@ class TestLargestBatch:
 
         def attempt(batch):
             tried.append(batch)
-            return Program(batch <= limit, needed=batch + 1, limit=limit)
+            return CompiledStep(batch <= limit, batch + 1, limit)
 
-        found = largest_batch(attempt, start, unit=8, most=100_000)
+        found = largest_batch(attempt, start, unit=8, limit=100_000)
         assert found <= limit < found + max(8, found * 2 / 7) + 8
         assert found % 8 == 0
         assert found in tried
         assert len(tried) == len(set(tried)) <= 12
 
     def test_nothing_fits(self):
-        assert largest_batch(lambda batch: Program(False), 64, unit=8, most=1000) == 8
+        assert largest_batch(lambda batch: CompiledStep(False), 64, unit=8, limit=1000) == 8
 
-    def test_stops_at_the_most(self):
-        found = largest_batch(lambda batch: Program(True, needed=1, limit=GIB), 8, 8, most=100)
+    def test_stops_at_the_limit(self):
+        found = largest_batch(lambda batch: CompiledStep(True, 1, GIB), 8, 8, limit=100)
         assert found == 96
 
 
@@ -401,7 +405,7 @@ class TestDataSets:
 
 
 class TestStep:
-    """The step that is compiled is that of the platform it is for."""
+    """The compiled step is that of the target platform."""
 
     @pytest.mark.parametrize("steps_per_call", [1, 2])
     def test_lowers_what_training_takes(self, steps_per_call):
@@ -410,7 +414,7 @@ class TestStep:
             augment=c.Augment(flip_alternates=True),
             train=c.Train(batch_size=4, steps_per_call=steps_per_call),
         )
-        lowered = ahead.lower_step(config, jax.devices()[:2], training_size(config.data))
+        lowered = aot.lower_step(config, jax.devices()[:2], training_size(config.data))
         (_, *rest), _ = lowered.args_info
         batch = {name: info.shape for name, info in rest[-1].items()}
         if steps_per_call == 1:
@@ -443,7 +447,7 @@ class TestCommand:
         assert json.loads(out)["chips"] == 4
         assert json.loads(out)["epochs"] == pytest.approx(3, rel=0.05)
 
-    def test_does_not_fit_is_no_mistake(self, stub, capsys):
+    def test_exit_code_if_it_does_not_fit(self, stub, capsys):
         code, out, _ = self.run(capsys, "--batch_per_chip=4096")
         assert code == 0
         assert "does not fit" in out
@@ -487,14 +491,14 @@ class TestCommand:
         assert err.count("\n") == 1
 
     def test_the_compiler_fails(self, monkeypatch, capsys):
-        """Whatever else it says than that memory is short."""
+        """With an error other than a lack of memory."""
 
         class Lowered:
             def compile(self, options):
                 raise jax.errors.JaxRuntimeError("INTERNAL: no\nkernel")
 
-        monkeypatch.setattr(ahead.gpu, "gpu_devices", lambda topology: [None] * 8)
-        monkeypatch.setattr(ahead, "lower_step", lambda *arguments: Lowered())
+        monkeypatch.setattr(aot.gpu, "gpu_devices", lambda topology: [None] * 8)
+        monkeypatch.setattr(aot, "lower_step", lambda *arguments: Lowered())
         code, _, err = self.run(capsys, "--topology=h100:8")
         assert code == 2
         assert "the compiler fails on this training step: INTERNAL: no kernel" in err
@@ -521,7 +525,7 @@ class TestCommand:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_compiles_for_a_tpu():
-    """A process of its own, because libtpu serves one at a time."""
+    """In a separate process, because libtpu serves one at a time."""
     command = [sys.executable, "-m", "resnet_jax", "plan", "--topology=v5e:2x2", "--json"]
     command += ["--config.model.name=resnet8_cifar", "--batch_per_chip=8"]
     environment = {**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

@@ -1,4 +1,4 @@
-"""The page about a run: whole, self-contained, and only text where names are data."""
+"""The page about a run is complete and self-contained, and escapes names."""
 
 import base64
 import dataclasses
@@ -19,7 +19,7 @@ from resnet_jax.data.sources import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.report import figures, predictions, sections
 from resnet_jax.report.page import _write, write_report
-from resnet_jax.report.predictions import HeldOut, predict_split
+from resnet_jax.report.predictions import HeldOutData, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training.loop import train
 from resnet_jax.workdirs.workdir import read_class_names
@@ -49,7 +49,7 @@ def workdir(tmp_path_factory, tiny_model):
 
 
 class Page(html.parser.HTMLParser):
-    """Tags that are closed in order, and what pictures there are."""
+    """Checks that tags are closed in order, and collects images."""
 
     def __init__(self, text):
         super().__init__()
@@ -92,7 +92,7 @@ def test_one_run(workdir, written):
     assert len(page.images) == len(names)
     for image in page.images:
         assert image["alt"]
-        assert np.ptp(pixels(image)) > 100  # something is drawn
+        assert np.ptp(pixels(image)) > 100  # not blank
     assert "script" not in page.tags
     final = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
     for text in (f"{final['top1']:.2%}", "optimizer.learning_rate", "schedule.name", "jaxlib"):
@@ -102,13 +102,13 @@ def test_one_run(workdir, written):
 def test_several_runs(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "other" / "digits")
     shutil.copytree(workdir, tmp_path / "third")
-    shutil.rmtree(tmp_path / "third" / "checkpoints")  # its curves are there all the same
+    shutil.rmtree(tmp_path / "third" / "checkpoints")  # its curves need no checkpoint
     output = tmp_path / "page.html"
     write_report([workdir, tmp_path / "other" / "digits", tmp_path / "third"], output)
     page = Page(output.read_text())
     assert len(page.images) == 2
     for title in (str(workdir), str(tmp_path / "other" / "digits"), "<td>third</td>"):
-        assert title in page.text  # two of the folders have one name
+        assert title in page.text  # two folders have the same name
 
 
 def test_names_are_data(workdir, tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_names_are_data(workdir, tmp_path, monkeypatch):
 
 
 def test_links_in_a_run_are_not_followed(tmp_path):
-    """A stranger's run has links where its report is to be written."""
+    """A stranger's run may have links at the paths of its report."""
     picture = sections.Picture("curves", b"png", "", "")
     found = [sections.Section("a", "A", pictures=[picture])]
     (tmp_path / "theirs").write_text("theirs")
@@ -158,8 +158,8 @@ def named(names):
     return source
 
 
-def test_what_cannot_be_had_is_said(workdir, tmp_path):
-    """Records outlive checkpoints and data sets."""
+def test_missing_data_is_reported(workdir, tmp_path):
+    """A report is written from records if the data set is missing or not the user's."""
     run = tmp_path / "run"
     shutil.copytree(workdir, run)
     config = json.loads((run / "config.json").read_text())
@@ -168,7 +168,7 @@ def test_what_cannot_be_had_is_said(workdir, tmp_path):
     (run / "environment.json").unlink()
     (run / "SHA256SUMS").unlink()
     page = Page(write_report([run]).read_text())
-    assert "not trained by you" in page.text  # whoever changed config.json may be anyone
+    assert "not trained by you" in page.text  # a changed config.json may be anyone's
     write_report([run], data=config["data"]["name"], force=True)
     page = Page((run / "report.html").read_text())
     assert "is not a folder" in page.text
@@ -192,15 +192,15 @@ def test_predictions(workdir):
     from resnet_jax.weights.source import open_network
 
     run, network = read_run(workdir), open_network(workdir, best=False)
-    found = predict_split(network, HeldOut(), most=10_000)
+    found = predict_split(network, HeldOutData(), limit=10_000)
     assert found.result.images == 360
     assert found.result.top1 == pytest.approx(run.final["top1"], abs=1e-9)
-    mistakes = found.mistakes(360)
-    assert len(mistakes) == 360 - found.result.hits.sum()
-    assert all(each.labels != (each.predicted,) for each in mistakes)
-    surest = [each.probability for each in mistakes]
-    assert surest == sorted(surest, reverse=True)
-    assert [each.probability for each in found.mistakes(5)] == surest[:5]
+    errors = found.confident_errors(360)
+    assert len(errors) == 360 - found.result.hits.sum()
+    assert all(each.labels != (each.predicted,) for each in errors)
+    confidences = [each.probability for each in errors]
+    assert confidences == sorted(confidences, reverse=True)
+    assert [each.probability for each in found.confident_errors(5)] == confidences[:5]
 
 
 def digits_network(classes=10):
@@ -211,7 +211,7 @@ def digits_network(classes=10):
 
 def test_examples_are_what_the_network_sees():
     source = open_source("digits", "test")
-    found = predict_split(digits_network(), HeldOut(), most=3)
+    found = predict_split(digits_network(), HeldOutData(), limit=3)
     examples = found.examples(10)
     assert found.result.images == len(examples) == 3
     for index, example in enumerate(examples):
@@ -221,18 +221,18 @@ def test_examples_are_what_the_network_sees():
 
 
 def test_one_process_of_several_reports_alone(monkeypatch):
-    """The others have ended by then: with them it would wait for ever, or see its part only."""
+    """The other processes have ended, so collectives with them would hang."""
     network, ran, pmap = digits_network(), [], jax.pmap
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.devices", lambda: [*jax.local_devices()] * 2)
     monkeypatch.setattr("jax.pmap", lambda *a, **k: ran.append(k["devices"]) or pmap(*a, **k))
-    assert predict_split(network, HeldOut(), most=20).result.images == 20
+    assert predict_split(network, HeldOutData(), limit=20).result.images == 20
     assert ran == [jax.local_devices()] * len(ran) != []
 
 
 def test_a_class_without_images():
-    """There is no accuracy to show of it, and no division by nothing."""
-    found = predict_split(digits_network(), HeldOut(), most=3)
+    """Its accuracy is not defined, so it is left out."""
+    found = predict_split(digits_network(), HeldOutData(), limit=3)
     [table] = sections._confusion(found.result).tables
     there = {str(*each.labels) for each in found.examples(3)}
     assert {name for name, _, _ in table.rows} == there
@@ -258,8 +258,8 @@ def multi_label_run(tmp_path_factory, tiny_model):
     return root / "run"
 
 
-def test_sets_of_labels(multi_label_run):
-    """A table of the classes in the place of the confusion matrix, and curves of mAP and F1."""
+def test_multi_label(multi_label_run):
+    """A multi-label report has metrics by class and curves of mAP and F1, no confusion matrix."""
     text = write_report([multi_label_run]).read_text()
     page = Page(text)
     folder = multi_label_run / "report"
@@ -269,26 +269,26 @@ def test_sets_of_labels(multi_label_run):
     assert len(page.images) == len(names)
     assert "average precision" in text
     assert "&lt;i&gt;dog" in text
-    assert "1 classes are on no image" in text
+    assert "Classes without images are left out: 1." in text
     assert "mAP" in text
 
 
-def test_mistakes_of_sets_of_labels(multi_label_run):
+def test_multi_label_errors(multi_label_run):
     from resnet_jax.weights.source import open_network
 
-    found = predict_split(open_network(multi_label_run), HeldOut(), most=100)
+    found = predict_split(open_network(multi_label_run), HeldOutData(), limit=100)
     labels = open_source("tfds:sets", "test", multi_label_run.parent, multi_label=None).labels()
     for place, example in enumerate(found.examples(100)):
         assert example.labels == tuple(np.flatnonzero(labels[place]))
-    mistakes = found.mistakes(100)
-    assert mistakes
-    for each in mistakes:
+    errors = found.confident_errors(100)
+    assert errors
+    for each in errors:
         assert each.predicted not in each.labels
         assert each.probability >= 0.5
 
 
 def test_sizes_of_classes(workdir, tmp_path):
-    """From the largest to the smallest, with what is recognized of each where that is known."""
+    """By decreasing size, with accuracies where they are known."""
     run = read_run(workdir)
     [section] = sections._class_sizes(run)
     facts, every = section.tables
@@ -299,11 +299,11 @@ def test_sizes_of_classes(workdir, tmp_path):
     assert sum(sizes) == 1437
     assert sum(int(row[2]) for row in every.rows) == 360
 
-    found = predict_split(digits_network(), HeldOut(), most=3).result
+    found = predict_split(digits_network(), HeldOutData(), limit=3).result
     found = dataclasses.replace(found, class_names=read_class_names(workdir))
     [section] = sections._class_sizes(run, found)
-    recognized = [row[3] for row in section.tables[1].rows]
-    assert recognized.count("") == 10 - len({*found.labels})
+    accuracies = [row[3] for row in section.tables[1].rows]
+    assert accuracies.count("") == 10 - len({*found.labels})
     others = dataclasses.replace(found, class_names=tuple("abcdefghij"))
     assert len(sections._class_sizes(run, others)[0].tables[1].header) == 3
 
@@ -323,20 +323,28 @@ def test_sizes_of_classes(workdir, tmp_path):
 
 def test_a_data_set_that_lost_classes():
     with pytest.raises(DataError, match="has 10 of the 11 classes"):
-        predict_split(digits_network(11), HeldOut(), most=3)
+        predict_split(digits_network(11), HeldOutData(), limit=3)
 
 
 def test_drops_and_times(workdir):
     run = read_run(workdir)
-    assert run.drops() == [3]  # of four steps, the learning rate drops after two
+    assert run.rate_drops() == [3]  # of four steps, the learning rate drops after two
     rates = [record["images_per_second"] for record in run.training]
     assert run.seconds == pytest.approx(sum(48 / rate for rate in rates))
+
+
+def test_short_records_are_averaged():
+    """With the next record, or at the end with the one before."""
+    records = [{"step": 4, "top1": 0.5}, {"step": 5, "top1": 1.0}, {"step": 8, "top1": 0.5}]
+    assert figures.training_errors(records) == ([4, 8], [50.0, 37.5])
+    ends_short = [*records, {"step": 9, "top1": 1.0}]
+    assert figures.training_errors(ends_short) == ([4, 9], [50.0, 30.0])
 
 
 def test_many_classes_and_long_names():
     counts = np.eye(50, dtype=int)
     assert figures.confusion_matrix(counts, ["x" * 40] * 50).startswith(b"\x89PNG")
-    many = figures.picture_grid([np.zeros((8, 8, 3), np.uint8)] * 7, ["$a$\n^"] * 7, columns=3)
+    many = figures.image_grid([np.zeros((8, 8, 3), np.uint8)] * 7, ["$a$\n^"] * 7, columns=3)
     assert many.startswith(b"\x89PNG")
 
 
@@ -349,10 +357,10 @@ def test_many_classes_and_long_names():
         (["{run}", "--output={tmp}/none/page.html"], "no folder"),
         (["{run}", "--output={tmp}/x.html", "--images", "{tmp}/none.png"], "cannot be read"),
         (["{tmp}/empty"], "cannot be read"),
-        (["{tmp}/odd"], "not what a run writes"),
+        (["{tmp}/odd"], "has no record yet, and 1 lines that are not records"),
     ],
 )
-def test_mistakes(arguments, message, workdir, tmp_path, capsys):
+def test_user_mistakes(arguments, message, workdir, tmp_path, capsys):
     (tmp_path / "there.html").write_text("mine")
     for name, records in (("empty", None), ("odd", '{"step": 1}\n')):
         (tmp_path / name).mkdir()
@@ -367,7 +375,7 @@ def test_mistakes(arguments, message, workdir, tmp_path, capsys):
     assert (tmp_path / "there.html").read_text() == "mine"
 
 
-def test_a_disk_that_is_full(workdir, tmp_path, monkeypatch):
+def test_full_disk(workdir, tmp_path, monkeypatch):
     def replace(source, target):
         raise OSError(28, "No space left on device")
 
@@ -377,7 +385,7 @@ def test_a_disk_that_is_full(workdir, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
-def test_a_browser_shows_it(workdir, tmp_path):
+def test_in_a_browser(workdir, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if not browser:
         pytest.skip("needs Chromium")
@@ -388,8 +396,8 @@ def test_a_browser_shows_it(workdir, tmp_path):
     command += [f"--screenshot={tmp_path}/page.png", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr  # where the browser tells of errors in a page
+    assert "CONSOLE" not in done.stderr  # errors of the page
     shown = np.asarray(Image.open(tmp_path / "page.png").convert("L"))
     assert shown.shape == (3600, 900)
     blocks = shown[:3000].reshape(10, 300, 900)
-    assert all(np.ptp(block) > 100 for block in blocks)  # nowhere is it empty
+    assert all(np.ptp(block) > 100 for block in blocks)  # no part is empty

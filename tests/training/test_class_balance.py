@@ -18,7 +18,7 @@ from resnet_jax.data.sources import Source, open_source
 from resnet_jax.data.sources.folders import FolderSource
 from resnet_jax.data.sources.known_sizes import SizeOnlySource
 from resnet_jax.errors import ConfigError, StoppedError
-from resnet_jax.planning.ahead import lower_step
+from resnet_jax.planning.aot import lower_step
 from resnet_jax.training import class_balance, loop
 from resnet_jax.training.loop import train
 from resnet_jax.training.setup import check_source

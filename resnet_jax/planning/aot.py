@@ -1,4 +1,4 @@
-"""The training step, compiled ahead of time for devices that are not here."""
+"""The training step, compiled ahead of time for devices that this machine does not have."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from resnet_jax.distributed import data_parallel
 from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.models.summary import training_flops
 from resnet_jax.planning import gpu, tpu
-from resnet_jax.planning.program import traffic
 from resnet_jax.planning.topology import Topology
+from resnet_jax.planning.traffic import Traffic, count_traffic
 from resnet_jax.training.class_balance import class_weights
 from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.setup import channels_of
@@ -32,44 +32,22 @@ from resnet_jax.training.step import make_steps, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """The compiled step of one device.
+class CompiledStep:
+    """The compiled training step of one device."""
 
-    Args:
-      fits: Whether it fits into the device's memory.
-      needed: Bytes of memory for state, batch, temporaries and the program; 0: not known.
-      limit: Bytes of memory that programs may use; 0: not known.
-      flops: Floating-point operations of a step, as the model counts them.
-      traffic: Bytes that a step moves between the chip and its memory.
-      reduced: Bytes that the all-reduces of a step sum.
-      reductions: All-reduces of a step.
-      kernels: Kernels that a step launches; 0 on a TPU.
-      seconds: Time that compiling took.
-    """
-
-    fits: bool
-    needed: int = 0
-    limit: int = 0
-    flops: float = 0.0
-    traffic: int = 0
-    reduced: int = 0
-    reductions: int = 0
-    kernels: int = 0
-    seconds: float = 0.0
+    fits: bool  # into the memory of the device
+    memory: int = 0  # bytes for state, batch, temporaries and the program; 0 if unknown
+    memory_limit: int = 0  # bytes that programs may use; 0 if unknown
+    flops: float = 0.0  # floating-point operations, by the count of the model
+    traffic: Traffic = dataclasses.field(default_factory=Traffic)
+    compile_seconds: float = 0.0
 
 
-def step_compiler(topology: Topology, source: Source) -> Callable[[Config], Program]:
-    """Makes what compiles training steps for a topology.
+def step_compiler(topology: Topology, source: Source) -> Callable[[Config], CompiledStep]:
+    """Returns a function that compiles the step of a configuration for a topology.
 
-    Args:
-      topology: TPUs or GPUs.
-      source: The size of the data set.
-
-    Returns:
-      compile_step(config) -> Program.
-
-    Raises:
-      ConfigError: What compiles for them is not installed, is in use, or does not know them.
+    Of the data set `source` only its size is used. Raises ConfigError if the compiler for the
+    topology is not installed, is in use, or does not know it.
     """
     on_gpu = topology.accelerator.platform == "gpu"
     devices = gpu.gpu_devices(topology) if on_gpu else tpu.tpu_devices(topology)
@@ -78,23 +56,30 @@ def step_compiler(topology: Topology, source: Source) -> Callable[[Config], Prog
 
     print(f"compiling for {topology.name}: minutes for a large network", file=sys.stderr)
 
-    def compile_step(config: Config) -> Program:
+    def compile_step(config: Config) -> CompiledStep:
         start = time.monotonic()
         lowered = lower_step(config, devices, source)
         try:
             compiled = _with_deep_stack(lambda: lowered.compile(options))
         except jax.errors.JaxRuntimeError as error:
-            # A GPU's compiler does not refuse a large program; there it is a kernel that fails.
+            # The compiler for GPUs accepts programs of any size, so there this is another error.
             if on_gpu or "RESOURCE_EXHAUSTED" not in str(error):
                 raise ConfigError(
                     f"--topology={topology.name}: the compiler fails on this training step: "
                     f"{one_line(error)[:500]}"
                 ) from error
             needed, available = tpu.memory_shortage(str(error))
-            return Program(False, needed, available, seconds=time.monotonic() - start)
-        program = _program(compiled, config, limit)
-        flops = step_flops(config, source, len(devices))
-        return dataclasses.replace(program, flops=flops, seconds=time.monotonic() - start)
+            seconds = time.monotonic() - start
+            return CompiledStep(False, needed, available, compile_seconds=seconds)
+        memory, traffic = _analyze(compiled, config)
+        return CompiledStep(
+            fits=memory <= limit,
+            memory=memory,
+            memory_limit=limit,
+            flops=step_flops(config, source, len(devices)),
+            traffic=traffic,
+            compile_seconds=time.monotonic() - start,
+        )
 
     return compile_step
 
@@ -102,9 +87,9 @@ def step_compiler(topology: Topology, source: Source) -> Callable[[Config], Prog
 def _with_deep_stack(function: Callable[[], Any]) -> Any:
     """Calls a function with 512 MiB of stack instead of the usual 8.
 
-    The compiler for v6e recurses along the chain of operations, and crashes without it.
+    The compiler for v6e recurses along chains of operations and overflows the usual stack.
     """
-    before = threading.stack_size(512 * 2**20)  # only what is used becomes memory
+    before = threading.stack_size(512 * 2**20)  # only touched pages use memory
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             return pool.submit(function).result()
@@ -113,16 +98,9 @@ def _with_deep_stack(function: Callable[[], Any]) -> Any:
 
 
 def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.stages.Lowered:
-    """Lowers the step that training takes.
+    """Lowers the trainer's own step of train.batch_size images for `devices`.
 
-    Args:
-      config: The configuration of the run.
-      devices: What to compile for.
-      source: The size of the data set.
-
-    Returns:
-      The step of train.batch_size images on all devices; with train.steps_per_call, of one step
-      of a call, with the data set on the devices.
+    With train.steps_per_call it is a call of one step, with the data set on the devices.
     """
     platform = devices[0].platform
     model = make_model(config, source.num_classes)
@@ -130,7 +108,7 @@ def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.st
     optimizer = make_optimizer(config, length)
     channels, side = channels_of(config, source), config.data.image_size
     state = state_shapes(model, optimizer, config, channels)
-    # Which weights makes no difference to the program, as long as they differ.
+    # The values of the weights make no difference to the program, as long as they differ.
     counts = np.arange(1, source.num_classes + 1)
     weights = class_weights(config.loss, counts, model.num_classes)
     step = make_train_step(model, optimizer, config, length, platform, weights)
@@ -162,7 +140,8 @@ def step_flops(config: Config, source: Source, devices: int) -> float:
     return size * training_flops(model, (1, side, side, channels_of(config, source)))
 
 
-def _program(compiled: Any, config: Config, limit: int) -> Program:
+def _analyze(compiled: Any, config: Config) -> tuple[int, Traffic]:
+    """Bytes of memory that a compiled step needs, and what it moves."""
     try:
         memory, text = compiled.memory_analysis(), compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
@@ -170,7 +149,6 @@ def _program(compiled: Any, config: Config, limit: int) -> Program:
             f"jax {jax.__version__} cannot read the compiled program; install the libtpu that "
             f"belongs to it, by pip install 'jax[tpu]=={jax.__version__}' ({one_line(error)})"
         ) from error
-    moved = traffic(text, config.train.accumulate)
     needed = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -178,12 +156,4 @@ def _program(compiled: Any, config: Config, limit: int) -> Program:
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    return Program(
-        fits=needed <= limit,
-        needed=needed,
-        limit=limit,
-        traffic=moved.memory,
-        reduced=moved.reduced,
-        reductions=moved.reductions,
-        kernels=moved.operations,
-    )
+    return needed, count_traffic(text, config.train.accumulate)
