@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.errors import ExportError, importing, library_errors
+from resnet_jax.errors import ExportError, importing, library_errors, reason_of
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.summary import summary
 from resnet_jax.terminal import json_text, visible
@@ -265,9 +265,8 @@ def push_folder(folder: Path, repository: str) -> None:
         import huggingface_hub as hub
 
     def refused(error: Exception) -> ExportError:
-        reason = str(error).strip().split("\n")[0]
         return ExportError(
-            f"--push={repository}: the Hub refused ({type(error).__name__}: {reason}); "
+            f"--push={repository}: the Hub refused ({reason_of(error)}); "
             f"{folder} is written"
         )
 

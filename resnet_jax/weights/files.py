@@ -24,7 +24,7 @@ from typing import Any, cast
 import ml_dtypes
 import numpy as np
 
-from resnet_jax.errors import ResNetJaxError, WeightsError, importing, library_errors
+from resnet_jax.errors import ResNetJaxError, WeightsError, importing, library_errors, reason_of
 from resnet_jax.files import atomic_write, read_bytes
 from resnet_jax.limits import host_memory
 from resnet_jax.models.resnet import ResNet
@@ -305,7 +305,7 @@ def _read_safetensors(path: Path, data: bytes) -> dict[str, np.ndarray]:
     try:
         tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"not a whole safetensors file ({_reason(error)})") from error
+        raise WeightsError(f"not a whole safetensors file ({reason_of(error)})") from error
     arrays = {}
     for name, tensor in tensors:
         dtype = _SAFETENSORS_DTYPES.get(tensor["dtype"])
@@ -316,13 +316,13 @@ def _read_safetensors(path: Path, data: bytes) -> dict[str, np.ndarray]:
         try:
             arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
         except (ValueError, OverflowError) as error:  # a shape with a 0 may have any other numbers
-            raise WeightsError(f"{name} has no array's shape ({_reason(error)})") from error
+            raise WeightsError(f"{name} has no array's shape ({reason_of(error)})") from error
     return arrays
 
 
 def _read_npz(path: Path, data: bytes) -> dict[str, np.ndarray]:
     def broken(error: Exception) -> WeightsError:
-        return WeightsError(f"not a whole .npz file of arrays ({_reason(error)})")
+        return WeightsError(f"not a whole .npz file of arrays ({reason_of(error)})")
 
     arrays: dict[str, np.ndarray] = {}
     with library_errors(broken), _open_zip(data) as archive:
@@ -374,7 +374,7 @@ def _read_hdf5(path: Path, data: bytes) -> dict[str, np.ndarray]:
 
 def _read_keras(path: Path, data: bytes) -> dict[str, np.ndarray]:
     def broken(error: Exception) -> WeightsError:
-        return WeightsError(f"not a whole .keras file ({_reason(error)})")
+        return WeightsError(f"not a whole .keras file ({reason_of(error)})")
 
     with library_errors(broken), _open_zip(data) as archive:
         weights = archive.read("model.weights.h5")
@@ -432,7 +432,7 @@ def _read_torch(path: Path, data: bytes) -> Mapping[str, Any]:
         if isinstance(error, zipfile.BadZipFile):
             return WeightsError("not a whole PyTorch file: its end is missing; fetch it again")
         if not isinstance(error, pickle.UnpicklingError):
-            return WeightsError(f"not a whole PyTorch file of tensors ({_reason(error)})")
+            return WeightsError(f"not a whole PyTorch file of tensors ({reason_of(error)})")
         found = re.search(r"GLOBAL (\S{1,80})", str(error))
         return WeightsError(
             f"holds Python objects beside tensors{f' ({found[1]})' if found else ''}, which are "
@@ -549,11 +549,6 @@ def _plain(torch: Any, content: dict[Any, Any]) -> tuple[dict[Any, Any], int]:
                     size += value.numel() * value.element_size()
             copies[id(found)][key] = value
     return copies[id(content)], size
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, in one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _write_safetensors(arrays: dict[str, np.ndarray]) -> bytes:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from resnet_jax.errors import ModelError, WeightsError, importing
+from resnet_jax.errors import ModelError, WeightsError, importing, reason_of
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.channels import colors_for
@@ -198,10 +198,9 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
             folder = download(*_WEIGHTS[1:], revision=folder.name)
         return folder
     except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise WeightsError(
             f"{repository} (revision {revision or 'main'}) can be had neither from the Hub nor "
-            f"from the local cache, nor is it a folder here ({type(error).__name__}: {reason})"
+            f"from the local cache, nor is it a folder here ({reason_of(error)})"
         ) from error
 
 
