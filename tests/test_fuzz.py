@@ -31,7 +31,7 @@ from resnet_jax.training.metrics import _Sums
 from resnet_jax.weights import source
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.files import read_state_dict
-from resnet_jax.weights.pretrained import pretrained_labels
+from resnet_jax.weights.pretrained import read_description
 from resnet_jax.workdirs import checkpoint, checksums, workdir
 from resnet_jax.workdirs.records import split_at
 from tests.hostile.names import NAMES
@@ -315,7 +315,7 @@ def test_published_configurations(examples, tmp_path):
     def holds(found):
         (tmp_path / "config.json").write_text(json.dumps(found))
         try:
-            labels = pretrained_labels(tmp_path)
+            labels = read_description(tmp_path).class_names
         except WeightsError:
             return
         assert isinstance(labels, tuple)

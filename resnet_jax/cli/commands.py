@@ -302,7 +302,7 @@ def predict(options: argparse.Namespace) -> int:
     from resnet_jax.inference.classifier import Classifier
     from resnet_jax.inference.images import list_images
     from resnet_jax.inference.predictions import write_predictions
-    from resnet_jax.weights.source import require_head
+    from resnet_jax.weights.network import require_head
 
     def open_classifier() -> Classifier:
         network = _open_network(options)

@@ -34,7 +34,7 @@ from resnet_jax.evaluation.multi_label import Scores, check_scores_memory, sigmo
 from resnet_jax.evaluation.result import Report
 from resnet_jax.evaluation.views import VIEWS, default_scales, make_measuring_step
 from resnet_jax.limits import MAX_BATCH, MAX_SIDE
-from resnet_jax.weights.source import Network, require_head
+from resnet_jax.weights.network import Network, require_head
 
 _BATCH_SIZE = 128
 # A multi-scale batch has about 16 times the pixels of one crop's; it is this much smaller.

@@ -23,8 +23,8 @@ from resnet_jax.export.image_sizes import ImageSizes, parse_image_sizes
 from resnet_jax.files import new_folder, sync
 from resnet_jax.inference.writers import explained, special_file
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.network import Network
 from resnet_jax.weights.pretrained import Preprocessing
-from resnet_jax.weights.source import Network
 
 FORMATS = ("stablehlo", "hub", "onnx")
 WEIGHTS = ("embedded", "beside")

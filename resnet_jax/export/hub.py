@@ -13,8 +13,8 @@ from resnet_jax.models.summary import summary
 from resnet_jax.terminal import json_text, visible
 from resnet_jax.weights.files import save_weights
 from resnet_jax.weights.naming import schemes_for
+from resnet_jax.weights.network import Network
 from resnet_jax.weights.preprocessing import Preprocessing
-from resnet_jax.weights.source import Network
 from resnet_jax.workdirs.records import is_training, read_records
 
 # What config.json has no word for; a network that differs here from its name is no such network.
@@ -266,8 +266,7 @@ def push_folder(folder: Path, repository: str) -> None:
 
     def refused(error: Exception) -> ExportError:
         return ExportError(
-            f"--push={repository}: the Hub refused ({reason_of(error)}); "
-            f"{folder} is written"
+            f"--push={repository}: the Hub refused ({reason_of(error)}); {folder} is written"
         )
 
     files = ["README.md", "config.json", "model.safetensors"]

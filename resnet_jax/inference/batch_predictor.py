@@ -17,7 +17,7 @@ from resnet_jax.distributed.device_memory import check_batch_memory, explain_out
 from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.inference.images import in_threads, name_of, read_crop
 from resnet_jax.limits import MAX_BATCH
-from resnet_jax.weights.source import Network
+from resnet_jax.weights.network import Network
 
 # A batch without its images: the place of each in it and its name, or why that one is not there.
 _Entries = list[tuple[int, str] | DataError]

@@ -18,7 +18,8 @@ from resnet_jax.evaluation.multi_label import is_predicted, sigmoid
 from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.images import ImageFile, from_memory, name_of
 from resnet_jax.limits import MAX_CHANNELS
-from resnet_jax.weights.source import Network, open_network
+from resnet_jax.weights.network import Network
+from resnet_jax.weights.source import open_network
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.images import ImageFile
 from resnet_jax.inference.writers import Progress, new_file
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.source import Network
+from resnet_jax.weights.network import Network
 
 POOLED = "pooled"
 # Bytes of features in a group of rows of a Parquet file.

@@ -14,7 +14,7 @@ from resnet_jax.errors import DataError
 from resnet_jax.evaluation.evaluator import evaluate_network, open_held_out
 from resnet_jax.evaluation.label_sets import match_classes
 from resnet_jax.evaluation.result import Report
-from resnet_jax.weights.source import Network, evaluated_data
+from resnet_jax.weights.network import Network, evaluated_data
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ from resnet_jax.report import figures
 from resnet_jax.report.predictions import Example, HeldOut, Predictions, predict_split
 from resnet_jax.report.runs import Run
 from resnet_jax.terminal import visible
-from resnet_jax.weights.source import Network, open_network
+from resnet_jax.weights.network import Network
+from resnet_jax.weights.source import open_network
 from resnet_jax.workdirs.metric_writers import duration
 from resnet_jax.workdirs.workdir import read_class_names
 

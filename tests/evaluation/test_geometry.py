@@ -11,7 +11,7 @@ from resnet_jax.data.decode.decoding import eval_crop
 from resnet_jax.data.pipeline import load_memory, streamed_evaluation_batches
 from resnet_jax.evaluation.measuring import Evaluator
 from resnet_jax.export.hub import hub_config, model_card
-from resnet_jax.weights.source import Network
+from resnet_jax.weights.network import Network
 from tests.data.photos import Photos, reports
 
 

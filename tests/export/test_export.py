@@ -23,7 +23,8 @@ from resnet_jax.export.export import export_network, sample_images, source_logit
 from resnet_jax.export.fold import fold_batch_norm
 from resnet_jax.export.image_sizes import ImageSizes, parse_image_sizes
 from resnet_jax.export.stablehlo import open_stablehlo, write_stablehlo
-from resnet_jax.weights.source import Network, open_network
+from resnet_jax.weights.network import Network
+from resnet_jax.weights.source import open_network
 from tests.variables import random_variables
 
 ROOT = Path(__file__).parents[2]
@@ -343,7 +344,7 @@ def test_a_network_without_head(format, tmp_path, onnx):
 
 
 def test_the_weights_of_a_graph_beside_it(network, images, logits, tmp_path, monkeypatch, onnx):
-    from resnet_jax.inference import onnx as ours
+    from resnet_jax.export import onnx as ours
 
     monkeypatch.setattr(ours, "MOST_EMBEDDED", 2**20)  # of 2 GiB
     with pytest.raises(rj.ExportError, match=r"and one file of ONNX holds 2 GB; give --weights=be"):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
+from resnet_jax.weights.network import Network
 from resnet_jax.weights.pretrained import Preprocessing
-from resnet_jax.weights.source import Network
 
 
 def travel(value):
