@@ -24,7 +24,7 @@ from resnet_jax.cli import parser
 from resnet_jax.config import schema as c
 from resnet_jax.data.decode import decoding
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError, WeightsError
-from resnet_jax.export.hub import measured
+from resnet_jax.export.hub import last_evaluation
 from resnet_jax.inference.images import ImageFile, read_pixels
 from resnet_jax.report.runs import read_run
 from resnet_jax.training.metrics import _Sums
@@ -401,7 +401,7 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         lambda: workdir.open_workdir(tmp_path, c.Config(), {"train": "x"}),
         lambda: c.check(c.from_json((tmp_path / "config.json").read_text())),
         lambda: [record["loss"] * record["top1"] for record in read_run(tmp_path).training],
-        lambda: measured(SimpleNamespace(source=tmp_path, step=1, ema=False)),
+        lambda: last_evaluation(SimpleNamespace(source=tmp_path, step=1, ema=False)),
         lambda: workdir.read_class_names(tmp_path),
         lambda: split_at(tmp_path / "metrics.jsonl", 1),
         lambda: _Sums.of(store.records()),

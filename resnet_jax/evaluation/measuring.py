@@ -30,11 +30,11 @@ from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
 from resnet_jax.evaluation.label_sets import CORRUPTED, Classes, data_set_name, match_classes
-from resnet_jax.evaluation.multi_label import Scores, check_scores_memory, sigmoid
+from resnet_jax.evaluation.multi_label import Scores, check_scores_memory
 from resnet_jax.evaluation.result import Report
 from resnet_jax.evaluation.views import VIEWS, default_scales, make_measuring_step
 from resnet_jax.limits import MAX_BATCH, MAX_SIDE
-from resnet_jax.weights.network import Network, require_head
+from resnet_jax.weights.network import Network, require_head, sigmoid
 
 _BATCH_SIZE = 128
 # A multi-scale batch has about 16 times the pixels of one crop's; it is this much smaller.

@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from resnet_jax.limits import check_host_memory
+from resnet_jax.weights.network import is_predicted
 
 # Logits that are sorted at a time: 16 MiB.
 _AT_A_TIME = 2**22
@@ -209,40 +210,6 @@ def rank_of_labels(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     rank[~np.isfinite(best)] = logits.shape[1]
     rank[~labels.any(1)] = -1
     return rank
-
-
-def is_predicted(logits: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether the probability of a class, the logistic function of its logit, reaches a threshold.
-
-    Args:
-      logits: Of any shape.
-      threshold: In (0, 1).
-
-    Returns:
-      bool, of the same shape.
-
-    Example:
-      >>> is_predicted(np.array([-0.1, 0.0, 2.0]), 0.5).tolist()
-      [False, True, True]
-    """
-    return logits >= math.log(threshold / (1 - threshold))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """The logistic function, without overflow.
-
-    Args:
-      logits: float32 or float64, of any shape.
-
-    Returns:
-      Probabilities of the same shape and type.
-
-    Example:
-      >>> sigmoid(np.array([-1000.0, 0.0, 1000.0])).tolist()
-      [0.0, 0.5, 1.0]
-    """
-    small = np.exp(-np.abs(logits))  # the lesser outcome's share of the greater's
-    return np.where(logits >= 0, 1, small) / (1 + small)
 
 
 def check_scores_memory(images: int, classes: int, what: str, remedy: str) -> None:

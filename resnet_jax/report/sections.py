@@ -16,7 +16,6 @@ from resnet_jax.data.augment.apply import normalize
 from resnet_jax.data.decode.decoding import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
 from resnet_jax.evaluation.result import ClassMeasures, Report
-from resnet_jax.inference.classifier import probabilities
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
 from resnet_jax.report import figures
@@ -377,7 +376,7 @@ def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]
             raise ConfigError(f"--images: {path}: {error}") from error
         images = normalize(jnp.asarray(pixels[None]), network.colours)
         logits: Any = network.model.apply(network.variables, images, train=False)
-        shares = probabilities(network, np.asarray(logits))[0]
+        shares = network.probabilities(np.asarray(logits))[0]
         guess = int(shares.argmax())
         examples.append(Example(pixels, (guess,), guess, float(shares[guess])))
     return examples

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from resnet_jax.errors import unknown_name
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import DeepStem
 
@@ -23,6 +24,8 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+# torchvision's modules whose outputs are feature maps here.
+_TORCHVISION_MAPS = {"maxpool": "stem", "avgpool": "pooled", "global_pool": "pooled"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,3 +186,17 @@ def _projection(module: str, first: int) -> dict[str, str]:
         "projection/conv1": f"{module}.{first}",
         "projection/norm1": f"{module}.{first + 1}",
     }
+
+
+def unknown_layer(name: str, known: Sequence[str]) -> str:
+    """The message for an unknown feature map, with our name where `name` is torchvision's.
+
+    Example:
+      >>> unknown_layer("layer3", ["stem", "stage1", "stage2", "stage3"])
+      "unknown layer 'layer3'; did you mean 'stage3'?"
+    """
+    stage = re.fullmatch(r"layer(\d)", name)
+    ours = f"stage{stage[1]}" if stage else _TORCHVISION_MAPS.get(name, "")
+    if ours in known:
+        return f"unknown layer {name!r}; did you mean {ours!r}?"
+    return unknown_name("layer", name, known)

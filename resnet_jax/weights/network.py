@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
+
+import numpy as np
 
 from resnet_jax.config.schema import DATA_NAMES, DATA_PLACES, Augment, Config, Data
 from resnet_jax.errors import ConfigError
@@ -75,6 +78,10 @@ class Network:
         """The preprocessing's mean and std, as `data.augment.normalize` takes them."""
         return Augment(mean=self.preprocessing.mean, std=self.preprocessing.std)
 
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Probabilities of the classes for logits [..., classes]: the softmax, or the sigmoid."""
+        return sigmoid(logits) if self.multi_label else softmax(logits)
+
     @property
     def problem(self) -> dict[str, Any]:
         """Entries of a description of the network that concern its outputs; {} for the softmax."""
@@ -113,3 +120,32 @@ def evaluated_data(network: Network) -> Data:
         f"--data: {network.source} was not trained by you on this machine, so the data that its "
         f"config.json names is not opened; to use it, pass --data={data.name}{where}"
     )
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """The softmax over the last axis, in the logits' type."""
+    # NumPy computes row by row; a compiled one could round differently in another batch size.
+    with np.errstate(over="ignore"):  # for finite logits further apart than float32 reaches
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """The logistic function of each logit, without overflow.
+
+    Example:
+      >>> sigmoid(np.array([-1000.0, 0.0, 1000.0])).tolist()
+      [0.0, 0.5, 1.0]
+    """
+    small = np.exp(-np.abs(logits))  # the lesser outcome's probability relative to the greater's
+    return np.where(logits >= 0, 1, small) / (1 + small)
+
+
+def is_predicted(logits: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether the sigmoid of each logit reaches a threshold in (0, 1).
+
+    Example:
+      >>> is_predicted(np.array([-0.1, 0.0, 2.0]), 0.5).tolist()
+      [False, True, True]
+    """
+    return logits >= math.log(threshold / (1 - threshold))
