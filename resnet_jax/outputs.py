@@ -1,4 +1,4 @@
-"""Outputs that the user names: whole files or none, and nothing replaced that is not ours.
+"""Output files that the user names: written whole or not at all, and never over a device.
 
 What is at the path decides what happens:
 

@@ -39,14 +39,7 @@ _KNOWN_STEMS = (ImageNetStem, DeepStem, CifarStem)
 class FoldedNorm(nn.Module):
     """A folded batch norm: x + bias, or x * scale + bias where no convolution took the scale.
 
-    Called on [N, H, W, C] with `train=False`; returns the same shape in `dtype`. The variables
-    decide whether there is a scale, and `scale_init` is not used.
-
-    Example:
-      >>> norm, x = FoldedNorm(), jnp.ones((1, 1, 1, 2))
-      >>> params = {"scale": jnp.array([2.0, 3.0]), "bias": jnp.array([0.5, -1.0])}
-      >>> norm.apply({"params": params}, x, train=False).ravel().tolist()
-      [2.5, 2.0]
+    Its variables decide whether there is a scale. `scale_init` is not used.
     """
 
     scale_init: Initializer = nn.initializers.ones

@@ -12,23 +12,17 @@ from resnet_jax.models.resnet import ResNet
 
 @dataclasses.dataclass(frozen=True)
 class ImageSizes:
-    """Height and width of the images that an exported network takes.
-
-    Args:
-      height: In pixels; for open sizes, of the images that the network was evaluated on.
-      width: In pixels.
-      least: The smallest height and width that the network takes.
-      is_open: Any height and width from `least` up.
+    """Height and width in pixels of the images that an exported network takes.
 
     Example:
       >>> ImageSizes(224, 224, least=32, is_open=True).checked
       ((224, 224), (169, 281), (32, 32))
     """
 
-    height: int
+    height: int  # for open sizes, of the images that the network was evaluated on
     width: int
-    least: int
-    is_open: bool = False
+    least: int  # the smallest height and width that the network takes
+    is_open: bool = False  # any height and width from `least` up
 
     @property
     def checked(self) -> tuple[tuple[int, int], ...]:

@@ -53,18 +53,10 @@ def write_onnx(
     output: str = "logits",
     weights_path: Path | None = None,
 ) -> None:
-    """Writes the graph.
+    """Writes the graph, and the weights to `weights_path` in the same folder if it is not None.
 
-    Args:
-      predict: (variables, uint8 images [N, H, W, C]) -> logits [N, num_classes].
-      variables: Its first argument, NumPy arrays.
-      sizes: H and W, fixed or open; N is always open.
-      channels: C.
-      metadata: Stored in the file, each value as JSON.
-      path: The graph's file.
-      opset: Version of ONNX's operators.
-      output: Name of the result.
-      weights_path: File of the weights in the same folder. Default: the graph's file.
+    `predict` is (variables, uint8 images [N, H, W, C]) -> logits [N, num_classes]. H and W are
+    fixed or open; N is always open. The file stores each value of `metadata` as JSON.
 
     Raises:
       ExportError: The network has an operation without translation, or the graph depends on the

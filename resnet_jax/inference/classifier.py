@@ -88,7 +88,7 @@ class Classifier:
         facts += [f"assumed: {line}" for line in network.assumed]
         return f"<Classifier of {network.source}: {'; '.join(facts)}>"
 
-    def __reduce__(self) -> Any:  # a compiled program cannot be pickled; the copy compiles anew
+    def __reduce__(self) -> Any:  # a program cannot be pickled; the copy compiles its own
         make = functools.partial(type(self), batch_size=self.outputs.batch_size)
         return make, (self.network,)
 

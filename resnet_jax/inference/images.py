@@ -47,33 +47,18 @@ T = TypeVar("T")
 
 
 class ImageFile(NamedTuple):
-    """An image to read.
+    """An image to read."""
 
-    Args:
-      name: Its path as the user gave it; "-" for standard input.
-      label: The folder it lies in below the one that the user gave; "" directly in that one.
-      data: The encoded image, if it has been read already.
-    """
-
-    name: str
-    label: str = ""
-    data: bytes | None = None
+    name: str  # its path as the user gave it; "-" for standard input
+    label: str = ""  # its folder, below the one that the user gave
+    data: bytes | None = None  # the encoded image, if it has been read already
 
 
 def list_images(inputs: Sequence[str | os.PathLike[str]]) -> list[ImageFile]:
-    """The images that a command line names.
+    """The images that a command line names: files, folders, or "-" for standard input.
 
     Standard input is either one encoded image or, if it is text, a list of files and folders, one
     per line. Folders are searched recursively, sorted by name, without hidden files.
-
-    Args:
-      inputs: Files, folders, or "-" for standard input.
-
-    Returns:
-      In the order of the inputs.
-
-    Raises:
-      DataError: An input is missing, a folder has no images, or standard input is empty.
 
     Example:
       >>> import pathlib, tempfile
@@ -282,15 +267,8 @@ def in_threads(
 ) -> Iterator[np.ndarray | DataError]:
     """Reads items with one thread per core, while the caller works on earlier results.
 
-    A caller that stops early waits only for images that are being decoded.
-
-    Args:
-      read: Makes an array of an item.
-      items: Any number of items.
-      ahead: About how many results may wait, which bounds the memory.
-
-    Returns:
-      Results in the order of the items; a DataError for an item that cannot be read.
+    Yields results in the order of the items, a DataError for an item that cannot be read. About
+    `ahead` results may wait. A caller that stops early waits only for images being decoded.
 
     Example:
       >>> [int(each) for each in in_threads(np.square, range(5), ahead=2)]

@@ -16,17 +16,7 @@ def with_channels(variables: Mapping[str, Any], channels: int | None) -> dict[st
 
     As in timm: for grayscale images its filters are summed over the channels, which is exact for
     color images with equal channels; for more channels they are repeated in turn and scaled, so
-    that responses keep their size.
-
-    Args:
-      variables: {"params", "batch_stats"} of a network for grayscale or color images.
-      channels: Number of channels; None leaves the network as it is.
-
-    Returns:
-      The variables with another ("stem", "conv1", "kernel") [H, W, channels, K].
-
-    Raises:
-      WeightsError: The network is for neither grayscale nor color images, or its stem has no conv1.
+    that responses keep their size. None leaves the network as it is.
 
     Example:
       >>> color = {"params": {"stem": {"conv1": {"kernel": np.ones((7, 7, 3, 64), np.float32)}}}}

@@ -17,22 +17,12 @@ _LONGEST_NAME = 1000  # characters
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """ImageNet's 1,000 class names in English, in the order of the labels, as in torchvision.
-
-    Example:
-      >>> imagenet_names()[:2]
-      ('tench', 'goldfish')
-    """
+    """ImageNet's 1,000 class names in English, in the order of the labels, as in torchvision."""
     return tuple(line.split(" ", 1)[1] for line in _imagenet_lines())
 
 
 def imagenet_ids() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1,000 classes, in the order of the labels.
-
-    Example:
-      >>> imagenet_ids()[:2]
-      ('n01440764', 'n01443537')
-    """
+    """The WordNet ids of ImageNet's 1,000 classes, in the order of the labels."""
     return tuple(line.split(" ", 1)[0] for line in _imagenet_lines())
 
 
@@ -59,10 +49,7 @@ def class_names_from(
 
 
 def read_class_file(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Reads the names of classes, in the order of the outputs, from the file of --classes.
-
-    The file holds one name per line, or JSON: a list of names, or an object from an output's
-    number to its name.
+    """Reads class names in the order of the outputs: one per line, or JSON.
 
     Example:
       >>> import pathlib, tempfile

@@ -47,17 +47,11 @@ _FOLLOWING_WORDS = {"k", "key", "target", "momentum"}
 
 
 class Contents(NamedTuple):
-    """One network's tensors.
-
-    Args:
-      tensors: By name, without prefixes and step counters.
-      chosen: Which of several networks they are, for messages: "encoder_q, not encoder_k".
-      dense: Names of linear layers outside the blocks that may or may not be the head.
-    """
+    """One network's tensors, by name, without prefixes and step counters."""
 
     tensors: dict[str, Any]
-    chosen: str = ""
-    dense: tuple[str, ...] = ()
+    chosen: str = ""  # of several networks, for messages: "encoder_q, not encoder_k"
+    dense: tuple[str, ...] = ()  # linear layers outside the blocks that may not be the head
 
 
 class _Network(NamedTuple):
@@ -82,14 +76,8 @@ def find_network(
 ) -> Contents:
     """Finds one network's tensors in a state dict or checkpoint.
 
-    Args:
-      state_dict: The content of a file.
-      prefix: Prefix of the network's names, where there are several networks: "encoder_q".
-      weights: "ema" or "raw", where a checkpoint has both. Default: "ema".
-
-    Returns:
-      The tensors by their names without the prefix. A head with an unusual name, or outside the
-      prefix, is renamed "fc".
+    Among several networks, `prefix` ("encoder_q") and `weights` ("ema" or "raw") choose one. A head
+    with an unusual name, or outside the prefix, is renamed "fc".
 
     Raises:
       WeightsError: There are no tensors, or several networks and nothing to choose one by.

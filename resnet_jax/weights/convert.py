@@ -163,11 +163,7 @@ def to_torch(model: ResNet, variables: Mapping[str, Any]) -> dict[str, np.ndarra
 
 
 def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int:
-    """The number of classes of the head in a state dict; 0 where it has no head of one layer.
-
-    Args:
-      model: A ResNet of the same architecture, with any number of classes.
-      state_dict: As for `from_torch`.
+    """Number of classes of the head in a state dict; 0 where it has no head of one layer.
 
     Example:
       >>> import resnet_jax as rj
@@ -185,15 +181,7 @@ def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int:
 def fit_variables(
     model: ResNet, variables: Mapping[str, Any], *, reset_head: bool = False
 ) -> Variables:
-    """Checks that variables are those of a model.
-
-    Args:
-      model: The ResNet that the variables are for.
-      variables: {"params", "batch_stats"}.
-      reset_head: Replace their head by a newly initialized one.
-
-    Returns:
-      {"params", "batch_stats"} of float32 NumPy arrays.
+    """Returns a model's variables as float32 NumPy arrays, with a new head if `reset_head`.
 
     Raises:
       WeightsError: They are another model's.

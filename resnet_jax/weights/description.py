@@ -16,21 +16,13 @@ _MOST_STAGES, _MOST_BLOCKS = 16, 1000  # ResNet-1202 has 600 blocks
 
 
 class Description(NamedTuple):
-    """A network in a folder.
+    """A network in a folder."""
 
-    Args:
-      name: Name of the nearest registered network.
-      fields: Fields of `ResNet` that differ from it.
-      preprocessing: How its images are prepared.
-      class_names: () where the files do not say.
-      threshold: Probability from which a multi-label network predicts a class; None for any other.
-    """
-
-    name: str
-    fields: dict[str, Any]
+    name: str  # of the nearest registered network
+    fields: dict[str, Any]  # of `ResNet`, which differ from it
     preprocessing: Preprocessing
-    class_names: tuple[str, ...]
-    threshold: float | None
+    class_names: tuple[str, ...]  # () where the files do not say
+    threshold: float | None  # of a multi-label network
 
 
 def class_names_of(names: Any, classes: int) -> tuple[str, ...]:

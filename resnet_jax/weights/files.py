@@ -179,13 +179,6 @@ def read_state_dict(
     """Reads a weight file as it is: a state dict, or a checkpoint with one inside.
 
     Keras's names are the paths in the file, such as "layers/conv2d/vars/0".
-
-    Example:
-      >>> import numpy as np, tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     np.savez(f"{folder}/weights.npz", **{"fc.bias": np.zeros(10)})
-      ...     sorted(read_state_dict(f"{folder}/weights.npz"))
-      ['fc.bias']
     """
     # Unlike Path.expanduser, this one leaves ~ alone where the user has no home.
     path = Path(os.path.expanduser(path))

@@ -19,11 +19,7 @@ from resnet_jax.weights.translated import LEAVES, Tensors, Translated, renamed, 
 def translate(tensors: Tensors) -> Translated:
     """Renames the tensors of other frameworks as torchvision (or timm) names them.
 
-    Args:
-      tensors: By name, without prefixes; names of nested dictionaries are joined by "/".
-
-    Returns:
-      The same values in PyTorch's layouts. Tensors of no other framework keep their names.
+    Names of nested dictionaries are joined by "/". Tensors of no other framework keep their names.
 
     Raises:
       WeightsError: The weights' network computes something that no ResNet here does.

@@ -24,25 +24,14 @@ from resnet_jax.weights.tensors import listed
 
 
 class Inferred(NamedTuple):
-    """A network that weights fit.
+    """A network that weights fit: `create_model(name, **fields)`."""
 
-    Args:
-      name: Name of the nearest registered network.
-      fields: Fields of `ResNet` that differ from it: `create_model(name, **fields)`. num_classes is
-        among them (0 without a head).
-      channels: Number of image channels.
-      image_size: Side in pixels that such networks are made for.
-      assumed: Facts that the weights do not show, one sentence each: "a bottleneck's stride is on
-        its 3x3 (v1.5)".
-      preprocessing: Fields of `Preprocessing`, where the weights' framework has its own.
-    """
-
-    name: str
-    fields: dict[str, Any]
-    channels: int
-    image_size: int
-    assumed: tuple[str, ...] = ()
-    preprocessing: Mapping[str, Any] = {}
+    name: str  # of the nearest registered network
+    fields: dict[str, Any]  # of `ResNet`; num_classes is among them (0 without a head)
+    channels: int  # of its images
+    image_size: int  # side in pixels that such networks are made for
+    assumed: tuple[str, ...] = ()  # "a bottleneck's stride is on its 3x3 (v1.5)"
+    preprocessing: Mapping[str, Any] = {}  # fields that come with the weights' framework
 
 
 def infer_model(tensors: Mapping[str, Any]) -> Inferred:
@@ -90,27 +79,15 @@ def infer_model(tensors: Mapping[str, Any]) -> Inferred:
 
 @dataclasses.dataclass(frozen=True)
 class _Traits:
-    """What weights reveal of a network: one attribute for everything that may differ.
-
-    Args:
-      stage_sizes: Number of blocks in each stage.
-      stage_widths: As in `ResNet`.
-      block_cls: Class of the blocks.
-      stem: (class, widths of its convolutions, whether one replaces the max pool).
-      shortcut: As in `ResNet`; "A" also stands for "none", whose weights are the same.
-      grouping: (cardinality, base_width).
-      reduced: Channels inside the last stage's squeeze-and-excitation; 0 without it.
-      eca: Whether blocks have efficient channel attention.
-      norm: "batch" or "group".
-    """
+    """What weights reveal of a network: one attribute for everything that may differ."""
 
     stage_sizes: tuple[int, ...]
     stage_widths: tuple[int, ...]
     block_cls: type[ResidualBlock]
-    stem: tuple[Any, tuple[int, ...], bool]
-    shortcut: str
-    grouping: tuple[int, int]
-    reduced: int
+    stem: tuple[Any, tuple[int, ...], bool]  # (class, widths, whether one replaces the max pool)
+    shortcut: str  # "A" also stands for "none", whose weights are the same
+    grouping: tuple[int, int]  # (cardinality, base_width)
+    reduced: int  # channels inside the last stage's squeeze-and-excitation; 0 without it
     eca: bool
     norm: str
 

@@ -29,19 +29,12 @@ SHOWN = 4  # names in a message
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The layers that one naming scheme finds among tensors.
+    """The layers that one naming scheme finds among tensors, by their paths here."""
 
-    A layer's path is its place here, such as ("stage1", "block1", "conv1") or ("stem", "conv1").
-
-    Args:
-      model: A network with that scheme; its block, stem and shortcut are those of the weights.
-      shapes: (path, leaf) -> shape in PyTorch's layout, such as [out, in / groups, H, W].
-      unknown: Names inside blocks that are not layers of ours.
-    """
-
-    model: ResNet
+    model: ResNet  # with the block, stem and shortcut of the scheme
+    # (path, leaf) -> shape in PyTorch's layout: (("stem", "conv1"), "weight") -> (64, 3, 7, 7).
     shapes: Mapping[tuple[ModulePath, str], tuple[int, ...]]
-    unknown: tuple[str, ...]
+    unknown: tuple[str, ...]  # names inside blocks that are not layers of ours
 
     def has(self, *path: str) -> bool:
         """Whether there is a layer at a path."""

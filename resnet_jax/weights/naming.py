@@ -30,22 +30,13 @@ _TORCHVISION_MAPS = {"maxpool": "stem", "avgpool": "pooled", "global_pool": "poo
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """One way of naming a ResNet's layers.
+    """One way of naming a ResNet's layers. Our paths are joined by "/" in its tables."""
 
-    Args:
-      name: For messages.
-      block: Prefix of a block, with {stage} (from 1), {stage_from_0}, {next_stage}, and {block}
-        (from 0).
-      layers: Our path inside a block, joined by "/" -> the name after the prefix.
-      top: Our path outside the stages, joined by "/" -> the whole name.
-      dense_as_conv: Our dense layers that are 1x1 convolutions there, joined by "/".
-    """
-
-    name: str
-    block: str
-    layers: Mapping[str, str]
-    top: Mapping[str, str]
-    dense_as_conv: frozenset[str] = frozenset()
+    name: str  # for messages
+    block: str  # prefix with {stage} (from 1), {stage_from_0}, {next_stage}, {block} (from 0)
+    layers: Mapping[str, str]  # our path inside a block -> the name after the prefix
+    top: Mapping[str, str]  # our path outside the stages -> the whole name
+    dense_as_conv: frozenset[str] = frozenset()  # our dense layers that are 1x1 convolutions there
 
     @property
     def head(self) -> str:

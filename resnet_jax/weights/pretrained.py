@@ -205,8 +205,8 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
         return folder
     except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
         raise WeightsError(
-            f"{repository} (revision {revision or 'main'}) can be had neither from the Hub nor "
-            f"from the local cache, nor is it a folder here ({reason_of(error)})"
+            f"{repository} (revision {revision or 'main'}) is no folder here, is not in the local "
+            f"cache, and cannot be downloaded from the Hub ({reason_of(error)})"
         ) from error
 
 

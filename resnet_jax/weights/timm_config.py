@@ -153,13 +153,6 @@ _ATTENTION = {"": 0.0, "se": 1 / 16}
 def timm_fields(named: ResNet, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ResNet` that arguments of timm's constructor stand for.
 
-    Args:
-      named: The registered network.
-      arguments: As in "model_args": what differs from timm's network of that name.
-
-    Raises:
-      ModelError: An argument has no counterpart here.
-
     Example:
       >>> named = create_model("resnet50")
       >>> timm_fields(named, {"avg_down": True, "drop_path_rate": 0.1, "aa_layer": None})

@@ -31,21 +31,15 @@ LEAVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Translated:
-    """Weights with torchvision's or timm's names, and facts that come with their framework.
+    """Weights with torchvision's or timm's names, and facts that come with their framework."""
 
-    Args:
-      tensors: By name, in PyTorch's layouts.
-      framework: The framework's name; "" for weights that had these names already.
-      fields: Fields of `ResNet` that such a network needs and that its weights do not show.
-      preprocessing: Fields of `Preprocessing`, where the framework's networks have their own.
-      assumed: Facts that are assumed of the network, one sentence each.
-    """
-
-    tensors: dict[str, Any]
+    tensors: dict[str, Any]  # in PyTorch's layouts
     framework: str = ""
+    # Fields of `ResNet` that such a network needs and that its weights do not show.
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Fields of `Preprocessing`, where the framework's networks have their own.
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    assumed: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()  # one sentence each
 
     def check(self, model: ResNet) -> None:
         """Raises WeightsError where a model lacks a field that these weights need."""

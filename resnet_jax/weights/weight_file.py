@@ -39,15 +39,8 @@ _ARGUMENTS = {
 def open_weight_file(path: Path, name: str = "", *, prefix: str = "", weights: str = "") -> Network:
     """Reads a weight file and builds the network that its tensors belong to.
 
-    Args:
-      path: The file.
-      name: Registered name of the network; "" infers it.
-      prefix: Prefix of the tensors' names, where the file holds several networks.
-      weights: "ema" or "raw", where it holds both. Default: "ema".
-
-    Raises:
-      WeightsError: The file cannot be read, or the tensors do not belong to such a network.
-      ModelError: No network is called `name`.
+    `name` is a registered network ("" infers it), `prefix` that of the tensors' names where there
+    are several networks, `weights` "ema" or "raw" where the file holds both (default "ema").
     """
     state_dict = read_state_dict(path)
     try:

@@ -369,7 +369,7 @@ def flax_array(shape, dtype, numbers):
         (b"\x81\xa1a" + b"\x91" * 999 + b"\1", "more objects, or deeper ones"),
         (b"\x81\xa1a\xdd\0\x1e\x84\x80" + b"\1" * 2_000_000, "more objects, or deeper ones"),
         (b"\x81\1\1", "a int is not a name"),
-        (b"\x81\xa1a\1\1", "it goes on behind its end"),
+        (b"\x81\xa1a\1\1", "there are bytes behind its end"),
         (b"\x81\xa1a\xc1", "byte 0xc1 begins no value"),
         (flax_array([2**40], "float32", b"1234"), r"of shape \[1099511627776\] has 4 bytes"),
         (flax_array([-1], "float32", b"1234"), "has no shape"),

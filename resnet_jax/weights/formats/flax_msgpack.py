@@ -56,7 +56,7 @@ def read_msgpack(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"holds a {type(value).__name__}, not a dictionary of arrays")
     if reader.at != len(data):
-        raise WeightsError("not a Flax msgpack file: it goes on behind its end")
+        raise WeightsError("not a Flax msgpack file: there are bytes behind its end")
     return value
 
 
