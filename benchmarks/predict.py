@@ -30,9 +30,9 @@ from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed.data_parallel import shard_batch
 from resnet_jax.inference.classifier import Classifier
 from resnet_jax.inference.images import ImageFile, in_threads, list_images, read_pixels
-from resnet_jax.inference.predictions import write_predictions
+from resnet_jax.inference.writers import write_predictions
 from resnet_jax.models.registry import create_model, model_info
-from resnet_jax.weights.source import Network
+from resnet_jax.weights.network import Network
 
 
 def network(name: str) -> Network:

@@ -118,6 +118,22 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split()) or type(text).__name__
 
 
+def reason_of(error: Exception) -> str:
+    """Why something failed, as one line to quote in another error.
+
+    A library's error is quoted with its class, because messages such as "'state'" say little alone.
+
+    Example:
+      >>> reason_of(KeyError("state")), reason_of(EOFError()), reason_of(DataError("too short"))
+      ("KeyError: 'state'", 'EOFError', 'too short')
+    """
+    first_line = str(error).strip().partition("\n")[0][:200]
+    if isinstance(error, ResNetJaxError):
+        return first_line
+    name = type(error).__name__
+    return f"{name}: {first_line}" if first_line else name
+
+
 @contextlib.contextmanager
 def importing(purpose: str, kind: type[ResNetJaxError]) -> Iterator[None]:
     """Turns a failed import in the block into one line that names the module at fault.

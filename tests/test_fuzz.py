@@ -25,14 +25,14 @@ from resnet_jax.config import schema as c
 from resnet_jax.data import decode
 from resnet_jax.data.decode import jpeg, reading
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError, WeightsError
-from resnet_jax.export.hub import measured
+from resnet_jax.export.hub import last_evaluation
 from resnet_jax.inference.images import ImageFile, read_pixels
 from resnet_jax.report.runs import read_run
 from resnet_jax.training.metrics import _Sums
 from resnet_jax.weights import source
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.files import read_state_dict
-from resnet_jax.weights.pretrained import pretrained_labels
+from resnet_jax.weights.pretrained import read_description
 from resnet_jax.workdirs import checkpoint, checksums, workdir
 from resnet_jax.workdirs.records import split_at
 from tests.hostile.names import NAMES
@@ -316,7 +316,7 @@ def test_published_configurations(examples, tmp_path):
     def holds(found):
         (tmp_path / "config.json").write_text(json.dumps(found))
         try:
-            labels = pretrained_labels(tmp_path)
+            labels = read_description(tmp_path).class_names
         except WeightsError:
             return
         assert isinstance(labels, tuple)
@@ -402,7 +402,7 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         lambda: workdir.open_workdir(tmp_path, c.Config(), {"train": "x"}),
         lambda: c.check(c.from_json((tmp_path / "config.json").read_text())),
         lambda: [record["loss"] * record["top1"] for record in read_run(tmp_path).training],
-        lambda: measured(SimpleNamespace(source=tmp_path, step=1, ema=False)),
+        lambda: last_evaluation(SimpleNamespace(source=tmp_path, step=1, ema=False)),
         lambda: workdir.read_class_names(tmp_path),
         lambda: split_at(tmp_path / "metrics.jsonl", 1),
         lambda: _Sums.of(store.records()),

@@ -25,7 +25,7 @@ from resnet_jax.errors import (
 from resnet_jax.errors import (
     WeightsError as AnyWeightsError,
 )
-from resnet_jax.export import export
+from resnet_jax.export import agreement, exporter
 from resnet_jax.export.hub import push_folder
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.pretrained import load_pretrained
@@ -79,12 +79,12 @@ CASES = {
     "digits": (lambda at: open_source("digits", "train", str(at)), "sklearn", DataError, ()),
     "tfds": (lambda at: import_tfds(), "tensorflow_datasets", DataError, ()),
     "onnx": (
-        lambda at: export._write_onnx(None),
+        lambda at: exporter._write_onnx(None),
         "onnxruntime",
         ExportError,
         ("resnet_jax.export.onnx",),
     ),
-    "images to compare on": (lambda at: export.sample_images(None), "sklearn", ExportError, ()),
+    "images to compare on": (lambda at: agreement.sample_images(None), "sklearn", ExportError, ()),
     "hub": (lambda at: load_pretrained("a/b"), "huggingface_hub", WeightsError, ()),
     "push": (lambda at: push_folder(at, "a/b"), "huggingface_hub", ExportError, ()),
     "pth": (_pth, "torch", AnyWeightsError, ()),

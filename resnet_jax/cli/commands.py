@@ -215,7 +215,7 @@ def plan(options: argparse.Namespace) -> None:
 
 def find_rate(options: argparse.Namespace) -> None:
     """Suggests a learning rate, and writes the curve that it follows from."""
-    from resnet_jax.inference.writers import new_file
+    from resnet_jax.outputs import open_output
     from resnet_jax.training.rate_range import find_rate
 
     path, flag = Path(options.output), f"--output={options.output}"
@@ -231,7 +231,7 @@ def find_rate(options: argparse.Namespace) -> None:
     config, _ = parse_train_flags(options.rest)
     with contextlib.ExitStack() as stack:
         opened = {
-            suffix: stack.enter_context(new_file(path.with_suffix(suffix), options.force))
+            suffix: stack.enter_context(open_output(path.with_suffix(suffix), options.force))
             for suffix in dict.fromkeys((path.suffix, ".csv"))
         }
         limits = options.low, options.high, options.steps
@@ -270,7 +270,7 @@ def _say_rate(curve: Any, output: str) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Gives a network away."""
-    from resnet_jax.export.export import export_network
+    from resnet_jax.export.exporter import export_network
 
     network = _open_network(options)
     agreement = export_network(
@@ -301,8 +301,8 @@ def predict(options: argparse.Namespace) -> int:
     """Says what is on images; returns the exit code."""
     from resnet_jax.inference.classifier import Classifier
     from resnet_jax.inference.images import list_images
-    from resnet_jax.inference.predictions import write_predictions
-    from resnet_jax.weights.source import require_head
+    from resnet_jax.inference.writers import write_predictions
+    from resnet_jax.weights.network import require_head
 
     def open_classifier() -> Classifier:
         network = _open_network(options)
@@ -347,7 +347,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measures a network on a data set."""
     from resnet_jax.evaluation.held_out import evaluate_data
     from resnet_jax.evaluation.result import dump_json
-    from resnet_jax.inference.writers import new_file
+    from resnet_jax.outputs import open_output
 
     scales = options.scales.split(",") if options.scales else []
     if not all(re.fullmatch(r"\s*\d{1,6}\s*", each) for each in scales) or len(scales) > 100:
@@ -355,7 +355,7 @@ def evaluate(options: argparse.Namespace) -> None:
         raise ConfigError(f"--scales={shown}: pixels with commas, such as 224,256,384")
     file: Any = contextlib.nullcontext()
     if options.json not in ("", "-"):
-        file = new_file(options.json, options.force, "--json", stream=True)
+        file = open_output(options.json, options.force, "--json", stream=True)
     with file as stream:
         result = evaluate_data(
             _open_network(options),

@@ -25,11 +25,11 @@ from resnet_jax.distributed.data_parallel import check_divisible, replicate
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError, unknown_name
 from resnet_jax.evaluation.label_sets import CORRUPTED, LabelMatch, data_set_name, match_labels
-from resnet_jax.evaluation.multi_label import MultiLabelAccumulator, check_scores_memory, sigmoid
+from resnet_jax.evaluation.multi_label import MultiLabelAccumulator, check_scores_memory
 from resnet_jax.evaluation.result import EvaluationResult
 from resnet_jax.evaluation.views import VIEWS, default_scales, make_views_step
 from resnet_jax.limits import MAX_BATCH, MAX_SIDE
-from resnet_jax.weights.source import Network, require_head
+from resnet_jax.weights.network import Network, require_head, sigmoid
 
 _BATCH_SIZE = 128
 # A batch for multi_scale is this much smaller: it has about 16 times the pixels.

@@ -26,7 +26,7 @@ from resnet_jax.evaluation.label_sets import (
 from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.evaluation.result import CorruptionResult, EvaluationResult
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.source import Network, evaluated_data, require_head
+from resnet_jax.weights.network import Network, evaluated_data, require_head
 from resnet_jax.workdirs.workdir import read_class_names, read_json
 
 _HELD_OUT = ("test", "val", "valid", "validation")  # names of splits

@@ -18,7 +18,8 @@ import numpy as np
 
 from resnet_jax.data.sources.base import Source, shortlist
 from resnet_jax.errors import DataError
-from resnet_jax.weights.source import Network, imagenet_ids, imagenet_names
+from resnet_jax.weights.class_names import imagenet_ids, imagenet_names
+from resnet_jax.weights.network import Network
 
 SUBSETS = ("imagenet_a", "imagenet_r")
 CORRUPTED = "imagenet2012_corrupted"

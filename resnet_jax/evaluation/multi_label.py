@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from resnet_jax.limits import check_host_memory
+from resnet_jax.weights.network import is_predicted
 
 _SORTED_AT_ONCE = 2**22  # logits: 16 MiB
 
@@ -191,27 +192,6 @@ def best_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     rank[~np.isfinite(best)] = logits.shape[1]
     rank[~labels.any(1)] = -1
     return rank
-
-
-def is_predicted(logits: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether the logistic function of each logit reaches a threshold in (0, 1).
-
-    Example:
-      >>> is_predicted(np.array([-0.1, 0.0, 2.0]), 0.5).tolist()
-      [False, True, True]
-    """
-    return logits >= math.log(threshold / (1 - threshold))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """The logistic function, without overflow.
-
-    Example:
-      >>> sigmoid(np.array([-1000.0, 0.0, 1000.0])).tolist()
-      [0.0, 0.5, 1.0]
-    """
-    small = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1, small) / (1 + small)
 
 
 def check_scores_memory(images: int, classes: int, what: str, remedy: str) -> None:

@@ -1,9 +1,9 @@
 """Batch norm folded into the convolutions, for networks that are no longer trained.
 
-With running statistics a batch norm multiplies each channel by a factor and adds a constant. Where
-it follows a convolution, the factor goes into the kernel and the constant becomes the
-convolution's bias. In a pre-activation network this is so for all norms but the first of each
-block and the last of the network: those come after a sum, and keep factor and constant.
+With running statistics, a batch norm multiplies each channel by a factor and adds a constant. Where
+it follows a convolution, the factor goes into the kernel and the constant becomes the convolution's
+bias. In a pre-activation network, the first norm of each block and the last one of the network
+follow a sum instead, and keep factor and constant.
 """
 
 from __future__ import annotations
@@ -29,29 +29,17 @@ from resnet_jax.models.blocks import (
 from resnet_jax.models.layers import Dtype, Initializer, ModuleDef
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import CifarStem, DeepStem, ImageNetStem
+from resnet_jax.weights.naming import ModulePath
 
-Path = tuple[str, ...]
-
-# Whose layers are named as `_folded_into` reads them.
+# Blocks and stems whose layers have the names that `_folded_into` expects.
 _KNOWN_BLOCKS = (BasicBlock, BottleneckBlock, PreActBasicBlock, PreActBottleneckBlock)
 _KNOWN_STEMS = (ImageNetStem, DeepStem, CifarStem)
 
 
 class FoldedNorm(nn.Module):
-    """What a folded batch norm leaves: x + bias, or x * scale + bias where no convolution took it.
+    """A folded batch norm: x + bias, or x * scale + bias where no convolution took the scale.
 
-    Args:
-      scale_init: Not used: the variables say whether there is a scale.
-      dtype: Type of the output.
-
-    Returns:
-      Called on [N, H, W, C] with `train` (which must be False): the same shape in `dtype`.
-
-    Example:
-      >>> norm, x = FoldedNorm(), jnp.ones((1, 1, 1, 2))
-      >>> params = {"scale": jnp.array([2.0, 3.0]), "bias": jnp.array([0.5, -1.0])}
-      >>> norm.apply({"params": params}, x, train=False).ravel().tolist()
-      [2.5, 2.0]
+    Its variables decide whether there is a scale. `scale_init` is not used.
     """
 
     scale_init: Initializer = nn.initializers.ones
@@ -69,14 +57,7 @@ class FoldedNorm(nn.Module):
 
 
 class FoldedResNet(ResNet):
-    """A `ResNet` after `fold_batch_norm`; its fields are those of the network it was made from.
-
-    Example:
-      >>> model = FoldedResNet(stage_sizes=(1,), stage_widths=(8,))
-      >>> images = jnp.zeros((1, 8, 8, 3))
-      >>> sorted(model.init(jax.random.key(0), images, train=False))
-      ['params']
-    """
+    """A `ResNet` after `fold_batch_norm`, with the fields of the network it was made from."""
 
     def _norm_cls(self) -> ModuleDef:
         return functools.partial(FoldedNorm, dtype=self.dtype)
@@ -88,16 +69,16 @@ def fold_batch_norm(
     """Folds every batch norm into the convolution before it.
 
     Args:
-      model: A ResNet with batch norm, of this package's stems and blocks.
+      model: A ResNet with batch norm, and stems and blocks of this package.
       variables: Its {"params", "batch_stats"}.
 
     Returns:
-      (model, {"params"}) of a network without batch norms that computes the same, up to float32
-      rounding; for `train=False` only.
+      (model, {"params"}) of a network without batch norms that computes the same up to float32
+      rounding, for `train=False` only.
 
     Raises:
-      ModelError: Group norm, whose statistics are each image's own, or a block or stem of
-        another kind.
+      ModelError: Group norm, whose statistics are each image's own, or a block or stem of another
+        kind.
 
     Example:
       >>> import resnet_jax as rj
@@ -133,9 +114,9 @@ def fold_batch_norm(
 
 
 def _factor_and_constant(
-    leaves: Mapping[Path, np.ndarray], norm: Path, epsilon: float
+    leaves: Mapping[ModulePath, np.ndarray], norm: ModulePath, epsilon: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The norm as x * factor + constant, in float64 so that only one rounding is left."""
+    """The norm as x * factor + constant, in float64, so that the result is rounded once."""
     scale, bias = (leaves["params", *norm, name].astype(np.float64) for name in ("scale", "bias"))
     mean, variance = (
         leaves["batch_stats", *norm, name].astype(np.float64) for name in ("mean", "var")
@@ -144,8 +125,8 @@ def _factor_and_constant(
     return factor, bias - mean * factor
 
 
-def _folded_into(norm: Path, preactivation: bool) -> Path | None:
-    """The convolution whose output the norm takes; None where it takes a sum.
+def _folded_into(norm: ModulePath, preactivation: bool) -> ModulePath | None:
+    """The convolution whose output the norm takes; None for a norm that follows a sum.
 
     norm1 follows conv1, and so on; in a pre-activation block norm2 does.
     """
@@ -169,5 +150,5 @@ def _check(model: ResNet) -> None:
     if model.block_cls not in _KNOWN_BLOCKS or model.stem_type not in _KNOWN_STEMS:
         raise ModelError(
             f"{model.block_cls.__name__} on {model.stem_type.__name__} cannot be folded: which "
-            "convolution a norm follows is only known of this package's own blocks and stems"
+            "convolution a norm follows is only known for the blocks and stems of this package"
         )

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.data.preprocessing import Preprocessing
-from resnet_jax.errors import ExportError, importing, library_errors
+from resnet_jax.errors import ExportError, importing, library_errors, reason_of
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.summary import summary
 from resnet_jax.terminal import json_text, visible
 from resnet_jax.weights.files import save_weights
 from resnet_jax.weights.naming import schemes_for
-from resnet_jax.weights.source import Network
+from resnet_jax.weights.network import Network
 from resnet_jax.workdirs.records import is_training, read_records
 
-# What config.json has no word for; a network that differs here from its name is no such network.
+# Fields that config.json cannot say: they must be those of the registered network.
 _OF_THE_NAME = (
     *("stage_sizes", "block_cls", "stem_cls", "stage_widths", "shortcut", "stride_in_1x1"),
     *("cardinality", "base_width", "se_ratio", "eca", "norm", "weight_standardization"),
     "bn_epsilon",
 )
-# Registered names that are not timm's.
+# Patterns of registered names that timm does not have.
 _ONLY_HERE = (
     *("plain*", "*_cifar", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
     *("resnet1202", "resnetv2_110", "resnetv2_164", "resnetv2_200", "wide_resnet28_10"),
 )
 
-# Fields of a recipe that its readers look for, and those that tell of a machine, not a result.
+# Fields of a recipe that are always shown, and those that concern the machine, not the result.
 _ALWAYS = (
     *("optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay", "schedule.name"),
     *("train.epochs", "train.batch_size"),
@@ -48,19 +49,15 @@ def in_timm(name: str) -> bool:
 
 
 def write_hub(network: Network, folder: Path) -> None:
-    """Writes model.safetensors, config.json and README.md.
-
-    Args:
-      network: What to write.
-      folder: An existing folder.
+    """Writes model.safetensors, config.json and README.md into an existing folder.
 
     Raises:
-      ExportError: The network differs from the one that its name stands for.
+      ExportError: A field that config.json cannot say differs from the registered network.
     """
     named = create_model(network.name, num_classes=network.model.num_classes)
     for field in _OF_THE_NAME:
         found, expected = getattr(network.model, field), getattr(named, field)
-        if found != expected and repr(found) != repr(expected):  # partials compare by identity
+        if not _equal(found, expected):
             raise ExportError(
                 f"--format=hub: this {network.name} has {field} = {found!r}, which config.json "
                 "cannot say; use --format=stablehlo or onnx"
@@ -71,15 +68,15 @@ def write_hub(network: Network, folder: Path) -> None:
     save_weights(folder / "model.safetensors", network.model, network.variables)
 
 
+def _equal(field: Any, other: Any) -> bool:
+    """Whether two fields of a model are equal, also partials, which compare by identity."""
+    if isinstance(field, functools.partial) and isinstance(other, functools.partial):
+        return (field.func, field.args, field.keywords) == (other.func, other.args, other.keywords)
+    return bool(field == other)
+
+
 def hub_config(network: Network) -> dict[str, Any]:
-    """A network's config.json, as timm writes it.
-
-    Args:
-      network: Any.
-
-    Returns:
-      What `load_pretrained` and timm read.
-    """
+    """A network's config.json, as timm writes it and `load_pretrained` and timm read it."""
     model, preprocessing, channels = network.model, network.preprocessing, network.channels
     side, pool = preprocessing.image_size, preprocessing.image_size // model.strides()[-1]
     scheme = schemes_for(model)[0]
@@ -102,8 +99,8 @@ def hub_config(network: Network) -> dict[str, Any]:
             "interpolation": preprocessing.interpolation,
             "crop_pct": preprocessing.crop_fraction,
             "crop_mode": preprocessing.crop_mode,
-            "mean": _a_channel(preprocessing.mean, channels),
-            "std": _a_channel(preprocessing.std, channels),
+            "mean": _per_channel(preprocessing.mean, channels),
+            "std": _per_channel(preprocessing.std, channels),
             "num_classes": model.num_classes,
             "first_conv": scheme.top["stem/conv1"],
             "classifier": scheme.head,
@@ -111,20 +108,13 @@ def hub_config(network: Network) -> dict[str, Any]:
     }
 
 
-def _a_channel(values: tuple[float, ...], channels: int) -> list[float]:
-    """One number for each channel, where one may stand for all."""
+def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
+    """One number for each channel."""
     return list(values) * (channels if len(values) == 1 else 1)
 
 
-def measured(network: Network) -> dict[str, Any] | None:
-    """The last evaluation of the exported state.
-
-    Args:
-      network: Any.
-
-    Returns:
-      Its record in the workdir's metrics.jsonl; None where there is none.
-    """
+def last_evaluation(network: Network) -> dict[str, Any] | None:
+    """The record of the last evaluation of the exported state; None without one."""
     path = Path(network.source, "metrics.jsonl")
     if network.step is None or not path.is_file():
         return None
@@ -140,14 +130,7 @@ def measured(network: Network) -> dict[str, Any] | None:
 
 
 def model_card(network: Network) -> str:
-    """The README.md of a network's folder.
-
-    Args:
-      network: Any.
-
-    Returns:
-      Markdown with the front matter that the Hub reads.
-    """
+    """The README.md of a network's folder, with the front matter that the Hub reads."""
     tags = ["image-classification", "resnet", "jax", "flax"]
     tags += ["timm"] if in_timm(network.name) else []
     front = ["---", "tags:", *(f"- {tag}" for tag in tags)]
@@ -175,10 +158,10 @@ def _facts(network: Network) -> dict[str, str]:
         "classes": str(network.model.num_classes)
         + (", none, one or several for an image" if network.multi_label else ""),
     }
-    record = measured(network)
+    record = last_evaluation(network)
     if network.config is not None:
         kind, _, path = network.config.data.name.partition(":")
-        # Of a folder only its own name: where it lies is nobody's business.
+        # Only the last part of a path, because the rest is private.
         facts["data set"] = _plain(f"{kind}:{Path(path).name}" if path else kind)
     if record is not None:
         average = ", moving average" if network.ema else ""
@@ -187,7 +170,7 @@ def _facts(network: Network) -> dict[str, str]:
             if name in record:
                 facts[f"{title} ({split})"] = f"{record[name]:.2%}"
         facts[f"top-1 ({split})"] = f"{record['top1']:.2%}"
-        if "top5" in record:
+        if "top5" in record and network.model.num_classes > 5:
             facts[f"top-5 ({split})"] = f"{record['top5']:.2%}"
         if "images" in record:
             facts["images evaluated"] = f"{record['images']:,}"
@@ -196,19 +179,19 @@ def _facts(network: Network) -> dict[str, str]:
 
 
 def _colors(channels: int) -> str:
-    return {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+    return {1: "grayscale", 3: "RGB"}.get(channels, f"{channels} channels")
 
 
 def _geometry(preprocessing: Preprocessing) -> str:
     size, resized = preprocessing.image_size, preprocessing.resize_size
     if preprocessing.crop_mode == "center":
-        return f"the centre, once the shorter side is {resized} pixels"
-    of = "" if resized == size else f"the centre of {resized} x {resized} pixels: "
-    return f"{of}the whole image, without regard to its proportions"
+        return f"the center, with the shorter side resized to {resized} pixels"
+    of = "" if resized == size else f"the center of {resized} x {resized} pixels: "
+    return f"{of}the whole image, regardless of its proportions"
 
 
 def _plain(name: object) -> str:
-    """A name as Markdown shows it, whatever signs of Markdown or HTML it has."""
+    """A name with the characters of Markdown and HTML escaped."""
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", visible(name))
 
 
@@ -217,7 +200,7 @@ def _table(facts: dict[str, str]) -> str:
 
 
 def _training(network: Network) -> list[str]:
-    """The recipe: the fields that every run is told by, and those that differ from the defaults."""
+    """The recipe: the usual fields, and all that differ from the defaults."""
     from resnet_jax.config.schema import Config, to_flat
 
     if network.config is None:
@@ -253,11 +236,7 @@ def _code(language: str, text: str) -> str:
 
 
 def push_folder(folder: Path, repository: str) -> None:
-    """Uploads a folder to the Hugging Face Hub, in one commit.
-
-    Args:
-      folder: What `write_hub` wrote.
-      repository: "owner/name"; made where there is none.
+    """Uploads a folder in one commit to "owner/name" on the Hub, which is created where needed.
 
     Raises:
       ExportError: huggingface_hub is missing, or the Hub refuses.
@@ -266,10 +245,8 @@ def push_folder(folder: Path, repository: str) -> None:
         import huggingface_hub as hub
 
     def refused(error: Exception) -> ExportError:
-        reason = str(error).strip().split("\n")[0]
         return ExportError(
-            f"--push={repository}: the Hub refused ({type(error).__name__}: {reason}); "
-            f"{folder} is written"
+            f"--push={repository}: the Hub refused ({reason_of(error)}); {folder} is written"
         )
 
     files = ["README.md", "config.json", "model.safetensors"]

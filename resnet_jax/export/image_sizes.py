@@ -12,30 +12,24 @@ from resnet_jax.models.resnet import ResNet
 
 @dataclasses.dataclass(frozen=True)
 class ImageSizes:
-    """Height and width of the images that an exported network takes.
-
-    Args:
-      height: In pixels; where the size is open, of the images that the network was evaluated on.
-      width: Likewise.
-      least: The smallest height and width that the network takes.
-      is_open: Any height and width from `least` up.
+    """Height and width in pixels of the images that an exported network takes.
 
     Example:
       >>> ImageSizes(224, 224, least=32, is_open=True).checked
       ((224, 224), (169, 281), (32, 32))
     """
 
-    height: int
+    height: int  # for open sizes, of the images that the network was evaluated on
     width: int
-    least: int
-    is_open: bool = False
+    least: int  # the smallest height and width that the network takes
+    is_open: bool = False  # any height and width from `least` up
 
     @property
     def checked(self) -> tuple[tuple[int, int], ...]:
         """The sizes at which the export is compared with its source.
 
-        Where the size is open: the network's own, one with odd and unequal sides (strides round up
-        there), and the smallest.
+        For open sizes: the network's own, one with odd and unequal sides (which strides round up),
+        and the smallest.
         """
         own = (self.height, self.width)
         if not self.is_open:
@@ -51,25 +45,14 @@ class ImageSizes:
 
 
 def parse_image_sizes(text: str, model: ResNet, image_size: int) -> ImageSizes:
-    """Reads the flag --input_size.
-
-    Args:
-      text: "HEIGHTxWIDTH", "open", or "" for squares of `image_size`.
-      model: The network.
-      image_size: Side of its images in pixels.
-
-    Returns:
-      The sizes.
-
-    Raises:
-      ExportError: The text is neither, or the images are too small or too large.
+    """Reads --input_size: "HEIGHTxWIDTH", "open", or "" for squares of `image_size` pixels.
 
     Example:
       >>> import resnet_jax as rj
       >>> parse_image_sizes("96x160", rj.ResNet50(), 224)
       ImageSizes(height=96, width=160, least=32, is_open=False)
     """
-    # The model takes images of four rows or fewer for [N, C, H, W].
+    # The model refuses images of four rows or fewer as [N, C, H, W].
     least = max(model.output_stride or model.strides()[-1], 5)
     if text in ("", "open"):
         return ImageSizes(image_size, image_size, least, is_open=text == "open")

@@ -1,9 +1,9 @@
-"""A network as an ONNX graph of the operators that runtimes know best.
+"""A network as an ONNX graph of operators that every runtime has.
 
-The network is traced once. Its layers are recorded as layers, so that the graph has one `Conv`,
-`BatchNormalization` or `Gemm` for each; what stands between them (ReLU, sums, pools, padding) is
-translated operation by operation, whatever block it comes from. Activations are NCHW in the graph,
-as ONNX has them; images come in as everywhere here, uint8 NHWC.
+The network is traced once. Each layer is recorded as a whole, so that the graph has one `Conv`,
+`BatchNormalization` or `Gemm` for it. Operations between layers (ReLU, sums, pools, padding) are
+translated one by one, whatever block they come from. Activations in the graph are NCHW, as usual in
+ONNX; its input is uint8 NHWC, as everywhere in this package.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from resnet_jax.terminal import json_text
 
 OLDEST_OPSET = 17
 MOST_EMBEDDED = 2**31 - 2**24  # bytes of weights in one file, which protobuf limits to 2 GiB
-# Sides at which a graph for any size is traced: the maps of all strides up to 128 have even sides
-# in one, and odd sides in the other.
+# Sides at which a graph for open sizes is traced. The maps of all strides up to 128 have even sides
+# for one of them, and odd sides for the other.
 _TRACED_SIDES = (256, 257)
-_END = np.iinfo(np.int64).max  # of a slice: wherever the axis ends
+_END = np.iinfo(np.int64).max  # of a slice that goes to the end of the axis
 
 
 def write_onnx(
@@ -53,23 +53,15 @@ def write_onnx(
     output: str = "logits",
     weights_path: Path | None = None,
 ) -> None:
-    """Writes the graph.
+    """Writes the graph, and the weights to `weights_path` in the same folder if it is not None.
 
-    Args:
-      predict: (variables, uint8 images [N, H, W, C]) -> logits [N, num_classes].
-      variables: Its first argument, NumPy arrays.
-      sizes: H and W, fixed or open; N stays open.
-      channels: C.
-      metadata: Kept in the file, each value as JSON.
-      path: Where the graph goes.
-      opset: Version of ONNX's operators.
-      output: Name of the result.
-      weights_path: Where the weights go, in the same folder; None: into the graph's file.
+    `predict` is (variables, uint8 images [N, H, W, C]) -> logits [N, num_classes]. H and W are
+    fixed or open; N is always open. The file stores each value of `metadata` as JSON.
 
     Raises:
-      ExportError: The network has an operation that this translation does not know, or the graph
-        depends on the size of the images where that is to be open; onnx does not know the opset;
-        the weights are too many for one file.
+      ExportError: The network has an operation without translation, or the graph depends on the
+        size of the images where that is open; onnx does not know the opset; the weights are too
+        large for one file.
     """
     _check_opset(opset)
     _check_bytes(variables, weights_path)
@@ -101,17 +93,7 @@ def write_onnx(
 
 
 def open_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Reads a graph with onnxruntime.
-
-    Args:
-      path: What `write_onnx` wrote.
-
-    Returns:
-      uint8 images [N, H, W, C] -> logits [N, num_classes].
-
-    Raises:
-      ExportError: onnxruntime does not run it.
-    """
+    """Opens a graph with onnxruntime: uint8 images [N, H, W, C] -> logits [N, num_classes]."""
     import onnxruntime
 
     def refused(error: Exception) -> ExportError:
@@ -146,7 +128,7 @@ def _check_bytes(variables: Any, weights_path: Path | None) -> None:
 def _graph_of_any_size(
     predict: Callable[..., jax.Array], variables: Any, channels: int, opset: int, output: str
 ) -> tuple[Graph, int]:
-    """A graph that is the same whatever the size of the images it is traced at."""
+    """A graph for images of any size, traced at two sizes to check that they give the same."""
     (graph, classes), (other, _) = (
         _trace(predict, variables, (side, side, channels), opset, output) for side in _TRACED_SIDES
     )
@@ -166,7 +148,7 @@ def _trace(
     output: str,
 ) -> tuple[Graph, int]:
     """The graph for images of one shape (H, W, C), and the width of its output."""
-    # Two images stand for any number: nothing below looks at the first axis.
+    # Two images stand for any number, because nothing below depends on the first axis.
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.uint8)
     with nn.intercept_methods(record_layer):
         traced = jax.make_jaxpr(lambda images: predict(variables, images))(images)
@@ -178,13 +160,10 @@ def _trace(
     return graph, traced.out_avals[0].shape[1]
 
 
-# What stands between the layers, by JAX's name of the operation.
-
-
 def _translate(
     graph: Graph, jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Value]
 ) -> list[Value]:
-    """Adds a traced function to the graph; returns its results."""
+    """Adds a traced function to the graph and returns its results."""
     values: dict[Any, Value] = dict(zip(jaxpr.constvars, map(np.asarray, constants)))
     values |= zip(jaxpr.invars, inputs)
 
@@ -201,7 +180,7 @@ def _translate(
 def _translate_one(graph: Graph, equation: Any, arguments: list[Value]) -> list[Value]:
     primitive, params = equation.primitive, equation.params
     inner = params.get("call_jaxpr", params.get("jaxpr"))
-    if inner is not None and primitive.name != "reduce_window":  # a function called by its name
+    if inner is not None and primitive.name != "reduce_window":  # a nested call
         jaxpr, constants = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
         return _translate(graph, jaxpr, constants, arguments)
     if not any(isinstance(each, Tensor) for each in arguments):
@@ -244,7 +223,7 @@ def _div(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any) -> s
 def _cast(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any) -> str:
     dtype = helper.np_dtype_to_tensor_dtype(np.dtype(params["new_dtype"]))
     name = graph.add("Cast", arguments[0].name, to=dtype)
-    # The images are the only input, and the only thing that is not float32 already.
+    # The images are the only input, and the only value that is not float32 already.
     return graph.add("Transpose", name, perm=NCHW) if arguments[0].name == "images" else name
 
 
@@ -301,7 +280,7 @@ def _max_pool(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any)
 
 
 def _window_sum(graph: Graph, arguments: Sequence[Value], shape: Any, params: Any) -> str:
-    """A sum over windows as a convolution with ones, one group for each channel."""
+    """A sum over windows, as a convolution with ones and one group per channel."""
     (x,) = arguments
     window = _window(params)
     ones = np.ones((shape[3], 1, *window["kernel_shape"]), np.float32)
@@ -311,7 +290,7 @@ def _window_sum(graph: Graph, arguments: Sequence[Value], shape: Any, params: An
 
 
 def _pixels(window: Window) -> np.ndarray:
-    """How many pixels each window has inside its images: [1, H, W, 1]."""
+    """Number of pixels that each window has inside its images: [1, H, W, 1]."""
     counts = []
     attributes = window.attributes
     names = ("kernel_shape", "strides", "dilations")
@@ -325,7 +304,7 @@ def _pixels(window: Window) -> np.ndarray:
 
 
 def _is_mean(window: Window, divisor: Value) -> bool:
-    """Whether the sums over undilated windows are divided by the numbers of their pixels."""
+    """Whether sums over windows without dilation are divided by their numbers of pixels."""
     dilated = set(window.attributes["dilations"]) != {1}
     return (
         not dilated and isinstance(divisor, np.ndarray) and np.array_equal(divisor, _pixels(window))
@@ -335,7 +314,7 @@ def _is_mean(window: Window, divisor: Value) -> bool:
 def _window_mean(graph: Graph, window: Window) -> str:
     """The mean of the pixels that each window has inside its images."""
     attributes = dict(window.attributes)
-    del attributes["dilations"]  # all 1; AveragePool has none before opset 19
+    del attributes["dilations"]  # all 1; AveragePool has no dilations before opset 19
     return graph.add("AveragePool", window.images, count_include_pad=0, **attributes)
 
 

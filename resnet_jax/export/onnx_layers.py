@@ -1,7 +1,7 @@
-"""The layers of a network as nodes of an ONNX graph.
+"""An ONNX graph under construction, and the layers of a network as its nodes.
 
-While a network is traced, a call of one of its layers is recorded as one operation, "layer", that
-knows how to become a node.
+While a network is traced, each call of a layer is recorded as one operation, "layer", which carries
+the function that adds its node.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from resnet_jax.models.layers import Conv, standardize_kernel
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.ops.pooling import max_pool
 
-NCHW = (0, 3, 1, 2)  # the NHWC axis that stands at each place
+NCHW = (0, 3, 1, 2)  # the NHWC axis at each place
 OPSET = 21  # the first with per-channel GroupNormalization
 
 
 class Tensor(NamedTuple):
-    """A value that is known when the graph runs; anything else is a NumPy array, a constant."""
+    """A value that the graph computes; other values are constants, NumPy arrays."""
 
     name: str
 
@@ -38,18 +38,15 @@ Value = Any  # a Tensor, or an array in JAX's layout
 
 
 class Window(NamedTuple):
-    """A window over the pixels of a tensor, as the attributes of an ONNX node."""
+    """A window over the pixels of a tensor."""
 
-    images: str  # the tensor
-    sides: tuple[int, int]  # of its images
-    attributes: dict[str, Any]
+    images: str  # name of the tensor
+    sides: tuple[int, int]  # its height and width
+    attributes: dict[str, Any]  # of an ONNX node
 
 
 class Graph:
     """Nodes and constants of an ONNX graph under construction.
-
-    Args:
-      opset: Version of ONNX's operators.
 
     Example:
       >>> graph = Graph()
@@ -61,7 +58,7 @@ class Graph:
         self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
-        self.sums: dict[str, tuple[str, int]] = {}  # of all pixels: their images, their count
+        self.sums: dict[str, tuple[str, int]] = {}  # sums over all pixels -> (images, pixels)
         self.window_sums: dict[str, Window] = {}
         self._numbers = itertools.count()
 
@@ -79,7 +76,7 @@ class Graph:
         return name
 
     def finish(self, result: str, name: str) -> None:
-        """Gives the result its name; keeps only the nodes and constants that it depends on."""
+        """Names the result, and drops nodes and constants that it does not depend on."""
         wanted, kept = {result}, []
         for node in reversed(self.nodes):
             if wanted & set(node.output):
@@ -92,7 +89,7 @@ class Graph:
         self.constants = [each for each in self.constants if each.name in wanted]
 
     def name_of(self, value: Value) -> str:
-        """The name of a value, which becomes a constant in ONNX's layout if it is none yet."""
+        """The name of a value; an array becomes a constant in ONNX's layout."""
         if isinstance(value, Tensor):
             return value.name
         return self.constant(value.transpose(NCHW) if value.ndim == 4 else value)
@@ -108,17 +105,7 @@ _layer.def_abstract_eval(
 
 
 def record_layer(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Stands in for a layer's call while a network is traced (`nn.intercept_methods`).
-
-    Args:
-      call: The layer's own method.
-      args: Of the call.
-      kwargs: Of the call.
-      context: What is called: module and method.
-
-    Returns:
-      The traced operation's output; for what is no layer, that of `call`.
-    """
+    """Records a layer's call as one operation, for `nn.intercept_methods` while tracing."""
     module, make = context.module, _LAYERS.get(type(context.module))
     if make is None or context.method_name not in ("__call__", "max_pool"):
         return call(*args, **kwargs)
@@ -173,7 +160,7 @@ def _batch_norm(module: BatchNorm, leaves: Mapping[str, Any], shape: Any) -> tup
 def _folded_norm(module: FoldedNorm, leaves: Mapping[str, Any], shape: Any) -> tuple[_Emit, Any]:
     def emit(graph: Graph, x: str) -> str:
         name = "/".join(module.path)
-        if "scale" not in leaves:  # it was folded into the convolution that the norm follows
+        if "scale" not in leaves:  # a convolution took it, and gets the bias too
             node = next(node for node in graph.nodes if node.output[0] == x)
             node.input.append(graph.constant(leaves["bias"], f"{name}/bias"))
             return x
@@ -193,14 +180,14 @@ def _group_norm(module: GroupNorm, leaves: Mapping[str, Any], shape: Any) -> tup
     def emit(graph: Graph, x: str) -> str:
         name = "/".join(module.path)
         groups = math.gcd(32, shape[-1])
-        if graph.opset < 21:  # there scale and bias are one number a group
+        if graph.opset < 21:  # before, scale and bias were one number per group
             return _decomposed(graph, x, name, groups)
         inputs = [graph.constant(leaves[leaf], f"{name}/{leaf}") for leaf in ("scale", "bias")]
         options = {"num_groups": groups, "epsilon": module.epsilon}
         return graph.add("GroupNormalization", x, *inputs, name=name, **options)
 
     def _decomposed(graph: Graph, x: str, name: str, groups: int) -> str:
-        """A group as one channel of an instance norm, then scale and bias of each channel."""
+        """An instance norm with a group as one channel, then scale and bias of each channel."""
         ones, zeros = (graph.constant(np.full(groups, fill, np.float32)) for fill in (1, 0))
         y = graph.add("Reshape", x, graph.constant([0, groups, -1]))
         y = graph.add("InstanceNormalization", y, ones, zeros, epsilon=module.epsilon)

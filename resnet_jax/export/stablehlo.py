@@ -1,6 +1,6 @@
 """A network as one StableHLO program: uint8 images in, logits out, for several platforms.
 
-JAX alone runs it again; its code is not needed, nor this package.
+JAX alone runs it, without this package.
 """
 
 from __future__ import annotations
@@ -23,16 +23,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def parse_platforms(text: str) -> tuple[str, ...]:
-    """Reads the flag --platforms.
-
-    Args:
-      text: Names with commas between them.
-
-    Returns:
-      The names, with "cpu" among them, because the program is checked there.
-
-    Raises:
-      ExportError: An unknown name, or none.
+    """Reads --platforms, names separated by commas; adds "cpu", where the program is checked.
 
     Example:
       >>> parse_platforms("tpu,cuda")
@@ -53,63 +44,50 @@ def write_stablehlo(
     path: Path,
     weights_path: Path | None,
 ) -> None:
-    """Writes the program.
+    """Writes the program, and the weights as safetensors beside it if `weights_path` is not None.
 
-    Args:
-      predict: (variables, uint8 images [N, H, W, C]) -> logits [N, num_classes].
-      variables: Its first argument.
-      sizes: H and W, fixed or open; N stays open.
-      channels: C.
-      platforms: Such as ("cpu", "cuda", "tpu").
-      path: Where the program goes.
-      weights_path: Where the weights go, as safetensors; None: into the program.
+    `predict` is (variables, uint8 images [N, H, W, C]) -> logits [N, num_classes]. H and W are
+    fixed or open; N is always open.
     """
     if importlib.util.find_spec("flatbuffers") is None:
         raise ExportError("--format=stablehlo needs flatbuffers: pip install flatbuffers")
     images = jax.ShapeDtypeStruct((*_batch_and_sides(sizes), channels), jnp.uint8)
-    to_program = _exporter(platforms)
     if weights_path is None:
-        program = to_program(lambda images: predict(variables, images))(images)
+        program = _export(platforms, lambda images: predict(variables, images), images)
     else:
         from safetensors.numpy import save
 
-        # One flat dictionary, so that what reads a safetensors file is the argument.
+        # A flat dictionary, so that the program takes what safetensors' readers return.
         weights = {
             name: np.ascontiguousarray(leaf, np.float32)
             for name, leaf in traverse_util.flatten_dict(variables, sep="/").items()
         }
-        weights_path.write_bytes(save(weights))  # save_file lets nobody else read it
-        program = to_program(
-            lambda weights, images: predict(traverse_util.unflatten_dict(weights, sep="/"), images)
-        )(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights), images)
+        weights_path.write_bytes(save(weights))  # save_file hides it from other users
+        program = _export(
+            platforms,
+            lambda weights, images: predict(traverse_util.unflatten_dict(weights, sep="/"), images),
+            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights),
+            images,
+        )
     path.write_bytes(program.serialize())
 
 
+def _export(
+    platforms: Sequence[str], function: Callable[..., jax.Array], *arguments: Any
+) -> export.Exported:
+    return export.export(jax.jit(function), platforms=platforms)(*arguments)
+
+
 def _batch_and_sides(sizes: ImageSizes) -> Sequence[Any]:
-    """N, H and W: numbers, or names where any number goes."""
+    """N, H and W: numbers, or symbols for open sizes."""
     if not sizes.is_open:
         return (*export.symbolic_shape("batch"), sizes.height, sizes.width)
     constraints = [f"{side} >= {sizes.least}" for side in ("height", "width")]
     return export.symbolic_shape("batch, height, width", constraints=constraints)
 
 
-def _exporter(platforms: Sequence[str]) -> Callable[..., Any]:
-    def make(function: Callable[..., jax.Array]) -> Callable[..., export.Exported]:
-        return export.export(jax.jit(function), platforms=platforms)  # it takes nothing but jit's
-
-    return make
-
-
 def open_stablehlo(path: Path, weights_path: Path | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Reads a program.
-
-    Args:
-      path: What `write_stablehlo` wrote.
-      weights_path: Of the weights beside it; None: they are in it.
-
-    Returns:
-      uint8 images [N, H, W, C] -> logits [N, num_classes].
-    """
+    """Reads a program: uint8 images [N, H, W, C] -> logits [N, num_classes]."""
     program = export.deserialize(bytearray(path.read_bytes()))
     if weights_path is None:
         return lambda images: np.asarray(program.call(images))

@@ -1,4 +1,4 @@
-"""Images through a network: read by threads beside the devices, in batches of one size."""
+"""Runs a network on images in batches of one size, while threads read the next ones."""
 
 from __future__ import annotations
 
@@ -16,34 +16,32 @@ from resnet_jax.distributed.device_memory import check_batch_memory, explain_out
 from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.inference.images import in_threads, name_of, read_crop
 from resnet_jax.limits import MAX_BATCH
-from resnet_jax.weights.source import Network
+from resnet_jax.weights.network import Network
 
-# A batch without its images: the place of each in it and its name, or why that one is not there.
+# For each image of a batch, its place and its name, or the reason why it cannot be read.
 _Entries = list[tuple[int, str] | DataError]
 
 
 class BatchPredictor:
     """A function of a network's images, compiled once, for any number of them.
 
-    Every batch is filled up to one size, so that one program computes all images: what it gives
-    for an image depends neither on the others nor on how many there are.
+    Batches are filled up to one size, so that one program computes all images: the outputs for an
+    image depend neither on the others nor on their number.
+
+    Called with images, it yields the outputs of each, or a DataError for one that cannot be read.
 
     Args:
       network: The network.
       function: (variables, normalized images [N, S, S, C]) -> outputs [N, ...].
-      batch_size: Images at a time; 0: as many as are fast. Rounded up to a multiple of the
-        devices.
-
-    Called with images, it yields for each its outputs, or a DataError that says why there are none.
+      batch_size: Images per batch, rounded up to a multiple of the devices. Default: a fast size.
 
     Raises:
-      ConfigError: A batch size below 0, or an interpolation that there is none of here.
-      WeightsError: The network's outputs are not finite numbers, from the first image on.
+      ConfigError: The batch size is below 0 or above what memory holds.
+      WeightsError: The network's outputs are not finite from the first image on.
 
     Example:
       >>> import jax.numpy as jnp, resnet_jax as rj
-      >>> from resnet_jax.data.preprocessing import Preprocessing
-      >>> network = Network("", "", rj.ResNet20(), {}, Preprocessing(image_size=2), 3, ())
+      >>> network = Network("", "", rj.ResNet20(), {}, rj.Preprocessing(image_size=2), 3, ())
       >>> mean = BatchPredictor(network, lambda variables, images: images.mean((1, 2, 3)))
       >>> [row.item() > 2 for row in mean([np.full((4, 4, 3), 255, np.uint8)])]
       [True]
@@ -62,7 +60,7 @@ class BatchPredictor:
                 f"there is {' and '.join(INTERPOLATIONS)}"
             )
         self._network = network
-        # Photos of a user's own are turned upright, whatever the network was evaluated on.
+        # A user's own photos are rotated upright, however the evaluated images were stored.
         self._data = dataclasses.replace(network.crop, upright=network.upright is not False)
         self._side = network.preprocessing.image_size
         devices = jax.local_device_count()
@@ -81,7 +79,7 @@ class BatchPredictor:
     def __call__(self, images: Iterable[Any]) -> Iterator[np.ndarray | DataError]:
         what = f"a batch of {self.batch_size} images of {self._side}x{self._side} pixels"
         with explain_out_of_memory(what, "take a smaller --batch_size"):
-            works = False  # whether any outputs were numbers
+            works = False  # whether any outputs were finite
             for entries, outputs in self._computed(images):
                 rows = np.asarray(outputs)  # [D, N / D, ...]
                 rows = rows.reshape(-1, *rows.shape[2:])
@@ -106,7 +104,7 @@ class BatchPredictor:
         )
 
     def _computed(self, images: Iterable[Any]) -> Iterator[tuple[_Entries, Any]]:
-        # One batch is fetched while the next is computed.
+        # Fetches one batch while the devices compute the next.
         waiting: collections.deque[tuple[_Entries, Any]] = collections.deque()
         for entries, pixels in self._batches(images):
             waiting.append((entries, self._compiled(self._variables, shard_batch(pixels))))
@@ -121,8 +119,8 @@ class BatchPredictor:
         shape = (self.batch_size, self._side, self._side, self._network.channels)
         entries: _Entries = []
         pixels, filled = np.zeros(shape, np.uint8), 0
-        names: collections.deque[str] = collections.deque()  # of images that are being read
-        crops = in_threads(self._crop, _noted(images, names), ahead=2 * self.batch_size)
+        names: collections.deque[str] = collections.deque()  # images that are being read
+        crops = in_threads(self._crop, _noting_names(images, names), ahead=2 * self.batch_size)
         for crop in crops:
             name = names.popleft()
             if isinstance(crop, DataError):
@@ -133,21 +131,21 @@ class BatchPredictor:
             filled += 1
             if filled == self.batch_size:
                 yield entries, pixels
-                # New memory: a device may compute on the old without having copied it.
+                # New memory, because a device may still read from the old array.
                 entries, pixels, filled = [], np.zeros(shape, np.uint8), 0
         if entries:
             yield entries, pixels
 
 
 def _fast_batch(side: int) -> int:
-    """Past these sizes, batches bring little; what fills up the last one costs less below."""
+    """Larger batches gain little, and cost more where the last one is filled up."""
     large = side >= 128
     if jax.default_backend() == "cpu":
         return 8 if large else 64
     return (64 if large else 256) * jax.local_device_count()
 
 
-def _noted(images: Iterable[Any], names: collections.deque[str]) -> Iterator[Any]:
+def _noting_names(images: Iterable[Any], names: collections.deque[str]) -> Iterator[Any]:
     for image in images:
         names.append(name_of(image))
         yield image

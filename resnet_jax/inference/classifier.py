@@ -1,4 +1,4 @@
-"""`Classifier`: what a trained network says of images."""
+"""`Classifier`: a trained network that names the classes of images."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from PIL import Image
 
 from resnet_jax.data.decode import image_error
 from resnet_jax.errors import ConfigError, DataError, library_errors
-from resnet_jax.evaluation.multi_label import is_predicted, sigmoid
 from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.images import ImageFile, from_memory, name_of
 from resnet_jax.limits import MAX_CHANNELS
-from resnet_jax.weights.source import Network, open_network
+from resnet_jax.weights.network import Network, is_predicted
+from resnet_jax.weights.source import open_network
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A class and how likely it is.
+    """A class and its probability.
 
     Args:
-      name: Of the class.
-      index: Its number, which is its place in the logits.
+      name: The class's name.
+      index: The class's number, its place in the logits.
       probability: From 0 to 1.
     """
 
@@ -37,22 +37,22 @@ class Prediction:
 
 
 class Classifier:
-    """A trained network that takes images as they come and gives names and probabilities.
+    """A trained network that takes images of any kind and returns class names and probabilities.
 
-    Images are a path, an encoded image as bytes or an open binary file, an image of Pillow's, an
-    array of NumPy, JAX or the like ([H, W, C], [N, H, W, C] or grey [H, W]), or a list of these,
-    mixed as they may be. They are turned upright as their EXIF tag says (unless the network was
-    opened with upright=False), converted to the network's colours (transparency is dropped),
-    resized and cropped as in evaluation. Arrays are uint8, or have values as docs/decoding.md says
-    of files: floating-point from 0 to 1, for example. For a network of other than 1 or 3 channels,
-    images must have as many: RGBA images, TIFF and .npy files, and arrays may have.
+    Images are a path, an encoded image as bytes or an open binary file, a Pillow image, an array of
+    NumPy, JAX or the like ([H, W, C], [N, H, W, C] or grayscale [H, W]), or a list of any of these.
+    They are rotated upright by their EXIF orientation (unless the network was opened with
+    upright=False), converted to the network's channels (transparency is dropped), resized and
+    cropped as in evaluation. Arrays are uint8, or have values as docs/decoding.md describes for
+    files: floating-point from 0 to 1, for example. A network for other than 1 or 3 channels needs
+    images with that number of channels, which RGBA images, TIFF and .npy files and arrays may have.
 
-    The same image gives the same numbers whatever the others are, because every batch is filled
-    up to `batch_size`. For one small image at a time, batch_size=1 saves that work.
+    An image gives the same numbers whatever the other images are, because batches are always filled
+    up to `batch_size`. For single small images, batch_size=1 saves that work.
 
     Args:
       network: From `load`, or `resnet_jax.weights.source.open_network`.
-      batch_size: Images that are computed at a time; 0: as many as are fast.
+      batch_size: Images per batch. Default: a fast size.
 
     Raises:
       ConfigError: The network has no head, or `batch_size` is below 0.
@@ -88,7 +88,7 @@ class Classifier:
         facts += [f"assumed: {line}" for line in network.assumed]
         return f"<Classifier of {network.source}: {'; '.join(facts)}>"
 
-    def __reduce__(self) -> Any:  # the compiled program stays; the copy compiles its own
+    def __reduce__(self) -> Any:  # a program cannot be pickled; the copy compiles its own
         make = functools.partial(type(self), batch_size=self.outputs.batch_size)
         return make, (self.network,)
 
@@ -99,10 +99,10 @@ class Classifier:
         """Opens a trained network.
 
         Args:
-          source: A workdir, a weight file, a folder in the Hub's form, or "owner/name" there.
-          batch_size: As above.
-          options: Of `open_network`: `model` (needed for a weight file), `best`, `ema`,
-            `image_size`, `crop_fraction`.
+          source: A workdir, a weight file, a folder in the Hub's form, or "owner/name" on the Hub.
+          batch_size: Images per batch. Default: a fast size.
+          **options: Options of `open_network`, such as `model`, `best`, `ema`, `image_size`,
+            `crop_fraction` and `classes`.
 
         Returns:
           The classifier.
@@ -110,7 +110,7 @@ class Classifier:
         Raises:
           WeightsError: There is no network at `source`, or it is damaged.
           ModelError: No network is called `model`.
-          ConfigError: An option that does not go with `source`.
+          ConfigError: An option is wrong or does not go with `source`.
         """
         return cls(open_network(source, **options), batch_size=batch_size)
 
@@ -118,12 +118,12 @@ class Classifier:
         """The most likely classes of each image.
 
         Args:
-          images: One or several, as above.
-          top: How many classes; where the network has fewer, all. None: five, or of a multi-label
+          images: One or several, of any kind named above.
+          top: Number of classes, or all of a network with fewer. Default: five; for a multi-label
             network those whose probability reaches `network.threshold`, which may be none.
 
         Returns:
-          A list for each image, the most likely class first; of equal ones, the first in number.
+          A list for each image, the most likely class first; the lower index first where equal.
 
         Raises:
           DataError: An image cannot be read, or is not of a kind named above.
@@ -137,7 +137,7 @@ class Classifier:
         """The network's outputs.
 
         Args:
-          images: One or several, as above.
+          images: One or several, of any kind named above.
 
         Returns:
           float32 [N, classes].
@@ -150,73 +150,39 @@ class Classifier:
         return np.stack(rows) if rows else np.empty((0, self.network.model.num_classes), np.float32)
 
     def probabilities(self, images: Any) -> np.ndarray:
-        """The softmax of the outputs; of a multi-label network the logistic function of each.
+        """The probabilities of the classes.
 
         Args:
-          images: One or several, as above.
+          images: One or several, of any kind named above.
 
         Returns:
-          float32 [N, classes]; each row of a softmax sums to 1.
+          float32 [N, classes]: the softmax of the logits, or the sigmoid of each for a multi-label
+          network.
 
         Raises:
           DataError: An image cannot be read, or is not of a kind named above.
           WeightsError: The network's outputs are not finite numbers.
         """
-        return probabilities(self.network, self.logits(images))
+        return self.network.probabilities(self.logits(images))
 
     def best(self, logits: np.ndarray, top: int | None = None) -> list[Prediction]:
-        """The most likely classes of one image.
-
-        Args:
-          logits: float32 [classes].
-          top: How many; None: as for images.
-
-        Returns:
-          The most likely first.
-        """
+        """The most likely classes for one image's logits [classes], as `__call__` returns them."""
         network = self.network
-        shares = probabilities(network, logits)
+        probabilities = network.probabilities(logits)
         # Large logits differ where their probabilities are both rounded to 1.
-        order = np.argsort(-(logits if network.multi_label else shares), kind="stable")
+        order = np.argsort(-(logits if network.multi_label else probabilities), kind="stable")
         if top is None and network.multi_label:
             top = int(is_predicted(logits, network.threshold).sum())
         return [
-            Prediction(network.class_names[i], int(i), float(shares[i]))
+            Prediction(network.class_names[i], int(i), float(probabilities[i]))
             for i in order[: 5 if top is None else top]
         ]
 
 
 def check_top(top: int | None) -> None:
-    """Checks the number of classes that are asked for.
-
-    Args:
-      top: How many; None: nobody said.
-
-    Raises:
-      ConfigError: Below 1.
-    """
+    """Raises ConfigError for a number of classes below 1."""
     if top is not None and top < 1:
         raise ConfigError(f"--top={top}: must be 1 or more")
-
-
-def probabilities(network: Network, logits: np.ndarray) -> np.ndarray:
-    """What a network's logits say of the classes.
-
-    Args:
-      network: The network.
-      logits: float32 [..., classes].
-
-    Returns:
-      float32 of the same shape: the softmax, or of a multi-label network the logistic function.
-    """
-    return sigmoid(logits) if network.multi_label else _softmax(logits)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    # By NumPy, row by row: a compiled one could round otherwise in a batch of another size.
-    with np.errstate(over="ignore"):  # of finite logits that are further apart than float32 reaches
-        powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
 
 
 def _or_raise(row: np.ndarray | DataError) -> np.ndarray:
@@ -226,14 +192,14 @@ def _or_raise(row: np.ndarray | DataError) -> np.ndarray:
 
 
 def _each(images: Any) -> Iterator[Any]:
-    """The single images of whatever the caller gave."""
+    """The single images in a caller's argument."""
     images = from_memory(images)
     if isinstance(images, str | os.PathLike | ImageFile):
         yield images
     elif isinstance(images, Image.Image):
         name = name_of(images)
         with library_errors(lambda error: DataError(f"{name}: {image_error(error)}")):
-            images.load()  # here, because two threads cannot load one image
+            images.load()  # here, because two threads must not load one image
         yield images
     elif isinstance(images, np.ndarray):
         yield from _each_pixels(images)
@@ -242,7 +208,7 @@ def _each(images: Any) -> Iterator[Any]:
             yield from _each(image)
     else:
         raise DataError(
-            f"images: {type(images).__name__} is none; give paths, bytes, open binary files, "
+            f"images: {type(images).__name__} is no image; give paths, bytes, open binary files, "
             "Pillow images, arrays"
         )
 

@@ -1,7 +1,7 @@
-"""What a network looks at, and how strongly its layers respond.
+"""Explains predictions by Grad-CAM and integrated gradients, and measures layer responses.
 
 Grad-CAM (Selvaraju et al. 2017) weights the channels of a feature map by how much each raises the
-score of a class; integrated gradients (Sundararajan et al. 2017) share the score out to the pixels.
+logit of a class; integrated gradients (Sundararajan et al. 2017) attribute the logit to pixels.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from resnet_jax.errors import ModelError, unknown_name
+from resnet_jax.errors import ModelError
 from resnet_jax.models.layers import Conv
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables
+from resnet_jax.weights.naming import unknown_layer
 
 
 def grad_cam(
@@ -31,13 +32,13 @@ def grad_cam(
     Args:
       model: The network.
       variables: {"params", "batch_stats"}.
-      images: Normalised, [N, H, W, C].
-      classes: The class to explain of each image, int32 [N].
-      layer: "stem", "stage1", ...; "": the last stage, the coarsest and most telling map.
+      images: Normalized, [N, H, W, C].
+      classes: The class to explain in each image, int32 [N].
+      layer: "stem", "stage1", ... Default: the last stage, the coarsest and most informative map.
 
     Returns:
-      float32 [N, H, W] in [0, 1]: the map's evidence, resized to the images; 0 everywhere where
-      nothing speaks for the class.
+      float32 [N, H, W] in [0, 1]: the map's evidence, resized to the images; 0 everywhere without
+      evidence for the class.
 
     Raises:
       ModelError: There is no such layer.
@@ -49,11 +50,11 @@ def grad_cam(
       >>> grad_cam(model, variables, images, jnp.array([3, 7])).shape
       (2, 32, 32)
     """
-    model = model.clone(remat=False)  # which would hide the layers' outputs
+    model = model.clone(remat=False)  # remat would hide the layers' outputs
     names = ["stem", *(f"stage{number + 1}" for number in range(len(model.stage_sizes)))]
     layer = layer or names[-1]
     if layer not in names:
-        raise ModelError(unknown_name("layer", layer, names))
+        raise ModelError(unknown_layer(layer, names))
     features, gradient = _map_and_gradient(model, layer, variables, images, classes)  # [N, h, w, K]
     weights = gradient.astype(jnp.float32).mean((1, 2), keepdims=True)  # [N, 1, 1, K]
     evidence = nn.relu((weights * features.astype(jnp.float32)).sum(-1))  # [N, h, w]
@@ -62,19 +63,19 @@ def grad_cam(
     return evidence / jnp.where(most > 0, most, 1)
 
 
-# Compiled once for a network, whatever its variables are.
+# Compiled once per network, whatever its variables are.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _map_and_gradient(
     model: ResNet, layer: str, variables: Variables, images: jax.Array, classes: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A layer's map and the gradient of the classes' logits for it, [N, h, w, K] each."""
+    """A layer's map and the gradient of the classes' logits with respect to it, [N, h, w, K]."""
     maps: Any = model.apply(variables, images, train=False, method="features")
 
     def score(added: jax.Array) -> jax.Array:
         with nn.intercept_methods(_add_to_output(layer, added)):
             return _logits(model, variables, images, classes).sum()
 
-    # The gradient for what is added to the map is the gradient for the map.
+    # The gradient with respect to a summand of the map is the gradient with respect to the map.
     return maps[layer], jax.grad(score)(jnp.zeros_like(maps[layer]))
 
 
@@ -105,15 +106,15 @@ def integrated_gradients(
 ) -> jax.Array:
     """How much each pixel adds to a class's logit (Sundararajan et al. 2017, equation 2).
 
-    The sum over an image is the logit's difference between image and baseline, up to the error
-    of the sum of `steps` gradients that stands for the integral.
+    The sum over an image is the difference of the logits of image and baseline, up to the error of
+    approximating the integral by `steps` gradients.
 
     Args:
       model: The network.
       variables: {"params", "batch_stats"}.
-      images: Normalised, [N, H, W, C].
-      classes: The class to explain of each image, int32 [N].
-      baseline: What says nothing, of the shape of an image; None: 0, the mean colour.
+      images: Normalized, [N, H, W, C].
+      classes: The class to explain in each image, int32 [N].
+      baseline: An image without information, [H, W, C]. Default: 0, the mean color.
       steps: Points on the straight line from baseline to image.
 
     Returns:
@@ -129,7 +130,7 @@ def integrated_gradients(
     images = jnp.asarray(images, jnp.float32)
     start = jnp.zeros_like(images) if baseline is None else jnp.broadcast_to(baseline, images.shape)
     total = jnp.zeros_like(images)
-    for step in range(steps):  # at the middles of equal parts
+    for step in range(steps):  # at the middles of equal intervals
         points = start + (step + 0.5) / steps * (images - start)
         total += _pixel_gradient(model, variables, points, classes)
     return (images - start) * total / steps
@@ -145,16 +146,17 @@ def _pixel_gradient(
 def responses(model: ResNet, variables: Variables, images: jax.Array) -> dict[str, float]:
     """Standard deviation of each layer's response (He et al. 2015, Figure 7).
 
-    A response is what a convolution gives after its norm, before ReLU or addition; where the norm
-    comes first (pre-activation), the convolution's own output. Projections are left out.
+    A response is the output of a convolution and its norm, before ReLU or addition; in
+    pre-activation networks, where the norm comes first, the convolution's own output. Projections
+    are left out.
 
     Args:
       model: The network.
       variables: {"params", "batch_stats"}.
-      images: Normalised, [N, H, W, C].
+      images: Normalized, [N, H, W, C].
 
     Returns:
-      Layer to deviation over images, positions and channels, in the network's order.
+      Layer -> standard deviation over images, positions and channels, in the network's order.
 
     Example:
       >>> import resnet_jax as rj
@@ -175,7 +177,7 @@ def responses(model: ResNet, variables: Variables, images: jax.Array) -> dict[st
 
 @functools.partial(jax.jit, static_argnums=0)
 def _deviations(model: ResNet, variables: Variables, images: jax.Array) -> Any:
-    """The standard deviation of every norm's output (pre-activation: every convolution's)."""
+    """Standard deviations of the norms' outputs, or of the convolutions' in pre-activation nets."""
     wanted = Conv if model.block_cls.preactivation else (BatchNorm, GroupNorm)
     captured: Any
     _, captured = model.apply(

@@ -1,7 +1,7 @@
-"""A network's features of many images, in a file: for search, clustering, a classifier on top.
+"""Writes a network's features of many images: for search, clustering, a classifier on top.
 
-Only a batch is in memory at a time, with the images' names. A .npz file has one array, so its rows
-go to a temporary file until their number is known; Parquet is written in groups of rows.
+Memory holds one batch and the images' names. The array in a .npz file needs its length first, so
+rows go to a temporary file until their number is known; Parquet is written in groups of rows.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.errors import ConfigError, ModelError, importing, unknown_name
+from resnet_jax.errors import ConfigError, ModelError, importing
 from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.images import ImageFile
-from resnet_jax.inference.writers import Progress, new_file
+from resnet_jax.inference.writers import Progress
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.source import Network
+from resnet_jax.outputs import open_output
+from resnet_jax.weights.naming import unknown_layer
+from resnet_jax.weights.network import Network
 
 POOLED = "pooled"
 # Bytes of features in a group of rows of a Parquet file.
@@ -33,7 +35,7 @@ _GROUP_BYTES = 32 << 20
 
 
 def write_features(
-    network: Callable[[], Network],
+    open_network: Callable[[], Network],
     files: Sequence[ImageFile],
     output: str | os.PathLike[str],
     *,
@@ -45,32 +47,27 @@ def write_features(
     """Computes features of images and writes them with the images' paths and labels.
 
     Args:
-      network: Opens the network, once all else is known to be right.
+      open_network: Called after all other arguments are checked.
       files: The images.
       output: A .npz file with the arrays `features` (float32 [N, C] or [N, h, w, C]), `paths` and
         `labels` (text [N]), or a .parquet file with columns of these names (needs pyarrow). A
         label is the folder of an image, "" where it has none.
       layer: As for `feature_function`.
-      maps: Whole maps instead of their means.
-      batch_size: Images at a time; 0: as many as are fast.
+      maps: Write whole maps instead of their means.
+      batch_size: Images per batch. Default: a fast size.
       force: Replace the output.
 
     Returns:
       The number of images that were skipped because they cannot be read.
-
-    Raises:
-      ConfigError: The output exists, cannot be written, or has another suffix.
-      ModelError: The network has no such layer.
-      DataError: No image could be read.
-      WeightsError: The network's outputs are not finite numbers.
     """
-    with new_file(output, force) as stream:
+    with open_output(output, force) as stream:
         writer_class = _writer_class(output)
-        opened = network()
-        forward = BatchPredictor(opened, feature_function(opened.model, layer, maps), batch_size)
+        network = open_network()
+        features = feature_function(network.model, layer, maps)
+        predictor = BatchPredictor(network, features, batch_size)
         progress = Progress(files)
         with writer_class(stream, Path(output).expanduser().parent) as writer:
-            for file, row in progress(forward(files)):
+            for file, row in progress(predictor(files)):
                 writer.add(file, row)
     return progress.skipped
 
@@ -78,15 +75,15 @@ def write_features(
 def feature_function(
     model: ResNet, layer: str = POOLED, maps: bool = False
 ) -> Callable[[Any, jax.Array], jax.Array]:
-    """What `features` computes of a batch.
+    """The function of a batch whose outputs are the features.
 
     Args:
       model: The network.
-      layer: "pooled", what the head sees; or "stem", "stage1", ...
-      maps: The layer's map instead of its mean over the positions.
+      layer: "pooled" for the input of the head, or a feature map: "stem", "stage1", ...
+      maps: The whole map instead of its mean over the positions.
 
     Returns:
-      (variables, normalised images [N, H, W, C]) -> float32 [N, K] or [N, h, w, K].
+      (variables, normalized images [N, H, W, C]) -> float32 [N, K] or [N, h, w, K].
 
     Raises:
       ModelError: There is no such layer, or it has no map.
@@ -100,7 +97,7 @@ def feature_function(
     """
     known = list(model.feature_info())
     if layer not in (POOLED, *known):
-        raise ModelError("--layer: " + unknown_name("layer", layer, [POOLED, *known]))
+        raise ModelError(f"--layer: {unknown_layer(layer, [POOLED, *known])}")
     if layer == POOLED:
         if maps:
             raise ModelError(f"--maps: {POOLED} has none; take --layer={known[-1]}")
@@ -111,18 +108,18 @@ def feature_function(
 
     def function(variables: Any, images: jax.Array) -> jax.Array:
         every: Any = model.apply(variables, images, train=False, method="features")
-        found = jnp.asarray(every[layer], jnp.float32)  # whatever the network computes in
+        found = jnp.asarray(every[layer], jnp.float32)  # whatever type the network computes in
         return found if maps else found.mean((1, 2))
 
     return function
 
 
 class _Writer(contextlib.AbstractContextManager["_Writer"]):
-    """Writes rows to a stream, and what comes last only if all went well."""
+    """Writes rows to a stream, and finishes the file only without an error."""
 
     def __init__(self, stream: BinaryIO, folder: Path) -> None:
         self._stream = stream
-        self._folder = folder  # with room for the output
+        self._folder = folder  # on the file system that has room for the output
 
     def __enter__(self) -> _Writer:
         return self
@@ -141,7 +138,7 @@ class _Writer(contextlib.AbstractContextManager["_Writer"]):
 class _Npz(_Writer):
     def __init__(self, stream: BinaryIO, folder: Path) -> None:
         super().__init__(stream, folder)
-        # Without a name, so that nothing is left of it however the process ends.
+        # Has no name, so that nothing is left of it however the process ends.
         self._rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._files: list[ImageFile] = []
         self._shape: tuple[int, ...] = ()
@@ -175,7 +172,7 @@ class _Npz(_Writer):
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> Any:
-    # Without the time of day: the same features are the same bytes.
+    # Without a time stamp, so that the same features give the same bytes.
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
@@ -222,7 +219,7 @@ class _Parquet(_Writer):
 
 
 def _text(name: str) -> str:
-    """A file name with a sign in place of bytes that are no text, which Parquet does not store."""
+    """A file name with replacement characters for bytes that are not text, for Parquet."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 

@@ -1,8 +1,8 @@
-"""Images to predict: found in folders, on standard input or in memory, and read in threads.
+"""Images to predict: listed from folders or standard input, or in memory; read by threads.
 
-A photo is turned the way up that its camera noted (EXIF orientation), unless the caller says
-otherwise. Training and evaluation take images as they are stored, because that is how published
-accuracies were measured; `data.upright` changes that.
+Photos are rotated by their EXIF orientation, unless the caller says otherwise. Training and
+evaluation use images as they are stored, because published accuracies were measured that way;
+`data.upright` changes that.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from resnet_jax.errors import DataError, library_errors
 from resnet_jax.limits import MAX_IMAGE_BYTES
 
 STDIN = "-"
-# Ways to one folder, by links.
-_MOST_VISITS = 100
-# Images that a thread takes at a time: waking it costs as much as decoding a small one.
+_MOST_VISITS = 100  # of one folder, through links
+# Images that a thread reads at a time, because waking it costs as much as decoding a small one.
 _AT_A_TIME = 4
 _NAMELESS = "an image in memory"
 
@@ -48,33 +47,18 @@ T = TypeVar("T")
 
 
 class ImageFile(NamedTuple):
-    """An image that is to be read.
+    """An image to read."""
 
-    Args:
-      name: Its path as the user gave it; "-": it came from standard input.
-      label: The folder it lies in, below the one that the user gave; "": right in that one.
-      data: The encoded image, where it has been read already.
-    """
-
-    name: str
-    label: str = ""
-    data: bytes | None = None
+    name: str  # its path as the user gave it; "-" for standard input
+    label: str = ""  # its folder, below the one that the user gave
+    data: bytes | None = None  # the encoded image, if it has been read already
 
 
 def list_images(inputs: Sequence[str | os.PathLike[str]]) -> list[ImageFile]:
-    """The images that a command line names.
+    """The images that a command line names: files, folders, or "-" for standard input.
 
     Standard input is either one encoded image or, if it is text, a list of files and folders, one
-    a line. Folders are searched with all folders below them, sorted by name, without hidden files.
-
-    Args:
-      inputs: Files, folders, or "-" for standard input.
-
-    Returns:
-      In the order of the inputs.
-
-    Raises:
-      DataError: An input is missing, a folder has no images, or standard input is empty.
+    per line. Folders are searched recursively, sorted by name, without hidden files.
 
     Example:
       >>> import pathlib, tempfile
@@ -106,11 +90,11 @@ def _from_stdin(data: bytes) -> list[ImageFile]:
         raise DataError(f"-: standard input has more than the limit of {MAX_IMAGE_BYTES:,} bytes")
     if not data.strip():
         raise DataError("-: standard input is empty; it takes an image, or paths one a line")
-    # No path has a zero byte, and few images have none: only those need a look.
+    # Paths have no zero bytes; the few images without one are recognized by their header.
     if b"\0" in data or _is_image(data):
         return [ImageFile(STDIN, data=data)]
     lines = [line.removesuffix("\r") for line in os.fsdecode(data).split("\n")]
-    # A file that is missing here is skipped like a broken one: the list may be long.
+    # A missing file is skipped like a broken one, because the list may be long.
     return [image for line in lines if line for image in _expand(line)]
 
 
@@ -131,8 +115,8 @@ def _expand(name: str) -> list[ImageFile]:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, str]]:
-    """Paths and the names of their folders, depth first; links are followed, circles are not."""
-    todo = [(folder, "", frozenset[tuple[int, int]]())]  # the next one last
+    """Paths and the names of their folders, depth first; follows links but no cycles."""
+    todo = [(folder, "", frozenset[tuple[int, int]]())]  # a stack
     visits: collections.Counter[tuple[int, int]] = collections.Counter()
     while todo:
         path, label, above = todo.pop()
@@ -149,7 +133,7 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
             continue
         visits[place] += 1
         if visits[place] > _MOST_VISITS:  # links to links double with each folder
-            raise DataError(f"{path}: reached by more than {_MOST_VISITS} ways, by links")
+            raise DataError(f"{path}: reached through links in more than {_MOST_VISITS} ways")
         inside = [os.path.join(path, each) for each in names]
         label = "" if path == folder else os.path.basename(path)
         todo += [
@@ -160,22 +144,22 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
 
 
 def read_pixels(image: Any, channels: int, *, upright: bool = True) -> np.ndarray:
-    """An image as pixels.
+    """Reads an image.
 
     Args:
-      image: A path, an `ImageFile`, an encoded image as bytes or an open binary file, an image of
-        Pillow's, or an array [H, W, C] or [H, W] of NumPy, JAX and the like. The values of arrays
-        become 0..255 as those of a .npy file (`data.arrays.to_uint8`).
-      channels: 3 (RGB) or 1 (grey), to which images are converted as `data.decode` does; or as many
-        as the image has.
-      upright: Turn it as its EXIF orientation says.
+      image: A path, an `ImageFile`, an encoded image as bytes or an open binary file, a Pillow
+        image, or an array [H, W, C] or [H, W] of NumPy, JAX and the like. Arrays are scaled to
+        0..255 like those of a .npy file (`data.decode.arrays.to_uint8`).
+      channels: 3 (RGB) or 1 (grayscale), to which images are converted as in `data.decode`; or the
+        number that the image has.
+      upright: Rotate it by its EXIF orientation.
 
     Returns:
       uint8 pixels [H, W, channels].
 
     Raises:
-      DataError: It cannot be read, is damaged, is no image, or has too many pixels. (Of arrays and
-        Pillow's images the pixels are not counted: who has them has the memory.)
+      DataError: It cannot be read, is damaged, is no image, or has too many pixels. Arrays and
+        Pillow images, which are in memory already, may have any number of pixels.
 
     Example:
       >>> read_pixels(Image.new("LA", (8, 4)), channels=3).shape
@@ -186,18 +170,9 @@ def read_pixels(image: Any, channels: int, *, upright: bool = True) -> np.ndarra
 
 
 def read_crop(image: Any, channels: int, config: Data) -> np.ndarray:
-    """The crop of an image that a network is to see.
+    """Reads the crop of an image that a network sees: uint8 [S, S, channels].
 
-    Args:
-      image: As for `read_pixels`.
-      channels: As for `read_pixels`.
-      config: As for `data.decode.eval_crop`.
-
-    Returns:
-      uint8 pixels [S, S, channels].
-
-    Raises:
-      DataError: As `read_pixels` and `data.decode.crop_pixels`.
+    `config` is that of `data.decode.eval_crop`; the rest is as for `read_pixels`.
     """
     beside = crop_bytes(config, channels)
     with opened_pixels(image, channels, beside, upright=config.upright) as pixels:
@@ -208,19 +183,10 @@ def read_crop(image: Any, channels: int, config: Data) -> np.ndarray:
 def opened_pixels(
     image: Any, channels: int, beside: ExtraBytes = no_bytes, *, upright: bool = True
 ) -> Iterator[np.ndarray]:
-    """`read_pixels`; of a file, the memory is counted until the block ends.
+    """`read_pixels`, with a file's memory accounted for until the block ends.
 
-    Args:
-      image: As for `read_pixels`.
-      channels: As for `read_pixels`.
-      beside: Bytes that the block takes beside pixels of that height and width.
-      upright: As for `read_pixels`.
-
-    Yields:
-      uint8 pixels [H, W, channels].
-
-    Raises:
-      DataError: As `read_pixels`; one of the block's is given the image's name.
+    `beside` returns the bytes that the block needs beside pixels of a height and width. A DataError
+    from the block gets the image's name.
     """
     image = from_memory(image)
     if isinstance(image, np.ndarray):
@@ -244,17 +210,7 @@ def opened_pixels(
 
 
 def from_memory(image: Any) -> Any:
-    """An image that the caller holds, as one of the kinds that are read here.
-
-    Args:
-      image: Anything.
-
-    Returns:
-      An `ImageFile` of bytes and of an open binary file, which is read to its end; a NumPy array of
-      any array; all else as it is.
-
-    Raises:
-      DataError: The file cannot be read, is larger than images may be, or gives text.
+    """Converts bytes and open binary files to an `ImageFile`, and arrays to NumPy's.
 
     Example:
       >>> from_memory(io.BytesIO(b"GIF89a"))
@@ -272,7 +228,7 @@ def from_memory(image: Any) -> Any:
 def _content(file: Any) -> bytes:
     name = name_of(file)
     with library_errors(lambda error: DataError(f"{name}: cannot be read ({error})")):
-        if file.seekable():  # one that was just written is at its end
+        if file.seekable():  # a file that was just written is at its end
             file.seek(0)
         data = file.read(MAX_IMAGE_BYTES + 1)
     if not isinstance(data, bytes):
@@ -285,7 +241,7 @@ def _content(file: Any) -> bytes:
 
 
 def name_of(image: Any) -> str:
-    """What an image is called in messages: its path, where it has one."""
+    """An image's name in messages: its path, where it has one."""
     if isinstance(image, str | os.PathLike):
         return os.fspath(image)
     name = getattr(image, "filename", "") or getattr(image, "name", "")
@@ -293,14 +249,14 @@ def name_of(image: Any) -> str:
 
 
 def _of_array(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Pixels [H, W, C] or [H, W], converted as the same image in a file would be."""
+    """Converts pixels [H, W, C] or [H, W] as the same image in a file would be."""
     if pixels.ndim not in (2, 3) or not pixels.size:
         raise DataError(f"an array of shape {pixels.shape}: an image is [H, W, C] or [H, W]")
     check_type(pixels.dtype)
     pixels = to_uint8(pixels if pixels.ndim == 3 else pixels[:, :, None])
     if pixels.shape[2] == channels:
         return pixels
-    if channels in (1, 3) and pixels.shape[2] in (2, 4):  # the last one is opacity
+    if channels in (1, 3) and pixels.shape[2] in (2, 4):  # the last channel is opacity
         return image_pixels(Image.fromarray(pixels), channels)
     try:
         return with_channels(pixels, channels)
@@ -311,17 +267,10 @@ def _of_array(pixels: np.ndarray, channels: int) -> np.ndarray:
 def in_threads(
     read: Callable[[T], np.ndarray], items: Iterable[T], ahead: int
 ) -> Iterator[np.ndarray | DataError]:
-    """Reads items with a thread a core, beside whatever the caller does.
+    """Reads items with one thread per core, while the caller works on earlier results.
 
-    A caller that stops early waits for none but the images that are being decoded.
-
-    Args:
-      read: Makes an array of an item.
-      items: As many as there are.
-      ahead: About how many results may wait, so that memory is bounded.
-
-    Returns:
-      In the order of the items; the error in place of an item that cannot be read.
+    Yields results in the order of the items, a DataError for an item that cannot be read. About
+    `ahead` results may wait. A caller that stops early waits only for images being decoded.
 
     Example:
       >>> [int(each) for each in in_threads(np.square, range(5), ahead=2)]
@@ -353,4 +302,4 @@ def _or_error(read: Callable[[T], np.ndarray], item: T) -> np.ndarray | DataErro
     try:
         return read(item)
     except DataError as error:
-        return DataError(str(error))  # its traceback would keep the image that was being decoded
+        return DataError(str(error))  # the original's traceback would keep the decoded image alive

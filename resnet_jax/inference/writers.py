@@ -1,163 +1,146 @@
-"""Results on disk and on the way there: whole files or none, progress, images that are skipped.
-
-An output is a path that the user names. What is there decides what happens:
-
-nothing                  a new file, which gets its name when it is complete
-a regular file           is replaced in the same way, with --force only
-a link to one, a dangling link    the link is replaced likewise; what it leads to stays as it is
-a FIFO, a character device, a link to one, /dev/stdout    is written into, whatever --force says,
-                         where the format is a stream, else refused; it is never replaced
-a block device, a socket, a folder    is refused
-"""
+"""Predictions as a table, JSON lines or CSV, and the progress of commands over many images."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-import stat
+import csv
+import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from resnet_jax import files
-from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
+from resnet_jax.errors import DataError
+from resnet_jax.inference.classifier import Classifier, Prediction, check_top
 from resnet_jax.inference.images import ImageFile
-from resnet_jax.terminal import visible
+from resnet_jax.outputs import open_output
+from resnet_jax.terminal import columns, json_text, padded, printing, visible
+
+# (name of the image, its predictions) -> lines.
+RowFormat = Callable[[str, list[Prediction]], str]
+_SUFFIXES = {".jsonl": "jsonl", ".csv": "csv"}
+_LONGEST_NAME = 60
+# First characters of a spreadsheet's formula, also in full width, and of an escaped cell.
+_SPECIAL_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20'")
 
 
-@contextlib.contextmanager
-def new_file(
-    output: str | os.PathLike[str], force: bool, flag: str = "--output", stream: bool = False
-) -> Iterator[BinaryIO]:
-    """A file that appears when all of it is written, and not at all if that fails.
-
-    Args:
-      output: Its path.
-      force: Replace a file or link that is there.
-      flag: That it was given by, for messages.
-      stream: The format can be written without going back, and so into a FIFO or a device.
-
-    Yields:
-      The file, open to write bytes.
-
-    Raises:
-      ConfigError: Something is there, or the file cannot be written.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     with new_file(f"{folder}/a.txt", force=False) as file:
-      ...         _ = file.write(b"whole")
-      ...     os.listdir(folder)
-      ['a.txt']
-    """
-    path = Path(output).expanduser()
-    with explained(path, f"{flag}={output}"):
-        is_file = check_output(path, force, f"{flag}={output}", stream)
-        with files.new_file(path) if is_file else _opened(path) as file:
-            yield file
-
-
-def check_output(path: Path, force: bool, flag: str, stream: bool = False) -> bool:
-    """Checks that a path can be written as this file's head says.
+def write_predictions(
+    make_classifier: Callable[[], Classifier],
+    files: Sequence[ImageFile],
+    *,
+    top: int | None = None,
+    form: str = "",
+    output: str = "",
+    force: bool = False,
+) -> int:
+    """Predicts the classes of images and writes them batch by batch.
 
     Args:
-      path: The path.
-      force: Replace a file or link that is there.
-      flag: The flag and its value, for messages.
-      stream: The format can be written into a FIFO or a device.
+      make_classifier: Called after all other arguments are checked.
+      files: The images.
+      top: Number of classes per image. Default: as for `Classifier`.
+      form: "table", "jsonl" or "csv". Default: by the output's suffix, else a table.
+      output: A file, which appears when it is complete. Default: standard output.
+      force: Replace an existing file.
 
     Returns:
-      True for a new file; False for what is opened and written into.
-
-    Raises:
-      ConfigError: It cannot.
+      The number of images that were skipped because they cannot be read.
     """
-    if path.is_dir():
-        raise ConfigError(f"{flag}: is a folder; give a file in it")
-    special = special_file(path)
-    if special and not (stream and special.is_writable):
-        raise ConfigError(f"{flag}: is {special.kind}, which is not replaced; give a file")
-    if not special and os.path.lexists(path) and not force:
-        raise ConfigError(f"{flag}: exists; give --force to replace it")
-    return special is None
-
-
-class _Special(NamedTuple):
-    """What is no regular file: its kind, and whether a stream can be written into it."""
-
-    kind: str
-    is_writable: bool
-
-
-def special_file(path: Path) -> _Special | None:
-    """What a path leads to that must not be replaced; None for a file, a link to one, or nothing.
-
-    Raises:
-      OSError: It cannot be looked at.
-    """
-    kind = 0
-    with contextlib.suppress(FileNotFoundError):
-        kind = stat.S_IFMT(path.stat().st_mode)
-    # /dev/stdout and the like. Replacing one would take it from every process of the machine.
-    if path.is_symlink() and re.match(r"/dev$|/proc/", os.path.realpath(path.parent)):
-        return _SPECIAL.get(kind, _Special("a link of the system", True))
-    return _SPECIAL.get(kind)
-
-
-_SPECIAL = {
-    stat.S_IFIFO: _Special("a FIFO", True),
-    stat.S_IFCHR: _Special("a device", True),
-    stat.S_IFBLK: _Special("a block device", False),
-    stat.S_IFSOCK: _Special("a socket", False),
-}
+    check_top(top)
+    form = form or _SUFFIXES.get(Path(output).suffix, "table")
+    header, format_rows = _FORMS[form](files)
+    with _opened(output, force) as write:
+        classifier = make_classifier()
+        # No bar between the lines of a table on the same terminal.
+        progress = Progress(files, bar=bool(output) or not sys.stdout.isatty())
+        for file, logits in progress(classifier.outputs(files)):
+            write(header + format_rows(file.name, classifier.best(logits, top)))
+            header = ""
+    return progress.skipped
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    # Standard output may lead to a file that the shell has begun: it is added to.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY)
-    with open(descriptor, "wb") as file:
-        yield file
+def _opened(output: str, force: bool) -> Iterator[Callable[[str], Any]]:
+    """A function that writes text to the output."""
+    if not output:
+        with printing():
+            yield sys.stdout.write
+        return
+    with open_output(output, force, stream=True) as file:
+        yield lambda text: file.write(text.encode())
 
 
-@contextlib.contextmanager
-def explained(path: Path, flag: str, kind: type[ResNetJaxError] = ConfigError) -> Iterator[None]:
-    """Turns what the system says of an output into a line for the user.
+def _table(files: Sequence[ImageFile]) -> tuple[str, RowFormat]:
+    width = min(_LONGEST_NAME, max(columns(visible(file.name)) for file in files))
 
-    Args:
-      path: The output.
-      flag: The flag and its value.
-      kind: Class of the error.
+    def format_rows(name: str, predictions: list[Prediction]) -> str:
+        shown = visible(name)
+        lines = []
+        for each in predictions:
+            lines.append(
+                f"{padded(shown, width)}  {each.probability:11.4f}  {visible(each.name)}\n"
+            )
+            shown = ""
+        return "".join(lines) or f"{padded(shown, width)}  {'-':>11}\n"  # multi-label, no class
 
-    Raises:
-      kind: It cannot be written. An OSError that names a file elsewhere stays as it is.
+    return f"{padded('image', width)}  probability  class\n", format_rows
+
+
+def _json_lines(files: Sequence[ImageFile]) -> tuple[str, RowFormat]:
+    def format_rows(name: str, predictions: list[Prediction]) -> str:
+        found = [
+            {"name": each.name, "index": each.index, "probability": _shortest(each)}
+            for each in predictions
+        ]
+        return json_text({"image": name, "predictions": found}) + "\n"
+
+    return "", format_rows
+
+
+def _csv(files: Sequence[ImageFile]) -> tuple[str, RowFormat]:
+    def lines(rows: list[list[object]]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        return text.getvalue()
+
+    def format_rows(name: str, predictions: list[Prediction]) -> str:
+        found = [
+            [_cell(name), rank, each.index, _cell(each.name), _shortest(each)]
+            for rank, each in enumerate(predictions, start=1)
+        ]
+        return lines(found or [[_cell(name), "", "", "", ""]])  # multi-label, no class
+
+    return lines([["image", "rank", "index", "name", "probability"]]), format_rows
+
+
+def _cell(name: str) -> str:
+    """A name that is neither a spreadsheet's formula nor a terminal's control sequence.
+
+    Such a name is written as in Python source, after an apostrophe; docs/predict.md has the way
+    back. Line breaks stay, because CSV quotes them.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None and Path(error.filename).parent not in (
-            path.parent,
-            path.parent.parent,
-        ):
-            raise
-        raise kind(f"{flag}: cannot be written ({error.strerror or error})") from error
+    if not name.startswith(_SPECIAL_STARTS) and visible(name, keep="\n") == name:
+        return name
+    return "'" + visible(name.replace("\\", r"\\"), keep="\n")
+
+
+def _shortest(prediction: Prediction) -> float:
+    """The fewest digits that identify the float32."""
+    return float(str(np.float32(prediction.probability)))
+
+
+_FORMS = {"table": _table, "jsonl": _json_lines, "csv": _csv}
+FORMS = tuple(_FORMS)
 
 
 class Progress:
-    """Pairs images with results, shows how far that is, and names what is skipped.
+    """Pairs images with results, shows a progress bar, and names the images that are skipped.
 
-    Args:
-      files: The images.
-      bar: Show a bar, if standard error is a terminal.
-
-    Raises:
-      DataError: At the end, if not one image could be read.
+    Called with results, it yields (image, result); it raises DataError after the last one if no
+    image could be read.
 
     Example:
       >>> progress = Progress([ImageFile("a.png"), ImageFile("b.png")], bar=False)
@@ -176,7 +159,7 @@ class Progress:
         self, results: Iterable[np.ndarray | DataError]
     ) -> Iterator[tuple[ImageFile, np.ndarray]]:
         first = None
-        hidden = None if self._bar else True  # None: where no terminal shows it
+        hidden = None if self._bar else True  # None hides it where standard error is no terminal
         with tqdm(total=len(self._files), unit=" images", disable=hidden) as bar:
             for file, result in zip(self._files, results):
                 if isinstance(result, DataError):

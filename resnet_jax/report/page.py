@@ -10,7 +10,7 @@ from pathlib import Path
 
 from resnet_jax import files
 from resnet_jax.errors import ConfigError
-from resnet_jax.inference.writers import check_output, explained
+from resnet_jax.outputs import check_output, output_errors
 from resnet_jax.report.predictions import HeldOutData
 from resnet_jax.report.runs import Run, read_run
 from resnet_jax.report.sections import Section, comparison_sections, single_run_sections
@@ -48,11 +48,11 @@ def write_report(
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
     if data_dir and not data:
         raise ConfigError(f"--data_dir={data_dir}: needs --data")
-    with explained(output, f"--output={output}"):
+    with output_errors(output, f"--output={output}"):
         check_output(output, force, f"--output={output}")
     folder = output.with_suffix("")
     if os.path.lexists(folder):  # fail before the sections take minutes
-        with explained(folder, f"--output={output}: {folder}"):
+        with output_errors(folder, f"--output={output}: {folder}"):
             files.check_own_folder(folder)
     held_out = HeldOutData(data, data_dir)
     if len(runs) == 1:
@@ -101,9 +101,9 @@ def _write(output: Path, page: str, sections: Sequence[Section], force: bool) ->
         for section in sections
         for picture in section.pictures
     }
-    with explained(folder, f"{flag}: {folder}"):
+    with output_errors(folder, f"{flag}: {folder}"):
         files.make_folder(folder)
-    with explained(folder, flag):
+    with output_errors(folder, flag):
         for path in pictures:
             check_output(path, force, f"{flag}: {path}")
         for path, png in pictures.items():

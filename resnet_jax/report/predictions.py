@@ -15,7 +15,7 @@ from resnet_jax.evaluation.evaluator import evaluate_network
 from resnet_jax.evaluation.held_out import open_held_out
 from resnet_jax.evaluation.label_sets import match_labels
 from resnet_jax.evaluation.result import EvaluationResult
-from resnet_jax.weights.source import Network, evaluated_data
+from resnet_jax.weights.network import Network, evaluated_data
 
 
 @dataclasses.dataclass(frozen=True)

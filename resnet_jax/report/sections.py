@@ -15,14 +15,14 @@ from resnet_jax.config.schema import to_flat
 from resnet_jax.data.decode import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
 from resnet_jax.evaluation.result import ClassMetrics, EvaluationResult
-from resnet_jax.inference.classifier import probabilities
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
 from resnet_jax.report import figures
 from resnet_jax.report.predictions import Example, HeldOutData, Predictions, predict_split
 from resnet_jax.report.runs import Run
 from resnet_jax.terminal import visible
-from resnet_jax.weights.source import Network, open_network
+from resnet_jax.weights.network import Network
+from resnet_jax.weights.source import open_network
 from resnet_jax.workdirs.metric_writers import duration
 from resnet_jax.workdirs.workdir import read_class_names
 
@@ -362,7 +362,7 @@ def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]
             raise ConfigError(f"--images: {path}: {error}") from error
         images = network.preprocessing.normalize(pixels[None])
         logits: Any = network.model.apply(network.variables, images, train=False)
-        scores = probabilities(network, np.asarray(logits))[0]
+        scores = network.probabilities(np.asarray(logits))[0]
         predicted = int(scores.argmax())
         examples.append(Example(pixels, (predicted,), predicted, float(scores[predicted])))
     return examples

@@ -23,10 +23,12 @@ from resnet_jax.errors import ConfigError, ModelError, WeightsError, one_line
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.channels import with_channels
+from resnet_jax.weights.class_names import imagenet_ids, imagenet_names
 from resnet_jax.weights.convert import fit_variables
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, load_weights
+from resnet_jax.weights.network import Network
 from resnet_jax.weights.pretrained import load_pretrained
-from resnet_jax.weights.source import Network, imagenet_ids, imagenet_names, open_network
+from resnet_jax.weights.source import open_network
 from resnet_jax.workdirs.workdir import has_states, read_config
 
 # Fields that may be left to the weights, and the value that leaves them.

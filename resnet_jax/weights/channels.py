@@ -1,4 +1,4 @@
-"""The first convolution for images of another number of channels."""
+"""A network for images with another number of channels: its first convolution, mean and std."""
 
 from __future__ import annotations
 
@@ -12,26 +12,16 @@ from resnet_jax.limits import MAX_CHANNELS
 
 
 def with_channels(variables: Mapping[str, Any], channels: int | None) -> dict[str, Any]:
-    """Adapts a network's first convolution to images of another number of channels.
+    """Adapts a network's first convolution to images with another number of channels.
 
-    As in timm: for grey images its filters are summed over the channels, which is exact for color
-    images whose channels are equal; for more channels they are repeated in turn and scaled, so
-    that responses keep their size.
-
-    Args:
-      variables: {"params", "batch_stats"} of a network for grey or color images.
-      channels: Of the images; None: as the network has it.
-
-    Returns:
-      The variables with another ("stem", "conv1", "kernel") [H, W, channels, K].
-
-    Raises:
-      WeightsError: The network is for neither grey nor color images, or its stem has no conv1.
+    As in timm: for grayscale images its filters are summed over the channels, which is exact for
+    color images with equal channels; for more channels they are repeated in turn and scaled, so
+    that responses keep their size. None leaves the network as it is.
 
     Example:
       >>> color = {"params": {"stem": {"conv1": {"kernel": np.ones((7, 7, 3, 64), np.float32)}}}}
-      >>> grey = with_channels(color, 1)["params"]["stem"]["conv1"]["kernel"]
-      >>> grey.shape, float(grey.max())
+      >>> gray = with_channels(color, 1)["params"]["stem"]["conv1"]["kernel"]
+      >>> gray.shape, float(gray.max())
       ((7, 7, 1, 64), 3.0)
     """
     if channels is None:
@@ -56,7 +46,7 @@ def _adapted(kernel: np.ndarray, channels: int) -> np.ndarray:
         return kernel
     if found not in (1, 3):
         raise WeightsError(
-            f"channels={channels}: the network takes {found} channels, and only those for grey "
+            f"channels={channels}: the network takes {found} channels, and only those for gray "
             "or color images (1 or 3) are adapted to others"
         )
     if channels == 1:
@@ -65,7 +55,14 @@ def _adapted(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 
 def colors_for(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """A mean or standard deviation a channel, for images of another number of channels."""
+    """A mean or std per color, for images with another number of channels.
+
+    The average for one channel; for more than three, repeated in turn as the filters are.
+
+    Example:
+      >>> colors_for((0.25, 0.5, 0.75), 1), colors_for((0.25, 0.5, 0.75), 4)
+      ((0.5,), (0.25, 0.5, 0.75, 0.25))
+    """
     if len(values) in (1, channels):
         return values
     if channels == 1:

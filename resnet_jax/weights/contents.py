@@ -1,28 +1,25 @@
-"""What a checkpoint holds: finds one ResNet's tensors among wrappers, prefixes and other networks.
+"""Finds one ResNet's tensors in a checkpoint, among wrappers, prefixes and other networks.
 
-Names are not looked up in a list of known checkpoints. A network is whatever has a ResNet's blocks
-behind a common prefix, so `module.encoder_q.layer1.0.conv1.weight` shows one behind
-`module.encoder_q.`. Where there are several, their roles decide: an EMA comes before the raw
-weights, a query or online encoder before the key or target encoder that follows it.
+There is no list of known checkpoints. Names of a ResNet's blocks behind a common prefix are a
+network: `module.encoder_q.layer1.0.conv1.weight` reveals one behind `module.encoder_q.`. Among
+several, their roles decide: an EMA is preferred to the raw weights, a query or online encoder to
+the key or target encoder that follows it.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from resnet_jax.errors import WeightsError
+from resnet_jax.weights.tensors import is_array, is_floating, listed, shape_of, short
 
-_MOST_WRAPPERS = 8  # dictionaries around the tensors, or parts of a prefix; hostile ones never end
-_MOST_SEARCHED = 500  # letters of a name; torch's own have fewer than 100
-_SHOWN_NAMES, _SHOWN_LETTERS = 6, 80  # in one message
+_MOST_WRAPPERS = 8  # dictionaries around tensors, parts of a prefix; hostile files nest forever
+_MOST_SEARCHED = 500  # characters of a name; torchvision's have fewer than 100
 
-# How the names of a block's layers begin, by naming scheme.
+# Where the name of a block's layer starts, by naming scheme.
 _BLOCK = re.compile(
     r"(?<![^.])(?:"
     r"layer\d+\.\d+\.\w+\."  # torchvision, timm, CIFAR repositories
@@ -33,51 +30,37 @@ _BLOCK = re.compile(
     r")"
 )
 _STEM = re.compile(r"(?:conv1|bn1|norm1?|stem|maxpool)\.")
-# Names of a head of one layer; those that no naming scheme has are renamed.
+# Names of a head of one linear layer; those outside every naming scheme are renamed.
 _HEADS = ("fc", "linear", "head.fc", "classifier", "last_linear", "head")
 _SCHEME_HEADS = ("fc", "linear", "head.fc")
-# What training code keeps beside a network, and what counters add to each layer.
+# Entries that training code keeps beside a network, and counters inside its layers.
 _SURPLUS = re.compile(
     r"(?:criterion|loss|metric|acc|train|val|test|queue|n_averaged|optim|sched|proj|pred|prototype"
     r"|mlp|normali|mean|std|pixel_)\w*(?:\.|$)|\w+_(?:loss|acc|accuracy|metrics?|queue|ptr)(?:\.|$)"
 )
 _COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
 
-# Words in a prefix or wrapper.
+# Words in a prefix or wrapper that reveal a network's role.
 _EMA_WORDS = {"ema", "teacher", "averaged", "swa"}
 _LEADING_WORDS = {"q", "query", "online"}
 _FOLLOWING_WORDS = {"k", "key", "target", "momentum"}
 
 
 class Contents(NamedTuple):
-    """One network's tensors.
-
-    Args:
-      tensors: By name, without prefixes; no counters of steps.
-      taken: Which of several networks they are, for messages: "encoder_q, not encoder_k"; "":
-        there is nothing to say.
-      dense: Names of linear layers outside the blocks that are not known to be the head.
-    """
+    """One network's tensors, by name, without prefixes and step counters."""
 
     tensors: dict[str, Any]
-    taken: str = ""
-    dense: tuple[str, ...] = ()
+    chosen: str = ""  # of several networks, for messages: "encoder_q, not encoder_k"
+    dense: tuple[str, ...] = ()  # linear layers outside the blocks that may not be the head
 
 
 class _Network(NamedTuple):
-    """A ResNet in one of a checkpoint's dictionaries.
+    """A ResNet in one of a checkpoint's dictionaries."""
 
-    Args:
-      wrappers: Keys that lead to the dictionary.
-      prefix: Of its names there, with the last dot; "": none.
-      state_dict: The dictionary.
-      size: Tensors with a block's name.
-    """
-
-    wrappers: tuple[str, ...]
-    prefix: str
+    wrappers: tuple[str, ...]  # keys that lead to the dictionary
+    prefix: str  # of its names there, with the last dot
     state_dict: Mapping[str, Any]
-    size: int
+    size: int  # number of tensors with a block's name
 
     @property
     def label(self) -> str:
@@ -91,26 +74,20 @@ class _Network(NamedTuple):
 def find_network(
     state_dict: Mapping[str, Any], *, prefix: str | None = None, weights: str | None = None
 ) -> Contents:
-    """Finds one network's tensors: out of a checkpoint's dictionary, without wrappers' prefixes.
+    """Finds one network's tensors in a state dict or checkpoint.
 
-    Args:
-      state_dict: What a file holds.
-      prefix: Of the names of the network that is wanted, where there are several: "encoder_q".
-      weights: "ema" or "raw", where a checkpoint has both; None: "ema".
-
-    Returns:
-      The tensors by their names without the prefix, and what was taken. A head with an unusual
-      name, or outside the prefix, is named "fc".
+    Among several networks, `prefix` ("encoder_q") and `weights` ("ema" or "raw") choose one. A head
+    with an unusual name, or outside the prefix, is renamed "fc".
 
     Raises:
-      WeightsError: There are no tensors, or those of several networks.
+      WeightsError: There are no tensors, or several networks and nothing to choose one by.
 
     Example:
       >>> import numpy as np
       >>> kernel = np.zeros((16, 16, 3, 3), np.float32)
       >>> names = [f"encoder_{role}.layer1.0.conv1.weight" for role in "qk"]
       >>> contents = find_network({"state_dict": dict.fromkeys(names, kernel), "epoch": 200})
-      >>> list(contents.tensors), contents.taken
+      >>> list(contents.tensors), contents.chosen
       (['layer1.0.conv1.weight'], 'state_dict.encoder_q, not state_dict.encoder_k')
     """
     if not isinstance(state_dict, Mapping):
@@ -122,18 +99,18 @@ def find_network(
     if not networks:
         return Contents(_unrecognized(state_dict, prefix))
     network = _choose(networks, prefix, weights)
-    taken = ""
+    chosen = ""
     if len(networks) > 1:
         others = [each.label or "the unprefixed names" for each in networks if each is not network]
-        taken = f"{network.label or 'the unprefixed names'}, not {listed(others)}"
+        chosen = f"{network.label or 'the unprefixed names'}, not {listed(others)}"
     inside, outside = _split(network, networks)
     if foreign:
-        return Contents(inside, taken)
-    return _settle_head(_named_children(inside), outside, taken)
+        return Contents(inside, chosen)
+    return _settle_head(_named_children(inside), outside, chosen)
 
 
 def _networks(state_dict: Mapping[str, Any]) -> tuple[list[_Network], bool]:
-    """All ResNets in a checkpoint, and whether their names are another framework's."""
+    """All ResNets in a checkpoint, and whether their names are of another framework."""
     networks, foreign = [], False
     for wrappers, names in _dictionaries(state_dict):
         counts: Counter[str] = Counter()
@@ -147,7 +124,7 @@ def _networks(state_dict: Mapping[str, Any]) -> tuple[list[_Network], bool]:
     for network in networks:
         if network.prefix.count(".") > _MOST_WRAPPERS:
             raise WeightsError(f"its names have a prefix of more than {_MOST_WRAPPERS} parts")
-    # A few names with another prefix, as of a loss that borrows a stage, are no network.
+    # A few names behind another prefix, such as a loss that borrows a stage, are no network.
     most = max((each.size for each in networks), default=0)
     return [each for each in networks if 4 * each.size >= most], foreign
 
@@ -155,13 +132,13 @@ def _networks(state_dict: Mapping[str, Any]) -> tuple[list[_Network], bool]:
 def _dictionaries(
     state_dict: Mapping[str, Any],
 ) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """A checkpoint's dictionary and those inside it, each once, with the keys that lead there."""
+    """A checkpoint's dictionary and those inside it, each once, after the keys that lead to it."""
     seen: set[int] = {id(state_dict)}
     waiting: deque[tuple[tuple[str, ...], Mapping[str, Any]]] = deque([((), state_dict)])
     found, deepest = False, False
     while waiting:
         path, names = waiting.popleft()
-        found = found or any(_is_array(value) for value in names.values())
+        found = found or any(is_array(value) for value in names.values())
         yield path, names
         inner = [(k, x) for k, x in names.items() if isinstance(k, str) and isinstance(x, Mapping)]
         if len(path) == _MOST_WRAPPERS:
@@ -176,7 +153,7 @@ def _dictionaries(
 
 
 def _choose(networks: Sequence[_Network], prefix: str | None, weights: str | None) -> _Network:
-    """The one network that is asked for, or that the roles of all decide on."""
+    """The network that the arguments name, or else the roles of all of them."""
     found = list(networks)
     if prefix:
         wanted = prefix.strip(".")
@@ -204,14 +181,14 @@ def _choose(networks: Sequence[_Network], prefix: str | None, weights: str | Non
 
 
 def _rank(network: _Network) -> int:
-    """0 for a network that leads another in training, 2 for one that follows, 1 otherwise."""
+    """0 for a network that leads another in training, 2 for one that follows, else 1."""
     if network.words & _FOLLOWING_WORDS:
         return 2
     return 0 if network.words & _LEADING_WORDS else 1
 
 
 def _counted(networks: Sequence[_Network]) -> str:
-    """The prefixes of networks, with how many tensors each has."""
+    """The prefixes of networks and their numbers of tensors."""
     each = [f"{each.label or 'no prefix'} ({each.size})" for each in networks]
     return f"there are {listed(each)}"
 
@@ -219,7 +196,7 @@ def _counted(networks: Sequence[_Network]) -> str:
 def _split(
     network: _Network, networks: Sequence[_Network]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The names behind a network's prefix, without it; and those behind no network's."""
+    """The tensors behind a network's prefix, without it; and those behind no network's prefix."""
     others = [
         each.prefix
         for each in networks
@@ -240,7 +217,7 @@ def _split(
 
 
 def _named_children(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Names the children of a network in a Sequential, "0" to "9", as the network does."""
+    """Renames "0" to "9", a network's children in a Sequential, as the network names them."""
     found = [match for match in map(_BLOCK.match, tensors) if match and match["children"]]
     stages = sorted({int(match["children"][0]) for match in found})
     if not stages:
@@ -258,14 +235,14 @@ def _named_children(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_surplus(name: str, value: Any) -> bool:
-    """Whether an entry that a model has no place for can be no part of a ResNet anyway."""
+    """Whether an entry cannot be part of a ResNet, so that a model may lack a place for it."""
     if _BLOCK.match(name) or _STEM.match(name) or name.rpartition(".")[0] in _HEADS:
         return False
-    return bool(_SURPLUS.match(name)) or not _is_array(value) or not is_floating(value)
+    return bool(_SURPLUS.match(name)) or not is_array(value) or not is_floating(value)
 
 
-def _settle_head(tensors: dict[str, Any], outside: Mapping[str, Any], taken: str) -> Contents:
-    """Finds the head: under a usual name, or the only linear layer that takes the features."""
+def _settle_head(tensors: dict[str, Any], outside: Mapping[str, Any], chosen: str) -> Contents:
+    """Finds the head: a usual name, or the only linear layer that takes the last stage's output."""
     v2 = any(found["v2"] for found in map(_BLOCK.match, tensors) if found)
     target = "head.fc" if v2 else "fc"
     head = next((each for each in _HEADS if f"{each}.weight" in tensors), None)
@@ -273,37 +250,37 @@ def _settle_head(tensors: dict[str, Any], outside: Mapping[str, Any], taken: str
     dense = [
         name.removesuffix(".weight")
         for name, value in everything.items()
-        if name.endswith(".weight") and len(_shape(value)) == 2 and not _BLOCK.search(name)
+        if name.endswith(".weight") and len(shape_of(value)) == 2 and not _BLOCK.search(name)
     ]
     only = dense[0] if len(dense) == 1 and not _SURPLUS.match(f"{dense[0]}.") else None
     if head is None and only and _fits(everything, only, tensors):
         head = only
     dense = [name for name in dense if name != head]
     if head is None or (head in _SCHEME_HEADS and f"{head}.weight" in tensors):
-        return Contents(tensors, taken, tuple(dense))
+        return Contents(tensors, chosen, tuple(dense))
     moved = {f"{head}.{leaf}" for leaf in ("weight", "bias")}
     kept = {name: x for name, x in tensors.items() if name not in moved}
     for leaf in ("weight", "bias"):
         if f"{head}.{leaf}" in everything:
             kept[f"{target}.{leaf}"] = everything[f"{head}.{leaf}"]
     note = f"{short(head)} as the head"
-    return Contents(kept, f"{taken}, {note}" if taken else note, tuple(dense))
+    return Contents(kept, f"{chosen}, {note}" if chosen else note, tuple(dense))
 
 
 def _fits(everything: Mapping[str, Any], module: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether a linear layer has a bias and takes as many features as the last stage gives."""
-    out, features = _shape(everything[f"{module}.weight"])
+    """Whether a linear layer has a bias and as many inputs as the last stage has channels."""
+    out, features = shape_of(everything[f"{module}.weight"])
     stages: dict[int, int] = {}
     for name, value in tensors.items():
-        if _BLOCK.match(name) and len(shape := _shape(value)) == 4:
+        if _BLOCK.match(name) and len(shape := shape_of(value)) == 4:
             stage = int(re.search(r"\d{1,9}", name)[0])  # type: ignore[index]
             stages[stage] = max(stages.get(stage, 0), shape[0])
     bias = everything.get(f"{module}.bias")
-    return bool(stages) and features == stages[max(stages)] and _shape(bias) == (out,)
+    return bool(stages) and features == stages[max(stages)] and shape_of(bias) == (out,)
 
 
 def _unrecognized(state_dict: Mapping[str, Any], prefix: str | None) -> dict[str, Any]:
-    """The tensors of a network whose names are of no scheme that is known here, flattened."""
+    """The tensors of a network whose names follow no known scheme, flattened."""
     names = state_dict
     for _ in range(_MOST_WRAPPERS):
         wrappers = ("state_dict", "model_state_dict", "model", "net")
@@ -314,8 +291,8 @@ def _unrecognized(state_dict: Mapping[str, Any], prefix: str | None) -> dict[str
     tensors = dict(_flattened(names))
     if not all(isinstance(name, str) for name in tensors):
         raise WeightsError("no state dict: some of its keys are not names")
-    if not any(_is_array(x) and re.search("[./]", name) for name, x in tensors.items()):
-        raise WeightsError(f"no state dict among its keys: {listed(map(str, names)) or 'none'}")
+    if not any(is_array(x) and re.search("[./]", name) for name, x in tensors.items()):
+        raise WeightsError(f"no state dict among its keys: {listed(names) or 'none'}")
     if prefix:
         start = f"{prefix.strip('.')}."
         tensors = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
@@ -331,11 +308,11 @@ def _unrecognized(state_dict: Mapping[str, Any], prefix: str | None) -> dict[str
 
 
 def _flattened(names: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """Entries of a tree of dictionaries, such as Flax has, named "params/conv_init/kernel"."""
-    if isinstance(names.get("params"), Mapping):  # not what a train state has beside them
+    """Entries of nested dictionaries, such as Flax's, named "params/conv_init/kernel"."""
+    if isinstance(names.get("params"), Mapping):  # leaves out the rest of a train state
         names = {key: names[key] for key in ("params", "batch_stats") if key in names}
     seen, waiting = {id(names)}, [("", names)]
-    kept = []  # alive, so that no other dictionary gets its id; a FrozenDict makes them on demand
+    kept = []  # a FrozenDict makes its dictionaries on demand; kept, so that ids stay unique
     while waiting:
         path, found = waiting.pop()
         kept.append(found)
@@ -346,42 +323,3 @@ def _flattened(names: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
             elif id(value) not in seen and path.count("/") < 2 * _MOST_WRAPPERS:
                 seen.add(id(value))
                 waiting.append((str(name), value))
-
-
-def _is_array(value: Any) -> bool:
-    # A nested tensor of PyTorch has a shape that raises.
-    return hasattr(type(value), "shape") and hasattr(type(value), "dtype")
-
-
-def is_floating(value: Any) -> bool:
-    """Whether a tensor or array holds real floating-point numbers."""
-    if hasattr(value, "detach"):
-        return bool(value.is_floating_point())
-    return bool(jnp.issubdtype(value.dtype, jnp.floating))
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    """The shape of a tensor or array; () of anything else."""
-    if not _is_array(value) or getattr(value, "is_nested", False):
-        return ()
-    return tuple(value.shape)
-
-
-def listed(names: Iterable[str], most: int = _SHOWN_NAMES) -> str:
-    """The first few names of a list, for a message."""
-    shown = [short(name) for name in itertools.islice(names, most + 1)]
-    return ", ".join(shown if len(shown) <= most else [*shown[:-1], "..."])
-
-
-def summarized(names: Sequence[str]) -> str:
-    """Names for a message: all of a few, else how many begin alike, and examples."""
-    if len(names) <= _SHOWN_NAMES:
-        return listed(names)
-    counts = Counter(short(re.split("[./]", name, maxsplit=1)[0]) for name in names)
-    groups = listed(f"{first} ({count})" for first, count in counts.most_common())
-    return f"{groups}; such as {listed(names[:3])}"
-
-
-def short(name: str) -> str:
-    """A name, cut where it is longer than a message should be."""
-    return name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}..."

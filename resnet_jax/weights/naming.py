@@ -1,4 +1,4 @@
-"""What PyTorch repositories call our layers: one table a naming scheme.
+"""PyTorch repositories' names of our layers: one table per naming scheme.
 
 Our paths are ("stage2", "block3", "conv1"); theirs join a prefix for the block and a name inside
 it, such as "layer2.2.conv1". Stages count from 1 everywhere, their blocks from 0, ours from 1.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from resnet_jax.errors import unknown_name
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import DeepStem
 
-Path = tuple[str, ...]
+ModulePath = tuple[str, ...]
 
 # Our leaf -> theirs; a norm's scale and a convolution's kernel are both "weight" there.
 _LEAVES = {
@@ -23,41 +24,29 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+# torchvision's modules whose outputs are feature maps here.
+_TORCHVISION_MAPS = {"maxpool": "stem", "avgpool": "pooled", "global_pool": "pooled"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """One way of naming a ResNet's layers.
+    """One way of naming a ResNet's layers. Our paths are joined by "/" in its tables."""
 
-    Args:
-      name: For messages.
-      block: Prefix of a block, with {stage} (from 1), {stage_from_0}, {next_stage}, and {block}
-        (from 0).
-      layers: Our path inside a block, joined by "/" -> the name after the prefix.
-      top: Our path outside the stages, joined by "/" -> the whole name.
-      dense_as_conv: Our dense layers that are 1x1 convolutions there, joined by "/".
-    """
-
-    name: str
-    block: str
-    layers: Mapping[str, str]
-    top: Mapping[str, str]
-    dense_as_conv: frozenset[str] = frozenset()
+    name: str  # for messages
+    block: str  # prefix with {stage} (from 1), {stage_from_0}, {next_stage}, {block} (from 0)
+    layers: Mapping[str, str]  # our path inside a block -> the name after the prefix
+    top: Mapping[str, str]  # our path outside the stages -> the whole name
+    dense_as_conv: frozenset[str] = frozenset()  # our dense layers that are 1x1 convolutions there
 
     @property
     def head(self) -> str:
         """Their name of the head."""
         return self.top["head"]
 
-    def torch_name(self, path: Path) -> str:
+    def torch_name(self, path: ModulePath) -> str:
         """Their name of one of our leaves; our own path where they have no such layer.
 
-        Args:
-          path: (collection, module, ..., leaf), such as
-            ("params", "stage1", "block1", "conv1", "kernel").
-
-        Returns:
-          Such as "layer1.0.conv1.weight", or "stem.conv_a.weight" of a stem of your own.
+        ("params", "stage1", "block1", "conv1", "kernel") -> "layer1.0.conv1.weight".
         """
         _, *modules, leaf = path
         ending = _LEAVES.get(leaf, leaf)
@@ -73,14 +62,7 @@ class Scheme:
         return ".".join(filter(None, [prefix, layer, ending]))
 
     def stage_sizes(self, names: Iterable[str]) -> tuple[int, ...]:
-        """Blocks in each stage of a network with these names.
-
-        Args:
-          names: Of a state dict.
-
-        Returns:
-          One count a stage, () where no block has this scheme's prefix.
-        """
+        """Number of blocks in each stage of a state dict; () where no block has this prefix."""
         blocks: dict[int, set[int]] = {}
         stage, block = r"(?P<stage>\d{1,9})", r"(?P<block>\d{1,9})"
         prefix = self.block.replace(".", r"\.").format(
@@ -91,7 +73,7 @@ class Scheme:
                 blocks.setdefault(int(match["stage"]), set()).add(int(match["block"]))
         return tuple(len(blocks[stage]) for stage in sorted(blocks))
 
-    def is_conv(self, path: Path) -> bool:
+    def is_conv(self, path: ModulePath) -> bool:
         """Whether one of our dense kernels is a 1x1 convolution there."""
         modules = path[1:-1]
         layer = modules[2:] if modules[0].startswith("stage") else modules
@@ -99,15 +81,12 @@ class Scheme:
 
 
 def schemes_for(model: ResNet) -> list[Scheme]:
-    """The naming schemes that can hold a model's weights, the one we write first.
+    """The naming schemes that can hold a model's weights, starting with the one we write.
 
-    Args:
-      model: A ResNet; its stem, shortcut and kind of block decide some names.
-
-    Returns:
-      For post-activation networks: torchvision (and timm), the CIFAR repositories, the review
-      and its variant with "_x" (these two without gates and deep stems), and torchvision's and
-      CIFAR's with each other's head. For pre-activation networks: timm's.
+    Stem, shortcut and kind of block decide some of the names. Post-activation networks have the
+    names of torchvision (and timm), the CIFAR repositories, the review and its variant with "_x"
+    (these two without gates and deep stems), and torchvision's and CIFAR's with each other's head;
+    pre-activation networks have timm's.
 
     Example:
       >>> import resnet_jax as rj
@@ -137,9 +116,9 @@ def schemes_for(model: ResNet) -> list[Scheme]:
 
 
 def _torchvision(model: ResNet) -> Scheme:
-    """Names of torchvision, and of timm for what torchvision does not have.
+    """Names of torchvision, and of timm for parts that torchvision does not have.
 
-    timm keeps a deep stem in one Sequential, "conv1", whose last norm is "bn1" as ever, and puts
+    timm keeps a deep stem in one Sequential, "conv1", whose last norm is "bn1" as usual, and puts
     an average pool (without parameters) before the projection of option D.
     """
     layers = {f"conv{k}": f"conv{k}" for k in (1, 2, 3)}
@@ -198,3 +177,17 @@ def _projection(module: str, first: int) -> dict[str, str]:
         "projection/conv1": f"{module}.{first}",
         "projection/norm1": f"{module}.{first + 1}",
     }
+
+
+def unknown_layer(name: str, known: Sequence[str]) -> str:
+    """The message for an unknown feature map, with our name where `name` is torchvision's.
+
+    Example:
+      >>> unknown_layer("layer3", ["stem", "stage1", "stage2", "stage3"])
+      "unknown layer 'layer3'; did you mean 'stage3'?"
+    """
+    stage = re.fullmatch(r"layer(\d)", name)
+    ours = f"stage{stage[1]}" if stage else _TORCHVISION_MAPS.get(name, "")
+    if ours in known:
+        return f"unknown layer {name!r}; did you mean {ours!r}?"
+    return unknown_name("layer", name, known)

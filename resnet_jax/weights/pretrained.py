@@ -1,31 +1,58 @@
-"""Networks from the Hugging Face Hub: weights, and how their images were prepared."""
+"""Pretrained networks from the Hugging Face Hub, or from a folder in its form."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from resnet_jax.data.preprocessing import Preprocessing
-from resnet_jax.errors import ModelError, WeightsError, importing
+from resnet_jax.errors import ModelError, WeightsError, importing, reason_of
+from resnet_jax.files import MIB, read_json
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.channels import colors_for
-from resnet_jax.weights.config_json import CONFIG, PREPROCESSOR, Description, read_description
 from resnet_jax.weights.convert import Variables
-from resnet_jax.weights.files import load_weights
+from resnet_jax.weights.description import Description
+from resnet_jax.weights.files import WEIGHT_SUFFIXES, load_weights
+from resnet_jax.weights.timm_config import timm_description
+from resnet_jax.weights.transformers_config import (
+    processor_preprocessing,
+    transformers_description,
+)
 
-# The files of weights that a repository may have; the first one is taken.
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+_MOST_CONFIG = 16 * MIB  # the names of ImageNet-21k's classes have 1 MB
+# Weight files of a repository, in order of preference.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-class Pretrained(NamedTuple):
-    """A model, its variables, and how its images are prepared."""
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A pretrained network; unpacks to (model, variables, preprocessing).
+
+    Args:
+      model: The module.
+      variables: {"params", "batch_stats"} of float32 NumPy arrays.
+      preprocessing: How images become its input.
+      name: Registered name, such as "resnet50"; for a variant, the nearest registered network.
+      class_names: Names in the order of the outputs; () where the repository does not say, or
+        for another number of classes.
+      threshold: Probability from which a multi-label network predicts a class; None for a network
+        with one label per image.
+    """
 
     model: ResNet
     variables: Variables
     preprocessing: Preprocessing
+    name: str = ""
+    class_names: tuple[str, ...] = ()
+    threshold: float | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.variables, self.preprocessing))
 
 
 def load_pretrained(
@@ -37,24 +64,24 @@ def load_pretrained(
     use_test_size: bool = False,
     **overrides: Any,
 ) -> Pretrained:
-    """Loads a network from a repository of the Hugging Face Hub, or from a folder like one.
+    """Loads a network from a repository of the Hugging Face Hub, or from a folder in its form.
 
     The repository holds `config.json` as timm or Hugging Face transformers writes it, and
-    `model.safetensors` or `pytorch_model.bin`; of transformers also `preprocessor_config.json`.
-    Without a network the Hub's local cache is used.
+    `model.safetensors` or `pytorch_model.bin`; from transformers also `preprocessor_config.json`.
+    Offline, the Hub's local cache is used.
 
     Args:
       repository: "owner/name" on the Hub, or a folder with those files.
-      revision: Branch, tag or commit on the Hub; name a commit to get the same weights for ever.
-      reset_head: Leave the head out and initialise a new one; set num_classes with it.
-      channels: Adapt the first convolution to images of so many channels, as `from_torch` does;
-        mean and std are averaged for one channel, repeated for more than three.
-      use_test_size: Take the image size and crop for which timm states its accuracy, where they
-        differ from those of training (test_input_size, test_crop_pct).
+      revision: Branch, tag or commit on the Hub. Only a commit always means the same weights.
+      reset_head: Leave the head out and initialize a new one; set num_classes with it.
+      channels: Adapt the first convolution to images with this number of channels, as `from_torch`
+        does; mean and std are averaged for one channel, repeated for more than three.
+      use_test_size: Use the image size and crop for which timm states the accuracy
+        (test_input_size, test_crop_pct), where they differ from those of training.
       **overrides: Fields of `ResNet`, such as num_classes, dtype or output_stride.
 
     Returns:
-      (model, variables, preprocessing).
+      The network, which unpacks to (model, variables, preprocessing).
 
     Raises:
       WeightsError: The repository is not reachable and not in the cache, is not a network of
@@ -68,9 +95,10 @@ def load_pretrained(
       ...     config = {"architecture": "resnet20", "num_classes": 10}
       ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
       ...     rj.save_weights(f"{folder}/model.safetensors", model, variables)
-      ...     model, variables, preprocessing = rj.load_pretrained(folder, dtype=jnp.bfloat16)
-      >>> model.num_classes
-      10
+      ...     pretrained = rj.load_pretrained(folder, dtype=jnp.bfloat16)
+      >>> model, variables, preprocessing = pretrained
+      >>> pretrained.name, model.num_classes
+      ('resnet20', 10)
     """
     folder = _folder(repository, revision)
     found = read_description(folder, use_test_size=use_test_size)
@@ -78,100 +106,78 @@ def load_pretrained(
         model = create_model(found.name, **{**found.fields, **overrides})
     except ModelError as error:
         raise WeightsError(f"{repository}: {error}") from error
-    variables = load_weights(model, _weights(folder), reset_head=reset_head, channels=channels)
+    variables = load_weights(model, _weight_file(folder), reset_head=reset_head, channels=channels)
     preprocessing = found.preprocessing
     if channels:
         mean, std = (colors_for(each, channels) for each in (preprocessing.mean, preprocessing.std))
         preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
-    return Pretrained(model, variables, preprocessing)
+    names = found.class_names
+    keeps_classes = not reset_head and len(names) == model.num_classes
+    return Pretrained(
+        model=model,
+        variables=variables,
+        preprocessing=preprocessing,
+        name=found.name,
+        class_names=names if keeps_classes else (),
+        threshold=found.threshold,
+    )
 
 
-def pretrained_name(repository: str | os.PathLike[str], *, revision: str | None = None) -> str:
-    """The registered name of the network in a repository.
+def read_description(folder: Path, *, use_test_size: bool = False) -> Description:
+    """Reads config.json of a folder and, for transformers, preprocessor_config.json."""
+    path = folder / CONFIG
+    if folder.is_dir() and not path.exists():
+        raise WeightsError(_not_a_repository(folder))
+    config = _read(path)
+    if isinstance(config, dict) and "architecture" not in config and "model_type" in config:
+        described = _checked(path, "transformers", lambda: transformers_description(config))
+        path = folder / PREPROCESSOR
+        processor = _read(path) if path.exists() else {}
+        return described._replace(
+            preprocessing=_checked(path, "transformers", lambda: processor_preprocessing(processor))
+        )
+    return _checked(path, "timm", lambda: timm_description(config, use_test_size))
 
-    Args:
-      repository: As for `load_pretrained`.
-      revision: Likewise.
 
-    Returns:
-      Such as "resnet50"; where the repository holds a variant of a registered network, the one
-      that is nearest.
+def _not_a_repository(folder: Path) -> str:
+    """Says what to pass instead of a folder without config.json."""
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHT_SUFFIXES
+    )
+    hint = f"to open a weight file in it, pass the file: {files[0]}" if files else "pass another"
+    return (
+        f"{folder} is neither a workdir (it has no checkpoints/) nor a folder in the Hub's form "
+        f"(it has no {CONFIG}); {hint}"
+    )
 
-    Raises:
-      WeightsError: As `load_pretrained` raises it.
 
-    Example:
-      >>> import json, pathlib, tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = pathlib.Path(folder, "config.json").write_text('{"architecture": "resnet20"}')
-      ...     pretrained_name(folder)
-      'resnet20'
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path, _MOST_CONFIG)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise WeightsError(f"{path} is not JSON ({error})") from error
+
+
+def _checked(path: Path, library: str, parse: Callable[[], Any]) -> Any:
+    """The result of `parse`, for which a value of an unexpected type is an error in the file.
+
+    A ModelError means that the file is valid and describes a network that is unknown here.
     """
-    return _description(repository, revision).name
-
-
-def pretrained_labels(
-    repository: str | os.PathLike[str], *, revision: str | None = None
-) -> tuple[str, ...]:
-    """The names of the classes of the network in a repository.
-
-    Args:
-      repository: As for `load_pretrained`.
-      revision: Likewise.
-
-    Returns:
-      In the order of the outputs; () where the repository does not say.
-
-    Raises:
-      WeightsError: As `load_pretrained` raises it.
-
-    Example:
-      >>> import json, pathlib, tempfile
-      >>> config = {"architecture": "resnet20", "num_classes": 2, "label_names": ["cat", "dog"]}
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
-      ...     pretrained_labels(folder)
-      ('cat', 'dog')
-    """
-    return _description(repository, revision).labels
-
-
-def pretrained_threshold(
-    repository: str | os.PathLike[str], *, revision: str | None = None
-) -> float | None:
-    """The probability from which a multi-label network in a repository predicts a class.
-
-    Its config.json says `"problem_type": "multi_label_classification"`, as in transformers, and may
-    have a `"threshold"`.
-
-    Args:
-      repository: As for `load_pretrained`.
-      revision: Likewise.
-
-    Returns:
-      In (0, 1), 0.5 where the repository does not say; None for a network whose images have one
-      label each.
-
-    Raises:
-      WeightsError: As `load_pretrained` raises it.
-
-    Example:
-      >>> import json, pathlib, tempfile
-      >>> config = {"architecture": "resnet20", "problem_type": "multi_label_classification"}
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
-      ...     pretrained_threshold(folder)
-      0.5
-    """
-    return _description(repository, revision).threshold
-
-
-def _description(repository: str | os.PathLike[str], revision: str | None) -> Description:
-    return read_description(_folder(repository, revision))
+    try:
+        return parse()
+    except ModelError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
+        raise WeightsError(
+            f"{path} is not a configuration as {library} writes it ({what})"
+        ) from error
 
 
 def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
-    """The folder on this machine that holds the repository's files."""
+    """The local folder with the repository's files; downloads them where needed."""
     local = Path(os.path.expanduser(repository))
     if local.is_dir():
         return local
@@ -191,22 +197,21 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
         )
 
     try:
-        # One call for all files, so that they are of one commit; a second one of that commit for
-        # weights that most repositories have beside the first kind.
+        # One call for all files, so that they are of one commit. Most repositories have both kinds
+        # of weights; the second is downloaded, from the same commit, only without the first.
         folder = download(CONFIG, PREPROCESSOR, _WEIGHTS[0], revision=revision)
         if not (folder / _WEIGHTS[0]).exists() and (folder / CONFIG).exists():
             folder = download(*_WEIGHTS[1:], revision=folder.name)
         return folder
     except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise WeightsError(
-            f"{repository} (revision {revision or 'main'}) can be had neither from the Hub nor "
-            f"from the local cache, nor is it a folder here ({type(error).__name__}: {reason})"
+            f"{repository} (revision {revision or 'main'}) is no folder here, is not in the local "
+            f"cache, and cannot be downloaded from the Hub ({reason_of(error)})"
         ) from error
 
 
-def _weights(folder: Path) -> Path:
-    there = [folder / name for name in _WEIGHTS if (folder / name).exists()]
-    if not there:
+def _weight_file(folder: Path) -> Path:
+    found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
+    if not found:
         raise WeightsError(f"{folder} has no file of weights ({' or '.join(_WEIGHTS)})")
-    return there[0]
+    return found[0]

@@ -1,7 +1,7 @@
-"""A trained network and what its use depends on: how images are prepared, its classes.
+"""Opens a trained network from any SOURCE: a run's workdir, a weight file, or the Hugging Face Hub.
 
-A network comes from a run's workdir, a weight file, or the Hugging Face Hub. Evaluation,
-prediction, export and reports all open it here, so that they agree on what it is.
+Evaluation, prediction, export and reports all open networks here, so that they agree on what a
+network is, how its images are prepared and what its classes are called.
 """
 
 from __future__ import annotations
@@ -9,135 +9,23 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
 from resnet_jax.config.model import make_model
-from resnet_jax.config.schema import (
-    DATA_NAMES,
-    DATA_PLACES,
-    EVAL_CROPS,
-    INTERPOLATIONS,
-    Config,
-    Data,
-)
+from resnet_jax.config.schema import INTERPOLATIONS
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ConfigError, ResNetJaxError, WeightsError
-from resnet_jax.limits import MAX_SIDE
 from resnet_jax.models.registry import model_info
-from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.class_file import check_names, read_class_file
-from resnet_jax.weights.config_json import MULTI_LABEL
+from resnet_jax.weights.class_names import IMAGENET_CLASSES, class_names_from, complete_names
 from resnet_jax.weights.convert import Variables, fit_variables
 from resnet_jax.weights.files import WEIGHT_SUFFIXES
-from resnet_jax.weights.pretrained import (
-    load_pretrained,
-    pretrained_labels,
-    pretrained_name,
-    pretrained_threshold,
-)
+from resnet_jax.weights.network import Network
+from resnet_jax.weights.overrides import Overrides
+from resnet_jax.weights.pretrained import load_pretrained
 from resnet_jax.weights.weight_file import open_weight_file
-from resnet_jax.workdirs.ownership import is_own
-from resnet_jax.workdirs.workdir import read_class_names, read_config
-
-_IMAGENET_CLASSES = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A model, its variables, and the facts of its training that its use depends on.
-
-    Args:
-      source: What it was opened from, for messages.
-      name: As registered: "resnet50".
-      model: The module.
-      variables: {"params", "batch_stats"}.
-      preprocessing: How images become its input.
-      channels: Of its images: 1 (grey), 3 (color), or another number.
-      class_names: The name of each output; those of ImageNet where there are 1,000 and nobody said
-        what they are, else "0", "1", ...
-      config: Of the run that trained it; None where it was not one of ours.
-      step: Completed steps of that run's state; None likewise.
-      ema: It is the moving average of that state.
-      own: The trainer of this user wrote `config`, so the places of its data can be trusted.
-      multi_label: It was trained for images with none, one or several labels: the probability of
-        a class is the logistic function of its logit, and not the softmax.
-      threshold: Probability from which a class is predicted, where it is multi_label.
-      upright: Turn images as their EXIF orientation says; None: predictions turn them, and
-        evaluation does as the run's data.upright says.
-      named: `class_names` were given: by the run, by the repository on the Hub, or by the user.
-      assumed: What was taken for granted where the source does not say it, one sentence each.
-      usual: Whose mean and std those of `preprocessing` are, where they are assumed: "ImageNet's".
-    """
-
-    source: str
-    name: str
-    model: ResNet
-    variables: Variables
-    preprocessing: Preprocessing
-    channels: int
-    class_names: tuple[str, ...]
-    config: Config | None = None
-    step: int | None = None
-    ema: bool = False
-    own: bool = False
-    multi_label: bool = False
-    threshold: float = 0.5
-    upright: bool | None = None
-    named: bool = False
-    assumed: tuple[str, ...] = ()
-    usual: str = ""
-
-    @property
-    def crop(self) -> Data:
-        """How images are prepared for evaluation, as `data.decode.eval_crop` takes it."""
-        trained_upright = self.config is not None and self.config.data.upright
-        return Data(
-            eval_size=self.preprocessing.image_size,
-            eval_resize=self.preprocessing.resize_size,
-            eval_crop=self.preprocessing.crop_mode,
-            interpolation=self.preprocessing.interpolation,
-            upright=trained_upright if self.upright is None else self.upright,
-        )
-
-    @property
-    def problem(self) -> dict[str, Any]:
-        """What a description of the network says of its outputs; {}: they are for the softmax."""
-        if not self.multi_label:
-            return {}
-        return {"problem_type": MULTI_LABEL, "threshold": self.threshold}
-
-
-def evaluated_data(network: Network) -> Data:
-    """The data that a run's network was evaluated on, to be read again.
-
-    Args:
-      network: The network.
-
-    Returns:
-      The run's `data` section.
-
-    Raises:
-      ConfigError: The network is not of a run. Or somebody else wrote the section, and it names a
-        place: that may be any folder.
-    """
-    if network.config is None:
-        raise ConfigError(
-            f"--data: {network.source} is no workdir and does not say what to measure it on; give "
-            f"{DATA_NAMES}, and --split where the data has several that could be meant"
-        )
-    data = network.config.data
-    if network.own or not (data.data_dir or data.name.partition(":")[0] in DATA_PLACES):
-        return data
-    where = f" --data_dir={data.data_dir}" if data.data_dir else ""
-    raise ConfigError(
-        f"--data: {network.source} was not trained by you on this machine, so the data that its "
-        f"config.json names is not opened; to use it, pass --data={data.name}{where}"
-    )
 
 
 def open_network(
@@ -160,39 +48,41 @@ def open_network(
 ) -> Network:
     """Opens a trained network.
 
-    Of a weight file, the architecture and the number of classes are inferred from the names and
-    shapes of its tensors. What the file does not say is assumed: images as such networks usually
-    have them, and the order of the classes. `Network.assumed` lists it.
+    The architecture and the number of classes of a weight file are inferred from the names and
+    shapes of its tensors. Preprocessing and the order of classes, which no weight file holds, are
+    assumed to be the usual ones; `Network.assumed` lists all assumptions.
 
     Args:
       source: A workdir, a weight file (as for `load_weights`), a folder in the Hub's form, or
         "owner/name" on the Hub.
-      model: Name of the network in a weight file; "": it is inferred.
-      best: Of a workdir, the best state by the run's checkpoint.best_metric instead of the newest.
-      ema: The moving average, where a workdir or a checkpoint in a file has one.
-      image_size: Side of the images in pixels; 0: as the network was trained or published.
-      crop_fraction: Side of the crop as a share of the resized image's shorter side; 0: likewise.
-      threshold: Probability from which a multi-label network predicts a class; 0: likewise.
+      model: Registered name of the network in a weight file. Default: inferred.
+      best: Open a workdir's best state by the run's checkpoint.best_metric instead of the newest.
+      ema: Open the moving average, where a workdir or a checkpoint in a file has one.
+      image_size: Side of the images in pixels. Default: as the network was trained or published.
+      crop_fraction: Side of the crop as a fraction of the resized image's shorter side. Default:
+        as the network was trained or published.
+      threshold: Probability from which a multi-label network predicts a class. Default: the
+        network's own.
       mean: Subtracted from each channel, in units of 1 (255 in a uint8 image); one number, or one
-        for each channel; (): likewise.
-      std: Divides each channel, in units of 1; as many numbers as mean; (): likewise.
-      interpolation: "bilinear" or "bicubic"; "": likewise.
-      crop_mode: "center" or "squash", as in `Preprocessing`; "": likewise.
-      classes: Names of the outputs, or a file of them: one a line, or JSON (a list, or an object
-        from number to name); (): as the source has them. Not for a workdir, which knows them.
-      prefix: Of the tensors' names in a weight file with several networks, such as "encoder_q".
-      weights: "ema" or "raw": another way to say `ema`, and an error where there is no such thing.
-      upright: Turn images as their EXIF orientation says; None: as a run does in evaluation, and
-        always in prediction.
+        per channel. Default: the network's own.
+      std: Divides each channel, in units of 1; as many numbers as mean. Default: the network's own.
+      interpolation: "bilinear" or "bicubic". Default: the network's own.
+      crop_mode: "center" or "squash", as in `Preprocessing`. Default: the network's own.
+      classes: Names of the outputs, or a file of them: one per line, or JSON (a list, or an object
+        from number to name). Not for a workdir, which has them. Default: the source's names.
+      prefix: Prefix of the tensors' names in a weight file with several networks: "encoder_q".
+      weights: "ema" or "raw", like `ema`, but an error where the source has no such weights.
+      upright: Rotate images by their EXIF orientation. Default: predictions do, evaluation follows
+        the run.
 
     Returns:
-      The network, with float32 variables. Without a head (model.num_classes = 0) where a weight
+      The network, with float32 variables. It has no head (model.num_classes = 0) where a weight
       file has none.
 
     Raises:
       WeightsError: There is no network at `source`, or it is damaged.
       ModelError: No network is called `model`.
-      ConfigError: An option that does not go with `source`.
+      ConfigError: An option is wrong, or does not go with `source`.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, resnet_jax as rj
@@ -205,50 +95,49 @@ def open_network(
       ('resnet20', 3, 32, ('0', '1'))
     """
     if model:
-        model_info(model)  # says which names there are
+        model_info(model)  # raises ModelError for an unknown name
     if weights not in ("", "ema", "raw"):
         raise ConfigError(f"weights={weights[:100]!r}: must be 'ema' or 'raw'")
-    path = Path(os.path.expanduser(source))  # unlike Path's, as it is where ~ is nobody's
-    if (path / "checkpoints").is_dir():
-        _check_goes_with(path, "a workdir", prefix=prefix, classes=classes)
+    # Unlike Path.expanduser, this one leaves ~ alone where the user has no home.
+    path = Path(os.path.expanduser(source))
+    is_workdir = (path / "checkpoints").is_dir()
+    is_file = path.is_file() or path.suffix in WEIGHT_SUFFIXES
+    if is_workdir:
+        _check_no_options(path, "a workdir", prefix=prefix, classes=classes)
+    elif not is_file:
+        _check_no_options(source, "in the Hub's form", prefix=prefix, weights=weights)
+    # Wrong options are reported before the weights are read.
+    overrides = Overrides(
+        image_size,
+        crop_fraction,
+        threshold,
+        tuple(mean),
+        tuple(std),
+        interpolation,
+        crop_mode,
+        *class_names_from(classes),
+    )
+    overrides.check()
+    if is_workdir:
         network = _from_workdir(path, best, ema and weights != "raw")
         if weights == "ema" and not network.ema:
             raise ConfigError(f"weights='ema': {source} has no moving average")
-    elif path.is_file() or path.suffix in WEIGHT_SUFFIXES:
-        network = _from_file(path, model, prefix, weights or ("" if ema else "raw"))
+    elif is_file:
+        network = open_weight_file(
+            path, model, prefix=prefix, weights=weights or ("" if ema else "raw")
+        )
     else:
-        _check_goes_with(source, "in the Hub's form", prefix=prefix, weights=weights)
         network = _from_hub(str(path) if path.is_dir() else os.fspath(source))
     if model and network.name != model:
         raise ConfigError(f"--model={model}: {source} holds a {network.name}; leave the flag out")
     _check_finite(network)
-    network = _with_classes(network, classes)
-    network = _prepared(network, tuple(mean), tuple(std), interpolation, crop_mode)
-    network = _resized(network, image_size, crop_fraction)
-    network = _with_threshold(network, threshold)
-    return dataclasses.replace(network, upright=upright, assumed=_assumed(network))
+    network = overrides.apply(network)
+    _check_interpolation(network)
+    return dataclasses.replace(network, upright=upright, assumed=_assumptions(network))
 
 
-def require_head(network: Network, purpose: str) -> None:
-    """Refuses a network without a head where classes are needed.
-
-    Args:
-      network: Any.
-      purpose: What needs classes, for the message: "evaluate".
-
-    Raises:
-      ConfigError: It has no head.
-    """
-    if not network.model.num_classes:
-        raise ConfigError(
-            f"{network.source}: the network has no head of one linear layer, which {purpose} "
-            "needs; `features` writes what it computes of images, and fine-tuning "
-            "(configs/finetune.py) gives it a head"
-        )
-
-
-def _check_goes_with(source: object, kind: str, **options: object) -> None:
-    """Refuses options of other kinds of sources."""
+def _check_no_options(source: object, kind: str, **options: object) -> None:
+    """Refuses options that belong to other kinds of sources."""
     for name, value in options.items():
         if value:
             raise ConfigError(
@@ -256,30 +145,19 @@ def _check_goes_with(source: object, kind: str, **options: object) -> None:
             )
 
 
-def _check_finite(network: Network) -> None:
-    """Raises WeightsError where a variable has NaN or infinities.
-
-    The outputs do not always tell: a compiled ReLU may turn NaN into 0.
-    """
-    for name, leaf in traverse_util.flatten_dict(network.variables, sep="/").items():
-        if not np.isfinite(leaf).all():
-            raise WeightsError(
-                f"{network.source}: the network's {name} has values that are not finite numbers; "
-                "take another state or file"
-            )
-
-
 def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
-    # Orbax is loaded only where a workdir is read.
+    # Imported here, because other sources need neither workdirs nor Orbax.
     from resnet_jax.workdirs.checkpoint import load_variables
+    from resnet_jax.workdirs.ownership import is_own
+    from resnet_jax.workdirs.workdir import read_class_names, read_config
 
     try:
         name, variables, step = load_variables(workdir, best=best, ema=ema)
         config, names = read_config(workdir), read_class_names(workdir)
     except ResNetJaxError as error:
         raise WeightsError(str(error)) from error
-    data, classes = config.data, _classes(workdir, variables)
-    # The mapped axis belongs to training.
+    data, classes = config.data, _head_width(workdir, variables)
+    # The mapped axis is for training.
     model = make_model(config, classes).clone(axis_name=None, bn_group_size=None)
     try:
         variables = fit_variables(model, variables)
@@ -291,8 +169,8 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
         model=model,
         variables=variables,
         preprocessing=Preprocessing.from_config(config),
-        channels=_channels(variables),
-        class_names=_class_names(classes, names),
+        channels=_image_channels(variables),
+        class_names=complete_names(names, classes),
         named=True,
         config=config,
         step=step,
@@ -303,151 +181,57 @@ def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
     )
 
 
-def _from_file(path: Path, name: str, prefix: str, weights: str) -> Network:
-    found = open_weight_file(path, name, prefix=prefix, weights=weights)
+def _from_hub(source: str) -> Network:
+    found = load_pretrained(source)
     return Network(
-        source=str(path),
+        source=source,
         name=found.name,
         model=found.model,
         variables=found.variables,
         preprocessing=found.preprocessing,
-        channels=_channels(found.variables),
-        class_names=_class_names(found.model.num_classes),
-        assumed=found.assumed,
-        usual=found.usual,
+        channels=_image_channels(found.variables),
+        class_names=complete_names(found.class_names, found.model.num_classes),
+        named=bool(found.class_names),
+        multi_label=found.threshold is not None,
+        threshold=found.threshold or 0.5,
     )
 
 
-def _from_hub(source: str) -> Network:
-    model, variables, preprocessing = load_pretrained(source)
-    if preprocessing.interpolation not in INTERPOLATIONS:
-        raise WeightsError(
-            f"{source}: its images are resized by {preprocessing.interpolation!r}, which is none "
-            f"of {', '.join(INTERPOLATIONS)}"
-        )
-    threshold, labels = pretrained_threshold(source), pretrained_labels(source)
-    return Network(
-        source=source,
-        name=pretrained_name(source),
-        model=model,
-        variables=variables,
-        preprocessing=preprocessing,
-        channels=_channels(variables),
-        class_names=_class_names(model.num_classes, labels),
-        named=bool(labels),
-        multi_label=threshold is not None,
-        threshold=threshold or 0.5,
-    )
-
-
-def _classes(workdir: Path, variables: Variables) -> int:
+def _head_width(workdir: Path, variables: Variables) -> int:
     try:
         return int(variables["params"]["head"]["bias"].shape[0])
     except (LookupError, TypeError, AttributeError) as error:
         raise WeightsError(f"{workdir}: its state is of no network with a head") from error
 
 
-def _channels(variables: Variables) -> int:
+def _image_channels(variables: Variables) -> int:
     return int(variables["params"]["stem"]["conv1"]["kernel"].shape[2])
 
 
-def _class_names(classes: int, known: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The names that are known; of a thousand classes ImageNet's; else the numbers."""
-    if not known and classes == _IMAGENET_CLASSES:
-        return imagenet_names()
-    # A head may be wider than its data set (model.num_classes).
-    return known + tuple(str(number) for number in range(len(known), classes))
+def _check_finite(network: Network) -> None:
+    """Raises WeightsError where a variable has NaN or infinities.
 
-
-def imagenet_names() -> tuple[str, ...]:
-    """The English names of ImageNet's 1,000 classes, in the order of their WordNet ids.
-
-    Returns:
-      As torchvision has them.
-
-    Example:
-      >>> imagenet_names()[:2]
-      ('tench', 'goldfish')
+    The outputs do not always show it: a compiled ReLU may turn NaN into 0.
     """
-    return tuple(line.split(" ", 1)[1] for line in _imagenet_lines())
-
-
-def imagenet_ids() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1,000 classes, in the order of the labels.
-
-    Returns:
-      As TFDS and torchvision order them.
-
-    Example:
-      >>> imagenet_ids()[:2]
-      ('n01440764', 'n01443537')
-    """
-    return tuple(line.split(" ", 1)[0] for line in _imagenet_lines())
-
-
-def _imagenet_lines() -> list[str]:
-    file = resources.files("resnet_jax.weights") / "imagenet_classes.txt"
-    return file.read_text(encoding="utf-8").splitlines()
-
-
-def _with_classes(network: Network, classes: str | os.PathLike[str] | Sequence[str]) -> Network:
-    """The network with the names that the user gives its outputs."""
-    if not classes:
-        return network
-    if isinstance(classes, str | os.PathLike):
-        flag, names = f"--classes={os.fspath(classes)}", read_class_file(classes)
-    else:
-        flag, names = "classes", check_names(classes, "classes")
-    if len(names) != network.model.num_classes:
-        outputs = network.model.num_classes
-        raise ConfigError(
-            f"{flag}: has {len(names):,} names, and {network.source} {outputs:,} outputs"
-        )
-    return dataclasses.replace(network, class_names=names, named=True)
-
-
-def _prepared(
-    network: Network,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    interpolation: str,
-    crop_mode: str,
-) -> Network:
-    """The network with other preprocessing than its source says."""
-    for flag, value, allowed in (
-        ("interpolation", interpolation, INTERPOLATIONS),
-        ("crop_mode", crop_mode, EVAL_CROPS),
-    ):
-        if value and value not in allowed:
-            raise ConfigError(f"--{flag}={value[:100]}: must be {' or '.join(allowed)}")
-    before = network.preprocessing
-    changed = dataclasses.replace(
-        before,
-        mean=mean or before.mean,
-        std=std or before.std,
-        interpolation=interpolation or before.interpolation,
-        crop_mode=crop_mode or before.crop_mode,
-    )
-    for flag, values in (("mean", mean), ("std", std)):
-        if values and (
-            len(values) not in (1, network.channels)
-            or not all(0 <= each <= 1 if flag == "mean" else 1e-6 <= each < 256 for each in values)
-        ):
-            shown = ",".join(map(str, values))[:100]
-            positive = "positive " if flag == "std" else ""
-            raise ConfigError(
-                f"--{flag}={shown}: must be one {positive}number, or {network.channels} with "
-                "commas, one for each channel; in units of 1, not of 255"
+    for name, leaf in traverse_util.flatten_dict(network.variables, sep="/").items():
+        if not np.isfinite(leaf).all():
+            raise WeightsError(
+                f"{network.source}: the network's {name} has values that are not finite numbers; "
+                "take another state or file"
             )
-    if len(changed.mean) != len(changed.std):
-        given, other = ("mean", "std") if mean else ("std", "mean")
-        raise ConfigError(f"--{given}: needs --{other} with as many numbers")
-    usual = "" if mean and std else network.usual
-    return dataclasses.replace(network, preprocessing=changed, usual=usual)
 
 
-def _assumed(network: Network) -> tuple[str, ...]:
-    """All that is assumed of a network, once the user's options have replaced some of it."""
+def _check_interpolation(network: Network) -> None:
+    found = network.preprocessing.interpolation
+    if found not in INTERPOLATIONS:
+        raise WeightsError(
+            f"{network.source}: its images are resized by {found!r}, which is none of "
+            f"{', '.join(INTERPOLATIONS)}; --interpolation chooses one of these"
+        )
+
+
+def _assumptions(network: Network) -> tuple[str, ...]:
+    """Everything that is assumed of a network after the user's options."""
     assumed, preprocessing = [*network.assumed], network.preprocessing
     if network.usual:
         mean, std = (
@@ -459,47 +243,6 @@ def _assumed(network: Network) -> tuple[str, ...]:
             f"images of {side}x{side} pixels with {network.usual} mean {mean} and std {std} "
             "(--image_size, --mean, --std)"
         )
-    if not network.named and len(network.class_names) == _IMAGENET_CLASSES:
+    if not network.named and len(network.class_names) == IMAGENET_CLASSES:
         assumed.append("the 1,000 outputs are ImageNet's classes in their usual order (--classes)")
     return tuple(assumed)
-
-
-def _resized(network: Network, image_size: int, crop_fraction: float) -> Network:
-    """The network at another test resolution."""
-    if image_size < 0 or not 0 <= crop_fraction <= 1:
-        raise ConfigError(
-            f"--image_size={image_size} --crop_fraction={crop_fraction}: a number of pixels, and "
-            "a share in (0, 1]; leave a flag out to keep what the network has"
-        )
-    preprocessing = network.preprocessing
-    changed = dataclasses.replace(
-        preprocessing,
-        image_size=image_size or preprocessing.image_size,
-        crop_fraction=crop_fraction or preprocessing.crop_fraction,
-    )
-    least = network.model.strides()[-1]
-    if changed.image_size < least:
-        raise ConfigError(
-            f"--image_size={image_size}: {network.name} needs at least {least} pixels a side"
-        )
-    resized = changed.image_size / changed.crop_fraction
-    if max(changed.image_size, resized) > MAX_SIDE:
-        raise ConfigError(
-            f"--image_size={changed.image_size} --crop_fraction={changed.crop_fraction}: images "
-            f"would be resized to {resized:,.0f} pixels, where {MAX_SIDE:,} are the most"
-        )
-    return dataclasses.replace(network, preprocessing=changed)
-
-
-def _with_threshold(network: Network, threshold: float) -> Network:
-    """The network at another threshold."""
-    if not threshold:
-        return network
-    if not 0 < threshold < 1:
-        raise ConfigError(f"--threshold={threshold}: must be a probability in (0, 1)")
-    if not network.multi_label:
-        raise ConfigError(
-            f"--threshold={threshold}: goes with a multi-label network; {network.source} gives "
-            "each image one class"
-        )
-    return dataclasses.replace(network, threshold=threshold)

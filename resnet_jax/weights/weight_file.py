@@ -1,7 +1,7 @@
-"""A weight file as a network, and what is assumed where the file does not say it.
+"""A weight file as a network, with assumptions where the file is silent.
 
-A file holds tensors under names. The names and shapes tell the architecture; how images are to be
-prepared is nowhere in it, so the values that such networks are usually trained with are taken.
+A file holds tensors under names. Names and shapes reveal the architecture. Nothing in the file says
+how images are prepared, so the values that such networks are usually trained with are assumed.
 """
 
 from __future__ import annotations
@@ -16,121 +16,108 @@ from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ModelError, WeightsError
 from resnet_jax.models.registry import create_model, model_info
 from resnet_jax.models.resnet import ResNet
+from resnet_jax.weights.channels import colors_for
+from resnet_jax.weights.class_names import complete_names
 from resnet_jax.weights.contents import find_network
 from resnet_jax.weights.convert import Variables, from_torch, head_classes
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.infer import infer_model
+from resnet_jax.weights.network import Network
+
+_SMALL = 32  # pixels a side up to which images are like CIFAR's
+# Prefixes of networks from contrastive training.
+_ENCODER = r"(?i)encoder_q|query|online"
+# Arguments of the library in errors, and their replacement where a network is only opened.
+_ARGUMENTS = {
+    r"pass reset_head=True": "fine-tune it with --config.checkpoint.reset_head=true",
+    r"pass strict=False to leave that out": "rj.load_weights(..., strict=False) leaves that out",
+    r"weights=(['\"])raw\1": "--no-ema",
+    r"\bprefix=(['\"])": r"--prefix=\1",
+}
 
 
-class WeightFile(NamedTuple):
-    """A network out of a weight file.
+def open_weight_file(path: Path, name: str = "", *, prefix: str = "", weights: str = "") -> Network:
+    """Reads a weight file and builds the network that its tensors belong to.
 
-    Args:
-      name: The registered name.
-      model: The module.
-      variables: {"params", "batch_stats"}.
-      preprocessing: How images become its input, as usual for such networks.
-      usual: Whose values its mean and standard deviation are: "ImageNet's".
-      assumed: What was assumed of the architecture, for people.
-    """
-
-    name: str
-    model: ResNet
-    variables: Variables
-    preprocessing: Preprocessing
-    usual: str
-    assumed: tuple[str, ...]
-
-
-def open_weight_file(
-    path: Path, name: str = "", *, prefix: str = "", weights: str = ""
-) -> WeightFile:
-    """Reads a weight file and finds the network that its tensors belong to.
-
-    Args:
-      path: The file.
-      name: Of the network; "": it is inferred.
-      prefix: Of the tensors' names, where the file holds several networks.
-      weights: "ema" or "raw", where it holds both; "": "ema".
-
-    Returns:
-      The network.
-
-    Raises:
-      WeightsError: The file cannot be read, or the tensors are not those of such a network.
-      ModelError: No network is called `name`.
+    `name` is a registered network ("" infers it), `prefix` that of the tensors' names where there
+    are several networks, `weights` "ema" or "raw" where the file holds both (default "ema").
     """
     state_dict = read_state_dict(path)
     try:
         contents = find_network(state_dict, prefix=prefix or None, weights=weights or None)
         tensors = contents.tensors
-        opened = _named(name, tensors) if name else _inferred(tensors)
+        built = _named(name, tensors) if name else _inferred(tensors)
     except (ModelError, WeightsError) as error:  # such as a head of too many classes
         raise WeightsError(f"{path}: {_with_flags(str(error))}") from error
-    channels = int(opened.variables["params"]["stem"]["conv1"]["kernel"].shape[2])
-    size = opened.image_size
-    usual = _usual_colors(tensors, size, opened.model.num_classes)
-    whole = channels == 3
+    channels = int(built.variables["params"]["stem"]["conv1"]["kernel"].shape[2])
+    usual = _usual_colors(tensors, built.image_size, built.model.num_classes)
     preprocessing = Preprocessing(
-        image_size=size,
-        # Small images are not resized before the crop; others as torchvision does, by 256 / 224.
-        crop_fraction=1.0 if size <= _SMALL else 0.875,
-        mean=usual.mean if whole else _average(usual.mean),
-        std=usual.std if whole else _average(usual.std),
+        image_size=built.image_size,
+        # Small images are not resized before the crop; others by 256 / 224, as in torchvision.
+        crop_fraction=1.0 if built.image_size <= _SMALL else 0.875,
+        mean=colors_for(usual.mean, channels),
+        std=colors_for(usual.std, channels),
     )
-    assumed = list(opened.assumed)
-    if opened.model.num_classes and re.search(_ENCODER, contents.taken):
-        assumed.insert(0, "the head is one of classes; of contrastive training it is a projection")
-    if contents.taken and not prefix:
-        assumed.insert(0, f"the weights are {contents.taken}")
-    preprocessing = dataclasses.replace(preprocessing, **opened.preprocessing)
-    whose = "" if "mean" in opened.preprocessing else usual.whose
-    return WeightFile(
-        opened.name, opened.model, opened.variables, preprocessing, whose, tuple(assumed)
+    assumed = list(built.assumed)
+    if built.model.num_classes and re.search(_ENCODER, contents.chosen):
+        assumed.insert(
+            0, "the head classifies; the head of a contrastively trained network is a projection"
+        )
+    if contents.chosen and not prefix:
+        assumed.insert(0, f"the weights are {contents.chosen}")
+    return Network(
+        source=str(path),
+        name=built.name,
+        model=built.model,
+        variables=built.variables,
+        preprocessing=dataclasses.replace(preprocessing, **built.preprocessing),
+        channels=channels,
+        class_names=complete_names((), built.model.num_classes),
+        assumed=tuple(assumed),
+        usual="" if "mean" in built.preprocessing else usual.whose,
     )
 
 
-class _Opened(NamedTuple):
+class _Built(NamedTuple):
     name: str
     model: ResNet
     variables: Variables
     image_size: int
     assumed: tuple[str, ...] = ()
-    preprocessing: Mapping[str, Any] = {}  # fields that the names tell, of some frameworks
+    preprocessing: Mapping[str, Any] = {}  # fields that come with the weights' framework
 
 
-def _inferred(tensors: Mapping[str, Any]) -> _Opened:
+def _inferred(tensors: Mapping[str, Any]) -> _Built:
     found = infer_model(tensors)
     model = create_model(found.name, **found.fields)
-    # The head's width is no assumption.
+    # The width of the head is not an assumption.
     fields = [_shown(*field) for field in found.fields.items() if field[0] != "num_classes"]
     having = f" with {', '.join(fields)}" if fields else ""
-    # The images are said with the rest of what is assumed of them.
+    # The size of images is reported with the other assumptions about them.
     facts = [fact for fact in found.assumed if not fact.startswith("images have")]
     network = "; ".join([f"a {found.name}{having}, by its names and shapes (--model)", *facts])
-    variables = from_torch(model, tensors)
-    return _Opened(
-        found.name,
-        model,
-        variables,
-        found.image_size,
-        (network,),
-        found.preprocessing,
+    return _Built(
+        name=found.name,
+        model=model,
+        variables=from_torch(model, tensors),
+        image_size=found.image_size,
+        assumed=(network,),
+        preprocessing=found.preprocessing,
     )
 
 
 def _shown(field: str, value: Any) -> str:
-    """A field of the model for a message; of a class or function the name of the field alone."""
+    """A field of the model for a message, without the text of a class or function."""
     plain = isinstance(value, str | int | float | tuple)
     return f"{field}={value}" if plain else f"another {field}"
 
 
-def _named(name: str, tensors: Mapping[str, Any]) -> _Opened:
+def _named(name: str, tensors: Mapping[str, Any]) -> _Built:
     """The network of that name, or one that differs from it in fields that the tensors show."""
     classes = head_classes(create_model(name), tensors)
     model = create_model(name, num_classes=classes or 0)
     try:
-        return _Opened(name, model, from_torch(model, tensors), model_info(name).image_size)
+        return _Built(name, model, from_torch(model, tensors), model_info(name).image_size)
     except WeightsError as error:
         try:
             found = _inferred(tensors)
@@ -141,19 +128,8 @@ def _named(name: str, tensors: Mapping[str, Any]) -> _Opened:
         return found
 
 
-# Networks of contrastive training, in what is said to be taken.
-_ENCODER = r"(?i)encoder_q|query|online"
-# Arguments of the library in errors, and what takes their place where a network is only opened.
-_ARGUMENTS = {
-    r"pass reset_head=True": "fine-tune it with --config.checkpoint.reset_head=true",
-    r"pass strict=False to leave that out": "rj.load_weights(..., strict=False) leaves that out",
-    r"weights=(['\"])raw\1": "--no-ema",
-    r"\bprefix=(['\"])": r"--prefix=\1",
-}
-
-
 def _with_flags(message: str) -> str:
-    """An error of the library's in terms of commands, which do not have all its arguments."""
+    """An error of the library in terms of the commands, which lack some of its arguments."""
     for argument, flag in _ARGUMENTS.items():
         message = re.sub(argument, flag, message)
     return message
@@ -165,10 +141,9 @@ class _Colors(NamedTuple):
     whose: str
 
 
-_SMALL = 32  # pixels a side up to which images are CIFAR's or like them
 _IMAGENET = _Colors((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's")
-# Those of CIFAR's training images; repositories round them differently, or take the mean of each
-# image's deviation, 0.2023, 0.1994, 0.2010.
+# Of CIFAR's training images. Repositories round them differently, or take the mean of each image's
+# standard deviation, 0.2023, 0.1994, 0.2010.
 _CIFAR = {
     10: _Colors((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), "CIFAR-10's"),
     100: _Colors((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR-100's"),
@@ -176,7 +151,7 @@ _CIFAR = {
 
 
 def _usual_colors(names: Iterable[str], size: int, classes: int) -> _Colors:
-    """The mean and deviation that such networks are usually trained with."""
+    """The mean and std that such networks are usually trained with."""
     if size > _SMALL or classes not in _CIFAR or _is_akamasters(names):
         return _IMAGENET
     return _CIFAR[classes]
@@ -191,8 +166,3 @@ def _is_akamasters(names: Iterable[str]) -> bool:
     names = set(names)
     shortcuts = any(".shortcut." in name or ".downsample." in name for name in names)
     return "linear.weight" in names and not shortcuts
-
-
-def _average(values: tuple[float, ...]) -> tuple[float, ...]:
-    """One number for images of whatever channels: 0.449 for ImageNet's mean."""
-    return (round(sum(values) / len(values), 4),)

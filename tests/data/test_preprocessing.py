@@ -15,7 +15,7 @@ from resnet_jax.data.augment.apply import augment
 from resnet_jax.data.preprocessing import Preprocessing, normalize
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.metrics import make_logits
-from resnet_jax.export.export import predict
+from resnet_jax.export.agreement import predict
 from resnet_jax.inference.batch_predictor import BatchPredictor
 from tests.evaluation.settings import tiny_network
 

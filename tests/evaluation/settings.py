@@ -10,7 +10,8 @@ from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.data.sources.base import Source
-from resnet_jax.weights.source import Network, imagenet_ids, imagenet_names
+from resnet_jax.weights.class_names import imagenet_ids, imagenet_names
+from resnet_jax.weights.network import Network
 from tests.variables import random_variables
 
 

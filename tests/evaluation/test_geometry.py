@@ -11,7 +11,7 @@ from resnet_jax.data.decode import eval_crop
 from resnet_jax.data.pipeline import InMemoryDataset, StreamedDataset
 from resnet_jax.evaluation.evaluator import Evaluator
 from resnet_jax.export.hub import hub_config, model_card
-from resnet_jax.weights.source import Network
+from resnet_jax.weights.network import Network
 from tests.data.photos import Photos, reports
 
 
@@ -37,7 +37,7 @@ def test_the_crop_of_a_network():
 def test_cards_say_the_crop(crop_mode):
     squash = dataclasses.replace(network(crop_mode), class_names=("a",))
     assert hub_config(squash)["pretrained_cfg"]["crop_mode"] == crop_mode
-    whole = "the centre of 40 x 40 pixels: the whole image, without regard to its proportions"
+    whole = "the center of 40 x 40 pixels: the whole image, regardless of its proportions"
     assert (whole in model_card(squash)) == (crop_mode == "squash")
 
 

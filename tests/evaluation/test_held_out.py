@@ -13,7 +13,7 @@ from resnet_jax.data.sources import open_source
 from resnet_jax.distributed.data_parallel import parallel_sums, replicate
 from resnet_jax.evaluation.held_out import HeldOutSets, evaluate_data
 from resnet_jax.evaluation.metrics import evaluate, make_evaluation_step
-from resnet_jax.weights.source import imagenet_ids
+from resnet_jax.weights.class_names import imagenet_ids
 from resnet_jax.workdirs.evaluations import Evaluations
 from resnet_jax.workdirs.records import EVALUATION, parse_record
 from tests.evaluation.settings import imagenet_network, photo, prepare, tiny_network, write_folder

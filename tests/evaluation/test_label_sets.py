@@ -17,7 +17,7 @@ from resnet_jax.evaluation.label_sets import (
     match_labels,
     subset_ids,
 )
-from resnet_jax.weights.source import imagenet_ids, imagenet_names
+from resnet_jax.weights.class_names import imagenet_ids, imagenet_names
 from tests.evaluation.settings import (
     SetsOfLabels,
     imagenet_network,

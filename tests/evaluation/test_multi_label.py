@@ -23,10 +23,11 @@ from resnet_jax.evaluation.multi_label import (
     average_precision,
     check_scores_memory,
     is_predicted,
-    sigmoid,
 )
 from resnet_jax.training.loop import train
-from resnet_jax.weights.source import _with_threshold, open_network
+from resnet_jax.weights.network import sigmoid
+from resnet_jax.weights.overrides import Overrides
+from resnet_jax.weights.source import open_network
 from tests.evaluation.settings import SetsOfLabels, logits, photo, prepare_sets, tiny_network
 from tests.variables import random_variables
 
@@ -340,6 +341,6 @@ def test_classes_in_another_order():
 
 def test_a_threshold_of_a_network_with_one_label(run):
     with pytest.raises(rj.ConfigError, match=r"--threshold=0\.3: goes with a multi-label network"):
-        _with_threshold(tiny_network(), 0.3)
+        Overrides(threshold=0.3).apply(tiny_network())
     with pytest.raises(rj.ConfigError, match=r"--threshold=1\.5: must be a probability"):
-        _with_threshold(dataclasses.replace(tiny_network(), multi_label=True), 1.5)
+        Overrides(threshold=1.5).check()

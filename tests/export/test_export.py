@@ -18,12 +18,14 @@ from flax import traverse_util
 import resnet_jax as rj
 from resnet_jax.cli import parser
 from resnet_jax.config.schema import Config, Data
-from resnet_jax.export import export, hub
-from resnet_jax.export.export import export_network, sample_images, source_logits
+from resnet_jax.export import agreement, exporter, hub
+from resnet_jax.export.agreement import sample_images, source_logits
+from resnet_jax.export.exporter import export_network
 from resnet_jax.export.fold import fold_batch_norm
 from resnet_jax.export.image_sizes import ImageSizes, parse_image_sizes
 from resnet_jax.export.stablehlo import open_stablehlo, write_stablehlo
-from resnet_jax.weights.source import Network, open_network
+from resnet_jax.weights.network import Network
+from resnet_jax.weights.source import open_network
 from tests.variables import random_variables
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +176,7 @@ def test_one_platform_and_any_number_of_images(network, images, logits, tmp_path
 def test_stablehlo_of_any_size(kind, tmp_path):
     model, variables, preprocessing, *_ = case(kind)
     path = tmp_path / "network"
-    predict = functools.partial(export.predict, model, preprocessing)
+    predict = functools.partial(agreement.predict, model, preprocessing)
     write_stablehlo(predict, variables, ANY_SIZE, 3, ("cpu",), path, None)
     run = open_stablehlo(path, None)
     for size in SIZES:
@@ -228,7 +230,7 @@ def test_onnx_knows_every_kind_of_network_at_any_size(kind, tmp_path, onnx):
     versions = [source[:2]] if kind == "group norm" else [source[:2], fold_batch_norm(*source[:2])]
     for number, (model, variables) in enumerate(versions):
         path = tmp_path / f"{number}.onnx"
-        predict = functools.partial(export.predict, model, source[2])
+        predict = functools.partial(agreement.predict, model, source[2])
         write_onnx(predict, variables, ANY_SIZE, 3, {}, path)
         run = open_onnx(path)
         for size in SIZES:
@@ -241,7 +243,7 @@ def test_onnx_of_every_opset(kind, tmp_path, onnx):
 
     model, variables, preprocessing, images, logits = case(kind)
     sizes = ImageSizes(*images.shape[1:3], least=8)
-    predict = functools.partial(export.predict, model, preprocessing)
+    predict = functools.partial(agreement.predict, model, preprocessing)
     for opset in range(OLDEST_OPSET, onnx.defs.onnx_opset_version() + 1):
         path = tmp_path / f"{opset}.onnx"
         write_onnx(predict, variables, sizes, 3, {}, path, opset=opset)  # runs onnx's checker
@@ -258,7 +260,7 @@ def test_an_average_of_windows_is_one_node(tmp_path, onnx):
     from resnet_jax.export.onnx import write_onnx
 
     model, variables, preprocessing, *_ = case("deep D")
-    predict = functools.partial(export.predict, model, preprocessing)
+    predict = functools.partial(agreement.predict, model, preprocessing)
     write_onnx(predict, variables, ANY_SIZE, 3, {}, tmp_path / "x")
     operators = [node.op_type for node in onnx.load(tmp_path / "x").graph.node]
     assert operators.count("AveragePool") == 1
@@ -343,7 +345,7 @@ def test_a_network_without_head(format, tmp_path, onnx):
 
 
 def test_the_weights_of_a_graph_beside_it(network, images, logits, tmp_path, monkeypatch, onnx):
-    from resnet_jax.inference import onnx as ours
+    from resnet_jax.export import onnx as ours
 
     monkeypatch.setattr(ours, "MOST_EMBEDDED", 2**20)  # of 2 GiB
     with pytest.raises(rj.ExportError, match=r"and one file of ONNX holds 2 GB; give --weights=be"):
@@ -531,11 +533,11 @@ def test_an_export_that_disagrees_leaves_nothing_behind(network, tmp_path, monke
 
         def run(images):
             logits = source_logits(*network_parts(job.network), images)
-            return logits + 2 * export.TOLERANCE * right.largest
+            return logits + 2 * agreement.TOLERANCE * right.largest
 
         return run
 
-    monkeypatch.setitem(export._WRITERS, "stablehlo", wrong)
+    monkeypatch.setitem(exporter._WRITERS, "stablehlo", wrong)
     with pytest.raises(rj.ExportError, match="disagrees with its source"):
         export_network(network, "stablehlo", path, force=True)
     assert path.read_bytes() == before

@@ -13,8 +13,8 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.cli.parser import main
 from resnet_jax.config.schema import Config, Data
-from resnet_jax.export.export import export_network
-from resnet_jax.inference import predictions
+from resnet_jax.export.exporter import export_network
+from resnet_jax.inference import writers
 from resnet_jax.inference.images import ImageFile
 from resnet_jax.weights.source import open_network
 from tests.variables import random_variables
@@ -71,8 +71,8 @@ def test_saturated_probabilities_keep_their_order(network):
 
 def test_an_image_without_classes_is_in_every_format():
     files = [ImageFile("a.png"), ImageFile("b.png")]
-    one = [predictions.Prediction("cat", 0, 0.5)]
-    forms = {name: make(files)[1] for name, make in predictions._FORMS.items()}
+    one = [writers.Prediction("cat", 0, 0.5)]
+    forms = {name: make(files)[1] for name, make in writers._FORMS.items()}
     assert forms["table"]("b.png", []).split() == ["b.png", "-"]
     assert json.loads(forms["jsonl"]("b.png", [])) == {"image": "b.png", "predictions": []}
     rows = [*csv.reader(io.StringIO(forms["csv"]("a.png", one) + forms["csv"]("b.png", [])))]

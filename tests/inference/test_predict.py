@@ -24,7 +24,7 @@ from resnet_jax.cli.parser import main
 from resnet_jax.data.decode import eval_crop
 from resnet_jax.distributed.data_parallel import shard
 from resnet_jax.inference import features as features_module
-from resnet_jax.inference import predictions as predictions_module
+from resnet_jax.inference import writers as writers_module
 from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.classifier import Prediction
 from resnet_jax.inference.images import ImageFile
@@ -186,7 +186,7 @@ def test_photos_are_turned_unless_the_network_is_opened_otherwise(classifier, tm
         (b"GIF89a", "an image in memory: not a whole image"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
         (np.zeros((0, 8), np.uint8), r"shape \(0, 8\)"),
-        (7, "int is none"),
+        (7, "int is no image"),
         ("none.png", "none.png: cannot be read"),
     ],
 )
@@ -373,7 +373,7 @@ def test_csv_is_no_formula_and_no_code():
     block = re.search(r"```python\n(def exact_name.*?)```", DOCS.read_text(), re.DOTALL)
     scope = {}
     exec(block.group(1), scope)  # noqa: S102
-    header, write = predictions_module._csv([])
+    header, write = writers_module._csv([])
     text = header + "".join(write(name, [Prediction(name, 3, 0.1)]) for name in NAMES)
     rows = list(csv.DictReader(io.StringIO(text)))
     for name, row in zip(NAMES, rows, strict=True):
@@ -387,7 +387,7 @@ def test_csv_is_no_formula_and_no_code():
 
 
 def test_jsonl_has_exact_names_in_ascii():
-    _, write = predictions_module._json_lines([])
+    _, write = writers_module._json_lines([])
     for name in NAMES:
         line = write(name, [Prediction(name, 3, 0.1)])
         assert line[:-1].isascii()
@@ -398,7 +398,7 @@ def test_jsonl_has_exact_names_in_ascii():
 
 def test_a_table_stays_in_line():
     files = [ImageFile(name) for name in NAMES]
-    header, write = predictions_module._table(files)
+    header, write = writers_module._table(files)
     lines = [header, *(write(name, [Prediction(name, 3, 0.25)]) for name in NAMES)]
     assert all(line.count("\n") == 1 and line[:-1].isprintable() for line in lines)
     before = {
@@ -418,6 +418,10 @@ MISTAKES = {
     "top": ("predict", ["a.png", "--top=0"], "--top=0: must be 1 or more"),
     "batch size": ("predict", ["a.png", "--batch_size=-2"], "--batch_size=-2"),
     "layer": ("features", ["a.png", "--output=x.npz", "--layer=stage9"], "unknown layer 'stage9'"),
+    "torchvision's layer": (
+        *("features", ["a.png", "--output=x.npz", "--layer=layer3"]),
+        "unknown layer 'layer3'; did you mean 'stage3'?",
+    ),
     "maps": ("features", ["a.png", "--output=x.npz", "--maps"], "take --layer=stage3"),
     "suffix": ("features", ["a.png", "--output=x.txt"], "must end in .npz or .parquet"),
     "features exist": ("features", ["a.png", "--output=old.npz"], "exists; give --force"),

@@ -11,14 +11,14 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.errors import ConfigError, ExportError, WeightsError
-from resnet_jax.export.export import _staged
-from resnet_jax.inference.writers import new_file
+from resnet_jax.export.exporter import _staged
+from resnet_jax.outputs import open_output
 
 NULL = (1, 3)  # major and minor number of /dev/null
 
 
 def write(path, force=False, stream=True):
-    with new_file(path, force, stream=stream) as file:
+    with open_output(path, force, stream=stream) as file:
         file.write(b"new")
 
 
@@ -112,7 +112,10 @@ def test_a_link_to_itself_is_said(tmp_path):
 
 
 def test_other_errors_are_not_explained_as_the_output(tmp_path):
-    with pytest.raises(FileNotFoundError, match="weights"), new_file(tmp_path / "x", force=False):
+    with (
+        pytest.raises(FileNotFoundError, match="weights"),
+        open_output(tmp_path / "x", force=False),
+    ):
         (tmp_path / "other" / "place" / "weights").open()
     assert os.listdir(tmp_path) == []
 

@@ -10,7 +10,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax.data.preprocessing import Preprocessing
-from resnet_jax.weights.source import Network
+from resnet_jax.weights.network import Network
 
 
 def travel(value):

@@ -15,7 +15,8 @@ from resnet_jax.errors import ConfigError
 from resnet_jax.evaluation.held_out import evaluate_data
 from resnet_jax.training.init_from import Start, initial_variables, look_at_weights
 from resnet_jax.training.loop import train
-from resnet_jax.weights.source import imagenet_ids, imagenet_names, open_network
+from resnet_jax.weights.class_names import imagenet_ids, imagenet_names
+from resnet_jax.weights.source import open_network
 from resnet_jax.workdirs.evaluations import Evaluations
 from tests.evaluation.settings import write_folder
 from tests.training.runs import records

@@ -283,7 +283,7 @@ def test_what_is_said_of_a_missing_head(layout):
 
 def test_what_is_taken_is_said():
     def taken(layout, **arguments):
-        return find_network(LAYOUTS[layout][0], **arguments).taken
+        return find_network(LAYOUTS[layout][0], **arguments).chosen
 
     assert taken("timm trainer") == "state_dict_ema, not state_dict"
     assert taken("timm trainer", weights="raw") == "state_dict, not state_dict_ema"

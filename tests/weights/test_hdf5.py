@@ -106,7 +106,7 @@ def scale(group):
         (chunk, "a would be 1,073,741,824 bytes"),
         (many, "would be 4,194,304 bytes, more than the file has"),
         (deep, "more objects, or deeper ones"),
-        (scale, "a is packed in a way"),
+        (scale, "a is compressed by an unsupported method"),
     ],
 )
 def test_hostile_files(fill, message, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from resnet_jax.config.schema import Data
 from resnet_jax.data.decode import crop_pixels
 from resnet_jax.models.stem import DeepStem, ImageNetStem
 from resnet_jax.weights import pretrained
-from resnet_jax.weights.config_json import read_description
+from resnet_jax.weights.pretrained import read_description
 
 FACTS = {"input_size": [3, 64, 64], "interpolation": "bilinear", "crop_pct": 0.9}
 
@@ -137,7 +138,7 @@ def test_color_beside_other_channels_is_averaged(tmp_path):
     ],
 )
 def test_labels_by_place_or_number(names, labels, tmp_path):
-    assert timm(tmp_path, label_names=names, label_descriptions={"a": "of a"}).labels == labels
+    assert timm(tmp_path, label_names=names, label_descriptions={"a": "of a"}).class_names == labels
 
 
 # transformers
@@ -170,7 +171,7 @@ def test_networks_of_transformers(tmp_path):
     assert found.name == "resnet50"
     assert rj.create_model(found.name, **found.fields) == rj.ResNet50()
     assert found.preprocessing == rj.Preprocessing(interpolation="bicubic")
-    assert found.labels[999] == "kind 999"
+    assert found.class_names[999] == "kind 999"
     basic = {**RESNET50, "layer_type": "basic", "depths": [2, 2], "hidden_sizes": [16, 32]}
     found = described(tmp_path, {**basic, "embedding_size": 8, "id2label": None})
     assert found.fields["stage_sizes"] == (2, 2)
@@ -180,7 +181,7 @@ def test_networks_of_transformers(tmp_path):
     v1 = described(tmp_path, {**RESNET50, "downsample_in_bottleneck": True})
     assert v1.fields["stride_in_1x1"]
     backbone = described(tmp_path, {**RESNET50, "architectures": ["ResNetModel"]})
-    assert (backbone.fields["num_classes"], backbone.labels) == (0, ())
+    assert (backbone.fields["num_classes"], backbone.class_names) == (0, ())
 
 
 @pytest.mark.parametrize(
@@ -270,12 +271,33 @@ def test_weights_of_either_kind_from_the_cache(tmp_path, monkeypatch):
     (tmp_path / "models--a--b" / "refs").mkdir()
     (tmp_path / "models--a--b" / "refs" / "main").write_text(commit)
     (snapshot / "config.json").write_text(json.dumps(RESNET50))
-    assert pretrained.pretrained_labels("a/b")[0] == "kind 0"
+    assert read_description(pretrained._folder("a/b", None)).class_names[0] == "kind 0"
     with pytest.raises(rj.WeightsError, match=r"model\.safetensors or pytorch_model\.bin"):
         rj.load_pretrained("a/b")
     for name in ("pytorch_model.bin", "model.safetensors"):
         (snapshot / name).touch()
-        assert pretrained._weights(pretrained._folder("a/b", None)).name == name
+        assert pretrained._weight_file(pretrained._folder("a/b", None)).name == name
+
+
+def test_a_network_carries_its_name_and_classes(tmp_path):
+    model = rj.create_model("resnet8_cifar", num_classes=2)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)
+    rj.save_weights(tmp_path / "model.safetensors", model, variables)
+    config = {"architecture": "resnet8_cifar", "num_classes": 2, "label_names": ["cat", "dog"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = rj.load_pretrained(tmp_path)
+    assert (found.name, found.class_names, found.threshold) == (
+        "resnet8_cifar",
+        ("cat", "dog"),
+        None,
+    )
+    unpacked, _, preprocessing = found
+    assert (unpacked, preprocessing) == (found.model, found.preprocessing)
+    # The names are not those of a new head.
+    assert rj.load_pretrained(tmp_path, num_classes=3, reset_head=True).class_names == ()
+    config |= {"problem_type": "multi_label_classification"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert rj.load_pretrained(tmp_path).threshold == 0.5
 
 
 # Against the libraries themselves.

@@ -12,14 +12,10 @@ from resnet_jax.config import schema as c
 from resnet_jax.evaluation.held_out import evaluate_data
 from resnet_jax.training.loop import train
 from resnet_jax.weights import weight_file
-from resnet_jax.weights.class_file import read_class_file
+from resnet_jax.weights.class_names import imagenet_ids, imagenet_names, read_class_file
 from resnet_jax.weights.infer import Inferred
-from resnet_jax.weights.source import (
-    imagenet_ids,
-    imagenet_names,
-    open_network,
-    require_head,
-)
+from resnet_jax.weights.network import require_head
+from resnet_jax.weights.source import open_network
 from resnet_jax.workdirs.checkpoint import load_variables
 from tests.variables import random_variables
 
@@ -103,7 +99,7 @@ NAMED = {"model": "resnet20"}
         ("none.npz", {"model": "resnet20"}, rj.WeightsError, "cannot read .*none.npz"),
         ("w.npz", {"model": "resnet32"}, rj.WeightsError, "w.npz: .*do not fit"),
         ("w.npz", {"model": "resnet20", "image_size": 3}, rj.ConfigError, "at least 4 pixels"),
-        ("w.npz", {"model": "resnet20", "crop_fraction": 2.0}, rj.ConfigError, "share in"),
+        ("w.npz", {"model": "resnet20", "crop_fraction": 2.0}, rj.ConfigError, "fraction in"),
         ("w.npz", {**NAMED, "mean": (0.5, 0.5)}, rj.ConfigError, "--mean=0.5,0.5: must be one num"),
         ("w.npz", {**NAMED, "mean": (123.7, 116.3, 103.5)}, rj.ConfigError, "not of 255"),
         ("w.npz", {**NAMED, "mean": (float("nan"),)}, rj.ConfigError, "--mean=nan: must be one"),
@@ -131,6 +127,47 @@ def test_mistakes(source, options, error, message, tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(error, match=message):
         open_network(tmp_path / source, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interpolation": "x"}, "--interpolation=x: must be bilinear or bicubic"),
+        ({"crop_mode": "resize"}, "--crop_mode=resize: must be center or squash"),
+        ({"mean": (1.0, 2.0)}, "--mean=1.0,2.0: must be one number, or one per channel; in units"),
+        ({"std": (0.0,)}, "--std=0.0: must be one positive number"),
+        ({"mean": (0.5, 0.5), "std": (0.5,)}, "--mean: needs --std with as many numbers"),
+        ({"image_size": -1}, "--image_size=-1 .*number of pixels"),
+        ({"crop_fraction": 1.5}, "--crop_fraction=1.5: .*fraction in"),
+        ({"threshold": 2.0}, "--threshold=2.0: must be a probability"),
+        ({"classes": "/no.txt"}, "--classes=/no.txt: cannot be read"),
+    ],
+)
+def test_wrong_options_are_reported_before_weights_are_read(options, message, tmp_path):
+    with pytest.raises(rj.ConfigError, match=message):
+        open_network(tmp_path / "missing.npz", **options)
+
+
+def test_a_folder_of_weights_is_told_from_a_repository(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(rj.WeightsError, match=r"neither a workdir .* nor .*; pass another"):
+        open_network(tmp_path)
+    (tmp_path / "best.pth").touch()
+    with pytest.raises(rj.WeightsError, match=r"in it, pass the file: .*/best\.pth"):
+        open_network(tmp_path)
+    with pytest.raises(rj.WeightsError, match=r"in it, pass the file: .*/best\.pth"):
+        rj.load_pretrained(tmp_path)
+
+
+def test_another_filter_may_be_chosen(tmp_path):
+    model = rj.ResNet20()
+    rj.save_weights(tmp_path / "model.safetensors", model, initial(model))
+    config = {"architecture": "resnet20", "num_classes": 10, "interpolation": "lanczos"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(rj.WeightsError, match=r"'lanczos', which is none of .*--interpolation"):
+        open_network(tmp_path)
+    network = open_network(tmp_path, interpolation="bicubic")
+    assert network.preprocessing.interpolation == "bicubic"
 
 
 # --- Weight files ---------------------------------------------------------------------------
@@ -217,11 +254,19 @@ def test_the_mean_and_deviation_of_small_images():
     assert weight_file._usual_colors(kuangliu, 32, 10).whose == "CIFAR-10's"
 
 
-def test_grey_images_have_one_mean(tmp_path):
+def test_gray_images_have_one_mean(tmp_path):
     network = open_network(save(tmp_path / "w.npz", 1000, channels=1), model="resnet20")
-    assert network.preprocessing.mean == (0.449,)
+    assert network.preprocessing.mean == pytest.approx((0.449,))
     assert len(network.preprocessing.std) == 1
+    assert "mean 0.449 and std 0.226" in network.assumed[0]
     assert "ImageNet's classes in their usual order" in network.assumed[-1]
+
+
+def test_means_of_more_channels_repeat_as_the_filters_do(tmp_path):
+    """Weight files and `load_pretrained(channels=5)` have one rule."""
+    network = open_network(save(tmp_path / "w.npz", 1000, channels=5), model="resnet20")
+    assert network.preprocessing.mean == (0.485, 0.456, 0.406, 0.485, 0.456)
+    assert len(network.preprocessing.std) == 5
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,10 @@ def archive(content, kind=zipfile.ZIP_STORED):
         (archive({"a.b": _Call(codecs.encode, ("x", "utf-32"))}), "holds bytes beside"),
         (archive([codecs.encode, "x" * 999]), "holds bytes beside"),
         (archive({"a.b": _Call(np.dtype, ("V2000000000",))}), "no state dict among its keys"),
-        (archive("x" * 2**24), "w/data.pkl has 16,7.* bytes, more than that of any weights"),
+        (archive("x" * 2**24), "w/data.pkl has 16,7.* bytes, more than any weights need"),
         (
             archive({"a.b": 1}, zipfile.ZIP_DEFLATED),
-            "w/data.pkl is packed, which torch.save never does",
+            "w/data.pkl is compressed, which torch.save never does",
         ),
         (
             archive(_Call(collections.OrderedDict, (), {"items": 5, "get": 6, "keys": 7})),

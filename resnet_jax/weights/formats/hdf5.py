@@ -1,7 +1,7 @@
-"""Reads HDF5 files, such as Keras writes, into names and arrays.
+"""HDF5, as Keras writes it.
 
-A hostile file may claim arrays larger than it is, refer to other files on the disk, or ask for a
-plugin. Only plain arrays that the file itself holds are read, after their sizes are checked.
+A hostile file may claim arrays larger than it is, refer to other files on the disk, or require a
+plugin. Only plain arrays inside the file itself are read, after their sizes are checked.
 """
 
 from __future__ import annotations
@@ -14,28 +14,20 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.errors import WeightsError, importing, library_errors, one_line
+from resnet_jax.weights.formats import MOST_TENSORS, MOST_UNPACKED, SMALL
 
-_MOST_OBJECTS = 100_000
 _MOST_DEPTH = 32
-# Filters that are part of every HDF5 library: gzip, shuffle, checksum.
+# Filters of every HDF5 library: gzip, shuffle, checksum.
 _FILTERS = {1, 2, 3}
-# Groups of Keras that are no part of a network.
+# Groups that Keras writes beside the network.
 _OPTIMIZERS = ("optimizer", "optimizer_weights")
 
 
-def read_hdf5(data: bytes, source: str, most_bytes: int) -> dict[str, np.ndarray]:
-    """Reads all arrays of an HDF5 file but an optimizer's.
-
-    Args:
-      data: The file.
-      source: Its name, for a message.
-      most_bytes: What the arrays may add up to.
+def read_hdf5(data: bytes, source: str) -> dict[str, np.ndarray]:
+    """Reads all arrays of an HDF5 file except an optimizer's; `source` names the file in messages.
 
     Returns:
       Path in the file, such as "layers/conv2d/vars/0", to array.
-
-    Raises:
-      WeightsError: It is damaged, has more than plain arrays, or h5py is not there.
     """
     with importing(f"{source} is an HDF5 file, and reading it", WeightsError):
         import h5py
@@ -45,17 +37,16 @@ def read_hdf5(data: bytes, source: str, most_bytes: int) -> dict[str, np.ndarray
 
     arrays: dict[str, np.ndarray] = {}
     with library_errors(broken), h5py.File(io.BytesIO(data), "r") as file:
-        left = most_bytes
+        left = max(MOST_UNPACKED * len(data), SMALL)
         for name, dataset in _datasets(h5py, file):
             if dataset.shape is None or dataset.dtype.kind not in "biuf":
-                continue  # texts, which are no weights
+                continue  # strings
             left -= _checked_size(name, dataset, left)
             arrays[name] = np.asarray(dataset[()])
     return arrays
 
 
 def _datasets(h5py: Any, file: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays in all groups, each once."""
     seen: set[int] = set()
     waiting, objects = [("", file)], 0
     while waiting:
@@ -67,7 +58,7 @@ def _datasets(h5py: Any, file: Any) -> Iterator[tuple[str, Any]]:
         for key in group:
             objects += 1
             name = f"{path}/{key}" if path else key
-            if objects > _MOST_OBJECTS or name.count("/") > _MOST_DEPTH:
+            if objects > MOST_TENSORS or name.count("/") > _MOST_DEPTH:
                 raise WeightsError("has more objects, or deeper ones, than any weights")
             if name in _OPTIMIZERS:
                 continue
@@ -81,14 +72,14 @@ def _datasets(h5py: Any, file: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _checked_size(name: str, dataset: Any, most_bytes: int) -> int:
-    """Bytes of an array, once its numbers are known to be there and not more than there can be."""
+    """Bytes of an array that the file holds itself; raises WeightsError for any other."""
     name = name[:80]
     if dataset.external or dataset.is_virtual:
-        raise WeightsError(f"{name} has its numbers in another file, which is not read")
+        raise WeightsError(f"{name} has its values in another file, which is not read")
     properties = dataset.id.get_create_plist()
     filters = {properties.get_filter(index)[0] for index in range(properties.get_nfilters())}
     if filters - _FILTERS:
-        raise WeightsError(f"{name} is packed in a way that no weights are")
+        raise WeightsError(f"{name} is compressed by an unsupported method")
     size = math.prod(dataset.shape) * dataset.dtype.itemsize
     chunk = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
     if size > most_bytes or chunk > max(2**20, 2 * size):

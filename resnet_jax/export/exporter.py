@@ -1,7 +1,7 @@
-"""Gives a network away: as a StableHLO program, an ONNX graph, or a folder for the Hub.
+"""Exports a network as a StableHLO program, an ONNX graph, or a folder for the Hugging Face Hub.
 
-What is written is read again and compared with the network on real images before it gets its
-name; where it disagrees, nothing is left behind.
+The files are written to a temporary folder, read back and compared with the network on real images.
+Only an export that agrees gets its name; nothing is left of any other.
 """
 
 from __future__ import annotations
@@ -15,50 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.errors import ExportError, ModelError, WeightsError, importing, unknown_name
+from resnet_jax.export.agreement import Agreement, compare, on_cpu, predict, source_logits
 from resnet_jax.export.image_sizes import ImageSizes, parse_image_sizes
 from resnet_jax.files import new_folder, sync
-from resnet_jax.inference.writers import explained, special_file
-from resnet_jax.models.resnet import ResNet
-from resnet_jax.weights.source import Network
+from resnet_jax.outputs import output_errors, special_file
+from resnet_jax.weights.network import Network
 
 FORMATS = ("stablehlo", "hub", "onnx")
 WEIGHTS = ("embedded", "beside")
-# Largest difference allowed, as a share of the largest logit: float32 rounding of the deepest
-# networks stays below it, and a wrong constant does not.
-TOLERANCE = 1e-4
-IMAGES = 8  # that an export is compared on
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """How an export agrees with its source.
-
-    Args:
-      difference: Largest between two outputs (logits, or features of a network without head).
-      largest: Largest absolute output of the source.
-      paths: The files that were written.
-      sizes: (height, width) of the images, each of which was tried; the numbers are of the size
-        that agrees least.
-    """
-
-    difference: float
-    largest: float
-    paths: tuple[Path, ...]
-    sizes: tuple[tuple[int, int], ...]
-
-    def __str__(self) -> str:
-        size = sum(path.stat().st_size for path in self.paths) / 1e6
-        pixels = [f"{height}x{width}" for height, width in self.sizes]
-        return (
-            f"{', '.join(map(str, self.paths))} ({size:.1f} MB): largest difference from the "
-            f"source on {IMAGES} real images of {', '.join(pixels)} pixels {self.difference:.1e}, "
-            f"largest output {self.largest:.3g}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +44,7 @@ class _Job:
 
     @property
     def beside(self) -> Path | None:
-        """Where the weights go that are not embedded."""
+        """File of the weights that are not embedded."""
         return self.files[1] if len(self.files) > 1 else None
 
 
@@ -94,28 +61,28 @@ def export_network(
     push: str = "",
     force: bool = False,
 ) -> Agreement:
-    """Exports a network; it computes in float32 whatever it was trained in.
+    """Exports a network; the export computes in float32 whatever the network was trained in.
 
     Args:
       network: What to export.
       format: "stablehlo" (a program for JAX), "onnx" (a graph), or "hub" (a folder).
       output: File or, for "hub", folder.
-      platforms: Of a program, with commas; "": "cpu,cuda,tpu".
+      platforms: Platforms of a program, separated by commas. Default: "cpu,cuda,tpu".
       fold_batch_norm: Fold the batch norms into the convolutions; not for "hub".
       weights: "embedded" in the program or graph, or "beside" it: a program's in a .safetensors
-        file of the same name, a graph's in FILE.data; "": embedded. Not for "hub".
-      input_size: "HEIGHTxWIDTH" of the images in pixels, or "open" for any size; "": squares of
-        the network's image size. Not for "hub".
-      opset: Of a graph, the version of ONNX's operators; 0: 21.
-      push: Of a folder: "owner/name" on the Hugging Face Hub to upload it to.
-      force: Replace what is there.
+        file of the same name, a graph's in FILE.data. Default: embedded. Not for "hub".
+      input_size: "HEIGHTxWIDTH" of the images in pixels, or "open" for any size. Default: squares
+        of the network's image size. Not for "hub".
+      opset: Version of ONNX's operators. Default: 21.
+      push: "owner/name" on the Hugging Face Hub to upload a "hub" folder to.
+      force: Replace existing files.
 
     Returns:
-      How the export, read again, agrees with the network on real images.
+      How the export, read back, agrees with the network on real images.
 
     Raises:
-      ExportError: An option that is not one or does not go with the format, an output that
-        exists or cannot be written, a package that is missing, or an export that disagrees.
+      ExportError: An option is wrong or does not go with the format, the output exists or cannot be
+        written, a package is missing, or the export disagrees.
       WeightsError: The network's outputs are not finite numbers.
 
     Example:
@@ -139,82 +106,12 @@ def export_network(
     with _staged(output, names, folder, force) as (stage, paths):
         job = _Job(exported, [stage / name for name in names], sizes, platforms, opset)
         run = _WRITERS[format](job)
-        agreement = _compare(network, run, sizes.checked, paths)
+        agreement = compare(network, run, sizes.checked, paths)
     if push:
         from resnet_jax.export.hub import push_folder
 
         push_folder(output, push)
     return agreement
-
-
-def sample_images(
-    network: Network, count: int = IMAGES, size: tuple[int, int] | None = None
-) -> np.ndarray:
-    """Real images, prepared as a network's are: scikit-learn's photographs, or grey digits.
-
-    Args:
-      network: Whose preprocessing they get.
-      count: How many.
-      size: Their height and width; None: squares of the network's image size.
-
-    Returns:
-      uint8 [count, H, W, C].
-
-    Example:
-      >>> # Stands in for a network.
-      >>> import types
-      >>> preprocessing = Preprocessing(image_size=32)
-      >>> sample_images(types.SimpleNamespace(channels=1, preprocessing=preprocessing), 4).shape
-      (4, 32, 32, 1)
-    """
-    with importing("an export, which is checked on images of scikit-learn,", ExportError):
-        from PIL import Image
-        from sklearn import datasets
-    height, width = size or (network.preprocessing.image_size,) * 2
-    if network.channels == 1:
-        digits = datasets.load_digits().images[:count] * (255 / 16)
-        pictures = [digit.astype(np.uint8) for digit in digits]
-    else:
-        photos = datasets.load_sample_images().images  # 427 x 640
-        starts = [200 * k // max(1, count // 2) for k in range((count + 1) // 2)]
-        pictures = [
-            photo[start // 2 :, start : start + 427] for start in starts for photo in photos
-        ]
-    resized = [
-        np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
-        for picture in pictures[:count]
-    ]
-    stack = np.stack(resized).reshape(count, height, width, -1)
-    # A network of other channels gets colours in turn.
-    return np.ascontiguousarray(stack[..., np.arange(network.channels) % stack.shape[-1]])
-
-
-def predict(
-    model: ResNet, preprocessing: Preprocessing, variables: Any, images: jax.Array
-) -> jax.Array:
-    """What every export computes: uint8 images [N, H, W, C] -> logits [N, num_classes]."""
-    return jnp.asarray(model.apply(variables, preprocessing.normalize(images), train=False))
-
-
-def source_logits(
-    model: ResNet, variables: Any, preprocessing: Preprocessing, images: np.ndarray
-) -> np.ndarray:
-    """`predict` on this machine's CPU, compiled."""
-    with _on_cpu():
-        return np.asarray(_compiled(model, preprocessing, variables, images))
-
-
-_compiled = jax.jit(predict, static_argnums=(0, 1))
-
-
-def _on_cpu() -> contextlib.AbstractContextManager[Any]:
-    """Exports are compared where float32 is float32, whatever accelerator is there."""
-    try:
-        return jax.default_device(jax.devices("cpu")[0])
-    except RuntimeError as error:
-        raise ExportError(
-            "JAX_PLATFORMS hides the CPU, on which exports are checked; add cpu to it"
-        ) from error
 
 
 def _in_float32(network: Network) -> Network:
@@ -264,7 +161,7 @@ def _check_options(
 
 
 def _file_names(format: str, output: Path, beside: bool) -> tuple[list[str], bool]:
-    """The files of an export, and whether they are in a folder of their own."""
+    """(names of an export's files, whether they go into a folder of their own)."""
     if format == "hub":
         return ["README.md", "config.json", "model.safetensors"], True
     if not beside:
@@ -276,7 +173,7 @@ def _file_names(format: str, output: Path, beside: bool) -> tuple[list[str], boo
     return [output.name, output.with_suffix(".safetensors").name], False
 
 
-# A writer writes the files and returns what runs them: uint8 images -> logits.
+# Writes the files and returns a function that runs them: uint8 images -> logits.
 _Writer = Callable[[_Job], Callable[[np.ndarray], np.ndarray]]
 
 
@@ -292,7 +189,7 @@ def _write_stablehlo(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
     program = open_stablehlo(path, job.beside)
 
     def run(images: np.ndarray) -> np.ndarray:
-        with _on_cpu():
+        with on_cpu():
             return program(images)
 
     return run
@@ -300,7 +197,7 @@ def _write_stablehlo(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
 
 def _write_onnx(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
     with importing("--format=onnx", ExportError):
-        import onnxruntime  # noqa: F401 (which open_onnx needs)
+        import onnxruntime  # noqa: F401 (open_onnx needs it)
 
         from resnet_jax.export.onnx import OPSET, open_onnx, write_onnx
 
@@ -315,7 +212,7 @@ def _write_onnx(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _onnx_facts(job: _Job) -> dict[str, Any]:
-    """The metadata of a graph: what its images are, and what its outputs mean."""
+    """A graph's metadata: its input and the meaning of its outputs."""
     network = job.network
     return {
         "architecture": network.name,
@@ -338,12 +235,12 @@ def _write_hub(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
     folder = job.files[0].parent
     write_hub(job.network, folder)
     try:
-        model, variables, preprocessing = load_pretrained(folder)
+        found = load_pretrained(folder)
     except WeightsError as error:
         raise ExportError(
             f"--format=hub: {job.network.name} cannot be read back: {error}"
         ) from error
-    return functools.partial(source_logits, model, variables, preprocessing)
+    return functools.partial(source_logits, found.model, found.variables, found.preprocessing)
 
 
 _WRITERS: Mapping[str, _Writer] = {
@@ -353,52 +250,18 @@ _WRITERS: Mapping[str, _Writer] = {
 }
 
 
-def _compare(
-    network: Network,
-    run: Callable[[np.ndarray], np.ndarray],
-    sizes: tuple[tuple[int, int], ...],
-    paths: Sequence[Path],
-) -> Agreement:
-    """How what was written, run, agrees with the network on real images of each size."""
-    found = [_difference(network, run, size) for size in sizes]
-    difference, largest = max(found, key=lambda each: each[0] / each[1] if each[1] else 0)
-    return Agreement(difference, largest, tuple(paths), sizes)
-
-
-def _difference(
-    network: Network, run: Callable[[np.ndarray], np.ndarray], size: tuple[int, int]
-) -> tuple[float, float]:
-    """The largest difference of two outputs, and the source's largest output, at one size."""
-    images = sample_images(network, size=size)
-    expected = source_logits(network.model, network.variables, network.preprocessing, images)
-    if not np.isfinite(expected).all():
-        raise WeightsError(
-            f"{network.source}: the network's outputs are not finite numbers; take another state "
-            "or file"
-        )
-    difference = float(np.abs(run(images) - expected).max())
-    largest = float(np.abs(expected).max())
-    if not difference <= TOLERANCE * largest:  # NaN is no agreement
-        raise ExportError(
-            f"the export disagrees with its source by {difference:.1e} on images of "
-            f"{size[0]}x{size[1]} pixels; allowed is {TOLERANCE:g} of the largest output, "
-            f"{largest:.3g}; nothing was written"
-        )
-    return difference, largest
-
-
 @contextlib.contextmanager
 def _staged(
     output: Path, names: Sequence[str], folder: bool, force: bool
 ) -> Iterator[tuple[Path, list[Path]]]:
     """A folder beside the output for its files, which get their places if nothing fails.
 
-    With `force`, files and links of these names are replaced; whatever else is in a hub's folder
-    stays. A FIFO or a device is never replaced.
+    With `force`, files and links of these names are replaced. Other files in a hub's folder stay,
+    and a FIFO or a device is never replaced.
     """
     paths = [(output if folder else output.parent) / name for name in names]
     flag = f"--output={output}"
-    with explained(output, flag, ExportError):
+    with output_errors(output, flag, ExportError):
         if folder and os.path.lexists(output) and not output.is_dir():
             raise ExportError(f"{flag}: is a file; remove it, or take another")
         for path in paths:
@@ -408,7 +271,7 @@ def _staged(
                 raise ExportError(f"{flag}: {path} exists; take another, or give --force")
         with new_folder(output.parent) as stage:
             yield stage, paths
-            _put(stage, output if folder else None, paths)
+            _move(stage, output if folder else None, paths)
 
 
 def _check_file(path: Path, flag: str) -> None:
@@ -418,8 +281,8 @@ def _check_file(path: Path, flag: str) -> None:
         raise ExportError(f"{flag}: {path} is {kind}; remove it, or take another")
 
 
-def _put(stage: Path, folder: Path | None, paths: Sequence[Path]) -> None:
-    """Gives complete files their names, the first one last because it needs the others."""
+def _move(stage: Path, folder: Path | None, paths: Sequence[Path]) -> None:
+    """Moves complete files to their places, the first one last because it needs the others."""
     for path in paths:
         sync(stage / path.name)
     if folder is not None and not folder.exists():

@@ -1,7 +1,7 @@
-"""Reads the msgpack files of `flax.serialization`: nested dictionaries of arrays.
+"""The msgpack files of `flax.serialization`: nested dictionaries of arrays.
 
-msgpack's own reader takes memory for what a header claims: an array of a billion elements has five
-bytes. This one takes none before the bytes are there, and counts the objects that it makes.
+msgpack's own reader allocates what a header claims: five bytes may announce an array of a billion
+elements. This one allocates nothing before the bytes are there, and counts the objects it makes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from resnet_jax.errors import WeightsError
 
-_MOST_OBJECTS = 1_000_000  # two for each tensor; ResNet-1202 with an optimizer's has 50,000
+_MOST_OBJECTS = 1_000_000  # two per tensor; ResNet-1202 and its optimizer make 50,000
 _MOST_DEPTH = 64
-_ARRAY, _SCALAR = 1, 3  # of flax's extension types
+_ARRAY, _SCALAR = 1, 3  # Flax's extension types
 
-# First byte -> how its number is packed.
+# First byte -> struct format of its number.
 _NUMBERS = {
     0xCA: ">f",
     0xCB: ">d",
@@ -32,7 +32,7 @@ _NUMBERS = {
     0xD2: ">i",
     0xD3: ">q",
 }
-# First byte -> how the length behind it is packed.
+# First byte -> struct format of the length behind it.
 _BYTES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
 _TEXTS = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
 _LISTS = {0xDC: ">H", 0xDD: ">I"}
@@ -44,14 +44,8 @@ _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 def read_msgpack(data: bytes) -> dict[str, Any]:
     """Reads what `flax.serialization.to_bytes` or `msgpack_serialize` wrote.
 
-    Args:
-      data: The file.
-
     Returns:
       Nested dictionaries of arrays and numbers. Arrays share the memory of `data`.
-
-    Raises:
-      WeightsError: It is damaged, or holds something else.
 
     Example:
       >>> read_msgpack(b"\\x81\\xa4step\\x07")
@@ -62,13 +56,11 @@ def read_msgpack(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"holds a {type(value).__name__}, not a dictionary of arrays")
     if reader.at != len(data):
-        raise WeightsError("not a Flax msgpack file: there is more behind its end")
+        raise WeightsError("not a Flax msgpack file: there are bytes behind its end")
     return value
 
 
 class _Reader:
-    """Reads one value after another."""
-
     def __init__(self, data: bytes | memoryview) -> None:
         self.data = memoryview(data)
         self.at = 0
@@ -111,36 +103,36 @@ class _Reader:
             kind = self.number(">b")
             content = self.take(count)
             return _array(content) if kind in (_ARRAY, _SCALAR) else None
-        raise WeightsError(f"not a Flax msgpack file: byte {first:#x} begins no value")
+        raise WeightsError(f"not a Flax msgpack file: byte {first:#x} starts no value")
 
     def key(self, depth: int) -> str:
         key = self.value(depth + 1)
         if not isinstance(key, str):
-            raise WeightsError(f"not a Flax msgpack file: a {type(key).__name__} is no name")
+            raise WeightsError(f"not a Flax msgpack file: a {type(key).__name__} is not a name")
         return key
 
 
 def _array(content: memoryview) -> np.ndarray:
-    """An array, which flax packs as (shape, name of its type, bytes)."""
+    """Decodes an array, which Flax writes as (shape, name of its type, bytes)."""
     packed = _Reader(content).value()
     if not isinstance(packed, list) or len(packed) != 3:
-        raise WeightsError("not a Flax msgpack file: an array has no shape, type and numbers")
+        raise WeightsError("not a Flax msgpack file: an array needs a shape, a type and values")
     shape, name, numbers = packed
     name = str(name, "ascii", "replace") if isinstance(name, memoryview) else name
     if not isinstance(numbers, memoryview) or not isinstance(name, str):
-        raise WeightsError("not a Flax msgpack file: an array has no numbers")
+        raise WeightsError("not a Flax msgpack file: an array has no values")
     few = isinstance(shape, list) and len(shape) <= 32
     if not few or not all(type(n) is int and n >= 0 for n in shape):
         raise WeightsError("not a Flax msgpack file: an array has no shape")
     try:
         dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
     except (TypeError, ValueError, SyntaxError) as error:
-        raise WeightsError(f"an array has type {name[:80]!r}, which is none") from error
+        raise WeightsError(f"an array has type {name[:80]!r}, which NumPy does not know") from error
     if dtype.kind not in "biufc" and name != "bfloat16":
         raise WeightsError(f"an array has type {name[:80]!r}, not numbers")
     if math.prod(shape) * dtype.itemsize != len(numbers) or not dtype.itemsize:
         raise WeightsError(f"an array of shape {shape} has {len(numbers):,} bytes")
     try:
         return np.frombuffer(numbers, dtype).reshape(shape) if len(numbers) else np.empty(shape)
-    except (ValueError, OverflowError) as error:  # a shape with a 0 may have any other numbers
+    except (ValueError, OverflowError) as error:  # beside a 0, any dimension passes the check
         raise WeightsError(f"an array has no array's shape ({error})") from error
