@@ -25,8 +25,8 @@ _JAXLIB = tuple(map(int, jaxlib.__version__.split(".")[:2]))
 def on_cpu(convolution: Callable[..., jax.Array], dtype: Any) -> Callable[..., jax.Array]:
     """A bfloat16 convolution for a CPU, kept out of fusions with other convolutions.
 
-    XLA (jaxlib 0.12.0; not 0.10.2) fuses two bfloat16 convolutions and a sum of their output into
-    one call of YNNPACK, and the sum is NaN. Other wrong results of these fusions are
+    XLA (jaxlib 0.11.2 and 0.12.0; not 0.10.2) fuses two bfloat16 convolutions and a sum of their
+    output into one call of YNNPACK, and the sum is NaN. Other wrong results of these fusions are
     https://github.com/jax-ml/jax/issues/39103 and /39257; this one has no report yet. Can go when
     tests/test_upstream.py passes without it in the newest jaxlib.
     """

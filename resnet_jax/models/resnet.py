@@ -9,17 +9,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.limits import MAX_CLASSES
-from resnet_jax.models.blocks import (
-    SHORTCUT_OPTIONS,
-    BottleneckBlock,
-    ResidualBlock,
-    ShortcutOption,
-)
+from resnet_jax.models.blocks import BottleneckBlock, ResidualBlock, ShortcutOption
+from resnet_jax.models.checks import check_fields
 from resnet_jax.models.layers import (
     Conv,
     Dtype,
@@ -28,14 +22,14 @@ from resnet_jax.models.layers import (
     he_fan_out,
     normal_001,
 )
-from resnet_jax.models.norms import NORM_KINDS, BatchNorm, GroupNorm, NormKind
+from resnet_jax.models.norms import BatchNorm, GroupNorm, NormKind
 from resnet_jax.models.stem import ImageNetStem
-from resnet_jax.ops.convolution import PRECISIONS, Precision
+from resnet_jax.ops.convolution import Precision
 from resnet_jax.ops.sharding import dot_general
 
 
 class FeatureInfo(NamedTuple):
-    """What to expect of one of the maps that `ResNet.features` returns."""
+    """Channels and stride of a map that `ResNet.features` returns."""
 
     channels: int
     stride: int  # image pixels per pixel of the map
@@ -46,7 +40,7 @@ class Stage(nn.Module):
 
     Args:
       block_cls: Makes a block: `block_cls(stride=..., ..., name=...)`.
-      stochastic_depth_rates: One a block, which also says how many there are.
+      stochastic_depth_rates: The drop rate of each block; their number is that of the blocks.
       stride: Stride of the first block.
       dilation: Dilation of the incoming map.
       next_dilation: Dilation of the outgoing map.
@@ -89,48 +83,48 @@ class Stage(nn.Module):
 class ResNet(nn.Module):
     """A residual network; the members of the family differ only in these fields.
 
-    Images are NHWC, of any channel count and any size from `output_stride` pixels a side up.
-    `train` chooses between batch statistics (True, with `mutable=["batch_stats"]`) and running
-    statistics (False). A backbone applied with `train=False` has frozen BatchNorm. Training with
-    stochastic depth or dropout also needs `rngs={"dropout": key}`. `init` needs neither a key for
-    them nor the mapped axis of `axis_name`.
+    Images are NHWC, with any number of channels and of any size from `output_stride` pixels a side
+    up. `train` chooses between batch statistics (True, with `mutable=["batch_stats"]`) and running
+    statistics (False): a backbone applied with `train=False` has frozen BatchNorm. Training with
+    stochastic depth or dropout also needs `rngs={"dropout": key}`. `init` needs neither that key
+    nor the mapped axis of `axis_name`.
 
     Args:
-      stage_sizes: Blocks in each stage.
+      stage_sizes: Blocks in each stage. Default: those of ResNet-50.
       block_cls: One of the block classes, or a subclass of `ResidualBlock`.
       stem_cls: One of the stem classes, or a `functools.partial` of it. A stem of your own takes
         `activate`, `conv_cls` and `norm_cls`, and has its stride as class attribute `stride`.
       stage_widths: Width of each stage's blocks, before the block's expansion.
-      num_classes: Classes of the head; 0: no head, `__call__` returns the pooled features.
+      num_classes: Classes of the head. 0: no head, `__call__` returns the pooled features.
       dtype: Type of the computation. Parameters, statistics and logits stay float32.
       precision: How float32 numbers are multiplied: "default", "high" or "highest" as in
-        `jax.lax.Precision`; None: as `jax.default_matmul_precision` says. By default a TPU rounds
-        them to bfloat16 and recent GPUs to TF32; "highest" is float32 everywhere. It reaches every
-        convolution and squeeze-and-excitation; the head is "highest" always.
+        `jax.lax.Precision`. None: as `jax.default_matmul_precision` says. By default a TPU rounds
+        them to bfloat16 and recent GPUs to TF32; "highest" is float32 everywhere. Applies to
+        convolutions and squeeze-and-excitation; the head is always "highest".
       shortcut: Option A, B, C (He et al. 2015, Table 3), D (ResNet-D), or "none" (plain net).
       stride_in_1x1: Stride of a bottleneck on its first 1x1 (v1, as in the paper) instead of
         its 3x3 (v1.5, as everywhere since: 0.5 points better, 5% more work).
       cardinality: Groups of a bottleneck's 3x3 convolution.
       base_width: Channels of a bottleneck's group in 64ths of the stage's width.
-      se_ratio: Reduction of squeeze-and-excitation (1/16 in SE-ResNet); 0: none.
+      se_ratio: Reduction of squeeze-and-excitation (1/16 in SE-ResNet). 0: none.
       eca: Efficient channel attention in every block (ECA-Net), in place of se_ratio.
       norm: "batch" or "group".
-      weight_standardization: Standardise every kernel; goes with norm="group".
-      bn_momentum: Share of the old running statistics kept each step.
+      weight_standardization: Standardize every kernel; goes with norm="group".
+      bn_momentum: Weight of the old running statistics in each step.
       bn_epsilon: Added to the variance in every norm.
-      axis_name: The mapped axis over which devices share batch statistics; None: each its own.
-      bn_group_size: Number of neighbouring devices that share statistics; None: all.
+      axis_name: The mapped axis over which devices share batch statistics. None: each has its own.
+      bn_group_size: Number of neighboring devices that share statistics. None: all.
       zero_init_residual: Every residual function starts as 0, and so every block without a
         projection as the identity (pre-activation: all but the first).
-      kernel_init: Initialiser of the convolutions.
-      head_init: Initialiser of the head's kernel, N(0, 0.01) as in Goyal et al. 2017.
+      kernel_init: Initializer of the convolutions.
+      head_init: Initializer of the head's kernel, N(0, 0.01) as in Goyal et al. 2017.
       stochastic_depth_rate: Drop rate of the last block; it grows linearly from the first.
       dropout_rate: Drop rate of the pooled features.
       output_stride: Image pixels per pixel of the last map. Smaller than the network's own:
         later stages dilate instead of striding, with the same weights. Every position of the
         finer maps then sees the same pixels as before, except with shortcut D: its 2x2 average
         takes neighboring pixels, and zeros beyond the lower and right edges, as timm's networks
-        do, so that weights give the same numbers there and here. None: the network's own.
+        do, so that weights give the same numbers in both. None: the network's own.
       remat: Recompute each block in the backward pass instead of storing its activations.
 
     Returns:
@@ -179,10 +173,10 @@ class ResNet(nn.Module):
         # Lists would make the module unhashable, and so no static argument of jax.jit.
         object.__setattr__(self, "stage_sizes", tuple(self.stage_sizes))
         object.__setattr__(self, "stage_widths", tuple(self.stage_widths))
-        _check_fields(self)
+        check_fields(self)
         super().__post_init__()
 
-    # nn.nowrap below: these build or check, and are no layers for tabulate to list.
+    # Methods below that build or check are nn.nowrap: they are no layers for tabulate to list.
     def setup(self) -> None:
         norm_cls = self._norm_cls()
         conv_cls = functools.partial(
@@ -232,9 +226,9 @@ class ResNet(nn.Module):
 
         Returns:
           {"stem", ..., "stage4"} -> [N, ceil(H / stride), ceil(W / stride), channels] in `dtype`;
-          `feature_info` tells channels and strides beforehand, and the order: `jax.jit` sorts
-          the keys of what it returns, so that "stem" comes last. Pre-activation networks return
-          the raw sums, before the final norm and ReLU.
+          `feature_info` gives channels, strides and order beforehand: `jax.jit` sorts the keys of
+          what it returns, so that "stem" comes last. Pre-activation networks return the raw sums,
+          before the final norm and ReLU.
 
         Example:
           >>> model = ResNet(stage_sizes=(1, 1), stage_widths=(16, 32), num_classes=0)
@@ -246,9 +240,9 @@ class ResNet(nn.Module):
         """
         self._check_images(images)
         maps = {"stem": self.stem_module(jnp.asarray(images, self.dtype), train)}
-        x = maps["stem"]
+        x = maps["stem"]  # [N, H/4, W/4, 64]; with a CIFAR stem [N, H, W, 16]
         for number, stage in enumerate(self.stages, start=1):
-            x = stage(x, train)
+            x = stage(x, train)  # stages 2, 3 and 4 each halve H and W and double the channels
             maps[f"stage{number}"] = x
         return maps
 
@@ -294,9 +288,8 @@ class ResNet(nn.Module):
         total = sum(self.stage_sizes)
         rates = [self.stochastic_depth_rate * (block + 1) / total for block in range(total)]
         stages = []
-        for index, grid in enumerate(self._grid()):
-            stride, dilation, next_dilation = grid
-            size, width = self.stage_sizes[index], self.stage_widths[index]
+        for index, (size, width) in enumerate(zip(self.stage_sizes, self.stage_widths)):
+            stride, dilation, next_dilation = self._grid()[index]
             block = functools.partial(
                 block_cls,
                 width=width,
@@ -384,79 +377,3 @@ class ResNet(nn.Module):
                 f"network needs at least {least}x{least} (its stride); enlarge them, or take a "
                 "network with a CIFAR stem"
             )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and bool(value >= 0)
-
-
-def _is_floating(dtype: Any) -> bool:
-    try:
-        return bool(jnp.issubdtype(dtype, jnp.floating))
-    except TypeError:
-        return False
-
-
-def _is_precision(precision: Any) -> bool:
-    return precision is None or precision in PRECISIONS or isinstance(precision, lax.Precision)
-
-
-def _check_fields(model: ResNet) -> None:
-    """Raises ModelError for the first field whose value is not allowed."""
-    block, stages = model.block_cls, len(model.stage_sizes)
-    if not (isinstance(block, type) and issubclass(block, ResidualBlock)):
-        raise ModelError(f"block_cls = {block!r} is not a subclass of ResidualBlock")
-    if not isinstance(getattr(model.stem_type, "stride", None), int):
-        raise ModelError(f"stem_cls = {model.stem_cls!r} has no class attribute `stride`")
-    strides = model.strides()
-    norm_group = model.bn_group_size
-    rules = {
-        "stage_sizes": (stages > 0 and min(model.stage_sizes) > 0, "positive block counts"),
-        "stage_widths": (len(model.stage_widths) == stages, f"{stages} widths, one a stage"),
-        "num_classes": (
-            _is_count(model.num_classes) and model.num_classes <= MAX_CLASSES,
-            f"0 (no head) to {MAX_CLASSES:,}",
-        ),
-        "dtype": (_is_floating(model.dtype), "a floating-point type such as jnp.bfloat16"),
-        "precision": (_is_precision(model.precision), f"None or one of {PRECISIONS}"),
-        "shortcut": (model.shortcut in SHORTCUT_OPTIONS, f"one of {SHORTCUT_OPTIONS}"),
-        "norm": (model.norm in NORM_KINDS, f"one of {NORM_KINDS}"),
-        "weight_standardization": (
-            model.norm == "group" or not model.weight_standardization,
-            "False with norm = 'batch'",
-        ),
-        "cardinality": (
-            model.cardinality >= 1 and (block.bottleneck or model.cardinality == 1),
-            "1 or more, and 1 without bottleneck blocks",
-        ),
-        "base_width": (
-            model.base_width >= 1 and (block.bottleneck or model.base_width == 64),
-            "1 or more, and 64 without bottleneck blocks",
-        ),
-        "se_ratio": (0 <= model.se_ratio <= 1, "between 0 (none) and 1"),
-        "eca": (not (model.eca and model.se_ratio), "False with se_ratio more than 0"),
-        "bn_momentum": (0 <= model.bn_momentum < 1, "in [0, 1)"),
-        "bn_epsilon": (model.bn_epsilon > 0, "more than 0"),
-        "bn_group_size": (
-            norm_group is None or (norm_group >= 1 and model.axis_name is not None),
-            "None, or 1 or more together with axis_name",
-        ),
-        "zero_init_residual": (
-            not (model.zero_init_residual and model.shortcut == "none"),
-            "False in a plain network, whose signal it would stop",
-        ),
-        "stochastic_depth_rate": (
-            0 <= model.stochastic_depth_rate < 1
-            and not (model.stochastic_depth_rate and model.shortcut == "none"),
-            "in [0, 1), and 0 in a plain network",
-        ),
-        "dropout_rate": (0 <= model.dropout_rate < 1, "in [0, 1)"),
-        "output_stride": (
-            model.output_stride is None
-            or (_is_count(model.output_stride) and model.output_stride in strides),
-            f"None or one of {strides}",
-        ),
-    }
-    for field, (holds, allowed) in rules.items():
-        if not holds:
-            raise ModelError(f"{field} = {getattr(model, field)!r} is not allowed: {allowed}")

@@ -1,4 +1,4 @@
-"""Stems: what turns an image into the first residual stage's input."""
+"""Stems: the layers between the image and the first residual stage."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ImageNetStem(nn.Module):
         if not self.activate:
             return max_pool(x, self.zero_pool_padding)  # [N, H/4, W/4, 64]
         norm = self.norm_cls(name="norm1")
-        if self.zero_pool_padding:  # the zeros are no pixels of the norm
+        if self.zero_pool_padding:  # zeros are not the pool's least value before the norm
             return max_pool(nn.relu(norm(x, train)), zero_padding=True)
         return norm_relu_pool(norm, x, train)  # [N, H/4, W/4, 64]
 
@@ -90,11 +90,9 @@ class DeepStem(nn.Module):
         x = nn.relu(self.norm_cls(name="norm2")(x, train))
         x = self.conv_cls(last, 3, name="conv3")(x)  # [N, H/2, W/2, 64]
         if not self.conv_pool:  # [N, H/4, W/4, 64]
-            return (
-                norm_relu_pool(self.norm_cls(name="norm3"), x, train)
-                if self.activate
-                else max_pool(x)
-            )
+            if not self.activate:
+                return max_pool(x)
+            return norm_relu_pool(self.norm_cls(name="norm3"), x, train)
         if self.activate:
             x = nn.relu(self.norm_cls(name="norm3")(x, train))
         x = self.conv_cls(last, 3, stride=2, name="pool_conv")(x)  # [N, H/4, W/4, 64]

@@ -119,7 +119,7 @@ def summary(model: ResNet, shape: Sequence[int]) -> Summary:
             )
         return output
 
-    # Rematerialised blocks are traced out of order; they compute the same.
+    # Rematerialized blocks are traced out of order; they compute the same.
     model = model.clone(parent=None, remat=False)
     images = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     with nn.intercept_methods(record):
@@ -128,22 +128,13 @@ def summary(model: ResNet, shape: Sequence[int]) -> Summary:
 
 
 def training_flops(model: ResNet, shape: Sequence[int]) -> float:
-    """Floating-point operations of a training step: forward pass, input and kernel gradients.
+    """Floating-point operations of a training step on images of `shape`, (N, H, W, C).
 
-    They are counted from the model and not by a compiler, so the number is the same for every
-    platform, precision and way to split a batch. A gradient with respect to a product's input and
-    one with respect to its kernel each cost what the product costs. What is left out (norms,
-    activations, augmentation, the optimizer, recomputed blocks) is no matrix product.
-
-    Args:
-      model: A ResNet.
-      shape: Shape of the images, (N, H, W, C).
-
-    Returns:
-      3 passes of 2 operations for each multiply-add that `summary` counts.
-
-    Raises:
-      ModelError: The image is too small for the model.
+    A training step makes 3 passes of 2 operations for each multiply-add that `summary` counts: the
+    gradients of a product with respect to its input and to its kernel each cost what the product
+    costs. Because the model is counted and not a compiled program, the number is the same for every
+    platform, precision and way to split a batch. It leaves out what is no matrix product: norms,
+    activations, augmentation, the optimizer, recomputed blocks.
 
     Example:
       >>> from resnet_jax.models.constructors import ResNet20
@@ -154,18 +145,9 @@ def training_flops(model: ResNet, shape: Sequence[int]) -> float:
 
 
 def vgg16_counts(image_size: int = 224, num_classes: int = 1000) -> tuple[int, int]:
-    """Parameters and multiply-adds of VGG-16, the network that ResNet is compared with.
+    """(parameters, multiply-adds for one image) of VGG-16, which the paper compares ResNet with.
 
-    Args:
-      image_size: Side in pixels, a multiple of 32.
-      num_classes: Classes.
-
-    Returns:
-      (parameters, multiply-adds for one image).
-
-    Example:
-      >>> vgg16_counts()[0]
-      138357544
+    `image_size` is a side in pixels, a multiple of 32.
     """
     parameters = multiply_adds = 0
     side, channels = image_size, 3

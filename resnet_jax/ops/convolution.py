@@ -24,8 +24,8 @@ from jax import lax
 from resnet_jax import upstream
 from resnet_jax.ops.sharding import BATCH, over_batch
 
-# Networks repeat a layer many times. What is called through this is traced and differentiated once
-# for each set of shapes, which halves the time to trace the gradient of a ResNet; the program
+# Networks repeat a layer many times. A function decorated with this is traced and differentiated
+# once for each set of shapes, which halves the time to trace the gradient of a ResNet; the program
 # stays the same.
 once_per_shape = functools.partial(jax.jit, inline=True)
 
@@ -38,8 +38,8 @@ PRECISIONS = ("default", "high", "highest")
 class ConvOptions(NamedTuple):
     """How a square kernel moves over the image, and how precisely it is multiplied.
 
-    Padding keeps the image's size at stride 1. Every formula below and every derivative of it takes
-    these options whole, so that none multiplies with another precision than the others.
+    Padding keeps the image's size at stride 1. Every formula below and its derivatives take these
+    options whole, so that all multiply with the same precision.
     """
 
     stride: int = 1
@@ -51,15 +51,10 @@ class ConvOptions(NamedTuple):
 @functools.partial(once_per_shape, static_argnames="options")
 @over_batch(BATCH)
 def convolve(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
-    """Convolves images with a square kernel of odd side, padded symmetrically.
+    """Convolves x [N, H, W, C] with a square kernel [side, side, C / groups, K] of odd side.
 
-    Args:
-      x: [N, H, W, C].
-      kernel: [side, side, C / groups, K], of the same type.
-      options: Stride, dilation, groups and precision.
-
-    Returns:
-      [N, ceil(H / stride), ceil(W / stride), K].
+    Padding is symmetric; the result is [N, ceil(H / stride), ceil(W / stride), K]. Both arrays have
+    the same type.
 
     Example:
       >>> x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
@@ -134,18 +129,13 @@ def convolution_by_product(x: jax.Array, kernel: jax.Array, options: ConvOptions
     """`convolve` as one matrix product, made for what its transpose is: the kernel's gradient.
 
     A kernel of side k at stride s reads k rows and k columns of the image for every output. The
-    rows are gathered into channels before the product. Columns are dealt with after it: s
-    neighbouring columns are one position with s times the channels, and a column of the kernel
-    is one of these s groups of channels (`phase`) of a position `shift` to the side. The product
-    makes one output for every shift; they are moved into place and added.
+    rows are gathered into channels before the product, and the columns are resolved after it: s
+    neighboring columns are one position with s times the channels, and a column of the kernel is
+    one of these s groups of channels (`phase`) of a position `shift` to the side. The product makes
+    one output for every shift; they are moved into place and added.
 
-    Args:
-      x: [N, H, W, C].
-      kernel: [k, k, C, K].
-      options: As for `convolve`; groups must be 1.
-
-    Returns:
-      [N, ceil(H / s), ceil(W / s), K].
+    x is [N, H, W, C], kernel [k, k, C, K] and the result [N, ceil(H / s), ceil(W / s), K]; groups
+    must be 1.
 
     Example:
       >>> x, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
@@ -194,9 +184,9 @@ _KEEP = (0, 0, 0)  # lax.pad: nothing before, after or between
 
 
 def _concatenate_channels(parts: list[jax.Array]) -> jax.Array:
-    """Equal arrays [..., C] -> [..., len(parts) C].
+    """Concatenates equal arrays [..., C] -> [..., len(parts) C] as a sum of padded arrays.
 
-    As a sum of padded arrays, which XLA makes a faster loop of than of a concatenation.
+    XLA compiles the sum to a faster loop than a concatenation.
     """
     channels, zero = parts[0].shape[-1], jnp.zeros((), parts[0].dtype)
     return functools.reduce(

@@ -25,14 +25,9 @@ BATCH, WHOLE = True, False  # an output is split as the batch is, or the same on
 def over_batch(*outputs: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a function of images, so that it runs on a mesh with explicit axes.
 
-    Without such a mesh the function is called as it is.
-
-    Args:
-      *outputs: `BATCH` or `WHOLE`, one for each array that the function returns.
-
-    Returns:
-      A decorator for functions whose first argument is [N, ...]; of it only N stays split.
-      Its arrays are positional arguments.
+    `outputs` has `BATCH` or `WHOLE` for each array that the function returns. Its first argument is
+    [N, ...], of which only N stays split; other arrays are positional arguments. Without such a
+    mesh the function is called as it is.
 
     Example:
       >>> @over_batch(BATCH)

@@ -173,6 +173,10 @@ def test_constructors_of_the_paper_show_their_fields():
         assert {"num_classes", "dtype", "remat"} < fields.keys()
 
 
+def test_the_default_network_is_resnet50():
+    assert rj.ResNet() == rj.ResNet50()
+
+
 def test_other_constructors_are_made_on_demand():
     from resnet_jax import SEResNet50
 
