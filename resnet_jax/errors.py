@@ -127,7 +127,8 @@ def reason_of(error: Exception) -> str:
       >>> reason_of(KeyError("state")), reason_of(EOFError()), reason_of(DataError("too short"))
       ("KeyError: 'state'", 'EOFError', 'too short')
     """
-    first_line = str(error).strip().partition("\n")[0][:200]
+    first_line = str(error).strip().partition("\n")[0]
+    first_line = first_line if len(first_line) <= 300 else f"{first_line[:300]}..."
     if isinstance(error, ResNetJaxError):
         return first_line
     name = type(error).__name__
