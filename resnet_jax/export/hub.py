@@ -187,7 +187,7 @@ def _facts(network: Network) -> dict[str, str]:
             if name in record:
                 facts[f"{title} ({split})"] = f"{record[name]:.2%}"
         facts[f"top-1 ({split})"] = f"{record['top1']:.2%}"
-        if "top5" in record:
+        if "top5" in record and network.model.num_classes > 5:
             facts[f"top-5 ({split})"] = f"{record['top5']:.2%}"
         if "images" in record:
             facts["images evaluated"] = f"{record['images']:,}"
