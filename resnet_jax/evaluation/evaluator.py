@@ -313,12 +313,20 @@ class Evaluator:
         """The fields of the result that are known before the evaluation."""
         network = self.network
         return {
-            **{"network": network.source, "model": network.name, "step": network.step},
-            **{"weights": "ema" if network.ema else "", "data": source.name},
-            **{"split": source.split, "views": self.views, "image_size": self.size},
-            **{"scales": self.scales, "batch_size": self.batch_size},
-            **{"class_names": match.names, "outputs": network.model.num_classes},
-            **{"matched": match.by, "assumed": network.assumed},
+            "network": network.source,
+            "model": network.name,
+            "step": network.step,
+            "weights": "ema" if network.ema else "",
+            "data": source.name,
+            "split": source.split,
+            "views": self.views,
+            "image_size": self.size,
+            "scales": self.scales,
+            "batch_size": self.batch_size,
+            "class_names": match.names,
+            "outputs": network.model.num_classes,
+            "matched": match.by,
+            "assumed": network.assumed,
         }
 
 
@@ -359,12 +367,16 @@ class _Outputs:
         }
 
     def metrics(self, network: Network, source: Source, indices: np.ndarray) -> dict[str, Any]:
-        """The fields of the result that are computed; `indices` are the images of the batches."""
-        names = self._each[0] if self._each else {"weight", "labeled", "finite"}
-        parts = self._each or [dict.fromkeys(names, np.zeros(0))]
-        each = {name: np.concatenate([part[name] for part in parts]) for name in names}
-        seen = each["weight"] > 0
-        labeled = seen & (each["labeled"] > 0)
+        """The fields of the result that are computed.
+
+        `indices` are the positions in the data set of the images in the batches.
+        """
+        each = {
+            name: np.concatenate([part[name] for part in self._each])
+            for name in (self._each[0] if self._each else ())
+        }
+        seen = each["weight"] > 0 if each else np.zeros(0, bool)
+        labeled = seen & (each["labeled"] > 0) if each else seen
         count = int(labeled.sum())
         if not count:
             raise DataError(f"{source.name}: none of its images can be evaluated")
@@ -381,11 +393,16 @@ class _Outputs:
         multi_label = self.scores.compute(network.threshold) if network.multi_label else None
         metrics = multi_label.record() if multi_label else metrics
         return {
-            **{"loss": metrics.get("loss"), "top1": metrics["top1"], "top5": metrics["top5"]},
-            **{"multi_label": multi_label, "unlabeled": int(seen.sum()) - count},
-            **{"indices": indices[order], "predictions": each["prediction"][order]},
-            **{"confidences": each["confidence"][order], "hits": each["top1"][order]},
+            "loss": metrics.get("loss"),
+            "top1": metrics["top1"],
+            "top5": metrics["top5"],
+            "multi_label": multi_label,
+            "unlabeled": int(seen.sum()) - count,
+            "indices": indices[order],
             "labels": each["label"][order] if "label" in each else None,
+            "predictions": each["prediction"][order],
+            "confidences": each["confidence"][order],
+            "hits": each["top1"][order],
         }
 
 

@@ -297,20 +297,6 @@ class HeldOutSets:
                 result = self._evaluator.evaluate(source, variables)
             yield name, result.record()
 
-    def missing(
-        self, records: Collection[Mapping[str, Any]], step: int, weights: str = ""
-    ) -> list[str]:
-        """The data sets without a record of a step, among the evaluation records of a run.
-
-        `weights` is "ema" for the moving average of the state, else "".
-        """
-        found = {
-            record["split"]
-            for record in records
-            if record["step"] == step and record.get("weights", "") == weights
-        }
-        return [name for name in self._sources if name not in found]
-
 
 def _parse(name: str) -> tuple[str, str]:
     found = DATA_SPLIT.fullmatch(name)

@@ -47,6 +47,7 @@ class Evaluations:
         self.weights = [RAW, EMA] if ema else [RAW]
         self._split = split
         self._found: dict[int, dict[str, dict[str, float]]] = {}  # step -> weights -> metrics
+        self._others: dict[int, list[Record]] = {}  # step -> records of other splits
 
     @classmethod
     def of(cls, config: Config) -> Evaluations:
@@ -94,14 +95,27 @@ class Evaluations:
 
     def add(self, record: Record) -> None:
         """Adds an evaluation record; one of step 0 does not count, which no state is saved of."""
-        weights = record.get("weights", RAW)
-        if record["step"] and record["split"] == self._split and weights in (RAW, EMA):
-            metrics = {name: record[name] for name in MEASURES if is_number(record.get(name))}
-            self._found.setdefault(record["step"], {})[weights] = metrics
+        step, weights = record["step"], record.get("weights", RAW)
+        if not step or weights not in (RAW, EMA):
+            return
+        if record["split"] != self._split:
+            self._others.setdefault(step, []).append(record)
+            return
+        metrics = {name: record[name] for name in MEASURES if is_number(record.get(name))}
+        self._found.setdefault(step, {})[weights] = metrics
 
     def missing(self, step: int) -> list[str]:
         """The weights of a state that have not been evaluated."""
         return [each for each in self.weights if self.metrics(step, each) is None]
+
+    def missing_splits(self, step: int, weights: str, splits: Collection[str]) -> list[str]:
+        """Those of some other splits that the weights of a state have not been evaluated on."""
+        found = {
+            record["split"]
+            for record in self._others.get(step, ())
+            if record.get("weights", RAW) == weights
+        }
+        return [split for split in splits if split not in found]
 
     def metrics(self, step: int, weights: str) -> dict[str, float] | None:
         """What was measured of the weights of a state; None: nothing."""
@@ -151,7 +165,7 @@ class Evaluations:
         return [
             {"step": step, "split": self._split, "weights": weights, **metrics}
             for weights, metrics in found.items()
-        ]
+        ] + self._others.get(step, [])
 
     def _scored(self) -> Collection[int]:
         return [step for step in sorted(self._found) if self.score(step) > -math.inf]

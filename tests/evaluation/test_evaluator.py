@@ -185,6 +185,10 @@ def test_metrics_of_one_result(squares):
     np.testing.assert_array_equal(rebuilt, confusion)
     assert sum(each["images"] for each in record["calibration"]) == record["images"] == 21
     assert record["ece"] == report.ece
+    # Of four classes every image is a hit among five guesses.
+    assert record["top5"] == 1
+    assert "top-1" in report.table()
+    assert "top-5" not in report.table()
 
 
 def test_calibration_by_hand():

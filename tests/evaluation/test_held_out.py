@@ -66,19 +66,6 @@ def test_some_of_the_sets():
     assert list(open_digits().evaluate(variables)) == []
 
 
-def test_what_a_run_lacks_after_a_restart():
-    held_out = open_digits("digits:test[:8]", "digits:train[:8]")
-    records = [
-        {"step": 4, "split": "digits:test[:8]", "top1": 0.5},
-        {"step": 4, "split": "digits:train[:8]", "top1": 0.5, "weights": "ema"},
-        {"step": 2, "split": "digits:train[:8]", "top1": 0.5},
-    ]
-    assert held_out.missing(records, 4) == ["digits:train[:8]"]
-    assert held_out.missing(records, 4, "ema") == ["digits:test[:8]"]
-    assert held_out.missing(records, 2) == ["digits:test[:8]"]
-    assert held_out.missing(records, 6) == list(held_out.names)
-
-
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")

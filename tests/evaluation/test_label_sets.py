@@ -107,6 +107,7 @@ def test_real_labels(prepared):
     assert record["unlabelled"] == 1
     assert record["ece"] == report.ece
     assert "1 more have no label" in report.table(per_class=True)
+    assert f"top-5   {report.top5:.2%}" in report.table()
 
 
 def test_any_of_several_labels_is_right(tmp_path):

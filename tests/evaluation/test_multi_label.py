@@ -280,6 +280,8 @@ def test_what_the_command_writes(run, tmp_path, capsys):
     np.testing.assert_allclose(record["map"], np.mean(known))
     assert f"mAP     {record['map']:.2%}  (4 classes; 1 more are on no image)" in text
     assert "of them have no label" in text
+    assert text.index("mAP") < text.index("top-1")
+    assert [*record].index("map") < [*record].index("top1")
     assert f"cat    {rows['cat']['images']:>6} {rows['cat']['predicted']:>9}" in text
 
 

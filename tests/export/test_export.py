@@ -407,6 +407,7 @@ def test_hub_folder_is_read_back_whole(network, tmp_path, monkeypatch):
         {"step": 9, "split": "train", "top1": 0.1, "learning_rate": 0.1, "images_per_second": 1.0},
         {"step": 9, "split": "test", "top1": 0.125, "top5": 0.5, "images": 360},
         {"step": 9, "split": "test", "top1": 0.25, "top5": 0.75, "images": 9, "weights": "ema"},
+        {"step": 9, "split": "digits:test", "top1": 0.0, "images": 9, "weights": "ema"},
         {"step": 10, "split": "test", "top1": 1.0, "top5": 1.0, "images": 9, "weights": "ema"},
     ]
     text = "".join(json.dumps({"loss": 1.0, **line}) + "\n" for line in lines)
@@ -422,6 +423,8 @@ def test_hub_folder_is_read_back_whole(network, tmp_path, monkeypatch):
     chex.assert_trees_all_equal(again.variables, network.variables)
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "| top-1 (test) | 25.00% |" in card
+    assert "| top-5 (test) | 75.00% |" in card
+    assert "digits:test" not in card
     assert "| parameters | 269,527 |" in card
     assert "| data set | folder:pets |" in card
     assert "optimizer.learning_rate = 0.1" in card
@@ -433,7 +436,7 @@ def test_hub_folder_is_read_back_whole(network, tmp_path, monkeypatch):
 def test_a_model_card_shows_names_and_obeys_none(network, tmp_path):
     line = {"step": 9, "split": "<i>|\u202e", "loss": 1.0, "top1": 0.5, "top5": 1.0, "images": 1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    config = Config(data=Data(name="folder:/x/<b>[a](b)|\x1b\udcff"))
+    config = Config(data=Data(name="folder:/x/<b>[a](b)|\x1b\udcff", eval_split=line["split"]))
     names = ("\x1b[2J", "\u202e", "\ud800", "\u6f22", "4", "5", "6")
     facts = {"source": str(tmp_path), "config": config, "step": 9, "class_names": names}
     network = dataclasses.replace(network, **facts)

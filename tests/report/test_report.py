@@ -99,6 +99,19 @@ def test_one_run(workdir, written):
         assert text in page.text
 
 
+def test_evaluations_on_further_data_are_not_the_runs_own(workdir, tmp_path):
+    """Those of evaluate.also follow that of data.eval_split in metrics.jsonl."""
+    shutil.copytree(workdir, tmp_path / "run")
+    before = read_run(workdir)
+    further = {"step": 4, "split": "digits:train", "kind": "evaluation", "top1": 0.0}
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        for more in ({}, {"loss": 9.0}, {"loss": 9.0, "weights": "ema"}):
+            file.write(json.dumps({**further, **more}) + "\n")
+    run = read_run(tmp_path / "run")
+    assert (run.bad_lines, run.final) == (0, before.final)
+    assert run.evaluations == before.evaluations
+
+
 def test_several_runs(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "other" / "digits")
     shutil.copytree(workdir, tmp_path / "third")

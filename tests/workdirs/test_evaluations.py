@@ -139,3 +139,21 @@ def test_records_of_a_stranger(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be read"):
         Evaluations.of_workdir(tmp_path)
+
+
+def test_splits_that_a_state_was_not_evaluated_on():
+    """Records of evaluate.also reach the other processes, and choose no state."""
+    evaluations = Evaluations("top1", "test", ema=True)
+    splits = ["digits:train", "digits:test"]
+    for step, split, weights in ((4, "digits:test", ""), (4, "digits:train", "ema")):
+        record = {"step": step, "split": split, "top1": 1.0}
+        evaluations.add({**record, "weights": weights} if weights else record)
+    other = Evaluations("top1", "test", ema=True)
+    for record in evaluations.records(4):
+        other.add(record)
+    for each in (evaluations, other):
+        assert each.missing_splits(4, "", splits) == ["digits:train"]
+        assert each.missing_splits(4, "ema", splits) == ["digits:test"]
+        assert each.missing_splits(2, "", splits) == splits
+        assert each.best is None
+        assert each.missing(4) == ["", "ema"]
