@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config.schema import Augment
-from resnet_jax.data.augment.apply import augment
+from resnet_jax.data.augment import augment
 from resnet_jax.planning.topology import parse_topology
 from resnet_jax.planning.tpu import tpu_devices
 

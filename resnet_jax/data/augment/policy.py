@@ -1,11 +1,12 @@
-"""The operations of RandAugment and TrivialAugment on one image, and the draws among them.
+"""RandAugment and TrivialAugment: their operations on one image, and the draws among them.
 
-A vmapped `lax.switch` computes all its branches. So an operation is not a branch on images: it
-is an `Edit`, a few small arrays, which say what a look-up in a table, a warp and two blends are to
-do. Each of these four is computed for the images that need it.
+A vmapped `lax.switch` computes all its branches. So an operation is not a branch that returns an
+image, but an `Edit`: a few small arrays that parametrize a table look-up, a warp and two blends.
+Each of these four is computed for the images that need it. To add an operation, add its edit to
+`EDITS`, and its range of magnitudes to the sets at the end of this file.
 
-Images are float32 [H, W, C] with the whole values 0..255 of a uint8 image. Results are rounded
-to the nearest value, where Pillow cuts off the fraction.
+Images are float32 [H, W, C] with the whole values 0..255 of a uint8 image. Results are rounded to
+the nearest value, where Pillow cuts off the fraction.
 """
 
 from __future__ import annotations
@@ -17,15 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from resnet_jax.data.augment.ops import (
-    apply_where_needed,
-    blend,
-    histogram,
-    look_up,
-    rotation,
-    smooth,
-    warp,
-)
+from resnet_jax.data.augment.geometry import rotation, warp
+from resnet_jax.data.augment.ops import apply_where_needed, blend, histogram, look_up, smooth
 
 
 class Edit(NamedTuple):
@@ -33,9 +27,9 @@ class Edit(NamedTuple):
 
     Args:
       table: New level of each of the 256 levels [256, C].
-      equalize: bool, take the table that equalises the image's histogram instead.
+      equalize: bool, take the table that equalizes the image's histogram instead.
       matrix: Affine map [2, 3] from a pixel (x, y) of the result to one of the image, in pixels.
-      color: Factor of the distance to the grey image.
+      color: Factor of the distance to the gray image.
       sharpness: Factor of the distance to the smoothed image.
     """
 
@@ -58,12 +52,9 @@ def transform(
     Args:
       image: [H, W, C], whole values in 0..255.
       operation: A key of `EDITS`.
-      value: Degrees, pixels, share of the side, factor, bits, or threshold.
-      fill: Value, or one for each channel, of what an affine operation brings in.
+      value: Degrees, pixels, fraction of the side, factor, bits, or threshold.
+      fill: Value, or one for each channel, of pixels from outside of the image.
       nearest: Affine operations take the nearest pixel instead of interpolating bilinearly.
-
-    Returns:
-      The same shape, whole values in 0..255.
 
     Example:
       >>> transform(jnp.full((1, 1, 3), 200.0), "Posterize", 1.0)[0, 0].tolist()
@@ -84,9 +75,9 @@ def rand_augment(
 ) -> jax.Array:
     """RandAugment (Cubuk et al. 2020) as timm's "rand-mM-nN-mstdS-inc1".
 
-    Each layer draws one of 15 operations with replacement and applies it with probability 1/2;
-    all grow in severity with the magnitude. timm draws bilinear or bicubic interpolation; here
-    it is always bilinear.
+    Each layer draws one of 15 operations with replacement and applies it with probability 1/2; all
+    become stronger with the magnitude. timm draws bilinear or bicubic interpolation; here it is
+    always bilinear.
 
     Args:
       images: [N, H, W, C], whole values in 0..255.
@@ -94,10 +85,7 @@ def rand_augment(
       layers: Number of draws.
       magnitude: 0 to 10.
       magnitude_std: Standard deviation of each draw's magnitude, which is clipped to 0..10.
-      fill: Value, or one for each channel, of what an affine operation brings in.
-
-    Returns:
-      The same shape, whole values in 0..255.
+      fill: Value, or one for each channel, of pixels from outside of the image.
 
     Example:
       >>> images, keys = jnp.zeros((4, 8, 8, 3)), jax.random.split(jax.random.key(0), 4)
@@ -112,7 +100,7 @@ def rand_augment(
         index = jnp.where(jax.random.bernoulli(applied), index, identity)
         level = magnitude + magnitude_std * jax.random.normal(strength, dtype=jnp.float32)
         level = jnp.clip(level, 0, 10) / 10
-        return _choose(image, RAND_OPERATIONS, index, level, _sign(side))
+        return _select_edit(image, RAND_OPERATIONS, index, level, _sign(side))
 
     def layer(images: jax.Array, keys: jax.Array) -> tuple[jax.Array, None]:
         return _apply(images, jax.vmap(draw)(images, keys), fill, nearest=False), None
@@ -124,15 +112,8 @@ def rand_augment(
 def trivial_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
     """TrivialAugment wide (Müller & Hutter 2021): one operation, one of 31 magnitudes.
 
-    As torchvision's `TrivialAugmentWide`: affine operations take the nearest pixel and bring in
-    black.
-
-    Args:
-      images: [N, H, W, C], whole values in 0..255.
-      keys: One for each image's draws [N].
-
-    Returns:
-      The same shape, whole values in 0..255.
+    As torchvision's `TrivialAugmentWide`: affine operations take the nearest pixel, and black from
+    outside of the image. The images [N, H, W, C] have whole values in 0..255; each has a key [N].
 
     Example:
       >>> images, keys = jnp.zeros((4, 8, 8, 3)), jax.random.split(jax.random.key(0), 4)
@@ -144,12 +125,12 @@ def trivial_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
         chosen, strength, side = jax.random.split(key, 3)
         index = jax.random.randint(chosen, (), 0, len(TRIVIAL_OPERATIONS))
         level = jax.random.randint(strength, (), 0, 31).astype(jnp.float32) / 30
-        return _choose(image, TRIVIAL_OPERATIONS, index, level, _sign(side))
+        return _select_edit(image, TRIVIAL_OPERATIONS, index, level, _sign(side))
 
     return _apply(images, jax.vmap(draw)(images, keys), 0.0, nearest=True)
 
 
-def _choose(
+def _select_edit(
     image: jax.Array, operations: Operations, index: jax.Array, level: jax.Array, sign: jax.Array
 ) -> Edit:
     def branch(name: str, value: Value) -> Callable[..., Edit]:
@@ -182,14 +163,14 @@ def _apply(images: jax.Array, edits: Edit, fill: jax.typing.ArrayLike, nearest: 
 
 
 def _color(image: jax.Array, factor: jax.Array) -> jax.Array:
-    return _round(blend(image, _grey(image), factor))
+    return _round(blend(image, _gray(image), factor))
 
 
 def _sharpen(image: jax.Array, factor: jax.Array) -> jax.Array:
     return _round(blend(image, smooth(image), factor))
 
 
-def _grey(image: jax.Array) -> jax.Array:
+def _gray(image: jax.Array) -> jax.Array:
     """The brightness of each pixel [H, W, 1], as `luma` in Pillow's fixed-point numbers."""
     if image.shape[-1] != 3:
         return _round(image.mean(-1, keepdims=True))
@@ -202,7 +183,7 @@ def _sign(key: jax.Array) -> jax.Array:
 
 
 def _round(values: jax.Array) -> jax.Array:
-    # Halves go up, as in Pillow, and not to the even neighbour.
+    # Halves go up, as in Pillow, and not to the even neighbor.
     return jnp.floor(values + 0.5)
 
 
@@ -223,7 +204,7 @@ Matrix = Callable[[jax.Array, int, int], tuple[tuple[float | jax.Array, ...], ..
 
 
 def _table(new_levels: Levels) -> Callable[[jax.Array, jax.Array], Edit]:
-    """An operation that maps levels: given the image, all levels [256, C], and the value."""
+    """An operation that maps levels, by a function of the image, all levels [256, C], the value."""
 
     def edit(image: jax.Array, value: jax.Array) -> Edit:
         identity = _identity(image)
@@ -233,7 +214,7 @@ def _table(new_levels: Levels) -> Callable[[jax.Array, jax.Array], Edit]:
 
 
 def _affine(rows: Matrix) -> Callable[[jax.Array, jax.Array], Edit]:
-    """An operation that moves pixels: given the value, the height and the width."""
+    """An operation that moves pixels, by a function of the value, the height and the width."""
     return lambda image, value: _identity(image)._replace(
         matrix=_matrix(rows(value, *image.shape[:2]))
     )
@@ -247,9 +228,9 @@ def _auto_contrast(image: jax.Array, levels: jax.Array, value: jax.Array) -> jax
 
 
 def _equalize(table: jax.Array, image: jax.Array, equalize: jax.Array) -> jax.Array:
-    """The table that equalises an image; not asked for, or with one level, the one given."""
+    """The table that equalizes an image; the given one unless `equalize`, and for one level."""
     counts = histogram(image)
-    # Pillow leaves out the brightest level that occurs, which maps to 255 anyway.
+    # Pillow leaves out the brightest level that occurs; it maps to 255 anyway.
     brightest = jnp.arange(256)[:, None] == image.max((0, 1))
     pixels = image.shape[0] * image.shape[1]
     step = (pixels - jnp.where(brightest, counts, 0).sum(0)) // 255
@@ -264,7 +245,7 @@ def _posterize(image: jax.Array, levels: jax.Array, bits: jax.Array) -> jax.Arra
 
 
 def _contrast(image: jax.Array, levels: jax.Array, factor: jax.Array) -> jax.Array:
-    return blend(levels, _round(_grey(image).mean()), factor)
+    return blend(levels, _round(_gray(image).mean()), factor)
 
 
 EDITS: dict[str, Callable[[jax.Array, jax.Array], Edit]] = {
@@ -296,7 +277,7 @@ EDITS: dict[str, Callable[[jax.Array, jax.Array], Edit]] = {
     "TranslateYRel": _affine(lambda value, height, width: ((1, 0, 0), (0, 1, value * height))),
 }
 
-# From a level in 0..1 and a sign to the value of an operation.
+# Maps a strength in 0..1 and a sign to the value of an operation.
 Value = Callable[[jax.Array, jax.Array], jax.Array]
 Operations = dict[str, Value]
 
@@ -306,7 +287,7 @@ def _signed(largest: float) -> Value:
 
 
 def _factor(spread: float) -> Value:
-    # Both papers keep a factor positive: timm's least is 0.1, torchvision's 0.01.
+    # Factors stay positive: the least is 0.1 in timm, 0.01 in torchvision.
     return lambda level, sign: jnp.maximum(1 + sign * level * spread, 1 - spread)
 
 

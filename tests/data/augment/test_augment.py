@@ -12,9 +12,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from resnet_jax.config.schema import Augment
-from resnet_jax.data import augment as module
-from resnet_jax.data.augment import ops, policy
-from resnet_jax.data.augment.apply import augment, check_channels
+from resnet_jax.data.augment import apply, augment, check_channels, geometry, ops, policy
 from resnet_jax.data.preprocessing import normalize
 from resnet_jax.errors import ConfigError
 
@@ -316,7 +314,9 @@ def test_a_warp_of_fractions_is_equal_on_all_platforms(formulas_of):
     for platform in ("cpu", "tpu"):
         formulas_of(platform)
         with jax.disable_jit():
-            results.append(ops.warp(image, ops.rotation(30.0, 33, 17), np.float32([1, 2, 3])))
+            results.append(
+                geometry.warp(image, geometry.rotation(30.0, 33, 17), np.float32([1, 2, 3]))
+            )
     chex.assert_trees_all_equal(*results)
 
 
@@ -379,7 +379,9 @@ def test_crops_of_the_padded_image():
     padded[4:-4, 4:-4] = image
     for top, left in ((0, 0), (8, 3), (4, 4)):
         window = padded[top : top + HEIGHT, left : left + WIDTH]
-        chex.assert_trees_all_equal(np.asarray(ops.pad_and_crop(image, 4, top, left, fill)), window)
+        chex.assert_trees_all_equal(
+            np.asarray(geometry.pad_and_crop(image, 4, top, left, fill)), window
+        )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -580,7 +582,7 @@ def test_cutmix_pastes_the_same_box_of_both_and_counts_its_pixels():
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_shares_have_a_beta_distribution(alpha):
     config = Augment(mixup=alpha)
-    draw = jax.jit(jax.vmap(lambda key: module._draw_share(key, (8, 8), config)[0, 0]))
+    draw = jax.jit(jax.vmap(lambda key: apply._draw_fraction(key, (8, 8), config)[0, 0]))
     shares = np.asarray(draw(jax.random.split(KEY, 1000)))
     variance = 1 / (4 * (2 * alpha + 1))
     assert shares.mean() == pytest.approx(0.5, abs=4 * (variance / 1000) ** 0.5)
@@ -590,7 +592,7 @@ def test_shares_have_a_beta_distribution(alpha):
 def test_cutmix_boxes_have_the_area_drawn_unless_cut_off():
     """Half of a uniform area is less than a half; the border only takes away."""
     config = Augment(cutmix=1.0)
-    draw = jax.jit(jax.vmap(lambda key: module._draw_share(key, (64, 64), config)))
+    draw = jax.jit(jax.vmap(lambda key: apply._draw_fraction(key, (64, 64), config)))
     areas = np.asarray(draw(jax.random.split(KEY, 500))).mean((1, 2))
     # E over lambda and the centre, whose box of side s keeps s - s^2 / 4 a way (s = the ratio).
     side = np.sqrt(np.linspace(0, 1, 1001))

@@ -921,7 +921,7 @@ def test_splits_joined(images):
 @pytest.mark.parametrize(
     ("split", "reason"),
     [
-        ("train[:1000]", "1000 must be a percentage: which is taken of every class"),
+        ("train[:1000]", "1000 must be a percentage, which is taken of every class"),
         ("train[10%]", "must be a split or parts of splits"),
         ("train[:]+", "must be a split or parts of splits"),
         ("train[:200%]", "200% must be between"),
