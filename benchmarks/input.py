@@ -25,6 +25,7 @@ from decode import encode_photos
 
 from resnet_jax.config.schema import Config, Data, Train
 from resnet_jax.data.pipeline import CorruptImages, IndexSampler, StreamedDataset
+from resnet_jax.data.sources import Source
 from resnet_jax.errors import import_failure
 
 SIZE = 224
@@ -33,11 +34,11 @@ BATCH = 64
 COLUMNS = ("resnet_jax", "tf.data", "antialiased", "ratio", "ratio antialiased")
 
 
-class Files:
+class Files(Source):
     """Encoded images in memory, as a source."""
 
-    channels = 3
-    label_shape = ()
+    channels, image_shape, fingerprint = 3, None, ""
+    class_names = ("photo",)
 
     def __init__(self, files: list[bytes]) -> None:
         self.files = files
@@ -45,11 +46,11 @@ class Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        return self.files[index], 0
+    def _read(self, position: int) -> tuple[bytes, int]:
+        return self.files[position], 0
 
-    def image_name(self, index: int) -> str:
-        return f"photo {index}"
+    def _name(self, position: int) -> str:
+        return f"photo {position}"
 
 
 def our_batches(
@@ -143,7 +144,7 @@ def resident_memory(files: list[bytes], batches: int) -> list[int]:
 
 
 def import_tensorflow() -> Any:
-    """TensorFlow, or None with a line that says what is missing."""
+    """TensorFlow, or None and a line with the reason."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         import tensorflow as tf

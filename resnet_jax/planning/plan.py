@@ -77,7 +77,7 @@ def make_plan(
     check_types(config)
     config = look_at_weights(config).config
     check(config)
-    devices = parse_topology(topology, network_gbits)
+    target = parse_topology(topology, network_gbits)
     for name, value, limit in (
         ("images", images, _MAX_IMAGES),
         ("num_classes", num_classes, MAX_CLASSES),
@@ -88,18 +88,18 @@ def make_plan(
     check_rate("images_per_core", images_per_core)
     source = _sized_source(config, images, num_classes)
     if batch_per_chip:
-        config = _with_batch_per_chip(config, batch_per_chip, devices)
-    check_batches(config, devices.devices)
+        config = _with_batch_per_chip(config, batch_per_chip, target)
+    check_batches(config, target.devices)
 
-    batch, tried = _compile_batches(config, devices, source, compiler, find_batch)
-    config = with_batch(config, batch * devices.chips)
+    batch, tried = _compile_batches(config, target, source, compiler, find_batch)
+    config = with_batch(config, batch * target.chips)
     per_core = images_per_core or _images_per_core(config, source)
     return {
-        **_run_fields(config, devices, source, batch),
-        **_memory_fields(tried[batch], devices),
-        **_bound_fields(tried[batch], devices, config, len(source), per_core),
-        "tried": [_tried_fields(size, tried[size], devices) for size in sorted(tried)],
-        "versions": installed_versions(("jax", *_COMPILER_PACKAGES[devices.accelerator.platform])),
+        **_run_fields(config, target, source, batch),
+        **_memory_fields(tried[batch], target),
+        **_bound_fields(tried[batch], target, config, len(source), per_core),
+        "tried": [_tried_fields(size, tried[size], target) for size in sorted(tried)],
+        "versions": installed_versions(("jax", *_COMPILER_PACKAGES[target.accelerator.platform])),
     }
 
 

@@ -91,7 +91,7 @@ class TestTopologies:
         ("name", "gbits", "seconds"),
         [
             # 1 GB: twice 7/8 of it over NVLink, or over PCIe; or twice a half over the network,
-            # at 8 x 400 Gbit/s, at 8 x 200, at 100 for the whole host, or as it is said.
+            # at 8 x 400 Gbit/s, at 8 x 200, at 100 for the whole host, or at the given rate.
             *[("h100:1", 0, 0), ("h100:8", 0, 1.75 / 450), ("h100-pcie:8", 0, 1.75 / 64)],
             *[("h100:2x8", 0, 1.75 / 450), ("a100-40:2x8", 0, 1.75 / 300)],
             *[("l4:2x4", 0, 1 / 12.5), ("h100:2x8", 100, 1 / 12.5), ("t4:4x1", 10, 1.5 / 1.25)],
@@ -121,7 +121,7 @@ class TestMemoryOfGpus:
         assert gpu.memory_pool(parse_topology("h100:8")) == int(0.75 * 84_942_979_072)
 
     @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
-    def test_as_the_shell_says(self, name):
+    def test_environment_variable(self, name):
         self.monkeypatch.setenv(name, "0.5")
         assert gpu.memory_pool(parse_topology("h100:8")) == 84_942_979_072 // 2
 
