@@ -7,7 +7,7 @@ the field `evaluate.also`, on which a network is evaluated while it trains.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,15 +199,16 @@ class HeldOutSets:
       >>> digits = tuple("0123456789")
       >>> with tempfile.TemporaryDirectory() as config.data.data_dir:
       ...     sets = HeldOutSets.open(config, model, digits, channels=1)
-      ...     for split, metrics in sets.evaluate(variables):
-      ...         print(split, metrics["images"], sorted(metrics))
-      digits:train[:8] 8 ['images', 'images_per_second', 'loss', 'top1', 'top5']
-      digits:test[:8] 8 ['images', 'images_per_second', 'loss', 'top1', 'top5']
+      ...     metrics = {name: sets.evaluate(name, variables) for name in sets.names}
+      >>> metrics["digits:test[:8]"]["images"], sorted(metrics["digits:train[:8]"])
+      (8, ['images', 'images_per_second', 'loss', 'top1', 'top5'])
     """
 
-    def __init__(self, evaluator: Evaluator | None, sources: Mapping[str, Source]) -> None:
+    def __init__(
+        self, evaluator: Evaluator | None = None, sources: Mapping[str, Source] | None = None
+    ) -> None:
         self._evaluator = evaluator
-        self._sources = sources
+        self._sources = sources or {}
 
     @classmethod
     def open(
@@ -232,7 +233,7 @@ class HeldOutSets:
           DataError: A data set is missing or damaged, or the network does not have its classes.
         """
         if not config.evaluate.also:
-            return cls(None, {})
+            return cls()
         # A head may be wider than the training data.
         numbers = map(str, range(len(class_names), model.num_classes))
         network = Network(
@@ -273,29 +274,21 @@ class HeldOutSets:
         """The fingerprint of each data set, which must be the same in all processes."""
         return {name: source.fingerprint for name, source in self._sources.items()}
 
-    def evaluate(
-        self, variables: Any, names: Collection[str] | None = None
-    ) -> Iterator[tuple[str, dict[str, float]]]:
-        """Evaluates {"params", "batch_stats"} on the devices, in all processes together.
+    def evaluate(self, name: str, variables: Any) -> dict[str, float]:
+        """Evaluates {"params", "batch_stats"} on a data set, in all processes together.
 
-        Yields for each data set its name and the fields of its record in metrics.jsonl: "loss"
-        (not where images of a network with one label have several), "top1", "top5", for a
-        multi-label network also "map", "f1" and "f1_micro"; "images" and "images_per_second".
-
-        Args:
-          variables: Variables of the network.
-          names: Data sets to evaluate. Default: all.
+        Returns the fields of its record in metrics.jsonl: "loss" (not where a network of one label
+        per image meets several), "top1", "top5", for a multi-label network also "map", "f1" and
+        "f1_micro"; "images" and "images_per_second".
 
         Raises:
-          DataError: More than data.max_corrupt images of a data set cannot be decoded.
+          DataError: More than data.max_corrupt images cannot be decoded.
           WeightsError: The network's outputs are not numbers.
         """
-        for name, source in self._sources.items():
-            if self._evaluator is None or (names is not None and name not in names):
-                continue
-            with _naming(f"evaluate.also = {name!r}"):
-                result = self._evaluator.evaluate(source, variables)
-            yield name, result.record()
+        if self._evaluator is None:
+            raise KeyError(name)
+        with _naming(f"evaluate.also = {name!r}"):
+            return self._evaluator.evaluate(self._sources[name], variables).record()
 
 
 def _parse(name: str) -> tuple[str, str]:

@@ -43,8 +43,7 @@ def test_the_numbers_of_the_trainers_evaluation(flip):
     variables = replicate(network.variables)
     held_out = HeldOutSets.open(config, network.model, DIGITS, 1)
     assert held_out.names == config.evaluate.also
-    found = dict(held_out.evaluate(variables))
-    assert list(found) == [*config.evaluate.also]
+    found = {name: held_out.evaluate(name, variables) for name in held_out.names}
     source = open_source("digits", "test[:100]")
     data = dataclasses.replace(config.data, channels=1)
     dataset = open_dataset(source, data, training=False, corrupt=CorruptImages(0, print))
@@ -56,14 +55,10 @@ def test_the_numbers_of_the_trainers_evaluation(flip):
     assert found["digits:train[:30]"]["images"] == 30
 
 
-def test_some_of_the_sets():
+def test_a_run_without_further_sets():
+    assert open_digits().names == ()
     held_out = open_digits("digits:test[:8]", "digits:train[:8]")
-    variables = replicate(tiny_network(10, channels=1).variables)
-    assert [name for name, _ in held_out.evaluate(variables, ["digits:train[:8]"])] == [
-        "digits:train[:8]"
-    ]
     assert held_out.fingerprints.keys() == {"digits:test[:8]", "digits:train[:8]"}
-    assert list(open_digits().evaluate(variables)) == []
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +80,8 @@ def test_variants_of_imagenet(variants):
     config.augment.mean, config.augment.std = (0.5,), (0.25,)
     network = imagenet_network()
     held_out = HeldOutSets.open(config, network.model, imagenet_ids(), 3)
-    found = dict(held_out.evaluate(replicate(network.variables)))
+    variables = replicate(network.variables)
+    found = {name: held_out.evaluate(name, variables) for name in also}
     for name in also:
         data, _, split = name.rpartition(":")
         expected = evaluate_data(network, data, split, data_dir=variants, batch_size=16)
@@ -109,8 +105,8 @@ def test_a_split_of_the_runs_own_folder(tmp_path):
     names, model = tuple(f"class{n}" for n in range(4)), tiny_network(5).model  # a wider head
     data = f"folder:{tmp_path}"
     held_out = HeldOutSets.open(configuration(f"{data}:val", name=data), model, names, 3)
-    ((_, record),) = held_out.evaluate(replicate(tiny_network(5).variables))
-    assert record["images"] == 8
+    variables = replicate(tiny_network(5).variables)
+    assert held_out.evaluate(f"{data}:val", variables)["images"] == 8
     with pytest.raises(rj.DataError, match=r"evaluate\.also = '.*:few': .*no images of 1 of the 4"):
         HeldOutSets.open(configuration(f"{data}:few", name=data), model, names, 3)
 
@@ -150,10 +146,10 @@ def test_an_image_that_cannot_be_decoded(tmp_path):
     for most in (10, 0):
         config = configuration(f"{data}:test", name=data, max_corrupt=most)
         held_out = HeldOutSets.open(config, network.model, names, 3, log=lines.append)
-        evaluation = held_out.evaluate(replicate(network.variables))
+        variables = replicate(network.variables)
         if most:
-            assert [record["images"] for _, record in evaluation] == [7]
+            assert held_out.evaluate(f"{data}:test", variables)["images"] == 7
             assert len(lines) == 1
         else:
             with pytest.raises(rj.DataError, match=r"evaluate\.also = .*data\.max_corrupt = 0"):
-                list(evaluation)
+                held_out.evaluate(f"{data}:test", variables)

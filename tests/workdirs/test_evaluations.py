@@ -63,7 +63,7 @@ def test_records_of_another_split_do_not_count():
     found = Evaluations(split="val")
     found.add(record(10, "test", top1=0.9))
     assert found.missing(10) == [RAW]
-    assert found.records(10) == []
+    assert found.best is None
 
 
 @pytest.mark.parametrize(
