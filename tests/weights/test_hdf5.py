@@ -96,8 +96,8 @@ def scale(group):
 @pytest.mark.parametrize(
     ("fill", "message"),
     [
-        (external, "a has its numbers in another file"),
-        (virtual, "a has its numbers in another file"),
+        (external, "a has its values in another file"),
+        (virtual, "a has its values in another file"),
         (link, "a is a link, maybe to another file"),
         (soft, "a is a link, maybe to another file"),
         (claim, "a would be 4,398,046,511,104 bytes"),

@@ -79,7 +79,7 @@ def read_torch(data: bytes, source: str) -> Mapping[str, Any]:
 
     def explain(error: Exception) -> WeightsError:
         if not (data.startswith(b"PK") or is_legacy_torch(data)):
-            return WeightsError("not a PyTorch file")
+            return WeightsError("not a PyTorch file" if data else "not a whole file: it is empty")
         if isinstance(error, zipfile.BadZipFile):
             return WeightsError("not a whole PyTorch file: its end is missing; download it again")
         if not isinstance(error, pickle.UnpicklingError):
