@@ -33,7 +33,7 @@ EVERYTHING = {
     "mixup": 0.2,
     "cutmix": 1.0,
 }
-WHOLE_LEVELS = ("flip", "pad", "rand_layers", "erase", "cutout", "cutmix")
+WHOLE_LEVELS = ("flip", "pad", "erase", "cutout", "cutmix")
 KEY = jax.random.key(0)
 
 
@@ -206,14 +206,19 @@ def kinds(originals, results, fill):
     return {name: float((results == known[name]).all((1, 2, 3)).mean()) for name in names}
 
 
+RAND = {"rand_layers": 1, "rand_magnitude": 9.0, "rand_magnitude_std": 0.5}
+TRIVIAL = {"trivial": True}
+
+
+def augmented_800(policy_fields, first=0, originals=None):
+    """Many images through the whole pipeline with a policy; each policy is compiled once."""
+    images = photo(1, height=17, width=17).repeat(800, axis=0) if originals is None else originals
+    return without_normalization(images, first=first, **policy_fields).round(), images
+
+
 def test_rand_augment_draws_each_operation_as_often():
-    count = 800
-    images = photo(1, height=17, width=17).repeat(count, axis=0).astype(np.float32)
-    draw = functools.partial(
-        policy.rand_augment, layers=1, magnitude=9.0, magnitude_std=0.5, fill=128.0
-    )
-    results = jax.jit(draw)(images, jax.random.split(KEY, count))
-    shares = kinds(images, results, 128.0)
+    results, images = augmented_800(RAND)
+    shares = kinds(images.astype(np.float32), results, 0.0)
     # Half stay as they are; four standard deviations of 800 draws.
     assert shares["Identity"] == pytest.approx(0.5, abs=0.071)
     for name in ("Invert", "AutoContrast", "Equalize"):
@@ -221,10 +226,8 @@ def test_rand_augment_draws_each_operation_as_often():
 
 
 def test_trivial_augment_draws_each_operation_as_often():
-    count = 800
-    images = photo(1, height=17, width=17).repeat(count, axis=0).astype(np.float32)
-    results = jax.jit(policy.trivial_augment)(images, jax.random.split(KEY, count))
-    shares = kinds(images, results, 0.0)
+    results, images = augmented_800(TRIVIAL)
+    shares = kinds(images.astype(np.float32), results, 0.0)
     # The identity, a 1/31 of the eight others with a magnitude of 0, 3/31 of Posterize (8 bits:
     # magnitudes 0 to 2), and translations by less than a pixel.
     expected = (1 + 8 / 31 + 3 / 31) / 14
@@ -233,6 +236,17 @@ def test_trivial_augment_draws_each_operation_as_often():
         assert shares[name] == pytest.approx(1 / 14, abs=0.037)
     # Solarize with a threshold of 0.
     assert shares["Invert"] == pytest.approx(1 / 31 / 14, abs=0.007)
+
+
+@pytest.mark.parametrize("policy_fields", [RAND, TRIVIAL], ids=["rand", "trivial"])
+def test_policies_depend_on_the_place_in_the_whole_batch(policy_fields):
+    """Exactly so: neither on the device's other images nor on the place among them."""
+    images = photo(800 + 150, height=17, width=17)
+    results, _ = augmented_800(policy_fields, 32, images[:800])
+    later, _ = augmented_800(policy_fields, 32 + 150, images[150:])
+    np.testing.assert_array_equal(results[150:], later[:-150])
+    elsewhere, _ = augmented_800(policy_fields, 0, images[:800])
+    assert (elsewhere != results).any((1, 2, 3)).mean() > 0.5
 
 
 # Formulas for accelerators.
@@ -653,27 +667,16 @@ def on_devices(images, labels, config, first):
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), parts)
 
 
-@pytest.mark.parametrize(
-    ("channels", "policy_fields"),
-    [
-        (3, {"rand_layers": 1}),
-        pytest.param(1, {"rand_layers": 0, "trivial": True}, marks=pytest.mark.slow),
-    ],
-)
-def test_images_do_not_depend_on_the_number_of_devices(policy_fields, channels):
+@pytest.mark.parametrize("channels", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_images_do_not_depend_on_the_number_of_devices(channels):
     """Exactly so for all that computes with whole levels."""
     images = photo(16, channels=channels, height=16, width=16)
     labels = np.arange(16, dtype=np.int32) % CLASSES
     fields = {name: EVERYTHING[name] for name in WHOLE_LEVELS}
-    fields = {**fields, **policy_fields, **(COLORS if channels == 3 else {})}
+    fields = {**fields, **(COLORS if channels == 3 else {})}
     whole = jax.tree.map(np.asarray, run(images, labels, first=32, **fields))
     chex.assert_tree_all_finite(whole)
-    if "trivial" in policy_fields:
-        halves = [run(images[i : i + 8], labels[i : i + 8], first=32 + i, **fields) for i in (0, 8)]
-        parts = jax.tree.map(lambda *x: np.concatenate(x), *halves)
-    else:
-        parts = on_devices(images, labels, Augment(**fields), 32)
-    chex.assert_trees_all_equal(whole, parts)
+    chex.assert_trees_all_equal(whole, on_devices(images, labels, Augment(**fields), 32))
     assert np.abs(whole[0] - run(images, labels, first=0, **fields)[0]).max() > 0.1
 
 
@@ -688,8 +691,10 @@ def test_fractions_of_levels_depend_on_devices_by_rounding_only():
 
 
 def test_switching_one_on_keeps_the_draws_of_the_others():
-    images = photo(16)
-    alone, both = (np.asarray(run(images, cutout=6, **fields)[0]) for fields in ({}, {"pad": 2}))
+    images = photo(400, channels=1)  # as another test has it
+    alone, both = (
+        np.asarray(run(images, cutout=5, **fields)[0]) for fields in ({}, {"flip": True})
+    )
     hole = (alone == 0).all(-1)
     assert (both[hole] == 0).all()
 
@@ -730,21 +735,19 @@ def test_the_images_that_the_loader_names_are_mirrored():
 @pytest.mark.parametrize("channels", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_other_channels_are_moved_as_each_alone(channels):
     images = photo(4, channels)
-    moves = Augment(
-        flip=True, pad=3, rotate=20.0, brightness=0.4, erase=1.0, cutout=5, mixup=0.2, cutmix=1.0
-    )
-    labels = jnp.zeros(4, int)
-    whole, _ = augment(images, labels, KEY, moves, CLASSES)
+    moves = {"flip": True, "pad": 3, "rotate": 20.0, "brightness": 0.4, "erase": 1.0, "cutout": 5}
+    moves |= {"mixup": 0.2, "cutmix": 1.0}
+    whole, _ = run(images, **moves)
     for each in range(channels):
-        alone, _ = augment(images[..., each : each + 1], labels, KEY, moves, CLASSES)
+        alone, _ = run(images[..., each : each + 1], **moves)
         chex.assert_trees_all_close(whole[..., each : each + 1], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("operation", ["AutoContrast", "Equalize", "Rotate", "Sharpness"])
 def test_operations_take_each_channel_alone(operation):
-    image = jnp.asarray(photo(channels=5), jnp.float32)
-    whole = policy.transform(image, operation, 3.0)
-    alone = policy.transform(image[..., 4:], operation, 3.0)
+    image = photo(channels=5, height=48, width=40)
+    whole = transform(image, operation, 3.0)
+    alone = transform(image[..., 4:], operation, 3.0)
     chex.assert_trees_all_close(whole[..., 4:], alone, atol=1e-3)
 
 
