@@ -19,7 +19,7 @@ from jax import lax
 
 from resnet_jax.config.schema import Config, Data, Evaluate, Log, Train
 from resnet_jax.distributed import data_parallel
-from resnet_jax.training import loop
+from resnet_jax.training import loop, run
 
 
 def idle_step(*_, **__):
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--per_call", default="1,25")
     options = parser.parse_args()
-    loop.make_train_step = idle_step
+    run.make_train_step = idle_step
     print(f"{'steps a call':>13}{'calls':>8}{'host us a step':>16}")
     for per_call in map(int, options.per_call.split(",")):
         row = measure(options.batch, options.steps, per_call)
@@ -54,12 +54,12 @@ def measure(batch: int, steps: int, per_call: int) -> dict:
     make = data_parallel.parallel_step
 
     def counting(*arguments, **options):
-        run = make(*arguments, **options)
+        step = make(*arguments, **options)
 
         def call(*arguments):
             nonlocal calls
             calls += 1
-            return run(*arguments)
+            return step(*arguments)
 
         return call
 

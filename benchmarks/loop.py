@@ -19,9 +19,9 @@ import numpy as np
 from resnet_jax.config.flags import parse_train_flags
 from resnet_jax.config.model import make_model
 from resnet_jax.distributed import data_parallel
+from resnet_jax.training.inputs import channels_of, open_sources
 from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import RunLength, make_optimizer
-from resnet_jax.training.setup import channels_of, open_sources
 from resnet_jax.training.state import create_state
 from resnet_jax.training.step import make_train_step
 

@@ -130,7 +130,7 @@ def measure(started: float, flags: list[str]) -> None:
     import jax
 
     from resnet_jax.config.flags import parse_train_flags
-    from resnet_jax.training import loop
+    from resnet_jax.training import inputs, loop, run
 
     parts: dict[str, float] = collections.defaultdict(float)
     parts["interpreter and imports"] = time.time() - started
@@ -158,11 +158,11 @@ def measure(started: float, flags: list[str]) -> None:
         if event in COMPILATION and "loading images" in parts and "first step" not in parts:
             parts[f"step: {COMPILATION[event]}"] += seconds
 
-    record_before, loop.MetricWriters.record = loop.MetricWriters.record, first_record
-    loop.open_sources = timed("opening the data set", loop.open_sources)
-    loop.create_state = timed("initial parameters", loop.create_state)
-    loop.MetricWriters.__init__ = timed("telemetry", loop.MetricWriters.__init__)
-    loop.open_dataset = timed("loading images", loop.open_dataset)
+    record_before, run.MetricWriters.record = run.MetricWriters.record, first_record
+    inputs.open_sources = timed("opening the data set", inputs.open_sources)
+    run.create_state = timed("initial parameters", run.create_state)
+    run.MetricWriters.__init__ = timed("metric writers", run.MetricWriters.__init__)
+    run.open_dataset = timed("loading images", run.open_dataset)
     jax.monitoring.register_event_duration_secs_listener(listen)
 
     loop.train(*parse_train_flags(flags))

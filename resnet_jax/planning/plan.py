@@ -23,8 +23,13 @@ from resnet_jax.packages import installed_versions
 from resnet_jax.planning.ahead import Program, step_compiler
 from resnet_jax.planning.topology import Topology, check_rate, parse_topology
 from resnet_jax.training.init_from import look_at_weights
+from resnet_jax.training.inputs import (
+    batch_parts,
+    check_batches,
+    check_source,
+    check_steps_per_call,
+)
 from resnet_jax.training.optimizer import RunLength
-from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
 
 # Images/s that one core of a host reads, decodes and crops, or gathers from memory, as
 # docs/decoding.md measured them.
@@ -91,7 +96,7 @@ def make_plan(
     if config.data.multi_label:
         source.label_shape = (source.num_classes,)
     check_source(config, source)
-    check_calls(config, source)
+    check_steps_per_call(config, source)
     per_chip = place.accelerator.devices_per_chip
     if batch_per_chip:
         unit = per_chip * batch_parts(config)

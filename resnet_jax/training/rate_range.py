@@ -19,22 +19,18 @@ import optax
 
 from resnet_jax.compile_cache import use_compile_cache
 from resnet_jax.config.model import make_model
-from resnet_jax.config.schema import Config, Schedule, check, check_types
-from resnet_jax.data.pipeline import CorruptImages, open_dataset, prefetch
+from resnet_jax.config.schema import Config, Schedule
+from resnet_jax.data.pipeline import CorruptImages, open_dataset
 from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError
 from resnet_jax.training.class_balance import class_weights, count_classes, training_sampler
-from resnet_jax.training.init_from import initial_variables, look_at_weights
+from resnet_jax.training.init_from import initial_variables
+from resnet_jax.training.inputs import channels_of, check_batches, check_memory, resolve
 from resnet_jax.training.optimizer import RunLength, make_optimizer, peak_learning_rate
-from resnet_jax.training.setup import (
-    channels_of,
-    check_batches,
-    check_memory,
-    open_sources,
-)
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.training.step import make_train_step
+from resnet_jax.training.step_program import StepProgram
 from resnet_jax.workdirs.environment import computes_on
 
 _STEPS = 20, 100_000
@@ -196,21 +192,14 @@ def find_rate(
       >>> curve.losses.shape
       (20,)
     """
-    check_types(config)
-    start = look_at_weights(config)
-    check(start.config)
     _check_range(low, high, steps)
-    sources = open_sources(start.config)
-    start = start.with_head(sources["train"].class_names)
-    config = start.config
-    for line in start.taken:
-        log(line)
+    config, sources = resolve(config, log)
     source, channels = sources["train"], channels_of(config, sources["train"])
     scale = peak_learning_rate(_with_rate(config, 1.0))
     config = _without_schedule(config, steps)
     model = make_model(config, source.num_classes)
     check_batches(config)
-    check_memory(config, model, channels, hosts=1)
+    check_memory(config, model, channels)
     use_compile_cache(config.log.compile_cache)
     length = RunLength.of(config, len(source))
     schedule = optax.schedules.exponential_decay(scale * low, steps - 1, high / low)
@@ -225,19 +214,16 @@ def find_rate(
         f"{config.model.name} on {config.data.name}: {steps} steps of {config.train.batch_size} "
         f"images on {computes_on(jax.devices())}, optimizer.learning_rate from {low:g} to {high:g}"
     )
-    with explain_out_of_memory(
-        f"a training step of train.batch_size = {config.train.batch_size}",
-        f"take a smaller one or train.accumulate = {2 * config.train.accumulate}",
-    ):
+    step = make_train_step(model, optimizer, config, length, class_weights=weights)
+    program = StepProgram(step, config, data, sampler)
+    window = max(round(_WINDOW * steps), 1)
+    with explain_out_of_memory(*program.memory_advice()):
         state = data_parallel.replicate(create_state(model, optimizer, config, channels, initial))
-        step = make_train_step(model, optimizer, config, length, class_weights=weights)
-        step = data_parallel.parallel_step(step)
-        made = data.train_batches(sampler, config, 0, steps)
-        batches = prefetch(map(data_parallel.shard_batch, made), config.data.prefetch)
-        window = max(round(_WINDOW * steps), 1)
-        # Closed in time they leave neither threads nor processes behind.
-        with contextlib.closing(made), contextlib.closing(batches), _progress(steps, bar) as shown:
-            losses, end = _train(config, state, step, shown(batches), window)
+        with (
+            contextlib.closing(program.batches(0, steps)) as batches,
+            _progress(steps, bar) as shown,
+        ):
+            losses, end = _train(config, state, program, shown(batches), window)
     rates = np.geomspace(low, high, steps)[: len(losses)]
     return RateCurve.of(rates, losses, window, scale, end)
 
@@ -245,15 +231,15 @@ def find_rate(
 def _train(
     config: Config,
     state: TrainState,
-    step: Callable[..., Any],
-    batches: Iterator[Any],
+    program: StepProgram,
+    batches: Iterator[tuple[int, Any]],
     window: int,
 ) -> tuple[list[float], str]:
     """(the loss of each step that was taken, why no more were or "")."""
     losses: list[float] = []
     average, least, skipped = _Average(window), float("inf"), 0
-    for batch in batches:
-        state, metrics = step(state, batch)
+    for _, batch in batches:
+        state, metrics = program(state, batch)
         loss = float(metrics["loss"])
         if not np.isfinite(loss):
             return losses, "the loss is not a number"

@@ -21,14 +21,15 @@ from jax import lax
 
 from resnet_jax.config.schema import Config, Loss
 from resnet_jax.data.augment.apply import augment
+from resnet_jax.data.sources.base import Batch
 from resnet_jax.evaluation.metrics import top_k_hits
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops.sharding import AXIS
 from resnet_jax.training.optimizer import RunLength, current_learning_rate, make_schedule
 from resnet_jax.training.state import TrainState
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def loss_per_image(
@@ -76,7 +77,7 @@ def make_train_step(
     length: RunLength,
     platform: str = "",
     class_weights: np.ndarray | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """The training step of a run.
 
     Args:
@@ -126,33 +127,6 @@ def make_train_step(
         return _unless_skipped(finite, new, state, on_cpu), metrics
 
     return step
-
-
-def make_steps(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    platform: str = "",
-) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, Metrics]]:
-    """Several training steps in one program, on batches gathered from a data set on the device.
-
-    Args:
-      step: From `make_train_step`.
-      platform: As there.
-
-    Returns:
-      steps(state, data, choices) -> (state, metrics) for one device. data is the whole set, with
-      "images" and "labels" as in a batch; choices are {"indices": int32 [N, steps]}, the images
-      of each step's batch, and what else a batch has, as [N, steps]. Metrics are [steps].
-    """
-
-    def steps(state: TrainState, data: Batch, choices: Batch) -> tuple[TrainState, Metrics]:
-        def one(state: TrainState, choice: Batch) -> tuple[TrainState, Metrics]:
-            batch = dict(choice)
-            indices = batch.pop("indices")
-            return step(state, {**batch, **{name: x[indices] for name, x in data.items()}})
-
-        return _scan(one, state, jax.tree.map(jnp.transpose, choices), platform)
-
-    return steps
 
 
 def _gradients(
@@ -215,7 +189,7 @@ def _gradients(
     names = ("loss", "top1", "top5", *(["labelled"] if sets else []))
     nothing = dict.fromkeys(names, jnp.float32(0))
     start = state.batch_stats, (jax.tree.map(jnp.zeros_like, state.params), nothing)
-    (batch_stats, total), _ = _scan(add_part, start, split, platform)
+    (batch_stats, total), _ = scan(add_part, start, split, platform)
     gradients, metrics = jax.tree.map(lambda x: x / parts, total)
     return gradients, batch_stats, metrics
 
@@ -234,7 +208,7 @@ def _is_cpu(platform: str) -> bool:
     return (platform or jax.default_backend()) == "cpu"
 
 
-def _scan(
+def scan(
     function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, platform: str
 ) -> tuple[Any, Any]:
     """`lax.scan`; without a loop on a CPU, where XLA runs its convolutions 17 times slower."""

@@ -24,7 +24,8 @@ from resnet_jax.data.memory import InMemoryDataset
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.report.runs import read_run
-from resnet_jax.training import loop
+from resnet_jax.training import metrics as metrics_module
+from resnet_jax.training import state_evaluator
 from resnet_jax.training import step as step_module
 from resnet_jax.training.loop import train
 from resnet_jax.training.metrics import MetricAccumulator
@@ -260,7 +261,7 @@ def test_too_many_skipped_steps_in_a_row(tmp_path, monkeypatch):
 
 def test_an_evaluation_that_is_no_number_is_no_record(tmp_path, monkeypatch):
     measured = {"images": 360.0, "loss": float("inf"), "top1": 0.1, "top5": 0.5}
-    monkeypatch.setattr(loop, "evaluate", lambda *_: dict(measured))
+    monkeypatch.setattr(state_evaluator, "evaluate", lambda *_: dict(measured))
     with pytest.raises(DivergedError, match=r"evaluated loss is not a number at step 3; no state"):
         train(configuration(), tmp_path)
     assert {record["split"] for record in records(tmp_path)} == {"train"}
@@ -278,13 +279,13 @@ def test_a_state_whose_evaluation_is_no_number_is_not_kept(steps, tmp_path, monk
 
 def measure_after(monkeypatch, calls, change):
     """Changes what evaluations give, or raises, after so many of `evaluate`'s calls."""
-    made, measure = [], loop.evaluate
+    made, measure = [], state_evaluator.evaluate
 
     def measuring(*arguments):
         made.append(measure(*arguments))
         return change(made[-1]) if len(made) > calls else made[-1]
 
-    monkeypatch.setattr(loop, "evaluate", measuring)
+    monkeypatch.setattr(state_evaluator, "evaluate", measuring)
 
 
 def fail(_):
@@ -471,7 +472,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(("steps_per_call", "accumulate"), [(1, 1), (2, 1), (1, 2)])
 def test_utilization_where_the_peak_is_known(steps_per_call, accumulate, tmp_path, monkeypatch):
     known = dataclasses.replace(ACCELERATORS["h100"], flops=1e9)
-    monkeypatch.setattr(loop, "find_accelerator", lambda kind: known)
+    monkeypatch.setattr(metrics_module, "find_accelerator", lambda kind: known)
     changes = {"train__steps_per_call": steps_per_call, "train__accumulate": accumulate}
     train(configuration(**changes), tmp_path)
     record = [r for r in records(tmp_path) if r["split"] == "train"][-1]
