@@ -22,7 +22,7 @@ from resnet_jax.limits import MAX_BATCH, MAX_CLASSES
 from resnet_jax.packages import installed_versions
 from resnet_jax.planning.ahead import Program, step_compiler
 from resnet_jax.planning.topology import Topology, check_rate, parse_topology
-from resnet_jax.training.init_from import look_at_weights
+from resnet_jax.training.init_from import fill_from_weights
 from resnet_jax.training.inputs import (
     batch_parts,
     check_batches,
@@ -80,7 +80,7 @@ def make_plan(
       DataError: Nothing is known of the data set.
     """
     check_types(config)
-    config = look_at_weights(config).config
+    config = fill_from_weights(config).config
     check(config)
     place = parse_topology(topology, network_gbits)
     for name, value, most in (

@@ -21,7 +21,7 @@ from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.limits import check_host_memory
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.training.class_balance import check_class_weights
-from resnet_jax.training.init_from import Start, look_at_weights
+from resnet_jax.training.init_from import Start, fill_from_weights
 from resnet_jax.training.optimizer import RunLength
 from resnet_jax.workdirs.environment import compared
 
@@ -87,12 +87,12 @@ def resolve(
     """Completes a configuration from its initial weights, checks it, and opens its splits."""
     group = group or ProcessGroup()
     check_types(config)
-    start = look_at_weights(config, workdir) if group.is_first else Start(config)
+    start = fill_from_weights(config, workdir) if group.is_first else Start(config)
     start = Start.from_json(group.broadcast_object(start.to_json()))
     check(start.config)
     sources = open_sources(start.config)
     start = start.with_head(sources["train"].class_names)
-    for line in start.taken if group.is_first else ():
+    for line in start.lines if group.is_first else ():
         log(line)
     return start.config, sources
 
