@@ -3,7 +3,7 @@
 source -> open_dataset -> train_batches (in the order of a sampler) or eval_batches -> prefetch
 
 A dataset whose crops do not vary and fit in memory is decoded once (memory.py). Any other is read,
-decoded and cropped while the run goes on (stream.py). Both have the same two methods:
+decoded and cropped during the run (stream.py). Both have the same two methods:
 
     dataset.train_batches(sampler, config, start, stop, shard)
     dataset.eval_batches(batch_size, shard)

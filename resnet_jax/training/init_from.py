@@ -75,7 +75,8 @@ class Start(NamedTuple):
         """Whether the head of the weights can be kept, and why."""
         found, width = self.classes, self.config.model.num_classes or len(wanted)
         if found == _HEADLESS:
-            return False, f"there is none of one linear layer, and {width:,} classes are needed"
+            need = f"{width:,} classes are needed"
+            return False, f"the weights have no head of one linear layer, and {need}"
         if len(found) != width:
             return False, f"it has {len(found):,} classes, and {width:,} are needed"
         known = [found]
@@ -88,7 +89,7 @@ class Start(NamedTuple):
                 True,
                 f"its {width:,} classes are matched to those of the data by order, not by name",
             )
-        return False, "its classes are called otherwise than those of the data, or in another order"
+        return False, "its classes have other names than those of the data, or another order"
 
     def to_json(self) -> str:
         """As text, to broadcast to other processes."""

@@ -240,7 +240,7 @@ def peak_share(config: Config, model: ResNet, channels: int) -> float:
 def diverged(
     what: str, done: int, checkpoints: Checkpoints | None, skipped: int = 0, discard: int = 0
 ) -> DivergedError:
-    """The error of a run whose numbers are not finite, with the last state to go on from.
+    """The error of a run whose numbers are not finite, with the last state to resume from.
 
     `discard` is the step of a saved state that is bad itself.
     """
@@ -259,7 +259,7 @@ def diverged(
 
 
 class Trace:
-    """Writes a profiler trace of the steps in log.profile; a run without a trace goes on."""
+    """Writes a profiler trace of the steps in log.profile; a failing trace does not end the run."""
 
     def __init__(self, config: Config, workdir: Path, log: Callable[[str], None]) -> None:
         wanted = config.log.profile and jax.process_index() == 0

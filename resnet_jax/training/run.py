@@ -314,6 +314,6 @@ def _describe(inputs: Inputs, saved: _Saved, data: _RunData, workdir: Path) -> I
         if source.left_out:
             yield f"in {source.split}: {source.left_out}"
     if saved.done:
-        yield f"going on after step {saved.done}"
+        yield f"resuming after step {saved.done}"
     names, counts = inputs.class_names, data.class_counts["train"]
     yield from class_balance.describe(config, names, counts, data.class_weights)

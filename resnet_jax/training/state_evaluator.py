@@ -72,8 +72,8 @@ class StateEvaluator:
             metrics = self.measure(state, done, self.history.missing(done), write=True)
         except (ConfigError, DataError):
             self.writers.log(
-                f"the evaluation after step {done} failed; the same command goes on with it from "
-                "the state that was saved before"
+                f"the evaluation after step {done} failed; the same command repeats it with the "
+                "state that is saved"
             )
             raise
         if self.checkpoints is not None:
@@ -166,5 +166,5 @@ class StateEvaluator:
 def stopped(done: int) -> StoppedError:
     """The error of a run that ends at a signal."""
     return StoppedError(
-        f"stopped by a signal after step {done}; all is saved, the same command goes on"
+        f"stopped by a signal after step {done}; all is saved, and the same command resumes"
     )

@@ -110,10 +110,16 @@ def test_a_configuration_that_leaves_nothing_reads_no_weights():
     [
         (("a", "b"), True, ("a", "b"), True, "kept: its classes are those of the data, by name"),
         (("a", "b"), True, ("b", "a"), False, "a new one: .* in another order"),
-        (("a", "b"), True, ("a", "c"), False, "a new one: its classes are called otherwise"),
+        (("a", "b"), True, ("a", "c"), False, "a new one: its classes have other names"),
         (("a", "b"), True, ("a", "b", "c"), False, "it has 2 classes, and 3 are needed"),
         (("0", "1"), False, ("a", "c"), True, "kept: .* by order, not by name"),
-        (("",), False, ("a", "b"), False, "there is none of one linear layer, and 2 classes"),
+        (
+            ("",),
+            False,
+            ("a", "b"),
+            False,
+            "the weights have no head of one linear layer, and 2 classes",
+        ),
     ],
 )
 def test_the_head_is_kept_where_it_fits(classes, named, data, keeps, line):

@@ -159,7 +159,7 @@ def test_what_is_missing_or_damaged_comes_from_the_copy(places, several):
     damage(run, 6)
     shutil.rmtree(run / "checkpoints" / "3")
     said = go_on(run, copy)
-    assert "going on after step 6" in said
+    assert "resuming after step 6" in said
     assert "step 6 is damaged: progress.json does not match its checksum; it is now" in said
     assert f"the state at step 6 is from checkpoint.copy_to = '{copy}'" in said
     assert contents(copy).keys() == before.keys()
