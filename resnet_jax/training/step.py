@@ -96,9 +96,9 @@ def make_train_step(
         found = _gradients(model, config, state, batch, scale, platform, class_weights)
         # Running statistics are those of all devices, even where each normalizes by its own.
         gradients, batch_stats, metrics = lax.pmean(found, AXIS)
-        if "labelled" in metrics:  # hits per image become hits per labeled image
-            labelled = jnp.maximum(metrics.pop("labelled"), jnp.finfo(jnp.float32).tiny)
-            metrics |= {name: metrics[name] / labelled for name in ("top1", "top5")}
+        if "labeled" in metrics:  # hits per image become hits per labeled image
+            labeled = jnp.maximum(metrics.pop("labeled"), jnp.finfo(jnp.float32).tiny)
+            metrics |= {name: metrics[name] / labeled for name in ("top1", "top5")}
         if state.loss_scale is not None:
             gradients = jax.tree.map(lambda x: x / scale, gradients)
         metrics["learning_rate"] = current_learning_rate(schedule, state.opt_state)
@@ -168,7 +168,7 @@ def _gradients(
             "top5": top_k_hits(logits, labels, 5).mean(dtype=jnp.float32),
         }
         if sets:
-            metrics["labelled"] = labels.any(1).mean(dtype=jnp.float32)
+            metrics["labeled"] = labels.any(1).mean(dtype=jnp.float32)
         return loss * scale, (batch_stats, metrics)
 
     def add_part(carry: Any, part: Batch) -> tuple[Any, None]:
@@ -178,7 +178,7 @@ def _gradients(
         )
         return (batch_stats, jax.tree.map(jnp.add, total, (gradients, metrics))), None
 
-    names = ("loss", "top1", "top5", *(["labelled"] if sets else []))
+    names = ("loss", "top1", "top5", *(["labeled"] if sets else []))
     nothing = dict.fromkeys(names, jnp.float32(0))
     start = state.batch_stats, (jax.tree.map(jnp.zeros_like, state.params), nothing)
     (batch_stats, total), _ = scan(add_part, start, split, platform)

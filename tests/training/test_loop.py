@@ -246,7 +246,7 @@ def test_skipped_steps_are_counted(steps_per_call, tmp_path, monkeypatch):
 
 
 def test_too_many_skipped_steps_in_a_row(tmp_path, monkeypatch):
-    """The run ends as diverged; the state that was saved before stays, and can be gone on from."""
+    """The run ends as diverged; the last saved state stays, and the run can resume from it."""
     poison(monkeypatch, 3, 4, 5)
     config = configuration(train__max_skipped=1, checkpoint__every_steps=3)
     config.evaluate.every_epochs = 1.0
@@ -269,7 +269,7 @@ def test_an_evaluation_that_is_no_number_is_no_record(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps", [3, 6])
 def test_a_state_whose_evaluation_is_no_number_is_not_kept(steps, tmp_path, monkeypatch):
-    """The run goes on from the one before it, as if the bad one had never been saved."""
+    """The run resumes from the state before it, as if the bad one had never been saved."""
     measure_after(monkeypatch, steps - 3, lambda metrics: {**metrics, "loss": float("nan")})
     where = "the last good state is at step 3" if steps == 6 else "no state was saved"
     with pytest.raises(DivergedError, match=f"not a number at step {steps}; {where}"):
@@ -420,7 +420,7 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
     config.checkpoint.init_from = str(tmp_path / "first")
     train(config, tmp_path)
     shutil.rmtree(tmp_path / "first")
-    train(config, tmp_path)  # goes on without the weights it started from
+    train(config, tmp_path)  # resumes without its initial weights
     _, start, _ = load_variables(straight[0])
     _, end, _ = load_variables(tmp_path)
     for part in start["params"]:
