@@ -55,12 +55,12 @@ def measure(batch: int, steps: int, per_call: int) -> dict:
     make = data_parallel.parallel_step
 
     def counting(*arguments, **options):
-        run = make(*arguments, **options)
+        step = make(*arguments, **options)
 
         def call(*arguments):
             nonlocal calls
             calls += 1
-            return run(*arguments)
+            return step(*arguments)
 
         return call
 

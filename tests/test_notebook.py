@@ -163,7 +163,7 @@ def features_without_and_with_pretrained_weights(notebook):
 def resumes_a_stopped_run(notebook):
     text = printed(find(notebook, "def press_stop"))
     assert "stopped by a signal" in text
-    assert "going on after step" in text
+    assert "resuming after step" in text
     assert "largest difference of any weight: 0.0" in text
 
 

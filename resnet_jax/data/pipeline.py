@@ -3,7 +3,7 @@
 source -> open_dataset -> train_batches (in the order of a sampler) or eval_batches -> prefetch
 
 A dataset whose crops do not vary and fit in memory is decoded once (memory.py). Any other is read,
-decoded and cropped while the run goes on (stream.py). Both have the same two methods:
+decoded and cropped during the run (stream.py). Both have the same two methods:
 
     dataset.train_batches(sampler, config, start, stop, shard)
     dataset.eval_batches(batch_size, shard)
@@ -19,13 +19,14 @@ from typing import Any
 from resnet_jax.config.schema import Data
 from resnet_jax.data.corrupt import CorruptImages
 from resnet_jax.data.memory import InMemoryDataset, fits_memory, index_batch
-from resnet_jax.data.sampler import BalancedSampler, IndexSampler, Shard
+from resnet_jax.data.sampler import WHOLE, BalancedSampler, IndexSampler, Shard
 from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch
 from resnet_jax.data.stream import StreamedDataset
 from resnet_jax.errors import DataError
 
 __all__ = [
+    "WHOLE",
     "BalancedSampler",
     "Batch",
     "CorruptImages",

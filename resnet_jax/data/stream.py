@@ -1,4 +1,4 @@
-"""Datasets whose images are read, decoded and cropped while the run goes on.
+"""Datasets whose images are read, decoded and cropped during the run.
 
 Threads of this process divide the images of each batch among themselves and write them straight
 into it. With worker processes (workers.py) each process makes whole batches.

@@ -1,9 +1,9 @@
 """Worker processes that decode whole batches.
 
-This process sends each worker the numbers of steps. The worker writes the images into a ring of
-buffers in memory that both share, and sends back what else belongs to the batch.
+This process sends step numbers to each worker. The worker writes the images of a batch into a ring
+of buffers in shared memory, and sends back the rest of the batch.
 
-The memory has no name in the file system: it is gone with the last process that has it open, also
+The memory has no name in the file system: it is freed with the last process that has it open, even
 after SIGKILL, and the size of /dev/shm (64 MB in many containers) does not limit it.
 """
 
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
 
 
 def decode_in_processes(batches: Batches) -> Generator[Batch, None, None]:
-    """The workers make batches in turn; each of a worker's threads makes one of them."""
+    """The workers make batches in turn; each thread of a worker makes one batch."""
     config = batches.config
     count = min(config.workers, len(batches))
-    ring = config.prefetch + 1  # so that a worker goes on while a batch is taken from it
+    ring = config.prefetch + 1  # so that a worker is busy while one of its batches is read
     workers: list[_Worker] = []
     try:
         for _ in range(count):
             workers.append(_Worker(batches, ring))
         for step in range(min(count * ring, len(batches))):
-            workers[step % count].ask(step)
+            workers[step % count].request(step)
         for step in range(len(batches)):
             worker, later = workers[step % count], step + count * ring
-            batch = worker.take()
+            batch = worker.receive()
             if later < len(batches):
-                worker.ask(later)
+                worker.request(later)
             yield batch
     finally:
         for worker in workers:
@@ -59,26 +59,26 @@ def decode_in_processes(batches: Batches) -> Generator[Batch, None, None]:
 
 
 class _Worker:
-    """A worker process, as its parent sees it."""
+    """A worker process, seen from its parent."""
 
     def __init__(self, batches: Batches, ring: int) -> None:
         config = batches.config
         self._count = config.workers
-        self._taken = 0
-        context = multiprocessing.get_context("spawn")  # a fork may copy a lock that JAX holds
+        self._received = 0
+        context = multiprocessing.get_context("spawn")  # a fork may copy a held lock of JAX
         shape = (ring, *batches.shape)
         threads = min(config.threads, config.prefetch)
         memory = -1
         try:
             memory = _nameless_memory(shape)
             self._images = _map(memory, shape)
-            self._connection, theirs = context.Pipe()
+            self._connection, remote = context.Pipe()
             self._process = context.Process(
-                target=_work, args=(theirs, batches, shape, threads), daemon=True
+                target=_work, args=(remote, batches, shape, threads), daemon=True
             )
             self._process.start()
-            theirs.close()
-            # It ignores SIGTERM, by which Python ends such processes at its own end.
+            remote.close()
+            # The worker ignores SIGTERM, by which Python ends daemon processes at exit.
             atexit.register(self._process.kill)
             reduction.send_handle(self._connection, memory, self._process.pid)
         except OSError as error:
@@ -89,16 +89,16 @@ class _Worker:
             ) from error
         finally:
             if memory >= 0:
-                os.close(memory)  # what is mapped stays
+                os.close(memory)  # the mapping stays
 
-    def ask(self, step: int) -> None:
-        """Sends the number of a step; `take` returns the batches in the order of these."""
+    def request(self, step: int) -> None:
+        """Asks for the batch of a step; `receive` returns batches in the order of requests."""
         try:
             self._connection.send(step)
         except OSError as error:
             raise self._lost() from error
 
-    def take(self) -> Batch:
+    def receive(self) -> Batch:
         """Waits for the next batch."""
         try:
             batch = self._connection.recv()
@@ -106,12 +106,12 @@ class _Worker:
             raise self._lost() from error
         if isinstance(batch, BaseException):
             raise batch
-        images = self._images[self._taken % len(self._images)]
-        self._taken += 1
-        return {"images": images.copy(), **batch}  # the worker overwrites its own
+        images = self._images[self._received % len(self._images)]
+        self._received += 1
+        return {"images": images.copy(), **batch}  # the worker reuses its buffers
 
     def close(self) -> None:
-        """Ends the process, which has nothing to save."""
+        """Kills the process, which has nothing to save."""
         self._connection.close()
         self._process.kill()
         self._process.join()
@@ -123,7 +123,7 @@ class _Worker:
         if code is not None and code >= 0:
             return self._fault(f"a worker process ended with exit code {code}; its lines say why")
         return self._fault(
-            "a worker process was killed, perhaps for want of memory; the same command goes on "
+            "a worker process was killed, perhaps because memory ran out; the same command resumes "
             "from the last checkpoint, and fewer workers or a smaller data.prefetch need less"
         )
 
@@ -132,7 +132,7 @@ class _Worker:
 
 
 def _nameless_memory(shape: tuple[int, ...]) -> int:
-    """A descriptor of memory for bytes of a shape."""
+    """A file descriptor of anonymous memory for a uint8 array."""
     size = math.prod(shape)
     if hasattr(os, "memfd_create"):
         memory = os.memfd_create("resnet_jax")
@@ -153,9 +153,9 @@ def _map(memory: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _work(connection: Connection, batches: Batches, shape: tuple[int, ...], threads: int) -> None:
-    """What a worker does until its parent ends it, or ends."""
-    jax.config.update("jax_platforms", "cpu")  # or JAX would take memory of the parent's GPU
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # these are the parent's matter
+    """Makes batches in a worker until its parent kills it, or exits."""
+    jax.config.update("jax_platforms", "cpu")  # or JAX would allocate memory on the parent's GPU
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent handles these
         signal.signal(number, signal.SIG_IGN)
     memory = reduction.recv_handle(connection)
     images = _map(memory, shape)
@@ -169,11 +169,11 @@ def _work(connection: Connection, batches: Batches, shape: tuple[int, ...], thre
         return batch
 
     def receive() -> None:
-        asked = 0
+        requests = 0
         try:
             while True:
-                begun.put(pool.submit(make, connection.recv(), asked % len(images)))
-                asked += 1
+                begun.put(pool.submit(make, connection.recv(), requests % len(images)))
+                requests += 1
         except (EOFError, OSError):  # the parent's end of the pipe is closed
             os._exit(0)
         except RuntimeError as error:  # a thread cannot be started
@@ -196,10 +196,10 @@ def _failed(error: BaseException) -> concurrent.futures.Future[Batch]:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error as a pipe can carry it, with its traceback as a note."""
+    """The error in a form that can be pickled, with its traceback as a note."""
     error.add_note("".join(["In a worker process:\n", *traceback.format_exception(error)]))
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
-    except Exception:  # of any kind, from the error's own class
+    except Exception:  # any kind: the class of the error runs its own code
         return RuntimeError(f"{type(error).__name__}: {one_line(error)}")
     return error

@@ -25,10 +25,11 @@ from resnet_jax.planning import gpu, tpu
 from resnet_jax.planning.topology import Topology
 from resnet_jax.planning.traffic import Traffic, count_traffic
 from resnet_jax.training.class_balance import class_weights
+from resnet_jax.training.inputs import channels_of
 from resnet_jax.training.optimizer import RunLength, make_optimizer
-from resnet_jax.training.setup import channels_of
 from resnet_jax.training.state import state_shapes
-from resnet_jax.training.step import make_steps, make_train_step
+from resnet_jax.training.step import make_train_step
+from resnet_jax.training.step_program import make_steps
 
 
 @dataclasses.dataclass(frozen=True)

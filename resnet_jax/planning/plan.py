@@ -22,9 +22,14 @@ from resnet_jax.limits import MAX_BATCH, MAX_CLASSES
 from resnet_jax.packages import installed_versions
 from resnet_jax.planning.aot import CompiledStep, step_compiler
 from resnet_jax.planning.topology import Topology, check_rate, parse_topology
-from resnet_jax.training.init_from import look_at_weights
+from resnet_jax.training.init_from import fill_from_weights
+from resnet_jax.training.inputs import (
+    batch_parts,
+    check_batches,
+    check_source,
+    check_steps_per_call,
+)
 from resnet_jax.training.optimizer import RunLength
-from resnet_jax.training.setup import batch_parts, check_batches, check_calls, check_source
 
 # Images/s that one core of a host decodes and crops, or gathers from memory; measured in
 # docs/decoding.md.
@@ -75,7 +80,7 @@ def make_plan(
       DataError: The size of the data set is not known.
     """
     check_types(config)
-    config = look_at_weights(config).config
+    config = fill_from_weights(config).config
     check(config)
     target = parse_topology(topology, network_gbits)
     for name, value, limit in (
@@ -110,7 +115,7 @@ def _sized_source(config: Config, images: int, num_classes: int) -> Source:
     if config.data.multi_label:
         source.label_shape = (source.num_classes,)
     check_source(config, source)
-    check_calls(config, source)
+    check_steps_per_call(config, source)
     return source
 
 

@@ -1,4 +1,4 @@
-"""How many images each class has, and what a run makes of it: its sampler and its class weights."""
+"""Images of each class, and what follows from them: the sampler and the class weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from resnet_jax.data.pipeline import BalancedSampler, Dataset, IndexSampler
 from resnet_jax.errors import ConfigError
 from resnet_jax.terminal import visible
 
-# How many times the images of the smallest class the largest one has, before a run says so.
+# A run reports an imbalance where the largest class has more than this many times the images of the
+# smallest one.
 _IMBALANCED = 3
-_NAMED = 8  # classes of a run with several labels an image
-_LISTED = 20  # weights of at most so many classes are all shown
+_MAX_NAMES = 8  # classes named in the line about sets of labels
+_MAX_WEIGHTS = 20  # classes whose weights are all listed
 
 
 def training_sampler(config: Config, data: Dataset, log: Callable[[str], None]) -> IndexSampler:
@@ -61,14 +62,7 @@ def _log_reading(data: Dataset, field: str, log: Callable[[str], None]) -> None:
 
 
 def check_class_weights(loss: Loss, classes: int) -> None:
-    """Checks that there are as many given weights as classes.
-
-    Args:
-      loss: With `class_weights`.
-      classes: Of the data set.
-
-    Raises:
-      ConfigError: There are more or fewer.
+    """Checks that loss.class_weights gives a weight for each class of the dataset.
 
     Example:
       >>> check_class_weights(Loss(class_weights="1,2.5"), classes=3)
@@ -87,16 +81,10 @@ has 3 classes; give one for each, in the order of classes.json, or 'balanced'
 
 
 def class_weights(loss: Loss, counts: np.ndarray, outputs: int) -> np.ndarray | None:
-    """What the loss of each class's own images is multiplied by.
+    """Factors of the loss for the outputs of the network, float32 [outputs]; None without.
 
-    Args:
-      loss: With `class_weights`.
-      counts: Training images of each class, for "balanced".
-      outputs: Of the network; as many as classes, or more.
-
-    Returns:
-      float32 [outputs], 0 for outputs and classes without images; None without weights. Balanced
-      ones are N / (K n) for n of N images, where K classes have any: 1 on average over the images.
+    Balanced weights are N / (K n) for a class with n of N images, where K classes have any: 1 on
+    average over the images, 0 for outputs and classes without images.
 
     Example:
       >>> class_weights(Loss(class_weights="balanced"), np.array([30, 10, 0]), outputs=4).tolist()
@@ -117,17 +105,7 @@ def class_weights(loss: Loss, counts: np.ndarray, outputs: int) -> np.ndarray | 
 def describe(
     config: Config, names: Sequence[str], counts: np.ndarray, weights: np.ndarray | None
 ) -> list[str]:
-    """What the first lines of a run say of its classes.
-
-    Args:
-      config: The configuration of the run.
-      names: Of the classes.
-      counts: From `count_classes`.
-      weights: From `class_weights`.
-
-    Returns:
-      A line for the classes of sets of labels, for imbalance, for the sampler and for class
-      weights, as far as there are such.
+    """Lines for the log about sets of labels, imbalance, the sampler and class weights.
 
     Example:
       >>> print(*describe(Config(), ["cat", "dog"], np.array([40, 10]), None), sep="\\n")
@@ -138,7 +116,7 @@ loss.class_weights = 'balanced' evens that out
     balanced = config.data.sampler == "balanced"
     names = [visible(name) for name in names]
     if config.data.multi_label and counts.any():
-        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        shown = ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
         lines.append(f"classes: {shown}; {counts.sum():,} labels in all")
     if counts.any():
         there = np.flatnonzero(counts)
@@ -159,15 +137,15 @@ loss.class_weights = 'balanced' evens that out
                 f"{names[most]} {each / counts[most]:.3g} times"
             )
     if weights is not None:
-        lines.append(f"loss.class_weights: {_shown(weights[: len(names)], names)}")
+        lines.append(f"loss.class_weights: {_list_weights(weights[: len(names)], names)}")
         if counts.any() and config.loss.class_weights != "balanced":
             mean = (weights[: len(names)] * counts).sum() / counts.sum()
             lines[-1] += f"; {mean:.3g} on average over the training images"
     return lines
 
 
-def _shown(weights: np.ndarray, names: Sequence[str]) -> str:
-    if len(names) <= _LISTED:
+def _list_weights(weights: np.ndarray, names: Sequence[str]) -> str:
+    if len(names) <= _MAX_WEIGHTS:
         return ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights))
     first, last = int(weights.argmin()), int(weights.argmax())
     return f"from {weights[first]:.4g} ({names[first]}) to {weights[last]:.4g} ({names[last]})"

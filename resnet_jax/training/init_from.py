@@ -1,10 +1,10 @@
-"""Where a run's parameters come from: chance, a weight file, a workdir, or the Hub.
+"""Initial weights of a run: random, or from a weight file, a workdir, or the Hub.
 
-Weights come with facts: which network they are of, how its images are prepared, what its outputs
-mean. A recipe for fine-tuning leaves these fields of the configuration empty, and they are taken
+Weights come with facts: which network they belong to, how its images are prepared, what its outputs
+mean. A recipe for fine-tuning leaves these fields of the configuration empty. They are filled in
 from the weights before the configuration is checked:
 
-look_at_weights -> Start.config -> check, open_sources -> Start.with_head -> initial_variables
+fill_from_weights -> Start.config -> check, open_sources -> Start.with_head -> initial_variables
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from resnet_jax.weights.pretrained import load_pretrained
 from resnet_jax.weights.source import open_network
 from resnet_jax.workdirs.workdir import has_states, read_config
 
-# Fields that may be left to the weights, and the value that leaves them.
-_LEFT: dict[str, Any] = {
+# Fields that the weights may fill in, and the value by which a configuration leaves them open.
+_OPEN_VALUES: dict[str, Any] = {
     "model.name": "",
     "data.image_size": 0,
     "data.interpolation": "",
@@ -41,56 +41,44 @@ _LEFT: dict[str, Any] = {
     "augment.std": (),
     "checkpoint.reset_head": None,
 }
-# Left too where one of those is; elsewhere 0 means the data's own, or the same as image_size.
-_LEFT_WITH_THEM = ("data.channels", "data.eval_size", "data.eval_resize")
-_HEADLESS = ("",)  # names of the classes of weights without a head
+# 0 leaves these open where one of the others is; elsewhere it means the data's own value, or the
+# same as image_size.
+_OPENED_WITH_OTHERS = ("data.channels", "data.eval_size", "data.eval_resize")
+_HEADLESS = ("",)  # class names of weights without a head
 # Fields of `ResNet` that a configuration has too, and that change what weights mean.
 _MODEL_FIELDS = ("shortcut", "stride_in_1x1")
-# Those that differ without a change of what the network computes for given weights.
+# Fields of `ResNet` that do not change what the network computes for given weights.
 _FREE_FIELDS = ("name", "parent", "num_classes", "dropout_rate", "precision", "zero_init_residual")
 
 
 class Start(NamedTuple):
-    """What a run starts from.
-
-    Args:
-      config: The configuration, with what it left to the weights. The head is still to be decided.
-      taken: What was taken from the weights, a line each for people.
-      classes: Names of the outputs of the weights; () where there is nothing to decide.
-      named: Somebody said that the outputs are called so.
-    """
+    """A configuration that is filled in from the weights it starts from, but for the head."""
 
     config: Config
-    taken: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    named: bool = False
+    lines: tuple[str, ...] = ()  # for the log: what was filled in
+    classes: tuple[str, ...] = ()  # names of the outputs of the weights; () if none are compared
+    named: bool = False  # whether the names come with the weights, and are not assumed
 
     def with_head(self, data_classes: Sequence[str]) -> Start:
-        """Decides checkpoint.reset_head, where the configuration leaves it to the weights.
-
-        Args:
-          data_classes: Of the data set.
-
-        Returns:
-          The same with reset_head in `config`, and a line about it.
-        """
+        """Decides checkpoint.reset_head by the classes of the data, where it is left open."""
         if self.config.checkpoint.reset_head is not None:
             return self
-        keeps, reason = self._judge_head(tuple(data_classes))
+        keeps, reason = self._keeps_head(tuple(data_classes))
         checkpoint = dataclasses.replace(self.config.checkpoint, reset_head=not keeps)
         line = (
             f"the head of the weights is {'kept' if keeps else 'replaced by a new one'}: {reason}"
         )
         config = dataclasses.replace(self.config, checkpoint=checkpoint)
         return self._replace(
-            config=config, taken=(*self.taken, line) if self.classes else self.taken
+            config=config, lines=(*self.lines, line) if self.classes else self.lines
         )
 
-    def _judge_head(self, wanted: tuple[str, ...]) -> tuple[bool, str]:
+    def _keeps_head(self, wanted: tuple[str, ...]) -> tuple[bool, str]:
         """Whether the head of the weights can be kept, and why."""
         found, width = self.classes, self.config.model.num_classes or len(wanted)
         if found == _HEADLESS:
-            return False, f"there is none of one linear layer, and {width:,} classes are needed"
+            need = f"{width:,} classes are needed"
+            return False, f"the weights have no head of one linear layer, and {need}"
         if len(found) != width:
             return False, f"it has {len(found):,} classes, and {width:,} are needed"
         known = [found]
@@ -103,72 +91,66 @@ class Start(NamedTuple):
                 True,
                 f"its {width:,} classes are matched to those of the data by order, not by name",
             )
-        return False, "its classes are called otherwise than those of the data, or in another order"
+        return False, "its classes have other names than those of the data, or another order"
 
     def to_json(self) -> str:
-        """All of it as text, to be told to other processes."""
+        """As text, to broadcast to other processes."""
         return json.dumps([to_json(self.config), *self[1:]])
 
     @classmethod
     def from_json(cls, text: str) -> Start:
-        """What `to_json` wrote."""
-        config, taken, classes, named = json.loads(text)
-        return cls(from_json(config), tuple(taken), tuple(classes), named)
+        """Reads the text of `to_json`."""
+        config, lines, classes, named = json.loads(text)
+        return cls(from_json(config), tuple(lines), tuple(classes), named)
 
 
-def look_at_weights(config: Config, workdir: Path | None = None) -> Start:
-    """Fills in what a configuration leaves to the weights that it starts from.
+def fill_from_weights(config: Config, workdir: Path | None = None) -> Start:
+    """Fills in the fields that a configuration leaves to checkpoint.init_from.
 
-    It leaves model.name, data.interpolation and data.eval_crop by "", data.image_size by 0,
-    augment.mean and std by (), and checkpoint.reset_head by None. With any of these, 0 in
-    data.channels, data.eval_size and data.eval_resize leaves them too.
-
-    Args:
-      config: The configuration of a run.
-      workdir: Of the run, which has the values where it is going on.
-
-    Returns:
-      The configuration to check, and what was taken. Where nothing is left open, or there are no
-      weights, the same configuration.
+    Open are model.name, data.interpolation and data.eval_crop where they are "", data.image_size
+    where it is 0, augment.mean and std where they are (), and checkpoint.reset_head where it is
+    None. With any of these, 0 leaves data.channels, data.eval_size and data.eval_resize open, too.
+    A run that resumes has the values in its workdir.
 
     Raises:
-      ConfigError: The weights cannot be read, or are those of another network.
+      ConfigError: The weights cannot be read, or belong to another network.
 
     Example:
-      >>> look_at_weights(Config()).config == Config()
+      >>> fill_from_weights(Config()).config == Config()
       True
     """
     before = to_flat(config)
-    left = [name for name, value in before.items() if _is_left(name, value)]
-    if not left or not config.checkpoint.init_from:
+    fields = [name for name, value in before.items() if _is_open(name, value)]
+    if not fields or not config.checkpoint.init_from:
         return Start(config)
-    left += [name for name in _LEFT_WITH_THEM if before[name] == 0]
+    fields += [name for name in _OPENED_WITH_OTHERS if before[name] == 0]
     if workdir is not None and has_states(workdir):
         stored = to_flat(read_config(workdir))
-        return Start(_replaced(config, {name: stored[name] for name in left}))
+        return Start(_replaced(config, {name: stored[name] for name in fields}))
     network = _open(config)
-    facts = _facts(network, config, left)
-    values = {name: facts[name] for name in facts if name in left}
+    facts = _facts(network, config, fields)
+    values = {name: facts[name] for name in facts if name in fields}
     values |= {f"model.{name}": facts[f"model.{name}"] for name in _MODEL_FIELDS}
     shown = [f"{name} = {x!r}" for name, x in values.items() if x != before[name]]
     lines = [f"from {config.checkpoint.init_from}: {', '.join(shown)}"]
-    # The flags that a line names are those of commands that open a network.
+    # Some lines name a flag of the commands that open a network.
     assumed = [re.sub(r" \(--[^)]*\)", "", line) for line in network.assumed]
     lines += [f"assumed of it: {line}" for line in assumed]
     classes = network.class_names if network.model.num_classes else _HEADLESS
     return Start(_replaced(config, values), tuple(lines), classes, network.named)
 
 
-def _is_left(name: str, value: Any) -> bool:
-    if name not in _LEFT:
+def _is_open(name: str, value: Any) -> bool:
+    if name not in _OPEN_VALUES:
         return False
     if isinstance(value, list):  # as JSON has it
         value = tuple(value)
-    return type(value) is type(_LEFT[name]) and bool(value == _LEFT[name])  # False is not 0
+    open_value = _OPEN_VALUES[name]
+    return type(value) is type(open_value) and bool(value == open_value)  # False is not 0
 
 
 def _replaced(config: Config, values: dict[str, Any]) -> Config:
-    """A copy with other values, by the fields' dotted names."""
+    """A copy with other values of fields, given by their dotted names."""
     copy = from_json(to_json(config))
     for name, value in values.items():
         section, _, field = name.partition(".")
@@ -186,15 +168,15 @@ def _open(config: Config) -> Network:
         raise ConfigError(f"checkpoint.init_from = {source!r}: {one_line(reason)}") from error
 
 
-def _facts(network: Network, config: Config, left: Sequence[str]) -> dict[str, Any]:
-    """What the weights say, by the fields' dotted names."""
+def _facts(network: Network, config: Config, fields: Sequence[str]) -> dict[str, Any]:
+    """The values that the weights give to fields, by dotted names."""
     before = network.preprocessing
     size, eval_size = before.image_size, 0
     if network.config is not None:  # a run may be evaluated at another size
         size, eval_size = network.config.data.image_size, network.config.data.eval_size
-    if "data.image_size" not in left:
+    if "data.image_size" not in fields:
         size, eval_size = config.data.image_size, 0
-    evaluated = (eval_size if "data.eval_size" in left else config.data.eval_size) or size
+    evaluated = (eval_size if "data.eval_size" in fields else config.data.eval_size) or size
     resized = int(evaluated / before.crop_fraction + 1e-6)
     return {
         "model.name": network.name,
@@ -211,7 +193,7 @@ def _facts(network: Network, config: Config, left: Sequence[str]) -> dict[str, A
 
 
 def _model_facts(network: Network, config: Config) -> dict[str, Any]:
-    """How the network differs from the registered one of its name, as a configuration says it."""
+    """Fields of `config.model` by which a network differs from the registered one of its name."""
     if network.config is not None:
         return {f"model.{name}": getattr(network.config.model, name) for name in _MODEL_FIELDS}
     registered = create_model(network.name)
@@ -241,21 +223,12 @@ def _is_hub_folder(path: Path) -> bool:
 
 
 def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str, Any] | None:
-    """The variables that checkpoint.init_from names.
+    """The variables that checkpoint.init_from names; None for random ones.
 
-    Those of a network for grey or color images also start one of other channels, if data.channels
-    says how many.
-
-    Args:
-      config: The configuration of a run.
-      model: Its network.
-      channels: Of its images.
-
-    Returns:
-      {"params", "batch_stats"}; None where the run starts from random parameters.
+    Weights for gray or color images are converted to other channels where data.channels is set.
 
     Raises:
-      ConfigError: They cannot be read or do not fit, as the message of `load_weights` says.
+      ConfigError: They cannot be read or do not fit the network.
 
     Example:
       >>> import resnet_jax as rj

@@ -15,34 +15,39 @@ import jax
 import numpy as np
 
 from resnet_jax.config.schema import Config, profile_steps
+from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.errors import ConfigError, DivergedError, one_line
+from resnet_jax.models.resnet import ResNet
+from resnet_jax.models.summary import training_flops
+from resnet_jax.training.optimizer import RunLength
+from resnet_jax.workdirs.checkpoint import Checkpoints
 from resnet_jax.workdirs.metric_writers import MetricWriters
 from resnet_jax.workdirs.records import LARGEST_STEP, TRAINING, is_number
 
-# Steps handed to the devices before the oldest is waited for: one runs while the next is queued.
-_IN_FLIGHT = 2
+# Calls handed to the devices before the oldest is waited for: one runs while the next is queued.
+_CALLS_IN_FLIGHT = 2
 
 
 @dataclasses.dataclass
 class _Sums:
-    """Of the steps since the last record; a checkpoint carries them to the next start."""
+    """Sums over the steps since the last record. A checkpoint carries them to the next start."""
 
     steps: int = 0
     totals: dict[str, float] = dataclasses.field(default_factory=dict)
-    learning_rate: float = 0.0  # of the last of them
+    learning_rate: float = 0.0  # of the last step
     skipped: int = 0
     skipped_in_a_row: int = 0  # up to now
     skipped_in_all: int = 0  # since the run began
 
     @classmethod
-    def of(cls, carried: dict[str, Any]) -> _Sums:
-        """What a checkpoint carries, which someone else may have written."""
-        if not _is_carried(carried):
-            raise ConfigError("the checkpoint's progress.json has no records of ours; restore it")
-        return cls(**carried)
+    def of(cls, partial: dict[str, Any]) -> _Sums:
+        """Reads what a checkpoint carries, which may have been written by anything."""
+        if not _are_sums(partial):
+            raise ConfigError("progress.json of the checkpoint has no sums of metrics; restore it")
+        return cls(**partial)
 
     def add(self, values: dict[str, float]) -> None:
-        """A step that was taken."""
+        """Adds the metrics of a step."""
         self.steps += 1
         # One by one, so that a restart in between changes no rounding.
         self.totals = {name: self.totals.get(name, 0.0) + x for name, x in values.items()}
@@ -50,7 +55,7 @@ class _Sums:
         self.skipped_in_a_row = 0
 
     def skip(self) -> None:
-        """A step whose values are no numbers."""
+        """Counts a step whose metrics are not finite."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         self.skipped_in_all += 1
@@ -59,16 +64,16 @@ class _Sums:
         means = {name: total / self.steps for name, total in self.totals.items()}
         return {**means, "learning_rate": self.learning_rate}
 
-    def next(self) -> _Sums:
-        """After a record: only what counts over several of them is kept."""
+    def after_record(self) -> _Sums:
+        """Keeps only what counts over several records."""
         return _Sums(skipped_in_a_row=self.skipped_in_a_row, skipped_in_all=self.skipped_in_all)
 
 
-def _is_carried(carried: dict[str, Any]) -> bool:
-    counts = {**carried}
+def _are_sums(partial: dict[str, Any]) -> bool:
+    counts = {**partial}
     totals, rate = counts.pop("totals", {}), counts.pop("learning_rate", 0.0)
     return (
-        carried.keys() <= {field.name for field in dataclasses.fields(_Sums)}
+        partial.keys() <= {field.name for field in dataclasses.fields(_Sums)}
         and isinstance(totals, dict)
         and all(map(is_number, [*totals.values(), rate]))
         and all(type(count) is int and 0 <= count <= LARGEST_STEP for count in counts.values())
@@ -76,7 +81,7 @@ def _is_carried(carried: dict[str, Any]) -> bool:
 
 
 class _Clock:
-    """The rate of the steps since a moment, from the times at which calls are complete.
+    """Steps a second since a moment, from the times at which calls complete.
 
     Calls that wait for the compiler count only where there are no others.
     """
@@ -86,7 +91,7 @@ class _Clock:
         self._all = self._compiled = (0, 0.0)  # steps and seconds
 
     def add(self, steps: int, completed: float, compiles: bool) -> None:
-        """Counts a call that is complete at a time."""
+        """Adds a call that completed at a time."""
         call = steps, completed - self.completed
         self._all = self._all[0] + call[0], self._all[1] + call[1]
         if compiles:
@@ -103,49 +108,41 @@ class _Clock:
 class MetricAccumulator:
     """Averages the metrics of steps into records; reads them late, so that no device waits.
 
-    A thread waits for each call and notes when it is complete. Rates come from these times: the
-    loop itself may learn of several calls at once, long after they ended.
+    A thread waits for each call and notes when it completes. Rates come from these times: the loop
+    itself may learn of several calls at once, long after they ended.
 
-    Args:
-      config: The configuration of the run.
-      steps_per_epoch: May be a fraction.
-      telemetry: Where records go.
-      done: Completed steps.
-      divergence: Makes the message of a DivergedError: of what was not a number, the step, and how
-        many were skipped.
-      carried: What `carried` gave at the step where this start begins.
-      peak_share: Share of the devices' peak FLOP/s that one image a second takes; 0: not known,
-        and records have no "mfu".
+    `partial` is what `partial_metrics` gave at the step where this start begins. `peak_share` is
+    the share of the devices' peak FLOP/s that one image a second takes; 0 leaves "mfu" out.
     """
 
     def __init__(
         self,
         config: Config,
-        steps_per_epoch: float,
+        length: RunLength,
         writers: MetricWriters,
         done: int,
-        divergence: Callable[[str, int, int], str],
-        carried: dict[str, Any] | None = None,
+        checkpoints: Checkpoints | None = None,
+        partial: dict[str, Any] | None = None,
         peak_share: float = 0.0,
     ) -> None:
+        self.stop = False  # whether a process of the run wants to stop
         self._config = config
-        self._steps_per_epoch = steps_per_epoch
-        self._telemetry = writers
-        self._divergence = divergence
+        self._steps_per_epoch = length.steps_per_epoch
+        self._writers = writers
+        self._checkpoints = checkpoints
         self._peak_share = peak_share
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._pending: deque[tuple[int, Any, Future[float]]] = deque()
-        self._sums = _Sums.of(carried or {})
+        self._sums = _Sums.of(partial or {})
         self._done = done
-        self.stop = False  # whether a process of the run has asked to stop
         self._clock = _Clock(time.monotonic())
         self._compiled: set[int] = set()  # numbers of steps for which there is a program
 
     def add(self, done: int, metrics: Any) -> None:
-        """Takes the metrics of a call that may still be running: of a step, or [steps]."""
+        """Takes the metrics of a call that may still be running: scalars, or [steps]."""
         self._pending.append((done, metrics, self._waiter.submit(_completion_time, metrics)))
-        while len(self._pending) > _IN_FLIGHT:
-            self._read_one()
+        while len(self._pending) > _CALLS_IN_FLIGHT:
+            self._read_call()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -155,8 +152,8 @@ class MetricAccumulator:
         """Waits for all steps and writes what is left over as a record.
 
         Raises:
-          DivergedError: Of all steps of the run more were skipped than taken. A run too short to
-            skip train.max_skipped in a row is not to end as if it had trained.
+          DivergedError: More steps of the run were skipped than taken. A run too short to skip
+            train.max_skipped in a row does not end as if it had trained.
         """
         self._read_all()
         if self._sums.skipped_in_all > self._done / 2:
@@ -164,23 +161,24 @@ class MetricAccumulator:
         if self._sums.steps:
             self._write()
 
-    def carried(self) -> dict[str, Any]:
-        """Waits for all steps and gives what the next record has so far, to go on from it.
+    def partial_metrics(self) -> dict[str, Any]:
+        """Waits for all steps and returns the sums of the next record so far.
 
-        So which records there are does not depend on when a run was saved or stopped.
+        A checkpoint carries them, so which records there are does not depend on when a run was
+        saved or stopped.
         """
         self._read_all()
         return dataclasses.asdict(self._sums)
 
-    def restart(self) -> None:
-        """Starts the clock again after an evaluation."""
+    def restart_clock(self) -> None:
+        """Leaves out the time since the last call, such as that of an evaluation."""
         self._clock = _Clock(time.monotonic())
 
     def _read_all(self) -> None:
         while self._pending:
-            self._read_one()
+            self._read_call()
 
-    def _read_one(self) -> None:
+    def _read_call(self) -> None:
         done, metrics, completion = self._pending.popleft()
         completed = completion.result()
         arrays = {name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()}
@@ -190,23 +188,23 @@ class MetricAccumulator:
         self.stop |= bool(arrays.pop("stop", np.zeros(1))[0])
         for index in range(steps):
             values = {name: float(x[index]) for name, x in arrays.items()}
-            self._take(done - steps + 1 + index, values)
+            self._add_step(done - steps + 1 + index, values)
 
-    def _take(self, done: int, values: dict[str, float]) -> None:
+    def _add_step(self, done: int, values: dict[str, float]) -> None:
         self._done = done
-        if values.pop("skipped"):  # its other values are no numbers
+        if values.pop("skipped"):  # the other values are not finite
             self._sums.skip()
             if self._sums.skipped_in_a_row > self._config.train.max_skipped:
                 raise self._diverged()
         else:
             self._sums.add(values)
-            self._telemetry.watch(values)
+            self._writers.watch(values)
         if done % self._config.log.every_steps == 0 and self._sums.steps:
             self._write()
 
     def _diverged(self) -> DivergedError:
         what = "training loss, or what would come of its gradients,"
-        return DivergedError(self._divergence(what, self._done, self._sums.skipped_in_all))
+        return diverged(what, self._done, self._checkpoints, self._sums.skipped_in_all)
 
     def _write(self) -> None:
         images_per_second = self._clock.steps_per_second() * self._config.train.batch_size
@@ -217,8 +215,8 @@ class MetricAccumulator:
         record["skipped"] = self._sums.skipped
         if self._peak_share:
             record["mfu"] = images_per_second * self._peak_share
-        self._telemetry.record(record)
-        self._sums = self._sums.next()
+        self._writers.record(record)
+        self._sums = self._sums.after_record()
         self._clock = _Clock(self._clock.completed)
 
 
@@ -227,26 +225,53 @@ def _completion_time(metrics: Any) -> float:
     return time.monotonic()
 
 
-class Trace:
-    """Writes a trace of the steps that log.profile names; a run without one goes on.
+def peak_share(config: Config, model: ResNet, channels: int) -> float:
+    """Share of the devices' peak FLOP/s that one image a second takes; 0 where it is unknown."""
+    accelerator = find_accelerator(jax.devices()[0].device_kind)
+    if accelerator is None:
+        return 0.0
+    side = config.data.image_size
+    flops = training_flops(model, (1, side, side, channels))
+    if config.optimizer.backbone_rate == 0:
+        flops /= 3  # a frozen backbone has a forward pass only
+    return flops / (accelerator.flops * jax.device_count())
 
-    Args:
-      config: The configuration of the run.
-      workdir: Its folder.
-      say: Takes a line for the person who watches.
+
+def diverged(
+    what: str, done: int, checkpoints: Checkpoints | None, skipped: int = 0, discard: int = 0
+) -> DivergedError:
+    """The error of a run whose numbers are not finite, with the last state to resume from.
+
+    `discard` is the step of a saved state that is bad itself.
     """
+    try:
+        if discard and checkpoints is not None:
+            checkpoints.discard(discard)
+        saved = checkpoints.latest if checkpoints is not None else None
+        where = f"the last good state is at step {saved}" if saved else "no state was saved"
+    except ConfigError as error:  # the newest state could not be written: report both
+        where = str(error)
+    count = f", one of {skipped} skipped steps" if skipped > 1 else ""
+    return DivergedError(
+        f"the {what} is not a number at step {done}{count}; {where}. A lower "
+        "optimizer.learning_rate, a longer schedule.warmup_epochs or optimizer.clip_norm help"
+    )
+
+
+class Trace:
+    """Writes a profiler trace of the steps in log.profile; a failing trace does not end the run."""
 
     def __init__(self, config: Config, workdir: Path, log: Callable[[str], None]) -> None:
         wanted = config.log.profile and jax.process_index() == 0
         self._steps = profile_steps(config.log.profile) if wanted else None
         self._folder = str(workdir / "profile")
         self._running = False
-        self._say = log
+        self._log = log
 
     def before(self, done: int) -> None:
-        """Starts the trace when the next step is its first."""
+        """Starts the trace before its first step."""
         if self._steps and done == self._steps[0]:
-            with self._or_say():
+            with self._log_errors():
                 jax.profiler.start_trace(self._folder)
                 self._running = True
 
@@ -260,12 +285,12 @@ class Trace:
         """Ends a trace that is still running."""
         if self._running:
             self._running = False
-            with self._or_say():  # this is where it is written
+            with self._log_errors():  # this is where it is written
                 jax.profiler.stop_trace()
 
     @contextlib.contextmanager
-    def _or_say(self) -> Iterator[None]:
+    def _log_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError) as error:
-            self._say(f"log.profile: no trace: {one_line(error)}")
+            self._log(f"log.profile: no trace: {one_line(error)}")

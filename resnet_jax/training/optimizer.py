@@ -15,11 +15,7 @@ from resnet_jax.config.schema import Config
 
 @dataclasses.dataclass(frozen=True)
 class RunLength:
-    """How long a run is.
-
-    Args:
-      steps: Optimizer steps.
-      steps_per_epoch: Steps that see as many images as the data set has; a fraction.
+    """The optimizer steps of a run and of an epoch; the latter may be a fraction.
 
     Example:
       >>> RunLength.of(Config(), images=1_000).steps
@@ -31,19 +27,15 @@ class RunLength:
 
     @classmethod
     def of(cls, config: Config, images: int) -> RunLength:
-        """From epochs, batch size and the number of training images."""
+        """The length of a run on a number of training images."""
         per_epoch = images / config.train.batch_size
         return cls(config.train.steps or max(1, round(config.train.epochs * per_epoch)), per_epoch)
 
 
 def peak_learning_rate(config: Config) -> float:
-    """The highest learning rate of a run (Goyal et al. 2017, section 2.1: linear in the batch).
+    """The peak learning rate: optimizer.learning_rate, times batch_size / base_batch if given.
 
-    Args:
-      config: The configuration of a run.
-
-    Returns:
-      optimizer.learning_rate, times batch_size / base_batch where that is given.
+    Linear scaling with the batch is from Goyal et al. 2017, section 2.1.
 
     Example:
       >>> from resnet_jax.config.schema import Optimizer, Train
@@ -58,14 +50,7 @@ def peak_learning_rate(config: Config) -> float:
 
 
 def warmup_steps(config: Config, length: RunLength) -> int:
-    """Steps of a run's warm-up; more than the run has where it ends in its warm-up.
-
-    Args:
-      config: The configuration of a run.
-      length: Its number of steps.
-
-    Returns:
-      schedule.warmup_epochs in steps, rounded.
+    """schedule.warmup_epochs in steps, rounded; may be more than the run has.
 
     Example:
       >>> from resnet_jax.config.schema import Schedule
@@ -80,19 +65,12 @@ def make_schedule(config: Config, length: RunLength) -> optax.Schedule:
     """The learning rate as a function of the number of completed steps.
 
     A warm-up of W steps multiplies the main schedule by a factor that rises linearly from
-    s = max(schedule.warmup_start, 1 / (W + 1)) at the first step to 1 at step W, the first one
-    after it: s + (1 - s) step / W. Without a warmup_start this is (step + 1) / (W + 1). A start at
-    0 would be a first step that trains nothing.
+    s = max(schedule.warmup_start, 1 / (W + 1)) at the first step to 1 at step W, the first step
+    after the warm-up: s + (1 - s) step / W. Without a warmup_start this is (step + 1) / (W + 1). A
+    factor of 0 would waste the first step.
 
-    The factor does not depend on the length of the run: the first steps of a short trial are those
-    of the whole run.
-
-    Args:
-      config: The configuration of a run.
-      length: Its number of steps.
-
-    Returns:
-      An optax schedule. A plateau schedule is constant here: `make_optimizer` lowers it.
+    The factor does not depend on the length of the run, so a short trial has the same first steps
+    as the whole run. A plateau schedule is constant here; `make_optimizer` lowers it.
 
     Example:
       >>> schedule = make_schedule(Config(), RunLength(steps=100, steps_per_epoch=10.0))
@@ -108,12 +86,12 @@ def make_schedule(config: Config, length: RunLength) -> optax.Schedule:
 
 
 def _main_schedule(config: Config, length: RunLength) -> optax.Schedule:
-    """The schedule without its warm-up, until whose end cosine and lines stay at the peak."""
+    """The schedule without its warm-up, until whose end cosine and linear stay at the peak."""
     schedule, peak = config.schedule, peak_learning_rate(config)
     warmup = warmup_steps(config, length)
     rest = max(length.steps - warmup, 1)
     if schedule.name == "step":
-        # Two drops of a short run may fall on one step. None comes before the first one.
+        # In a short run, two drops may fall on one step. None falls on step 0.
         drops: dict[int, float] = {}
         for share in schedule.boundaries:
             step = max(round(share * length.steps), 1)
@@ -122,7 +100,7 @@ def _main_schedule(config: Config, length: RunLength) -> optax.Schedule:
     if schedule.name == "cosine":
         fall = optax.schedules.cosine_decay_schedule(peak, rest, schedule.final)
     elif schedule.name in ("linear", "one_cycle"):
-        # One cycle is a line up, the warm-up, and one down (Smith & Topin 2018).
+        # One cycle is a linear warm-up and a linear decay (Smith & Topin 2018).
         fall = optax.schedules.linear_schedule(peak, peak * schedule.final, rest)
     else:
         return optax.schedules.constant_schedule(peak)
@@ -130,14 +108,7 @@ def _main_schedule(config: Config, length: RunLength) -> optax.Schedule:
 
 
 def describe_cut_warmup(config: Config, length: RunLength) -> str:
-    """A line for people about a run that ends before its learning rate reaches the peak.
-
-    Args:
-      config: The configuration of a run.
-      length: Its number of steps.
-
-    Returns:
-      How far the rate gets, and what to set; "" where it reaches the peak.
+    """A line for the log where a run ends before its learning rate reaches the peak, else "".
 
     Example:
       >>> describe_cut_warmup(Config(), RunLength(steps=10, steps_per_epoch=5.0))
@@ -158,15 +129,9 @@ def describe_cut_warmup(config: Config, length: RunLength) -> str:
 def make_optimizer(
     config: Config, length: RunLength, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Everything between a gradient and an update.
+    """The transformation of gradients into updates; `update` takes the loss as `value`.
 
-    Args:
-      config: The configuration of a run.
-      length: Its number of steps.
-      schedule: The learning rate by the number of completed steps; None: from `make_schedule`.
-
-    Returns:
-      A transformation whose `update` also takes `value`, the loss, for a plateau schedule.
+    `schedule` replaces the learning rate of `make_schedule`.
 
     Example:
       >>> optimizer = make_optimizer(Config(), RunLength(steps=100, steps_per_epoch=10.0))
@@ -224,7 +189,7 @@ def _descent(config: Config, schedule: optax.Schedule) -> optax.GradientTransfor
 
 
 def _decayed(params: chex.ArrayTree) -> chex.ArrayTree:
-    """Kernels, not the scales and biases of norms nor other biases (Goyal et al. 2017, 5.1)."""
+    """Kernels, but no biases and no parameters of norms (Goyal et al. 2017, section 5.1)."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
@@ -246,15 +211,9 @@ def _scale_backbone(rate: float) -> optax.GradientTransformation:
 
 
 def current_learning_rate(schedule: optax.Schedule, opt_state: optax.OptState) -> jax.Array:
-    """The learning rate that the next step uses.
+    """The learning rate of the next step, a scalar, with the drops of a plateau schedule.
 
-    Args:
-      schedule: From `make_schedule`.
-      opt_state: State of `make_optimizer`'s transformation; it counts the steps that were taken,
-        of which there are fewer than completed ones where some were skipped.
-
-    Returns:
-      A scalar, with the drops of a plateau schedule.
+    It follows from the optimizer's own count of steps, which leaves out skipped ones.
 
     Example:
       >>> length = RunLength(steps=10, steps_per_epoch=5.0)

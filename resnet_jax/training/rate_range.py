@@ -1,8 +1,7 @@
 """A learning-rate range test (Smith 2017, arXiv:1506.01186, section 3.3).
 
-A short training from the run's own start, in which the learning rate rises exponentially from step
-to step. The loss stays where the rate is too low, falls where it is of use, and rises where it is
-too high.
+A new network is trained for a few steps while the learning rate rises exponentially. The loss stays
+where the rate is too low, falls where it is useful, and rises where it is too high.
 """
 
 from __future__ import annotations
@@ -19,47 +18,44 @@ import optax
 
 from resnet_jax.compile_cache import use_compile_cache
 from resnet_jax.config.model import make_model
-from resnet_jax.config.schema import Config, Schedule, check, check_types
-from resnet_jax.data.pipeline import CorruptImages, open_dataset, prefetch
+from resnet_jax.config.schema import Config, Schedule
+from resnet_jax.data.pipeline import CorruptImages, open_dataset
 from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.errors import ConfigError
 from resnet_jax.training.class_balance import class_weights, count_classes, training_sampler
-from resnet_jax.training.init_from import initial_variables, look_at_weights
+from resnet_jax.training.init_from import initial_variables
+from resnet_jax.training.inputs import channels_of, check_batches, check_memory, resolve
 from resnet_jax.training.optimizer import RunLength, make_optimizer, peak_learning_rate
-from resnet_jax.training.setup import (
-    channels_of,
-    check_batches,
-    check_memory,
-    open_sources,
-)
 from resnet_jax.training.state import TrainState, create_state
 from resnet_jax.training.step import make_train_step
+from resnet_jax.training.step_program import StepProgram
 from resnet_jax.workdirs.environment import computes_on
 
-_STEPS = 20, 100_000
-_HIGHEST = 1e6
-# The part of a test that is averaged over: a quarter of a factor of 10 where there are six.
+_MIN_STEPS, _MAX_STEPS = 20, 100_000
+_MAX_RATE = 1e6
+# Losses are averaged over this part of a test: a quarter of a decade where the rate rises by six.
 _WINDOW = 1 / 25
-# The test ends where the smoothed loss is so many times the least one.
+# The test ends where the smoothed loss is this many times its minimum.
 _DIVERGED = 4.0
-# A fall is clear from this share of the first loss; a rise, where it undoes this share of the fall.
+# A fall is clear from this fraction of the first loss; a rise, from this fraction of the fall.
 _CLEAR_FALL, _CLEAR_RISE = 0.05, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class RateCurve:
-    """What a range test measured, and the rates that follow from it.
+    """The losses of a range test, and the rates that follow from them.
 
-    All rates are values of optimizer.learning_rate; the optimizer takes `scale` times as much.
+    All rates are values of optimizer.learning_rate; the optimizer uses `scale` times as much.
 
     Args:
       rates: The rate of each step, [N], rising.
       losses: The training loss of each step's batch, [N].
-      smoothed: Its debiased exponential moving average, [N].
-      steepest: The rate around which the loss falls most, before its first clear rise; NaN if it
+      smoothed: Debiased exponential moving average of the losses, [N].
+      steepest: The rate at which the loss falls most steeply before its first clear rise; NaN if it
         never clearly falls.
-      lowest: The rate of the least smoothed loss before the first clear rise; NaN likewise.
+      lowest: The rate of the lowest smoothed loss before the first clear rise; NaN if the loss
+        never clearly falls.
       scale: train.batch_size / optimizer.base_batch, or 1 without a base_batch.
       end: Why the test ended before its highest rate; "" if it did not.
     """
@@ -81,17 +77,7 @@ class RateCurve:
         scale: float = 1.0,
         end: str = "",
     ) -> RateCurve:
-        """Reads the losses of a test, averaging over a window of steps.
-
-        Args:
-          rates: The rate of each step.
-          losses: The loss of each step.
-          window: Steps to average over.
-          scale: As of the class.
-          end: As of the class.
-
-        Returns:
-          The curve.
+        """Analyzes the losses of a test, averaged over a window of steps.
 
         Example:
           >>> rates = np.geomspace(1e-4, 10, 51)  # ten steps for each factor of 10
@@ -102,7 +88,7 @@ class RateCurve:
         """
         average = _Average(window)
         smoothed = np.array([average.add(loss) for loss in losses])
-        steepest, lowest = _read(np.array(losses), smoothed, window)
+        steepest, lowest = _find_falls(np.array(losses), smoothed, window)
         return cls(
             np.array(rates),
             np.array(losses),
@@ -114,18 +100,20 @@ class RateCurve:
         )
 
     def to_csv(self) -> str:
-        """The curve as text, a line for each step after a line of names."""
+        """The curve as CSV, one line a step after a header."""
         names = "step,optimizer.learning_rate,loss,smoothed_loss"
         rows = enumerate(zip(self.rates, self.losses, self.smoothed), start=1)
         lines = [f"{k},{rate:.6g},{loss:.6g},{mean:.6g}" for k, (rate, loss, mean) in rows]
         return "\n".join([names, *lines, ""])
 
 
-def _read(losses: np.ndarray, smoothed: np.ndarray, window: int) -> tuple[int | None, int | None]:
-    """(step of the steepest fall, step of the least loss), before the first clear rise.
+def _find_falls(
+    losses: np.ndarray, smoothed: np.ndarray, window: int
+) -> tuple[int | None, int | None]:
+    """(step of the steepest fall, step of the lowest loss) before the first clear rise.
 
-    After a rise the loss may fall once more, because the weights have become large, which makes the
-    steps of a normalized network small. That says nothing about the rate of a new network.
+    After a rise the loss may fall once more: large weights make the steps of a normalized network
+    small. That says nothing about the rate of a new network.
     """
     if len(losses) < 2 * window:
         return None, None
@@ -137,7 +125,7 @@ def _read(losses: np.ndarray, smoothed: np.ndarray, window: int) -> tuple[int | 
     end = int(rises.argmax()) if rises.any() else len(losses)
     if not falls[:end].any():
         return None, None
-    # Means of as many steps before and after a step, which lag behind it by nothing.
+    # The means before and after a step are of equally many steps, so they do not lag.
     means = np.convolve(losses[:end], np.full(window, 1 / window), mode="valid")
     drops = means[:-window] - means[window:]
     return int(drops.argmax()) + window, int(smoothed[:end].argmin())
@@ -151,10 +139,9 @@ class _Average:
         self._sum = self._weight = 0.0
 
     def add(self, value: float) -> float:
-        """Takes a number in; returns the average."""
-        share = 1 - self._decay
-        self._sum = self._decay * self._sum + share * value
-        self._weight = self._decay * self._weight + share
+        """Adds a number; returns the average."""
+        self._sum = self._decay * self._sum + (1 - self._decay) * value
+        self._weight = self._decay * self._weight + (1 - self._decay)
         return self._sum / self._weight
 
 
@@ -169,17 +156,17 @@ def find_rate(
 ) -> RateCurve:
     """Trains a new network for some steps while the learning rate rises, and returns the losses.
 
-    Data, augmentation, network, initial weights, loss and optimizer are those of the run. Its
-    schedule, moving average and workdir have no part in the test, and nothing is written. The same
-    configuration gives the same curve.
+    Data, augmentation, network, initial weights, loss and optimizer are those of the run; schedule,
+    moving average and workdir are not used. Nothing is written. The same configuration gives the
+    same curve.
 
     Args:
       config: The configuration of the run.
       low: optimizer.learning_rate at the first step.
       high: optimizer.learning_rate at the last step.
       steps: Number of steps.
-      log: Takes lines for people.
-      bar: Show progress where standard error is a terminal.
+      log: Called with lines about the test.
+      bar: Show a progress bar if standard error is a terminal.
 
     Returns:
       The losses up to the last step, or up to where the training diverged.
@@ -196,21 +183,14 @@ def find_rate(
       >>> curve.losses.shape
       (20,)
     """
-    check_types(config)
-    start = look_at_weights(config)
-    check(start.config)
     _check_range(low, high, steps)
-    sources = open_sources(start.config)
-    start = start.with_head(sources["train"].class_names)
-    config = start.config
-    for line in start.taken:
-        log(line)
+    config, sources = resolve(config, log)
     source, channels = sources["train"], channels_of(config, sources["train"])
     scale = peak_learning_rate(_with_rate(config, 1.0))
     config = _without_schedule(config, steps)
     model = make_model(config, source.num_classes)
     check_batches(config)
-    check_memory(config, model, channels, hosts=1)
+    check_memory(config, model, channels)
     use_compile_cache(config.log.compile_cache)
     length = RunLength.of(config, len(source))
     schedule = optax.schedules.exponential_decay(scale * low, steps - 1, high / low)
@@ -225,19 +205,16 @@ def find_rate(
         f"{config.model.name} on {config.data.name}: {steps} steps of {config.train.batch_size} "
         f"images on {computes_on(jax.devices())}, optimizer.learning_rate from {low:g} to {high:g}"
     )
-    with explain_out_of_memory(
-        f"a training step of train.batch_size = {config.train.batch_size}",
-        f"take a smaller one or train.accumulate = {2 * config.train.accumulate}",
-    ):
+    step = make_train_step(model, optimizer, config, length, class_weights=weights)
+    program = StepProgram(step, config, data, sampler)
+    window = max(round(_WINDOW * steps), 1)
+    with explain_out_of_memory(*program.memory_advice()):
         state = data_parallel.replicate(create_state(model, optimizer, config, channels, initial))
-        step = make_train_step(model, optimizer, config, length, class_weights=weights)
-        step = data_parallel.parallel_step(step)
-        made = data.train_batches(sampler, config, 0, steps)
-        batches = prefetch(map(data_parallel.shard_batch, made), config.data.prefetch)
-        window = max(round(_WINDOW * steps), 1)
-        # Closed in time they leave neither threads nor processes behind.
-        with contextlib.closing(made), contextlib.closing(batches), _progress(steps, bar) as shown:
-            losses, end = _train(config, state, step, shown(batches), window)
+        with (
+            contextlib.closing(program.batches(0, steps)) as batches,
+            _progress(steps, bar) as shown,
+        ):
+            losses, end = _train(config, state, program, shown(batches), window)
     rates = np.geomspace(low, high, steps)[: len(losses)]
     return RateCurve.of(rates, losses, window, scale, end)
 
@@ -245,21 +222,21 @@ def find_rate(
 def _train(
     config: Config,
     state: TrainState,
-    step: Callable[..., Any],
-    batches: Iterator[Any],
+    program: StepProgram,
+    batches: Iterator[tuple[int, Any]],
     window: int,
 ) -> tuple[list[float], str]:
-    """(the loss of each step that was taken, why no more were or "")."""
+    """(loss of each step that was taken, why the training ended early or "")."""
     losses: list[float] = []
     average, least, skipped = _Average(window), float("inf"), 0
-    for batch in batches:
-        state, metrics = step(state, batch)
+    for _, batch in batches:
+        state, metrics = program(state, batch)
         loss = float(metrics["loss"])
         if not np.isfinite(loss):
             return losses, "the loss is not a number"
         if metrics["skipped"]:
             skipped += 1
-            # In float16 a step may be skipped to find the scale of the loss.
+            # With float16, steps are skipped until the loss scale fits.
             if state.loss_scale is None or skipped > config.train.max_skipped:
                 return losses, "the update is not finite"
             continue
@@ -289,14 +266,13 @@ def _progress(steps: int, bar: bool) -> Iterator[Callable[[Any], Any]]:
 
 
 def _check_range(low: float, high: float, steps: int) -> None:
-    least, most = _STEPS
-    if not 0 < low < high <= _HIGHEST:  # not where one is NaN, either
+    if not 0 < low < high <= _MAX_RATE:  # false for NaN
         raise ConfigError(
             f"low = {low:g} and high = {high:g}: must rise and lie above 0 and up to "
-            f"{_HIGHEST:,.0f}"
+            f"{_MAX_RATE:,.0f}"
         )
-    if not least <= steps <= most:
-        raise ConfigError(f"steps = {steps}: a range test takes {least} to {most:,}")
+    if not _MIN_STEPS <= steps <= _MAX_STEPS:
+        raise ConfigError(f"steps = {steps}: a range test takes {_MIN_STEPS} to {_MAX_STEPS:,}")
 
 
 def _with_rate(config: Config, rate: float) -> Config:
@@ -305,7 +281,7 @@ def _with_rate(config: Config, rate: float) -> Config:
 
 
 def _without_schedule(config: Config, steps: int) -> Config:
-    """The configuration of a run of some steps whose rate nothing changes but the test."""
+    """The configuration of a short run whose learning rate only the test changes."""
     return dataclasses.replace(
         config,
         schedule=Schedule(name="constant"),

@@ -1,4 +1,4 @@
-"""Everything a run carries from step to step; all of it is in every checkpoint."""
+"""The state that a run carries from step to step; every checkpoint holds all of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from resnet_jax.models.resnet import ResNet
 
 
 class LossScale(struct.PyTreeNode):
-    """Keeps float16 gradients from vanishing: the loss is multiplied, the gradients divided.
+    """A factor of the loss that keeps float16 gradients from vanishing.
 
-    Args:
-      value: The factor; halved when a step is skipped, doubled after 2,000 steps without.
-      good_steps: Steps since the last change.
+    It is halved when a step is skipped, and doubled after 2,000 steps (`good_steps`) without.
 
     Example:
       >>> scale = LossScale.create()
@@ -34,11 +32,11 @@ class LossScale(struct.PyTreeNode):
 
     @classmethod
     def create(cls) -> LossScale:
-        """The scale of a new run, 2^16."""
+        """The initial scale, 2^16."""
         return cls(jnp.float32(2.0**16), jnp.int32(0))
 
     def update(self, finite: jax.Array) -> LossScale:
-        """After a step that was taken because all was finite, or skipped."""
+        """The scale after a step that was taken (finite) or skipped."""
         grown = self.good_steps + 1 >= 2_000
         value = jnp.where(finite, jnp.where(grown, self.value * 2, self.value), self.value / 2)
         good_steps = jnp.where(finite & ~grown, self.good_steps + 1, 0)
@@ -46,25 +44,17 @@ class LossScale(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-    """What a training step takes and gives.
+    """The state that a training step updates.
 
-    Randomness and the position in the data are not here: both follow from seed and step.
-
-    Args:
-      step: Completed optimizer steps.
-      params: Of the model.
-      batch_stats: Its running statistics.
-      opt_state: Of the optimizer.
-      ema: Moving averages {"params", "batch_stats"}; {} without.
-      loss_scale: For float16; None otherwise.
+    It holds no random key and no position in the data, because both follow from seed and step.
     """
 
-    step: jax.Array
+    step: jax.Array  # completed steps, int32
     params: Any
-    batch_stats: Any
+    batch_stats: Any  # running mean and variance of the norms
     opt_state: Any
-    ema: dict[str, Any]
-    loss_scale: LossScale | None
+    ema: dict[str, Any]  # moving averages {"params", "batch_stats"}; {} without
+    loss_scale: LossScale | None  # with float16
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -79,17 +69,9 @@ def create_state(
     channels: int,
     initial: dict[str, Any] | None = None,
 ) -> TrainState:
-    """The state before the first step.
+    """Creates the state before the first step, as NumPy arrays.
 
-    Args:
-      model: The network.
-      optimizer: From `make_optimizer`.
-      config: The configuration of the run.
-      channels: Of the images.
-      initial: Variables to start from; None: random ones that follow from train.seed.
-
-    Returns:
-      A state of NumPy arrays, so that nothing but the step's own copies is ever donated.
+    Its variables are `initial`, or random ones that follow from train.seed.
 
     Example:
       >>> import resnet_jax as rj
@@ -102,7 +84,7 @@ def create_state(
         state = jax.jit(new_state)(initial)
     else:
         random = _random_variables(model, config, channels)
-        # It runs once. The CPU's compiler takes three times as long to make it fast.
+        # It runs once, and the CPU's compiler takes three times as long to optimize it.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
         init = jax.jit(lambda key: new_state(random(key)), compiler_options=options)
         state = init(jax.random.key(config.train.seed))
@@ -112,16 +94,7 @@ def create_state(
 def state_shapes(
     model: ResNet, optimizer: optax.GradientTransformation, config: Config, channels: int
 ) -> TrainState:
-    """`create_state` without its values: what a run that goes on is to find on disk.
-
-    Args:
-      model: The network.
-      optimizer: From `make_optimizer`.
-      config: The configuration of the run.
-      channels: Of the images.
-
-    Returns:
-      A state of `jax.ShapeDtypeStruct`; nothing is computed.
+    """The shapes and types of the state, as `jax.ShapeDtypeStruct`; computes nothing.
 
     Example:
       >>> import resnet_jax as rj

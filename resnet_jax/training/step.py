@@ -2,8 +2,8 @@
 
     uint8 images -> augment -> model -> loss -> gradients -> mean over devices -> optax -> state
 
-It is a pure function that names the devices' axis and nothing else of them;
-`parallel.data_parallel` runs it on all of them.
+The step is a pure function that knows of other devices only the name of their axis.
+`data_parallel.parallel_step` runs it on all of them.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from jax import lax
 
 from resnet_jax.config.schema import Config, Loss
 from resnet_jax.data.augment.apply import augment
+from resnet_jax.data.sources.base import Batch
 from resnet_jax.evaluation.metrics import top_k_hits
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.ops.sharding import AXIS
 from resnet_jax.training.optimizer import RunLength, current_learning_rate, make_schedule
 from resnet_jax.training.state import TrainState
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def loss_per_image(
     logits: jax.Array, targets: jax.Array, config: Loss, weights: np.ndarray | None = None
 ) -> jax.Array:
-    """The training loss of each image.
+    """The training loss of each image, float32 [N], in nats.
+
+    For bce and focal it is the mean over classes, as in timm.
 
     Args:
-      logits: [N, classes], float32.
-      targets: Shares of each class [N, classes], each row summing to 1.
-      config: Which loss, and its smoothing.
-      weights: Of the classes, [classes]: factors of the terms of softmax, as `weight` in PyTorch's
-        cross-entropy, and of the positive terms of bce and focal, as its `pos_weight`; None: 1.
-
-    Returns:
-      [N], in nats; for bce and focal the mean over classes, as timm takes it.
+      logits: float32 [N, classes].
+      targets: Probabilities [N, classes], each row summing to 1.
+      config: The loss and its label smoothing.
+      weights: Class weights [classes]: factors of the terms of softmax, as `weight` in PyTorch's
+        cross-entropy, and of the positive terms of bce and focal, as its `pos_weight`.
 
     Example:
       >>> targets = jnp.array([[1.0, 0.0]])
@@ -54,8 +54,8 @@ def loss_per_image(
     if config.label_smoothing:
         targets = optax.smooth_labels(targets, config.label_smoothing)
     if config.name == "softmax":
-        shares = targets if weights is None else weights * targets
-        return optax.softmax_cross_entropy(logits, shares)
+        weighted = targets if weights is None else weights * targets
+        return optax.softmax_cross_entropy(logits, weighted)
     if config.bce_threshold:
         targets = (targets > config.bce_threshold).astype(jnp.float32)
     if config.name == "focal":
@@ -76,24 +76,17 @@ def make_train_step(
     length: RunLength,
     platform: str = "",
     class_weights: np.ndarray | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step of a run.
+) -> TrainStep:
+    """Makes step(state, batch) -> (state, metrics) for one device of the axis "batch".
 
-    Args:
-      model: The network.
-      optimizer: From `make_optimizer`.
-      config: The configuration of the run.
-      length: Its number of steps.
-      platform: Of the devices that will take it; "": JAX's own.
-      class_weights: As `loss_per_image` takes them; constants of the program.
+    A batch is {"images": uint8 [N, H, W, C], "labels": int32 [N] or, for sets of labels, uint8 [N,
+    classes]}, with "mirrored": bool [N] where augment.flip_alternates is on. Metrics are means over
+    the batches of all devices: loss, top1 and top5 (fractions; for sets of labels, of the images
+    that have any), learning_rate, and skipped: 1.0 where the step was skipped because something in
+    it was not finite, else 0.0.
 
-    Returns:
-      step(state, batch) -> (state, metrics) for one device of the axis "batch". A batch is
-      {"images": uint8 [N, H, W, C], "labels": int32 [N] or, for sets of labels, uint8 [N,
-      classes]}, and "mirrored": bool [N] where augment.flip_alternates is on; metrics are means
-      over the batch of all devices: loss, top1, top5 (fractions; of sets, over the images that
-      have labels, 0 where none has), learning_rate, and skipped: 1.0 where the step was left out
-      because something in it was not a finite number, else 0.0.
+    `platform` is that of the devices to compile for; "" is JAX's default. `class_weights` [classes]
+    become constants of the program.
     """
     schedule = make_schedule(config, length)
     on_cpu = _is_cpu(platform)
@@ -101,11 +94,11 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.value
         found = _gradients(model, config, state, batch, scale, platform, class_weights)
-        # Running statistics are those of all devices, even where each normalises by its own.
+        # Running statistics are those of all devices, even where each normalizes by its own.
         gradients, batch_stats, metrics = lax.pmean(found, AXIS)
-        if "labelled" in metrics:  # a share of the images; the hits are shares of all, too
-            labelled = jnp.maximum(metrics.pop("labelled"), jnp.finfo(jnp.float32).tiny)
-            metrics |= {name: metrics[name] / labelled for name in ("top1", "top5")}
+        if "labeled" in metrics:  # hits per image become hits per labeled image
+            labeled = jnp.maximum(metrics.pop("labeled"), jnp.finfo(jnp.float32).tiny)
+            metrics |= {name: metrics[name] / labeled for name in ("top1", "top5")}
         if state.loss_scale is not None:
             gradients = jax.tree.map(lambda x: x / scale, gradients)
         metrics["learning_rate"] = current_learning_rate(schedule, state.opt_state)
@@ -128,33 +121,6 @@ def make_train_step(
     return step
 
 
-def make_steps(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    platform: str = "",
-) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, Metrics]]:
-    """Several training steps in one program, on batches gathered from a data set on the device.
-
-    Args:
-      step: From `make_train_step`.
-      platform: As there.
-
-    Returns:
-      steps(state, data, choices) -> (state, metrics) for one device. data is the whole set, with
-      "images" and "labels" as in a batch; choices are {"indices": int32 [N, steps]}, the images
-      of each step's batch, and what else a batch has, as [N, steps]. Metrics are [steps].
-    """
-
-    def steps(state: TrainState, data: Batch, choices: Batch) -> tuple[TrainState, Metrics]:
-        def one(state: TrainState, choice: Batch) -> tuple[TrainState, Metrics]:
-            batch = dict(choice)
-            indices = batch.pop("indices")
-            return step(state, {**batch, **{name: x[indices] for name, x in data.items()}})
-
-        return _scan(one, state, jax.tree.map(jnp.transpose, choices), platform)
-
-    return steps
-
-
 def _gradients(
     model: ResNet,
     config: Config,
@@ -164,10 +130,10 @@ def _gradients(
     platform: str,
     class_weights: np.ndarray | None,
 ) -> tuple[Any, Any, Metrics]:
-    """This device's (gradients, batch_stats, metrics), taken in `accumulate` equal parts."""
+    """This device's (gradients, batch_stats, metrics), computed in `accumulate` equal parts."""
     parts = config.train.accumulate
     device, size = lax.axis_index(AXIS), batch["labels"].shape[0] // parts
-    sets = batch["labels"].ndim == 2  # an image has none, one or several labels
+    sets = batch["labels"].ndim == 2  # an image has any number of labels
     # Augmentation draws by an image's place in the global batch, so that it is the same on any
     # number of devices; dropout draws by device and part.
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -190,7 +156,7 @@ def _gradients(
         rngs = {"dropout": jax.random.fold_in(dropout_key, part["first"])}
         logits, batch_stats = _forward(model, config, params, batch_stats, images, rngs)
         if sets:
-            labels = targets >= 0.5  # of two images that are mixed, those of the larger share
+            labels = targets >= 0.5  # of two mixed images, those with the larger share
             targets, rest = _smooth_sets(targets, config.loss)
             loss = loss_per_image(logits, targets, rest, class_weights).mean()
         else:
@@ -202,7 +168,7 @@ def _gradients(
             "top5": top_k_hits(logits, labels, 5).mean(dtype=jnp.float32),
         }
         if sets:
-            metrics["labelled"] = labels.any(1).mean(dtype=jnp.float32)
+            metrics["labeled"] = labels.any(1).mean(dtype=jnp.float32)
         return loss * scale, (batch_stats, metrics)
 
     def add_part(carry: Any, part: Batch) -> tuple[Any, None]:
@@ -212,32 +178,33 @@ def _gradients(
         )
         return (batch_stats, jax.tree.map(jnp.add, total, (gradients, metrics))), None
 
-    names = ("loss", "top1", "top5", *(["labelled"] if sets else []))
+    names = ("loss", "top1", "top5", *(["labeled"] if sets else []))
     nothing = dict.fromkeys(names, jnp.float32(0))
     start = state.batch_stats, (jax.tree.map(jnp.zeros_like, state.params), nothing)
-    (batch_stats, total), _ = _scan(add_part, start, split, platform)
+    (batch_stats, total), _ = scan(add_part, start, split, platform)
     gradients, metrics = jax.tree.map(lambda x: x / parts, total)
     return gradients, batch_stats, metrics
 
 
 def _smooth_sets(targets: jax.Array, config: Loss) -> tuple[jax.Array, Loss]:
-    """Sets of labels with their smoothing, and the loss that is left to be taken of them.
+    """Smoothed sets of labels, and the loss without its smoothing.
 
-    Each class is a decision of its own between two outcomes, over which the smoothed share is
-    spread: y becomes (1 - s) y + s / 2. (With one label the outcomes are the classes.)
+    Each class is a binary decision, so smoothing spreads over two outcomes: y becomes
+    (1 - s) y + s / 2. (With one label the outcomes are the classes.)
     """
-    share = config.label_smoothing
-    return (1 - share) * targets + share / 2, dataclasses.replace(config, label_smoothing=0.0)
+    smoothing = config.label_smoothing
+    smoothed = (1 - smoothing) * targets + smoothing / 2
+    return smoothed, dataclasses.replace(config, label_smoothing=0.0)
 
 
 def _is_cpu(platform: str) -> bool:
     return (platform or jax.default_backend()) == "cpu"
 
 
-def _scan(
+def scan(
     function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, platform: str
 ) -> tuple[Any, Any]:
-    """`lax.scan`; without a loop on a CPU, where XLA runs its convolutions 17 times slower."""
+    """`lax.scan`, unrolled on a CPU, where XLA runs convolutions in a loop 17 times slower."""
     if not _is_cpu(platform):
         return lax.scan(function, carry, xs)
     outputs = []
@@ -255,7 +222,7 @@ def _forward(
     images: jax.Array,
     rngs: dict[str, jax.Array],
 ) -> tuple[jax.Array, Any]:
-    """(logits, new batch_stats); a frozen backbone gets no gradient and keeps its statistics."""
+    """(logits, new batch_stats). A frozen backbone has no gradient and keeps its statistics."""
     if config.optimizer.backbone_rate == 0:
         params = {k: v if k == "head" else lax.stop_gradient(v) for k, v in params.items()}
         variables = {"params": params, "batch_stats": batch_stats}
@@ -266,15 +233,16 @@ def _forward(
 
 
 def _all_finite(loss: jax.Array, gradients: Any, new: TrainState) -> jax.Array:
-    """Whether a step may be taken: one bool, the same on all devices.
+    """Whether the step is taken: a bool that is the same on all devices.
 
-    The same because it is computed from what `lax.pmean` has made the same. These four suffice:
-    - What overflowed in the network reaches the state by gradients and running statistics only; a
-      plateau schedule also sees the loss. An infinity that shows in none of them left no trace.
-    - Finite squares of the gradients keep the moments of every optimizer finite, Adam's second
-      ones too, and so keeps clipping from dividing by an infinite norm.
-    - The update is the last that can overflow: it shows in the new parameters. Their averages lie
-      between old and new ones.
+    It is the same because it is computed from means over all devices. These four trees suffice:
+    - What overflows in the network reaches the state through gradients and running statistics
+      only; a plateau schedule also sees the loss. An infinity that shows in none of them has no
+      effect.
+    - Finite squares of the gradients keep the moments of every optimizer finite, including Adam's
+      second moments, and keep clipping from dividing by an infinite norm.
+    - The update is the last value that can overflow, and shows in the new parameters. Their moving
+      averages lie between old and new ones.
     """
     squares = optax.tree.norm((loss, gradients, new.params, new.batch_stats), squared=True)
     return jnp.isfinite(squares)
@@ -283,24 +251,24 @@ def _all_finite(loss: jax.Array, gradients: Any, new: TrainState) -> jax.Array:
 def _unless_skipped(
     finite: jax.Array, new: TrainState, old: TrainState, on_cpu: bool
 ) -> TrainState:
-    """The new state; of a skipped step only its number, and what float16 learns from it."""
+    """The new state; after a skipped step, the old one with the new step and loss scale."""
     if on_cpu:
-        # For jnp.where a CPU's compiler writes out all that comes before it once more for each
-        # leaf, and takes three times as long.
+        # With jnp.where the CPU's compiler duplicates everything before it for each leaf, and
+        # takes three times as long.
         state = lax.cond(finite, lambda n, o: n, lambda n, o: o, new, old)
     else:
-        # A conditional would copy the state: for ResNet-50 on a TPU v5e 1% of a step's traffic.
+        # lax.cond would copy the state: 1% of the traffic of a ResNet-50 step on a TPU v5e.
         state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     scale = old.loss_scale and old.loss_scale.update(finite)
     return state.replace(step=new.step, loss_scale=scale)
 
 
 def _average(state: TrainState, config: Config) -> dict[str, Any]:
-    """Moves the averages towards the state, every `ema_every` steps.
+    """Updates the moving averages with a new state, every train.ema_every steps.
 
-    The start is no part of them: the shares of the n states so far, (1 - decay) decay^(n - i) of
-    state i, are divided by their sum 1 - decay^n, as Adam divides its moments (Kingma & Ba 2014,
-    section 3). With a decay of nearly 1, the average of random weights would stay nearly random.
+    They are debiased as Adam's moments are (Kingma & Ba 2014, section 3): the weights of the n
+    states so far, (1 - decay) decay^(n - i) for state i, are divided by their sum 1 - decay^n, and
+    the initial parameters have none. With a decay near 1 they would dominate otherwise.
     """
     decay, every = config.train.ema_decay, config.train.ema_every
     updates = jnp.maximum(state.step // every, 1).astype(jnp.float32)

@@ -16,7 +16,7 @@ import resnet_jax as rj
 from resnet_jax.cli import parser
 from resnet_jax.config import schema as c
 from resnet_jax.errors import ConfigError
-from resnet_jax.training.init_from import look_at_weights
+from resnet_jax.training.init_from import fill_from_weights
 from tests.variables import random_variables
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def test_recipes(recipe, tmp_path):
         model = rj.ResNet20()
         rj.save_weights(tmp_path / "w.npz", model, random_variables(model))
         config.checkpoint.init_from = str(tmp_path / "w.npz")
-        config = look_at_weights(config).config
+        config = fill_from_weights(config).config
     c.check(config)
     assert workdir == pathlib.Path("runs") / recipe.removesuffix(".py")
     text = (CONFIGS / recipe).read_text()

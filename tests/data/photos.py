@@ -9,8 +9,6 @@ from PIL import Image
 from resnet_jax.config.schema import Augment, Config, Data, Train
 from resnet_jax.data import pipeline
 
-WHOLE = pipeline.Shard()
-
 
 class Photos:
     """A source of images whose brightness is their label; some may be damaged."""
@@ -48,7 +46,9 @@ def batches_of(batch_size=8, mirror=False):
     return Config(train=Train(batch_size=batch_size), augment=Augment(flip_alternates=mirror))
 
 
-def stream(source, sampler, start, stop, corrupt=None, mirror=False, shard=WHOLE, workers=0):
+def stream(
+    source, sampler, start, stop, corrupt=None, mirror=False, shard=pipeline.WHOLE, workers=0
+):
     config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2, workers=workers)
     corrupt = corrupt or pipeline.CorruptImages(limit=0, log=print)
     dataset = pipeline.StreamedDataset(source, config, corrupt)

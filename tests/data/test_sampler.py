@@ -105,7 +105,7 @@ def test_a_balanced_order_follows_from_seed_and_position():
     for other in (pipeline.BalancedSampler(LABELS, seed=1), copy.deepcopy(sampler)):
         assert [int(other.indices(each[None])[0]) for each in positions] == [*found]
     assert (found != pipeline.BalancedSampler(LABELS, seed=2).indices(positions)).mean() > 0.5
-    # A golden value: another stream would change what a run that goes on is fed.
+    # A golden value: another stream would change the batches of a run that resumes.
     assert sampler.indices(np.arange(8)).tolist() == [42, 34, 4, 40, 30, 40, 15, 3]
 
 

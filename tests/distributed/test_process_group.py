@@ -151,7 +151,7 @@ def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
         started(tmp_path, *several(2, "--config.train.steps_per_call=2", *flags)) as processes,
         started(straight_output, alone, devices=2) as lone,
     ):
-        wait_for(lambda: "going on after step" in text(tmp_path, 0), processes)
+        wait_for(lambda: "resuming after step" in text(tmp_path, 0), processes)
         processes[1].send_signal(signal.SIGTERM)  # process 0 hears of it by the step
         assert ends(processes) == [STOPPED, STOPPED]
         stopped = [text(tmp_path, i).splitlines()[-1] for i in range(2)]

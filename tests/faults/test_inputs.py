@@ -21,7 +21,7 @@ from resnet_jax.data import pipeline
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.evaluation.metrics import evaluate
-from resnet_jax.training import setup
+from resnet_jax.training import inputs
 from resnet_jax.training.loop import train
 from resnet_jax.training.metrics import MetricAccumulator
 from tests.conftest import FAST_COMPILE
@@ -275,11 +275,11 @@ def test_batches_that_are_made_ahead(monkeypatch):
     monkeypatch.setattr("resnet_jax.limits.host_memory", lambda: 10**6)
     config = Config(train=Train(batch_size=100), data=Data(image_size=8, crop="random_resized"))
     model = rj.create_model("tiny")
-    setup.check_memory(config, model, channels=1, hosts=1)
+    inputs.check_memory(config, model, channels=1, processes=1)
     config.data.workers = 100
     with pytest.raises(ConfigError, match=r"batches are made ahead: needs .* data\.workers"):
-        setup.check_memory(config, model, channels=1, hosts=1)
-    setup.check_memory(config, model, channels=1, hosts=4)
+        inputs.check_memory(config, model, channels=1, processes=1)
+    inputs.check_memory(config, model, channels=1, processes=4)
 
 
 # Images and files.

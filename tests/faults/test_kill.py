@@ -92,8 +92,8 @@ def killed(workdir, moment):
         process.send_signal(signal.SIGKILL)
         code = process.wait()
     assert code in (0, -signal.SIGKILL), said(workdir)
-    if before and "going on after step" in said(workdir):
-        assert f"going on after step {before}\n" in said(workdir)
+    if before and "resuming after step" in said(workdir):
+        assert f"resuming after step {before}\n" in said(workdir)
     after = newest(workdir)
     assert after >= before
     for folder in workdir.glob("checkpoints/*"):

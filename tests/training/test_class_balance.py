@@ -19,9 +19,9 @@ from resnet_jax.data.sources.folders import FolderSource
 from resnet_jax.data.sources.known_sizes import SizeOnlySource
 from resnet_jax.errors import ConfigError, StoppedError
 from resnet_jax.planning.aot import lower_step
-from resnet_jax.training import class_balance, loop
+from resnet_jax.training import class_balance, run
+from resnet_jax.training.inputs import check_source
 from resnet_jax.training.loop import train
-from resnet_jax.training.setup import check_source
 from resnet_jax.training.step import make_train_step
 from tests.training.runs import state_of, stop_after, without_times
 
@@ -85,7 +85,7 @@ def test_the_step_is_given_the_weights(tmp_path, monkeypatch):
         given.append(options["class_weights"])
         return make_train_step(*args, **options)
 
-    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(run, "make_train_step", make)
     short = c.Train(steps=1, batch_size=16)
     weights = c.Loss(class_weights="balanced")
     config = configuration({"loss": weights, "train": short}, train_split="train[:30%]")

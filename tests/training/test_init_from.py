@@ -13,7 +13,7 @@ from resnet_jax.config import schema as c
 from resnet_jax.config.schema import Checkpoint, Config, Data
 from resnet_jax.errors import ConfigError
 from resnet_jax.evaluation.held_out import evaluate_data
-from resnet_jax.training.init_from import Start, initial_variables, look_at_weights
+from resnet_jax.training.init_from import Start, fill_from_weights, initial_variables
 from resnet_jax.training.loop import train
 from resnet_jax.weights.class_names import imagenet_ids, imagenet_names
 from resnet_jax.weights.source import open_network
@@ -69,41 +69,41 @@ def hub(tmp_path):
 
 
 def test_fields_that_are_left_come_from_the_weights(hub):
-    start = look_at_weights(finetune(hub))
+    start = fill_from_weights(finetune(hub))
     data, augment = start.config.data, start.config.augment
     assert start.config.model.name == "resnet20"
     assert (data.channels, data.image_size, data.eval_resize) == (3, 40, 50)
     assert (data.interpolation, data.eval_crop) == ("bicubic", "center")
     assert (augment.mean, augment.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     c.check(start.config)
-    assert start.taken[0].startswith(
+    assert start.lines[0].startswith(
         f"from {hub}: model.name = 'resnet20', data.channels = 3, data"
     )
-    assert "augment.std = (0.4, 0.5, 0.6)" in start.taken[0]
+    assert "augment.std = (0.4, 0.5, 0.6)" in start.lines[0]
     assert Start.from_json(start.to_json()) == start
 
 
 def test_what_the_user_sets_wins(hub):
     flags = ["--config.data.image_size=32", "--config.augment.mean=(0.5,0.5,0.5)"]
-    start = look_at_weights(finetune(hub, *flags))
+    start = fill_from_weights(finetune(hub, *flags))
     assert start.config.data.image_size == 32
     assert start.config.data.eval_resize == 40  # in the proportion of the weights
     assert start.config.augment.mean == (0.5,) * 3
-    assert "image_size" not in start.taken[0]
-    assert "mean" not in start.taken[0]
-    start = look_at_weights(finetune(hub, "--config.data.eval_resize=44"))
+    assert "image_size" not in start.lines[0]
+    assert "mean" not in start.lines[0]
+    start = fill_from_weights(finetune(hub, "--config.data.eval_resize=44"))
     assert (start.config.data.image_size, start.config.data.eval_resize) == (40, 44)
     with pytest.raises(ConfigError, match=r"model.name = resnet32: .* holds a resnet20"):
-        look_at_weights(finetune(hub, "--config.model.name=resnet32"))
+        fill_from_weights(finetune(hub, "--config.model.name=resnet32"))
 
 
 def test_a_configuration_that_leaves_nothing_reads_no_weights():
     config = Config(checkpoint=Checkpoint(init_from="/none.npz"))
-    assert look_at_weights(config) == Start(config)
+    assert fill_from_weights(config) == Start(config)
     with pytest.raises(ConfigError, match=r"checkpoint.init_from = '/none.npz': cannot read"):
-        look_at_weights(finetune("/none.npz"))
+        fill_from_weights(finetune("/none.npz"))
     with pytest.raises(ConfigError, match=r"model.name = '': .* or name weights in checkpoint"):
-        c.check(look_at_weights(finetune("")).config)
+        c.check(fill_from_weights(finetune("")).config)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +111,23 @@ def test_a_configuration_that_leaves_nothing_reads_no_weights():
     [
         (("a", "b"), True, ("a", "b"), True, "kept: its classes are those of the data, by name"),
         (("a", "b"), True, ("b", "a"), False, "a new one: .* in another order"),
-        (("a", "b"), True, ("a", "c"), False, "a new one: its classes are called otherwise"),
+        (("a", "b"), True, ("a", "c"), False, "a new one: its classes have other names"),
         (("a", "b"), True, ("a", "b", "c"), False, "it has 2 classes, and 3 are needed"),
         (("0", "1"), False, ("a", "c"), True, "kept: .* by order, not by name"),
-        (("",), False, ("a", "b"), False, "there is none of one linear layer, and 2 classes"),
+        (
+            ("",),
+            False,
+            ("a", "b"),
+            False,
+            "the weights have no head of one linear layer, and 2 classes",
+        ),
     ],
 )
 def test_the_head_is_kept_where_it_fits(classes, named, data, keeps, line):
     config = Config(checkpoint=Checkpoint(init_from="w", reset_head=None))
     start = Start(config, (), classes, named).with_head(data)
     assert start.config.checkpoint.reset_head is not keeps
-    assert re.search(line, start.taken[-1])
+    assert re.search(line, start.lines[-1])
     for given in (False, True):  # who says it is obeyed
         config = Config(checkpoint=Checkpoint(init_from="w", reset_head=given))
         assert Start(config, (), classes, named).with_head(data).config == config

@@ -24,7 +24,8 @@ from resnet_jax.data.memory import InMemoryDataset
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.report.runs import read_run
-from resnet_jax.training import loop
+from resnet_jax.training import metrics as metrics_module
+from resnet_jax.training import state_evaluator
 from resnet_jax.training import step as step_module
 from resnet_jax.training.loop import train
 from resnet_jax.training.metrics import MetricAccumulator
@@ -245,7 +246,7 @@ def test_skipped_steps_are_counted(steps_per_call, tmp_path, monkeypatch):
 
 
 def test_too_many_skipped_steps_in_a_row(tmp_path, monkeypatch):
-    """The run ends as diverged; the state that was saved before stays, and can be gone on from."""
+    """The run ends as diverged; the last saved state stays, and the run can resume from it."""
     poison(monkeypatch, 3, 4, 5)
     config = configuration(train__max_skipped=1, checkpoint__every_steps=3)
     config.evaluate.every_epochs = 1.0
@@ -260,7 +261,7 @@ def test_too_many_skipped_steps_in_a_row(tmp_path, monkeypatch):
 
 def test_an_evaluation_that_is_no_number_is_no_record(tmp_path, monkeypatch):
     measured = {"images": 360.0, "loss": float("inf"), "top1": 0.1, "top5": 0.5}
-    monkeypatch.setattr(loop, "evaluate", lambda *_: dict(measured))
+    monkeypatch.setattr(state_evaluator, "evaluate", lambda *_: dict(measured))
     with pytest.raises(DivergedError, match=r"evaluated loss is not a number at step 3; no state"):
         train(configuration(), tmp_path)
     assert {record["split"] for record in records(tmp_path)} == {"train"}
@@ -268,7 +269,7 @@ def test_an_evaluation_that_is_no_number_is_no_record(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps", [3, 6])
 def test_a_state_whose_evaluation_is_no_number_is_not_kept(steps, tmp_path, monkeypatch):
-    """The run goes on from the one before it, as if the bad one had never been saved."""
+    """The run resumes from the state before it, as if the bad one had never been saved."""
     measure_after(monkeypatch, steps - 3, lambda metrics: {**metrics, "loss": float("nan")})
     where = "the last good state is at step 3" if steps == 6 else "no state was saved"
     with pytest.raises(DivergedError, match=f"not a number at step {steps}; {where}"):
@@ -278,13 +279,13 @@ def test_a_state_whose_evaluation_is_no_number_is_not_kept(steps, tmp_path, monk
 
 def measure_after(monkeypatch, calls, change):
     """Changes what evaluations give, or raises, after so many of `evaluate`'s calls."""
-    made, measure = [], loop.evaluate
+    made, measure = [], state_evaluator.evaluate
 
     def measuring(*arguments):
         made.append(measure(*arguments))
         return change(made[-1]) if len(made) > calls else made[-1]
 
-    monkeypatch.setattr(loop, "evaluate", measuring)
+    monkeypatch.setattr(state_evaluator, "evaluate", measuring)
 
 
 def fail(_):
@@ -419,7 +420,7 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
     config.checkpoint.init_from = str(tmp_path / "first")
     train(config, tmp_path)
     shutil.rmtree(tmp_path / "first")
-    train(config, tmp_path)  # goes on without the weights it started from
+    train(config, tmp_path)  # resumes without its initial weights
     _, start, _ = load_variables(straight[0])
     _, end, _ = load_variables(tmp_path)
     for part in start["params"]:
@@ -471,7 +472,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(("steps_per_call", "accumulate"), [(1, 1), (2, 1), (1, 2)])
 def test_utilization_where_the_peak_is_known(steps_per_call, accumulate, tmp_path, monkeypatch):
     known = dataclasses.replace(ACCELERATORS["h100"], flops=1e9)
-    monkeypatch.setattr(loop, "find_accelerator", lambda kind: known)
+    monkeypatch.setattr(metrics_module, "find_accelerator", lambda kind: known)
     changes = {"train__steps_per_call": steps_per_call, "train__accumulate": accumulate}
     train(configuration(**changes), tmp_path)
     record = [r for r in records(tmp_path) if r["split"] == "train"][-1]

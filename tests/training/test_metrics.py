@@ -9,9 +9,11 @@ import pytest
 from resnet_jax.config import schema as c
 from resnet_jax.errors import ConfigError
 from resnet_jax.training.metrics import MetricAccumulator, _Sums
+from resnet_jax.training.optimizer import RunLength
 
 BATCH = 100
 STEPS_PER_CALL = 10
+LENGTH = RunLength(steps=100, steps_per_epoch=100.0)
 
 
 class Device:
@@ -58,22 +60,22 @@ class Records:
 
 
 @pytest.fixture
-def told():
+def records():
     return Records()
 
 
 @pytest.fixture
-def recorder(told):
+def accumulator(records):
     config = c.Config(
         train=c.Train(batch_size=BATCH, steps_per_call=STEPS_PER_CALL),
         log=c.Log(every_steps=STEPS_PER_CALL),
     )
-    made = MetricAccumulator(config, 100.0, told, 0, lambda *_: "")
+    made = MetricAccumulator(config, LENGTH, records, 0)
     yield made
     made.close()
 
 
-def test_each_record_has_the_rate_of_its_own_steps(recorder, told):
+def test_each_record_has_the_rate_of_its_own_steps(accumulator, records):
     """The loop is held up, and then reads three calls at once."""
     seconds = 0.2
     device = Device(seconds)
@@ -81,51 +83,51 @@ def test_each_record_has_the_rate_of_its_own_steps(recorder, told):
         metrics = device.call()
         if call % 3 == 0:
             device.wait()
-        recorder.add(call * STEPS_PER_CALL, metrics)
-    recorder.flush()
-    assert len(told.rates) == 6
-    assert told.rates == pytest.approx([BATCH * STEPS_PER_CALL / seconds] * 6, rel=0.25)
+        accumulator.add(call * STEPS_PER_CALL, metrics)
+    accumulator.flush()
+    assert len(records.rates) == 6
+    assert records.rates == pytest.approx([BATCH * STEPS_PER_CALL / seconds] * 6, rel=0.25)
 
 
-def test_waiting_for_the_compiler_is_left_out_where_other_steps_tell(told):
+def test_waiting_for_the_compiler_is_left_out_where_other_steps_tell(records):
     config = c.Config(train=c.Train(batch_size=BATCH), log=c.Log(every_steps=3 * STEPS_PER_CALL))
-    recorder = MetricAccumulator(config, 100.0, told, 0, lambda *_: "")
+    accumulator = MetricAccumulator(config, LENGTH, records, 0)
     device = Device(0.1)
     for call in range(1, 4):
-        recorder.add(call * STEPS_PER_CALL, device.call(compile_seconds=0.5 * (call == 1)))
-    recorder.flush()
-    recorder.close()
-    assert told.rates == pytest.approx([BATCH * STEPS_PER_CALL / 0.1], rel=0.25)
+        accumulator.add(call * STEPS_PER_CALL, device.call(compile_seconds=0.5 * (call == 1)))
+    accumulator.flush()
+    accumulator.close()
+    assert records.rates == pytest.approx([BATCH * STEPS_PER_CALL / 0.1], rel=0.25)
 
 
-def test_the_program_of_another_number_of_steps_is_compiled_too(told):
+def test_the_program_of_another_number_of_steps_is_compiled_too(records):
     config = c.Config(train=c.Train(batch_size=BATCH), log=c.Log(every_steps=3 * STEPS_PER_CALL))
-    recorder = MetricAccumulator(config, 100.0, told, 0, lambda *_: "")
+    accumulator = MetricAccumulator(config, LENGTH, records, 0)
     device = Device(0.1)
     for call in range(1, 4):
-        recorder.add(call * STEPS_PER_CALL, device.call())
-    recorder.add(31, device.call(steps=1, compile_seconds=0.5))
-    recorder.add(32, device.call(steps=1))
-    recorder.flush()
-    recorder.close()
-    assert told.rates == pytest.approx([BATCH * STEPS_PER_CALL / 0.1, BATCH / 0.1], rel=0.25)
+        accumulator.add(call * STEPS_PER_CALL, device.call())
+    accumulator.add(31, device.call(steps=1, compile_seconds=0.5))
+    accumulator.add(32, device.call(steps=1))
+    accumulator.flush()
+    accumulator.close()
+    assert records.rates == pytest.approx([BATCH * STEPS_PER_CALL / 0.1, BATCH / 0.1], rel=0.25)
 
 
-def test_an_evaluation_is_not_counted(recorder, told):
+def test_an_evaluation_is_not_counted(accumulator, records):
     device = Device(0.1)
-    recorder.add(STEPS_PER_CALL, device.call())
-    recorder.flush()
+    accumulator.add(STEPS_PER_CALL, device.call())
+    accumulator.flush()
     time.sleep(0.5)
-    recorder.restart()
-    recorder.add(2 * STEPS_PER_CALL, device.call())
-    recorder.flush()
-    assert told.rates[1] == pytest.approx(BATCH * STEPS_PER_CALL / 0.1, rel=0.25)
+    accumulator.restart_clock()
+    accumulator.add(2 * STEPS_PER_CALL, device.call())
+    accumulator.flush()
+    assert records.rates[1] == pytest.approx(BATCH * STEPS_PER_CALL / 0.1, rel=0.25)
 
 
-def test_the_thread_ends(recorder):
-    recorder.add(STEPS_PER_CALL, Device(0.01).call())
-    recorder.flush()
-    recorder.close()
+def test_the_thread_ends(accumulator):
+    accumulator.add(STEPS_PER_CALL, Device(0.01).call())
+    accumulator.flush()
+    accumulator.close()
     for thread in threading.enumerate():
         if thread.name.startswith("metrics"):
             thread.join(5)
@@ -146,5 +148,5 @@ GOOD = {"steps": 2, "totals": {"loss": 1.0}, "learning_rate": 0.1, "skipped": 0}
 )
 def test_what_a_checkpoint_carries_may_be_anything(change):
     assert _Sums.of(GOOD).means() == {"loss": 0.5, "learning_rate": 0.1}
-    with pytest.raises(ConfigError, match=r"progress.json has no records of ours"):
+    with pytest.raises(ConfigError, match=r"progress.json of the checkpoint has no sums"):
         _Sums.of({**GOOD, **change})

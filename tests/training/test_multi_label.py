@@ -220,7 +220,7 @@ def test_what_a_run_writes(straight, capsys):
     tags = {tag for event in read_events(events) for tag in event}
     assert {f"test/{name}" for name in names} <= tags
     assert {"train/loss", "train/top1"} <= tags
-    assert not any("labelled" in tag for tag in tags)
+    assert not any("labeled" in tag for tag in tags)
 
 
 def read_events(path):

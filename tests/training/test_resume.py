@@ -99,7 +99,7 @@ def fails(*_):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics", "state"])
 def test_a_disk_that_fills_up_in_the_middle(name, straight, tmp_path, monkeypatch):
-    """One line, the last good state stays, and the same command goes on to the same end."""
+    """One line, the last good state stays, and the same command resumes and ends the same."""
     config = configuration()
     config.checkpoint.every_steps = 2
     with monkeypatch.context() as patch:

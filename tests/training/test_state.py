@@ -27,7 +27,7 @@ def test_shapes_are_those_of_the_state(config):
 
 
 def test_random_parameters_follow_from_the_seed(tiny_model, accelerator):
-    """On a CPU, whose compiler is told to hurry, and gives the same bits."""
+    """On a CPU the compiler optimizes less there, and gives the same bits."""
     if accelerator != "cpu":
         pytest.skip("compiler options of the CPU")
     model = rj.create_model(tiny_model)

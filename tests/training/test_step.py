@@ -311,7 +311,7 @@ def test_an_infinite_update_is_skipped(platform):
 
 
 def test_a_skipped_step_is_none_of_the_schedules():
-    """The rate that is told is the one that is used."""
+    """The reported rate is the one that the step uses."""
     config = configuration(schedule=c.Schedule(name="linear"))
     state, take = steps_of(poisonable("loss"), config)
     rates = []

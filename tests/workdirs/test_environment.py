@@ -8,7 +8,7 @@ import pytest
 
 from resnet_jax.config.schema import Config
 from resnet_jax.distributed.process_group import first_difference
-from resnet_jax.training.setup import facts
+from resnet_jax.training.inputs import facts
 from resnet_jax.workdirs import environment
 
 CUDA = {

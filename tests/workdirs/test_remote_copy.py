@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from resnet_jax.errors import ConfigError, DivergedError, StoppedError
-from resnet_jax.training import loop
+from resnet_jax.training import state_evaluator
 from resnet_jax.training.loop import train
 from resnet_jax.workdirs.checkpoint import Checkpoints
 from resnet_jax.workdirs.remote_copy import Bucket
@@ -61,7 +61,7 @@ def test_a_run_goes_on_where_its_disk_is_gone(straight, tmp_path, monkeypatch):
 def test_the_copy_has_the_last_evaluation(tmp_path, monkeypatch):
     """Of a run whose last state is not its best, and that ended early."""
     tops = iter((0.9, 0.1))
-    monkeypatch.setattr(loop, "evaluate", lambda *_: metrics(next(tops)))
+    monkeypatch.setattr(state_evaluator, "evaluate", lambda *_: metrics(next(tops)))
     config = configuration(
         checkpoint__copy_to=str(tmp_path / "copy"),
         train__early_stopping=1,
@@ -81,7 +81,7 @@ def metrics(top1, loss=1.0):
 def test_a_state_that_has_diverged_leaves_the_copy(tmp_path, monkeypatch):
     """Or the next start would take it from there, and never get past it."""
     losses = iter((1.0, 1.0, float("nan")))
-    monkeypatch.setattr(loop, "evaluate", lambda *_: metrics(0.5, next(losses)))
+    monkeypatch.setattr(state_evaluator, "evaluate", lambda *_: metrics(0.5, next(losses)))
     config = configuration(checkpoint__copy_to=str(tmp_path / "copy"))
     with pytest.raises(DivergedError, match="step 6; the last good state is at step 3"):
         train(config, tmp_path / "run")
@@ -159,7 +159,7 @@ def test_what_is_missing_or_damaged_comes_from_the_copy(places, several):
     damage(run, 6)
     shutil.rmtree(run / "checkpoints" / "3")
     said = go_on(run, copy)
-    assert "going on after step 6" in said
+    assert "resuming after step 6" in said
     assert "step 6 is damaged: progress.json does not match its checksum; it is now" in said
     assert f"the state at step 6 is from checkpoint.copy_to = '{copy}'" in said
     assert contents(copy).keys() == before.keys()

@@ -12,7 +12,7 @@ from PIL import Image
 from resnet_jax.config.schema import Augment, Config, Data
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import DataError
-from resnet_jax.training.setup import open_sources
+from resnet_jax.training.inputs import open_sources
 
 TEXT = """path,label,split
 a/0.png,cat,train

@@ -24,7 +24,7 @@ from resnet_jax.config.schema import Augment, Config, Data
 from resnet_jax.data import prepare
 from resnet_jax.data.sources import digits, folders, open_source, tfds_files
 from resnet_jax.errors import DataError
-from resnet_jax.training.setup import open_sources
+from resnet_jax.training.inputs import open_sources
 
 
 def encoded(array, kind="JPEG"):
