@@ -1,8 +1,8 @@
 """Trains a network.
 
     python train.py                                          handwritten digits, in a minute
-    python train.py --config=configs/cifar10.py:resnet56 --workdir=runs/cifar10
-    python train.py --config=configs/cifar10.py --config.optimizer.learning_rate=0.2
+    python train.py --config=configs/cifar.py:resnet56 --workdir=runs/cifar10
+    python train.py --config=configs/cifar.py --config.optimizer.learning_rate=0.2
     python train.py --help                                   every field
 
 The flags give a configuration, and `resnet_jax.training.loop.train(config, workdir)` does the rest;

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config.schema import DATA_PLACES, Data, data_place
+from resnet_jax.config.schema import DATA_PLACES, Data
+from resnet_jax.config.serialization import absolute_data_name
 from resnet_jax.data.sources.opening import Source, open_source, split_names
 from resnet_jax.data.sources.tfds_files import prepared_configs
 from resnet_jax.errors import ConfigError, DataError
@@ -240,7 +241,9 @@ def open_held_out(
 
 def _own_section(network: Network, data: str) -> Data | None:
     """A run's `data` section, if it is about this data."""
-    if network.config is None or data_place(data) != data_place(network.config.data.name):
+    if network.config is None or absolute_data_name(data) != absolute_data_name(
+        network.config.data.name
+    ):
         return None
     return network.config.data
 

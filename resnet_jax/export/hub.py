@@ -217,7 +217,8 @@ def _table(facts: dict[str, str]) -> str:
 
 def _training(network: Network) -> list[str]:
     """The recipe: the fields that every run is told by, and those that differ from the defaults."""
-    from resnet_jax.config.schema import Config, to_flat
+    from resnet_jax.config.schema import Config
+    from resnet_jax.config.serialization import to_flat
 
     if network.config is None:
         return []

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.config.schema import Config, to_flat
+from resnet_jax.config.schema import Config
+from resnet_jax.config.serialization import to_flat
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import read_json
 from resnet_jax.workdirs.records import Record, is_training, read_records

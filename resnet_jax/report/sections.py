@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.config.schema import to_flat
+from resnet_jax.config.serialization import to_flat
 from resnet_jax.data.augment.apply import normalize
 from resnet_jax.data.decode.decoding import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError

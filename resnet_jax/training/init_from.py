@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnet_jax.config.schema import Config, from_json, to_flat, to_json
+from resnet_jax.config.schema import Config
+from resnet_jax.config.serialization import from_json, to_flat, to_json
 from resnet_jax.errors import ConfigError, ModelError, WeightsError, one_line
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet

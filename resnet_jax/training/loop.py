@@ -18,7 +18,8 @@ import jax
 
 from resnet_jax.compile_cache import use_compile_cache
 from resnet_jax.config.model import make_model
-from resnet_jax.config.schema import Config, check, check_types, profile_steps
+from resnet_jax.config.schema import Config
+from resnet_jax.config.validation import check, check_types, profile_steps
 from resnet_jax.data.pipeline import (
     Batch,
     Corrupt,

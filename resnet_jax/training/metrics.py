@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.config.schema import Config, profile_steps
+from resnet_jax.config.schema import Config
+from resnet_jax.config.validation import profile_steps
 from resnet_jax.errors import ConfigError, DivergedError, one_line
 from resnet_jax.workdirs.metric_writers import MetricWriters
 from resnet_jax.workdirs.records import LARGEST_STEP, TRAINING, is_number

@@ -19,7 +19,8 @@ import optax
 
 from resnet_jax.compile_cache import use_compile_cache
 from resnet_jax.config.model import make_model
-from resnet_jax.config.schema import Config, Schedule, check, check_types
+from resnet_jax.config.schema import Config, Schedule
+from resnet_jax.config.validation import check, check_types
 from resnet_jax.data.pipeline import Corrupt, prefetch
 from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import explain_out_of_memory

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import jax
 
-from resnet_jax.config.schema import Config, to_flat
+from resnet_jax.config.schema import Config
+from resnet_jax.config.serialization import to_flat
 from resnet_jax.data.augment.apply import check_channels
 from resnet_jax.data.pipeline import fits_memory
 from resnet_jax.data.sources.opening import Source, open_split

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax import files
-from resnet_jax.config.schema import Config, differences, to_json
+from resnet_jax.config.schema import Config
+from resnet_jax.config.serialization import differences, to_json
 from resnet_jax.errors import ConfigError, ResNetJaxError, importing, library_errors, one_line
 from resnet_jax.workdirs import checksums
 from resnet_jax.workdirs.checkpoint import Checkpoints, damage

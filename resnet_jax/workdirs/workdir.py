@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 
 from resnet_jax import files
-from resnet_jax.config.schema import Config, check, differences, from_json, to_json, with_places
+from resnet_jax.config.schema import Config
+from resnet_jax.config.serialization import differences, from_json, to_json, with_absolute_paths
+from resnet_jax.config.validation import check
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import MIB
 from resnet_jax.limits import MAX_COUNT
@@ -316,7 +318,7 @@ def write_config(
     contents = {
         "classes.json": json.dumps(list(classes), indent=2) + "\n",
         "data.json": json.dumps(description) + "\n",
-        "config.json": to_json(with_places(config)),
+        "config.json": to_json(with_absolute_paths(config)),
     }
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
     contents[SEAL] = "".join(f"{digest}  {name}\n" for name, digest in digests.items())

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.training import rate_range
 from resnet_jax.training.loop import train
