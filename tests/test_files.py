@@ -102,7 +102,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     with files.new_file(tmp_path / "other"):  # is being written, so it is locked
         [writing] = {*os.listdir(tmp_path)} - {own.name}
         os.utime(tmp_path / writing, (old, old))
-        files.remove_left_over(tmp_path)
+        files.remove_leftovers(tmp_path)
         assert {*os.listdir(tmp_path)} == {writing, own.name}
     assert {*os.listdir(tmp_path)} == {"other", own.name}
 

@@ -18,7 +18,7 @@ from resnet_jax.evaluation.label_sets import CORRUPTED, data_set_name
 from resnet_jax.evaluation.measuring import Evaluator
 from resnet_jax.evaluation.result import CorruptionReport, Report
 from resnet_jax.weights.source import Network, evaluated_data, require_head
-from resnet_jax.workdirs.workdir import read_class_names, read_json
+from resnet_jax.workdirs.description import read_class_names, read_json
 
 # Splits that are measured where nobody says which.
 _SPLITS = {

@@ -65,7 +65,7 @@ def write_report(
     folder = output.with_suffix("")
     if os.path.lexists(folder):  # before the minutes that the sections take
         with explained(folder, f"--output={output}: {folder}"):
-            files.check_own_folder(folder)
+            files.check_folder(folder)
     held_out = HeldOut(data, data_dir)
     if len(runs) == 1:
         sections = one_run(runs[0], images, held_out)

@@ -24,8 +24,8 @@ from resnet_jax.report.predictions import Example, HeldOut, Predictions, predict
 from resnet_jax.report.runs import Run
 from resnet_jax.terminal import visible
 from resnet_jax.weights.source import Network, open_network
+from resnet_jax.workdirs.description import read_class_names
 from resnet_jax.workdirs.metric_writers import duration
-from resnet_jax.workdirs.workdir import read_class_names
 
 # Held-out images that the network is run over again.
 MOST_IMAGES = 10_000

@@ -111,8 +111,9 @@ has 3 classes; give one for each, in the order of classes.json, or 'balanced'
         return
     shown = text if len(text) <= 100 else f"{text[:100]}..."
     raise ConfigError(
-        f"loss.class_weights = {shown!r}: has {len(parse_class_weights(text))} numbers, and the data set "
-        f"has {classes} classes; give one for each, in the order of classes.json, or 'balanced'"
+        f"loss.class_weights = {shown!r}: has {len(parse_class_weights(text))} numbers, and the "
+        f"data set has {classes} classes; give one for each, in the order of classes.json, "
+        "or 'balanced'"
     )
 
 

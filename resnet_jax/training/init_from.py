@@ -28,7 +28,8 @@ from resnet_jax.weights.convert import fit_variables
 from resnet_jax.weights.files import WEIGHT_SUFFIXES, load_weights
 from resnet_jax.weights.pretrained import load_pretrained
 from resnet_jax.weights.source import Network, imagenet_ids, imagenet_names, open_network
-from resnet_jax.workdirs.workdir import has_states, read_config
+from resnet_jax.workdirs.description import read_config
+from resnet_jax.workdirs.workdir import has_states
 
 # Fields that may be left to the weights, and the value that leaves them.
 _LEFT: dict[str, Any] = {

@@ -65,18 +65,13 @@ from resnet_jax.training.setup import (
 from resnet_jax.training.state import TrainState, create_state, state_shapes
 from resnet_jax.training.step import make_steps, make_train_step
 from resnet_jax.workdirs.checkpoint import Checkpoints
+from resnet_jax.workdirs.description import write_description
 from resnet_jax.workdirs.environment import computes_on, write_environment
 from resnet_jax.workdirs.evaluations import EMA, RAW, Evaluations
 from resnet_jax.workdirs.metric_writers import MetricWriters
 from resnet_jax.workdirs.records import EVALUATION, Record
-from resnet_jax.workdirs.remote_copy import Bucket
-from resnet_jax.workdirs.workdir import (
-    changed_evaluation_data,
-    has_states,
-    locked,
-    open_workdir,
-    write_config,
-)
+from resnet_jax.workdirs.remote_copy import RemoteCopy
+from resnet_jax.workdirs.workdir import changed_evaluation_data, has_states, locked, open_workdir
 
 # Top-1 by which a moving average below its weights is more than noise.
 _FAR_BELOW = 0.1
@@ -168,14 +163,14 @@ def train(config: Config, workdir: str | Path) -> Result:
             return run.finish()
 
 
-def _open_bucket(config: Config, workdir: Path, data: dict[str, str]) -> Bucket | None:
+def _open_bucket(config: Config, workdir: Path, data: dict[str, str]) -> RemoteCopy | None:
     """The copy of the run, after what the workdir lacks has been brought here.
 
     Before damaged states are set aside: the copy may have them whole.
     """
     if not config.checkpoint.copy_to:
         return None
-    bucket = Bucket(config, workdir)
+    bucket = RemoteCopy(config, workdir)
     if bucket.steps() or has_states(workdir):
         with locked(open_workdir(workdir, config, data)):  # which may hold another run
             bucket.fetch()
@@ -246,7 +241,7 @@ class _Run:
         weights = class_weights(config.loss, counts, model.num_classes)
         if group.is_first:
             by_split = {"train": counts, "eval": count_at_hand(self.eval_data, len(names))}
-            write_config(workdir, config, names, fingerprints(sources), by_split)
+            write_description(workdir, config, names, fingerprints(sources), by_split)
             write_environment(workdir)
         step: Callable[..., Any] = make_train_step(
             model, optimizer, config, self.length, class_weights=weights

@@ -42,8 +42,8 @@ from resnet_jax.weights.pretrained import (
     pretrained_threshold,
 )
 from resnet_jax.weights.weight_file import open_weight_file
-from resnet_jax.workdirs.ownership import is_own
-from resnet_jax.workdirs.workdir import read_class_names, read_config
+from resnet_jax.workdirs.description import read_class_names, read_config
+from resnet_jax.workdirs.signature import is_own
 
 _IMAGENET_CLASSES = 1000
 

@@ -192,7 +192,7 @@ def test_the_data_of_a_run_is_opened_for_its_user_only(
 ):
     from resnet_jax.config import schema as c
     from resnet_jax.training.loop import train
-    from resnet_jax.workdirs import ownership
+    from resnet_jax.workdirs import signature
 
     data = f"folder:{tmp_path}/data"
     for split in ("train", "test"):
@@ -211,7 +211,7 @@ def test_the_data_of_a_run_is_opened_for_its_user_only(
         log=c.Log(tensorboard=False),
     )
     top1 = train(config, tmp_path / "run").metrics["top1"]
-    monkeypatch.setattr(ownership, "_signed", set())  # as another process of this user
+    monkeypatch.setattr(signature, "_signed", set())  # as another process of this user
     command = ["evaluate", str(tmp_path / "run"), "--json=-"]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == top1

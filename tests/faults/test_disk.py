@@ -25,8 +25,7 @@ from resnet_jax.errors import ConfigError, DivergedError, PeerError, StoppedErro
 from resnet_jax.training.loop import _Run, train
 from resnet_jax.training.metrics import MetricAccumulator, Trace
 from resnet_jax.workdirs.checkpoint import Checkpoints
-from resnet_jax.workdirs.metric_writers import MetricWriters
-from resnet_jax.workdirs.workdir import Appender
+from resnet_jax.workdirs.metric_writers import Appender, MetricWriters
 from tests.training.test_loop import configuration, records, state_of
 
 pytestmark = pytest.mark.usefixtures("tiny_model")

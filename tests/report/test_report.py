@@ -22,7 +22,7 @@ from resnet_jax.report.page import _write, write_report
 from resnet_jax.report.predictions import HeldOut, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training.loop import train
-from resnet_jax.workdirs.workdir import read_class_names
+from resnet_jax.workdirs.description import read_class_names
 from tests.evaluation.settings import photo, prepare_sets, tiny_network
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
