@@ -156,7 +156,7 @@ def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
         assert ends(processes) == [STOPPED, STOPPED]
         stopped = [text(tmp_path, i).splitlines()[-1] for i in range(2)]
         assert stopped[0] == stopped[1]
-        assert stopped[0].startswith("stopped: stopped by a signal after step ")
+        assert stopped[0].startswith("stopped: by a signal after step ")
         assert "top-1" not in text(tmp_path, 1)  # only the first process talks
         assert int(state_of(workdir)["step"]) < STEPS
         assert ends(lone) == [0]

@@ -106,7 +106,7 @@ def test_tensorboard_is_left_out(harm, words, tmp_path, monkeypatch):
     file.close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
     (line,) = [line for line in stream.getvalue().splitlines() if "TensorBoard" in line]
-    assert "TensorBoard is left out from here on: " in line
+    assert "TensorBoard is disabled from here on: " in line
     assert words in line
 
 
@@ -139,7 +139,7 @@ def test_a_copy_that_cannot_begin_is_left_out(tmp_path, monkeypatch):
     assert len(records(tmp_path)) == 1
     lines = stream.getvalue().splitlines()
     found = [line.partition(":")[0] for line in lines if "left out" in line]
-    assert found == ["TensorBoard is left out", "Weights & Biases is left out"]
+    assert found == ["TensorBoard is disabled", "Weights & Biases is disabled"]
 
 
 def test_the_same_name_in_two_folders_is_two_runs(tmp_path, monkeypatch):
