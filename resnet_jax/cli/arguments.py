@@ -310,7 +310,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "source",
-        help="a workdir, a weight file, a folder in the format of the Hub, or OWNER/NAME on the Hub",
+        help="a workdir, a weight file, a folder in the Hub's format, or OWNER/NAME on the Hub",
     )
     add("--model", default="", help="name of the network (default: inferred from the weights)")
     add(

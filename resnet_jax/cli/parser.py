@@ -85,8 +85,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if any("\0" in each for each in arguments):  # impossible in a shell, but not from Python
         raise ConfigError("an argument contains the character NUL, which names cannot have")
     parser = build_parser()
-    # `train` parses all of its flags itself, `plan` and `find_rate` those of --config, `doctor` those
-    # that connect processes.
+    # `train` parses all of its flags itself, `plan` and `find_rate` those of --config, and `doctor`
+    # those that connect processes.
     if arguments[:1] in (["plan"], ["find_rate"], ["doctor"]):
         options, rest = parser.parse_known_args(arguments)
     else:

@@ -14,7 +14,7 @@ import pytest
 
 from resnet_jax.cli import parser
 from resnet_jax.distributed import heartbeat
-from resnet_jax.distributed.heartbeat import Watch
+from resnet_jax.distributed.heartbeat import Heartbeat
 from resnet_jax.distributed.process_group import first_difference, process_group
 from resnet_jax.errors import LOST, MISTAKE, STOPPED, ConfigError, PeerError
 from tests.conftest import FAST_COMPILE
@@ -260,7 +260,7 @@ def watches(monkeypatch):
     ended = []
     monkeypatch.setattr(heartbeat, "end_process", lambda *verdict: ended.append(verdict))
     table = Texts()
-    found = [Watch(table, index, 3, beat=0.01) for index in range(3)]
+    found = [Heartbeat(table, index, 3, beat=0.01) for index in range(3)]
     for each in found:
         each.ended = ended
     yield found
