@@ -34,8 +34,8 @@ def visible(text: object, keep: str = "") -> str:
 
     It escapes control and format characters (ESC, BEL, C1, bidirectional and zero-width ones), line
     breaks, spaces other than " ", lone surrogates (bytes of a file name that are not text), and
-    invisible letters and marks, as \\xHH, \\uHHHH or \\UHHHHHHHH. Joiners of emoji stay. Backslashes
-    are not escaped, so the result is for people, and escaping it again does not change it.
+    invisible letters and marks, as \\xHH, \\uHHHH or \\UHHHHHHHH. Joiners of emoji stay. The result
+    is for people: backslashes are not escaped, and escaping it again does not change it.
 
     Args:
       text: A name or a message, or any object with a string form.

@@ -1,4 +1,4 @@
-"""Starts the worker that runs the checks, prints its findings, and ends even if the worker does not."""
+"""Starts the worker that runs the checks, prints its findings, and ends even if it hangs."""
 
 from __future__ import annotations
 

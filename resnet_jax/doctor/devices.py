@@ -20,7 +20,7 @@ _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def backend(machine: Machine, log: Sequence[str] = ()) -> Finding:
-    """Starts JAX: its platform, or why it uses no accelerator; `log` has the lines that JAX logs."""
+    """Starts JAX: its platform, or why it uses no accelerator; `log` has lines that JAX logs."""
     try:
         jax.devices()
     except Exception as error:  # of any class: an unknown platform raises AssertionError
@@ -36,9 +36,7 @@ def judge_failure(error: Exception, machine: Machine, log: Sequence[str] = ()) -
     platforms = machine.environ.get("JAX_PLATFORMS", "")
     reason = known_reason("\n".join([str(error), *log]))
     if not reason and platforms and not str(error):
-        reason = (
-            f"JAX_PLATFORMS={platforms} names a platform that this machine does not have: unset it"
-        )
+        reason = f"JAX_PLATFORMS={platforms} names a platform that this machine lacks: unset it"
     return Finding(PROBLEM, f"does not start: {reason or said}", {"error": said})
 
 

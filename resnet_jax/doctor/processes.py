@@ -37,7 +37,7 @@ class Group:
             self._table.put(f"{key}/{self.index}", json.dumps(value, default=str))
 
     def gather(self, key: str, count: int = 0, patience: float = PATIENCE) -> dict[int, Any]:
-        """Returns the values of `count` processes (0: all) by number, or those so far after a time."""
+        """Waits for the values of `count` processes (0: all), at most `patience` seconds."""
         if self._table is None:
             return {}
         until = time.monotonic() + patience

@@ -155,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _events() -> Callable[[dict[str, Any]], None]:
-    """Reports events on standard output, and redirects the output of libraries to standard error."""
+    """Reports events on standard output, and redirects what libraries print to standard error."""
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

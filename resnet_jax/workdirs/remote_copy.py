@@ -17,7 +17,6 @@ import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from resnet_jax.config.serialization import differences, to_json
 from resnet_jax.errors import (
     RETRY,
     ConfigError,
-    ResNetJaxError,
     importing,
     library_errors,
     one_line,
@@ -38,24 +36,27 @@ from resnet_jax.errors import (
 from resnet_jax.workdirs import checksums
 from resnet_jax.workdirs.checkpoint import UNFINISHED, Checkpoints
 from resnet_jax.workdirs.records import is_training, parse_record
+from resnet_jax.workdirs.remote_files import (
+    FILES,
+    JSON,
+    METRICS,
+    SEAL,
+    STATES,
+    TEMPORARY,
+    RemoteError,
+    RemoteFiles,
+    complete_steps,
+    local_names,
+    remove_empty,
+    step_of,
+    steps_of,
+)
 from resnet_jax.workdirs.saved_state import damage
-from resnet_jax.workdirs.signature import SIGNATURE
 from resnet_jax.workdirs.workdir import saved_steps
 
-# What a run needs besides its states to resume as if nothing had happened.
-_CONFIG, _METRICS = "config.json", "metrics.jsonl"
-_JSON = (_CONFIG, "classes.json", "data.json", "environment.json")
-_SEAL = checksums.NAME  # in the workdir: of config.json, classes.json and data.json
-_FILES = (*_JSON, _SEAL, SIGNATURE, _METRICS)
+_CONFIG = "config.json"
 _SECTIONS = ("model", "data", "augment", "optimizer", "schedule", "train")  # of config.json
-_STATES = "checkpoints"
-_PARTIAL = r"\.resnet_jax\.[0-9a-f]+\.partial"  # left by a start or push that was killed
-_TEMPORARY = re.compile(rf"\.writable|{_PARTIAL}")
-_STATE_FILE = re.compile(  # visible ASCII without backslashes
-    rf"{_STATES}/(0|[1-9][0-9]{{0,17}})/"
-    rf"({checksums.NAME}|progress\.json|default/[!-\[\]-~]+|{_PARTIAL})"
-)
-_MAX_JSON_BYTES, _MAX_METRICS_BYTES = 64 * files.MIB, 256 * files.MIB  # bytes
+_MAX_JSON_BYTES, _MAX_METRICS_BYTES = 64 * files.MIB, 256 * files.MIB
 
 
 class RemoteCopy:
@@ -95,7 +96,7 @@ class RemoteCopy:
 
             with library_errors(lambda error: ConfigError(f"{self._name}: {one_line(error)}")):
                 system, root = url_to_fs(address)  # gs:// imports gcsfs, s3:// s3fs, ...
-        self._files = _RemoteFiles(system)
+        self._files = RemoteFiles(system)
         self._root = root.rstrip("/")
         self._folder: Path | None = None  # of a copy on a local file system
         if isinstance(system, LocalFileSystem):
@@ -112,7 +113,7 @@ class RemoteCopy:
     def steps(self) -> list[int]:
         """Steps of the complete states in the copy, ascending."""
         with self._read_errors():
-            return _complete(self._names())
+            return complete_steps(self._names())
 
     def fetch(self) -> None:
         """Copies intact states that the workdir lacks into it, and missing records.
@@ -127,9 +128,9 @@ class RemoteCopy:
         with self._read_errors():
             names = self._names()
         fetched, unusable = list[int](), dict[int, str]()
-        folder = self.workdir / _STATES
+        folder = self.workdir / STATES
         with self._new_folder(folder / UNFINISHED) as stage:
-            for step in reversed(_complete(names)):
+            for step in reversed(complete_steps(names)):
                 if step not in intact:
                     if problem := self._fetch_state(step, names, stage / str(step)):
                         unusable[step] = problem
@@ -172,7 +173,7 @@ class RemoteCopy:
         try:
             names = self._names()
             self._check_ours(names)  # another run may have started to copy there
-            there = _complete(names)
+            there = complete_steps(names)
             local = saved_steps(self.workdir)
             new = [step for step in local if step not in there or self._replaces(step, names)]
             for step in new:
@@ -185,10 +186,10 @@ class RemoteCopy:
             self._push_files(names, max(local, default=0))
             for step in new:
                 self._write(self._seal(step), self._sealed(step))
-            for step in _steps(names) - {*local}:
+            for step in steps_of(names) - {*local}:
                 if step < max(local, default=0) or step not in there or step == discarded:
                     self._remove(step, names)
-        except (_RemoteError, OSError) as error:  # of the copy; of the workdir
+        except (RemoteError, OSError) as error:  # of the copy; of the workdir
             raise ConfigError(f"{self._name}: cannot be written ({reason_of(error)})") from error
 
     def pusher(self, log: Callable[[str], None]) -> Callable[..., None]:
@@ -206,7 +207,7 @@ class RemoteCopy:
 
     def _check_ours(self, names: dict[str, int]) -> None:
         """Refuses an address that holds another run, because pushes remove older states."""
-        states, stored = _complete(names), self._stored_config(names)
+        states, stored = complete_steps(names), self._stored_config(names)
         allow = "or set --config.checkpoint.allow_change=true to use it anyway"
         allowed = self._config.checkpoint.allow_change
         if isinstance(stored, dict):
@@ -217,9 +218,9 @@ class RemoteCopy:
                     f"use another address, {allow}"
                 )
             return
-        found = sorted(name for name in names if not _TEMPORARY.fullmatch(name))
-        others = [name for name in found if name not in _FILES and _step_of(name) is None]
-        if found and (others or not _steps(names)):
+        found = sorted(name for name in names if not TEMPORARY.fullmatch(name))
+        others = [name for name in found if name not in FILES and step_of(name) is None]
+        if found and (others or not steps_of(names)):
             raise ConfigError(
                 f"{self._name}: holds files that are not a run of resnet_jax, such as "
                 f"{(others or found)[0]!a}; use another address"
@@ -251,9 +252,9 @@ class RemoteCopy:
 
     def _is_sealed(self, name: str, data: bytes, names: dict[str, int]) -> bool:
         """Whether a file in the copy matches its checksum; older versions wrote none."""
-        if _SEAL not in names:
+        if SEAL not in names:
             return True
-        sums = checksums.parse(self._read(_SEAL, names, checksums.MAX_BYTES))
+        sums = checksums.parse(self._read(SEAL, names, checksums.MAX_BYTES))
         return sums.get(name, "") in ("", hashlib.sha256(data).hexdigest())
 
     def _check_writable(self) -> None:
@@ -266,7 +267,7 @@ class RemoteCopy:
             trial = self._at(f".resnet_jax.{secrets.token_hex(8)}.partial")
             self._files.pipe_file(trial, b"")
             self._files.rm_file(trial)
-        except (_RemoteError, OSError) as error:
+        except (RemoteError, OSError) as error:
             raise ConfigError(
                 f"{self._name}: cannot be written ({reason_of(error)}); use another address"
             ) from error
@@ -276,7 +277,7 @@ class RemoteCopy:
     def _names(self) -> dict[str, int]:
         """Size in bytes of each file of the copy, by its name relative to the run."""
         if self._folder:
-            return _local_names(self._folder)
+            return local_names(self._folder)
         self._files.invalidate_cache()
         found = self._files.find(self._root, detail=True)
         return {
@@ -290,7 +291,7 @@ class RemoteCopy:
         return f"{self._root}/{name}"
 
     def _seal(self, step: int) -> str:
-        return f"{_STATES}/{step}/{checksums.NAME}"
+        return f"{STATES}/{step}/{checksums.NAME}"
 
     def _read(self, name: str, names: dict[str, int], limit: int) -> bytes:
         if names[name] > limit:
@@ -301,7 +302,7 @@ class RemoteCopy:
     def _read_errors(self) -> Any:
         try:
             yield
-        except (_RemoteError, OSError) as error:  # of the copy; of the workdir
+        except (RemoteError, OSError) as error:  # of the copy; of the workdir
             raise ConfigError(f"{self._name}: cannot be read ({reason_of(error)})") from error
 
     # Files of the workdir.
@@ -310,7 +311,7 @@ class RemoteCopy:
         return path.relative_to(self.workdir).as_posix()
 
     def _files_of(self, step: int) -> list[Path]:
-        folder = self.workdir / _STATES / str(step)
+        folder = self.workdir / STATES / str(step)
         return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
     def _sealed(self, step: int) -> bytes:
@@ -326,14 +327,14 @@ class RemoteCopy:
 
     def _replaces(self, step: int, names: dict[str, int]) -> bool:
         """Whether the state in the workdir is intact and differs from that in the copy."""
-        folder = self.workdir / _STATES / str(step)
+        folder = self.workdir / STATES / str(step)
         return not self._is_same(step, names) and checksums.damage(folder) is None
 
     # Fetching.
 
     def _fetch_state(self, step: int, names: dict[str, int], folder: Path) -> str | None:
         """Copies a state into a new folder; returns its damage, if any."""
-        start, seal = f"{_STATES}/{step}/", self._seal(step)
+        start, seal = f"{STATES}/{step}/", self._seal(step)
         if names[seal] > checksums.MAX_BYTES:
             return f"{checksums.NAME} has {names[seal]:,} bytes, which no run writes"
         with self._read_errors():
@@ -344,7 +345,7 @@ class RemoteCopy:
             what = "is missing" if name in expected else "does not belong to it"
             return f"{ascii(name)[1:-1]} {what}"
         for name in sorted(found):
-            if _step_of(start + name) != step:  # it could lead out of the workdir
+            if step_of(start + name) != step:  # it could lead out of the workdir
                 return f"{ascii(name)[1:-1]} is not a file of a state"
         for name in sorted(found):
             with write_errors(folder):
@@ -359,7 +360,7 @@ class RemoteCopy:
 
         `here` and `there` are the newest intact states in the workdir and in the copy.
         """
-        for name in (*_JSON, _SEAL):
+        for name in (*JSON, SEAL):
             if there > here or not os.path.lexists(self.workdir / name):
                 with self._read_errors():
                     data = self._read_intact(name, names)
@@ -375,7 +376,7 @@ class RemoteCopy:
             return None
         data = self._read(name, names, _MAX_JSON_BYTES)
         try:
-            if name in _JSON:
+            if name in JSON:
                 json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError):
             return None
@@ -383,11 +384,11 @@ class RemoteCopy:
 
     def _fetch_records(self, names: dict[str, int], newest: int) -> list[str]:
         """Adds records up to step `newest` that only the copy has; returns lines for the log."""
-        path = self.workdir / _METRICS
-        if _METRICS not in names or not newest:
+        path = self.workdir / METRICS
+        if METRICS not in names or not newest:
             return []
         with self._read_errors():
-            there = self._read(_METRICS, names, _MAX_METRICS_BYTES)
+            there = self._read(METRICS, names, _MAX_METRICS_BYTES)
         try:
             here = files.read_bytes(path, _MAX_METRICS_BYTES)
         except FileNotFoundError:
@@ -406,7 +407,7 @@ class RemoteCopy:
             return "; ".join(found) or "there is none"
 
         return ConfigError(
-            f"no state of the run is intact, neither in {self.workdir / _STATES} ({words(here)}) "
+            f"no state of the run is intact, neither in {self.workdir / STATES} ({words(here)}) "
             f"nor in {self._name} ({words(there)}); restore one from elsewhere, or use another "
             "workdir and another address"
         )
@@ -414,11 +415,11 @@ class RemoteCopy:
     # Pushing.
 
     def _push_files(self, names: dict[str, int], newest: int) -> None:
-        for name in _FILES:
-            limit = _MAX_METRICS_BYTES if name == _METRICS else _MAX_JSON_BYTES
+        for name in FILES:
+            limit = _MAX_METRICS_BYTES if name == METRICS else _MAX_JSON_BYTES
             with contextlib.suppress(FileNotFoundError):
                 data = files.read_bytes(self.workdir / name, limit)
-                if name == _METRICS and len(data) < names.get(name, 0):  # the workdir has lost some
+                if name == METRICS and len(data) < names.get(name, 0):  # the workdir has lost some
                     there = self._read(name, names, _MAX_METRICS_BYTES)
                     data, _ = _merged(data, there, newest)
                 self._write(name, data)
@@ -431,75 +432,12 @@ class RemoteCopy:
 
     def _remove(self, step: int, names: Collection[str]) -> None:
         """Removes a state: the checksums first, so that the rest never looks complete."""
-        ours = {name for name in names if _step_of(name) == step}
+        ours = {name for name in names if step_of(name) == step}
         seal = self._seal(step)
         for name in [*({seal} & ours), *sorted(ours - {seal})]:
             self._files.rm_file(self._at(name))
         if self._folder:
-            _remove_empty(self._folder / _STATES / str(step))
-
-
-def _complete(names: Collection[str]) -> list[int]:
-    """The steps with checksums, ascending."""
-    return sorted(step for step in _steps(names) if f"{_STATES}/{step}/{checksums.NAME}" in names)
-
-
-def _steps(names: Collection[str]) -> set[int]:
-    """The steps of which any file exists."""
-    return {step for name in names if (step := _step_of(name)) is not None}
-
-
-def _step_of(name: str) -> int | None:
-    """The step of the state that a file belongs to; None if no push writes such a file."""
-    found = _STATE_FILE.fullmatch(name)
-    is_plain = all(part not in ("", ".", "..") and len(part) < 256 for part in name.split("/"))
-    return int(found[1]) if found and is_plain else None
-
-
-def _local_names(folder: Path) -> dict[str, int]:
-    """Sizes in bytes of the files of a run in a folder; other files are listed with size 0.
-
-    Raises:
-      OSError: The folder cannot be read, or a file of the run is a link or not regular, so that
-        writing it would change something else.
-    """
-    found = {}
-    for path in _entries(folder):
-        mode = path.lstat().st_mode
-        if path.name == _STATES and stat.S_ISDIR(mode):
-            for parent, _, _ in os.walk(path, onerror=_raise):
-                for each in _entries(Path(parent)):
-                    if not stat.S_ISDIR(each.lstat().st_mode):
-                        found[each.relative_to(folder).as_posix()] = _size(each)
-        elif path.name == _STATES or path.name in _FILES or _TEMPORARY.fullmatch(path.name):
-            found[path.name] = 0 if stat.S_ISDIR(mode) else _size(path)
-        else:
-            found[f"{path.name}/" if stat.S_ISDIR(mode) else path.name] = 0
-    return found
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return [folder / name for name in sorted(os.listdir(folder))]
-    except FileNotFoundError:
-        return []
-
-
-def _size(path: Path) -> int:
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{path} is a link or not a plain file; use another address")
-    return found.st_size
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _remove_empty(folder: Path) -> None:
-    for parent, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):
-            os.rmdir(parent)
+            remove_empty(self._folder / STATES / str(step))
 
 
 def _merged(here: bytes, there: bytes, newest: int) -> tuple[bytes, int]:
@@ -528,23 +466,3 @@ def _key(line: bytes) -> tuple[int, bool, str, str] | None:
         return None
     weights = str(record.get("weights", ""))
     return record["step"], not is_training(record), record["split"], weights
-
-
-class _RemoteError(ResNetJaxError):
-    """An error of a remote file system; the vendors' libraries have no common class."""
-
-
-class _RemoteFiles:
-    """A file system of fsspec whose methods raise `_RemoteError` instead of any other error."""
-
-    def __init__(self, system: Any) -> None:
-        self._system = system
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._system, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            with library_errors(lambda error: _RemoteError(reason_of(error))):
-                return method(*arguments, **options)
-
-        return call

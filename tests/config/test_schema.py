@@ -16,7 +16,7 @@ import resnet_jax as rj
 from resnet_jax import config as c
 from resnet_jax.cli import parser
 from resnet_jax.config.serialization import differences
-from resnet_jax.errors import ConfigError
+from resnet_jax.errors import STOPPED, ConfigError, StoppedError
 from resnet_jax.training.init_from import look_at_weights
 from tests.variables import random_variables
 
@@ -316,3 +316,19 @@ def test_errors_hold_no_codes_for_a_terminal(capsys):
 def test_help_says_that_a_configuration_is_a_program(capsys):
     assert parser.main(["train", "--help"]) == 0
     assert "run as Python code" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("script", "usage"),
+    [("train.py", "python train.py"), ("/x/__main__.py", "python -m resnet_jax train")],
+)
+def test_help_names_the_command_that_was_called(script, usage, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script])
+    assert parser.main(["train", "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {usage} [--config=RECIPE")
+
+
+def test_a_stopped_run_says_so_once(capsys):
+    error = StoppedError("stopped by a signal after step 3; all is saved")
+    assert parser._fail(error, STOPPED, "stopped") == STOPPED
+    assert capsys.readouterr().err == "stopped: by a signal after step 3; all is saved\n"
