@@ -291,7 +291,7 @@ def evaluate(options: argparse.Namespace) -> None:
     scales = options.scales.split(",") if options.scales else []
     if not all(re.fullmatch(r"\s*\d{1,6}\s*", each) for each in scales) or len(scales) > 100:
         shown = options.scales[:100]
-        raise ConfigError(f"--scales={shown}: must be pixels with commas, such as 224,256,384")
+        raise ConfigError(f"--scales={shown}: must be pixels, separated by commas")
     file: Any = contextlib.nullcontext()
     if options.json not in ("", "-"):
         file = new_file(options.json, options.force, "--json", stream=True)

@@ -68,7 +68,7 @@ def judge_backend(
         text = f"the CPU, because {hidden} hides {what}: unset it to use the accelerator"
         return Finding(WARNING, text, facts)
     why = _why_unused(bool(cards), "\n".join(reasons))
-    return Finding(PROBLEM, f"JAX uses the CPU and not {what}: {why}", facts)
+    return Finding(PROBLEM, f"JAX uses the CPU, and not {what}: {why}", facts)
 
 
 def _hidden_by(machine: Machine, is_card: bool) -> str:

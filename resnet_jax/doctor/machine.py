@@ -196,7 +196,7 @@ def accelerators(machine: Machine) -> Finding:
         return Finding(OK, f"{text}, driver {driver or 'unknown'}", facts)
     if chips:
         return Finding(OK, f"TPU, {plural(chips, 'chip')} on this machine", facts)
-    return Finding(OK, "this machine has no NVIDIA card and no TPU", facts)
+    return Finding(OK, "no NVIDIA card and no TPU on this machine", facts)
 
 
 def huge_pages(machine: Machine) -> Finding | None:

@@ -219,7 +219,7 @@ def test_two_processes_equal_one_and_disagree_by_name(tmp_path):
 def test_a_workdir_that_cannot_be(capsys):
     assert parser.main(["train", "--workdir=gs://bucket/run"]) == MISTAKE
     output = capsys.readouterr().err
-    assert "gs://bucket/run: must be a folder" in output
+    assert "gs://bucket/run: must be a local folder" in output
     assert output.count("\n") == 1
 
 

@@ -98,7 +98,7 @@ def test_an_existing_file_stays(place, tmp_path, capsys):
     ("flags", "data", "message"),
     [
         (["--views=center"], "data", "--views: unknown view 'center'"),
-        (["--views=multi_scale", "--scales=8;9"], "data", "--scales=8;9: pixels with commas"),
+        (["--views=multi_scale", "--scales=8;9"], "data", "--scales=8;9: must be pixels"),
         (["--max_corrupt=0"], "data", "data.max_corrupt = 0: more images than that"),
         (["--json=/nowhere/a.json"], "data", "--json=/nowhere/a.json: cannot be written"),
         (["--json=/"], "data", "--json=/: is a folder"),
