@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.config.model import make_model
 from resnet_jax.distributed import data_parallel
 from resnet_jax.models.registry import create_model, model_info

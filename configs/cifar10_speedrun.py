@@ -11,34 +11,20 @@ Hardware: one GPU or TPU chip. Expected: not measured there yet.
 DATA: cifar10 (default) or fashion_mnist (float32, 128 images a step, for a CPU).
 """
 
-from resnet_jax.config import (
-    Augment,
-    Config,
-    Data,
-    Evaluate,
-    Log,
-    Loss,
-    Model,
-    Optimizer,
-    Schedule,
-    Train,
-)
+from resnet_jax.config import Config, Evaluate, Log, Loss, Model, Optimizer, Schedule, Train
+from resnet_jax.config.presets import CIFAR10, FASHION_MNIST
+
+DATASETS = {"cifar10": CIFAR10, "fashion_mnist": FASHION_MNIST}
 
 
 def get_config(data: str = "cifar10") -> Config:
     """Ten epochs of 512 images a step; the data set lies on the device."""
-    if data not in ("cifar10", "fashion_mnist"):
+    if data not in DATASETS:
         raise ValueError(f"{data!r} is not a data set of this recipe: cifar10 or fashion_mnist")
     config = Config(
         model=Model(name="resnet8_cifar", dtype="bfloat16", bn_momentum=0.8),
-        data=Data(name=f"tfds:{data}", image_size=32),
-        augment=Augment(
-            flip_alternates=True,
-            pad=4,
-            cutout=8,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.247, 0.2435, 0.2616),
-        ),
+        data=DATASETS[data].data(),
+        augment=DATASETS[data].augment(flip_alternates=True, pad=4, cutout=8),
         optimizer=Optimizer(learning_rate=0.4, nesterov=True, weight_decay=5e-4),
         schedule=Schedule(name="one_cycle", warmup_epochs=2.0, warmup_start=0.1),
         loss=Loss(label_smoothing=0.1),
@@ -48,9 +34,7 @@ def get_config(data: str = "cifar10") -> Config:
     )
     if data == "fashion_mnist":
         config.model.dtype = "float32"
-        config.data.image_size = 28
         config.augment.pad, config.augment.cutout = 2, 0
-        config.augment.mean, config.augment.std = (0.286,), (0.353,)
         config.optimizer.learning_rate = 0.1
         config.train.batch_size, config.train.steps_per_call = 128, 1
     return config

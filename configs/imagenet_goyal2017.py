@@ -6,37 +6,21 @@ Hardware: 8 TPU chips for batch 256; any number, with the batch scaled along.
 Expected: ResNet-50 76.40% top-1 at batch 256, 76.26% at 8,192 (Table 1), 90 epochs.
 """
 
-from resnet_jax.config import (
-    Augment,
-    Config,
-    Data,
-    Model,
-    Optimizer,
-    Schedule,
-    Train,
-)
+from resnet_jax.config import Config, Model, Optimizer, Schedule, Train
+from resnet_jax.config.presets import IMAGENET
 
 
 def get_config(model: str = "resnet50") -> Config:
     """Linear scaling with warm-up: set train.batch_size to what the machine holds."""
     return Config(
         model=Model(name=model, zero_init_residual=True),
-        data=Data(
-            name="tfds:imagenet2012",
-            eval_split="validation",
-            image_size=224,
-            crop="random_resized",
-            eval_resize=256,
-            workers=8,
-        ),
-        augment=Augment(
+        data=IMAGENET.data(crop="random_resized", eval_resize=256, workers=8),
+        augment=IMAGENET.augment(
             flip=True,
             brightness=0.4,
             contrast=0.4,
             saturation=0.4,
             pca=0.1,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
         ),
         optimizer=Optimizer(learning_rate=0.1, base_batch=256, nesterov=True, weight_decay=1e-4),
         schedule=Schedule(

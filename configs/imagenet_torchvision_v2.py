@@ -6,17 +6,8 @@ Hardware: 8 GPUs or 8 TPU chips, days.
 Expected: top-1 of ResNet-50 80.86%, 101 81.89%, 152 82.28% (torchvision's table), 600 epochs.
 """
 
-from resnet_jax.config import (
-    Augment,
-    Config,
-    Data,
-    Evaluate,
-    Loss,
-    Model,
-    Optimizer,
-    Schedule,
-    Train,
-)
+from resnet_jax.config import Config, Evaluate, Loss, Model, Optimizer, Schedule, Train
+from resnet_jax.config.presets import IMAGENET
 
 
 def get_config(model: str = "resnet50") -> Config:
@@ -26,9 +17,7 @@ def get_config(model: str = "resnet50") -> Config:
     ema_decay = 1 - (1 - 0.99998) * batch_size * ema_every / epochs
     return Config(
         model=Model(name=model, dtype="bfloat16"),
-        data=Data(
-            name="tfds:imagenet2012",
-            eval_split="validation",
+        data=IMAGENET.data(
             image_size=176,
             crop="random_resized",
             eval_size=224,
@@ -36,14 +25,12 @@ def get_config(model: str = "resnet50") -> Config:
             repeats=4,
             workers=8,
         ),
-        augment=Augment(
+        augment=IMAGENET.augment(
             flip=True,
             trivial=True,
             erase=0.1,
             mixup=0.2,
             cutmix=1.0,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
         ),
         optimizer=Optimizer(learning_rate=0.5, weight_decay=2e-5),
         schedule=Schedule(name="cosine", warmup_epochs=5.0, warmup_start=0.01),

@@ -6,29 +6,16 @@ Hardware: one GPU or TPU chip. Expected error in % (that repository): resnet18_c
 34 23.24, 50 22.61, 101 22.22, 152 22.31.
 """
 
-from resnet_jax.config import (
-    Augment,
-    Config,
-    Data,
-    Model,
-    Optimizer,
-    Schedule,
-    Train,
-)
+from resnet_jax.config import Config, Model, Optimizer, Schedule, Train
+from resnet_jax.config.presets import CIFAR100
 
 
 def get_config(model: str = "resnet18_cifar") -> Config:
     """200 epochs, the learning rate times 0.2 at epochs 60, 120 and 160."""
     return Config(
         model=Model(name=model),
-        data=Data(name="tfds:cifar100", image_size=32),
-        augment=Augment(
-            flip=True,
-            pad=4,
-            rotate=15.0,
-            mean=(0.5071, 0.4865, 0.4409),
-            std=(0.2673, 0.2564, 0.2762),
-        ),
+        data=CIFAR100.data(),
+        augment=CIFAR100.augment(flip=True, pad=4, rotate=15.0),
         optimizer=Optimizer(learning_rate=0.1, weight_decay=5e-4, decay_norms_and_biases=True),
         schedule=Schedule(
             name="step", boundaries=(60 / 200, 120 / 200, 160 / 200), factor=0.2, warmup_epochs=1.0

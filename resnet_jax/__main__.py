@@ -5,7 +5,7 @@ import sys
 from resnet_jax.errors import check_system
 
 if __name__ == "__main__":
-    check_system()  # what follows imports modules that Windows does not have
-    from resnet_jax.cli.parser import main
+    check_system()  # the imports below need modules that Windows lacks
+    from resnet_jax.cli import main
 
     sys.exit(main())

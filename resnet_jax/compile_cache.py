@@ -1,9 +1,9 @@
-"""Compiled programs on disk, so that a command compiles only what no earlier one has compiled.
+"""Compiled programs on disk, so that a command compiles only programs that no earlier one has.
 
-JAX's own store trusts what it finds: a file that a full disk or a killed process cut short is never
-replaced, its size limit stops all writing once one of its files is missing, and XLA may crash on
-damaged content. The store below renames whole files into place, checks their checksums, and
-removes what is damaged.
+JAX's own cache trusts its files: one that a full disk or a killed process has truncated is never
+replaced, its size limit stops all writes once one of its files is missing, and XLA may crash on
+damaged content. The store below writes files atomically, compares their checksums, and removes
+damaged ones.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import logging
 import os
 import platform
 import re
-import tempfile
 from pathlib import Path
 
 import jax
 
 from resnet_jax import upstream
-from resnet_jax.files import read_bytes
+from resnet_jax.files import atomic_write, read_bytes
 
 FOLDER = "~/.cache/resnet_jax/xla"
-MOST_BYTES = 2 * 10**9
-_SECONDS = 0.5  # programs that compile faster are not worth a file
+MAX_BYTES = 2 * 10**9
+_MIN_SECONDS = 0.5  # of compilation; faster programs are not stored
 _SUFFIX = ".xla"
 _DIGEST = hashlib.sha256().digest_size
 
@@ -33,14 +32,14 @@ _log = logging.getLogger(__name__)
 
 
 def use_compile_cache(folder: str = FOLDER) -> None:
-    """Keeps the programs that this process compiles, and takes those that are there.
+    """Stores the programs that this process compiles, and loads stored ones.
 
-    Where JAX has been given a folder already (JAX_COMPILATION_CACHE_DIR) nothing is changed.
+    If JAX already has a cache folder (JAX_COMPILATION_CACHE_DIR), nothing changes.
     JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
 
     Args:
-      folder: Made when the first program is written; "": none. Whoever can write to it can run
-        code in this process.
+      folder: Created when the first program is stored; "": no cache. Whoever can write to it can
+        run code in this process.
 
     Example:
       >>> use_compile_cache("")
@@ -50,23 +49,23 @@ def use_compile_cache(folder: str = FOLDER) -> None:
     try:
         store = ProgramStore(Path(folder).expanduser())
     except RuntimeError as error:  # no home directory
-        _log.warning("compile cache: %s: %s; programs are not kept", folder, error)
+        _log.warning("compile cache: %s: %s; programs are not stored", folder, error)
         return
     upstream.use_program_store(store, str(store.folder))
     jax.config.update("jax_compilation_cache_dir", str(store.folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
-    # XLA keeps files of its own in the folder, and fails where those cannot be written.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    # XLA would keep files of its own in the folder, and fail if they cannot be written.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 class ProgramStore:
-    """A folder of programs, each with its checksum; the least recently used are removed.
+    """A folder of programs with checksums, which removes the least recently used ones.
 
-    Errors cost a compilation, and the first of a process one line.
+    After an error, a program is compiled again; the first error of a process is logged.
 
     Args:
-      folder: Made when the first program is written.
-      most_bytes: That all programs together may take.
+      folder: Created when the first program is stored.
+      max_bytes: Largest size of all programs together.
 
     Example:
       >>> import tempfile
@@ -77,16 +76,16 @@ class ProgramStore:
       (b'program', None)
     """
 
-    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         self.folder = self._path = folder  # JAX reads `_path`, for its log
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._warned = False
 
     def get(self, key: str) -> bytes | None:
-        """The program of a key; None if it is not there, or damaged."""
+        """The program of a key; None if it is missing or damaged."""
         path = self._file(key)
         try:
-            data = read_bytes(path, _DIGEST + self._most_bytes)
+            data = read_bytes(path, _DIGEST + self._max_bytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -97,36 +96,33 @@ class ProgramStore:
         digest, program = data[:_DIGEST], data[_DIGEST:]
         if digest != hashlib.sha256(program).digest():
             self._warn(f"{path} is damaged; its program is compiled again")
-            # What compiles faster this time is not written again, and would stay damaged.
+            # It would stay if the program compiles too fast this time to be stored again.
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
         with contextlib.suppress(OSError):  # the folder may be read-only
-            os.utime(path)  # used last
+            os.utime(path)  # marks it as recently used
         return program
 
     def put(self, key: str, value: bytes) -> None:
-        """Writes a program, and makes room for it."""
+        """Stores a program and removes the least recently used ones if necessary."""
         path = self._file(key)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # What a killed process leaves of it counts as a program, and is removed like one.
-            descriptor, partial = tempfile.mkstemp(_SUFFIX, "partial-", self.folder)
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(hashlib.sha256(value).digest() + value)
-                os.replace(partial, path)
-            finally:
-                Path(partial).unlink(missing_ok=True)
+            if path.exists() and not path.is_file():  # such as a FIFO, which is not replaced
+                path.unlink()
+            # The checksum detects what a power failure leaves, so nothing waits for the disk.
+            data = hashlib.sha256(value).digest() + value
+            atomic_write(path, data, mode=0o600, durable=False)
             self._make_room()
         except OSError as error:
             self._warn(
-                f"{self.folder} cannot be written ({error.strerror or error}); what is compiled "
-                "now is compiled again at the next start"
+                f"{self.folder} cannot be written ({error.strerror or error}); the next start "
+                "compiles its programs again"
             )
 
     def _file(self, key: str) -> Path:
-        # Programs for a CPU use its instructions, and several machines may share a home directory.
+        # CPU programs depend on its instruction set, and machines may share a home directory.
         instructions = _instructions() if jax.default_backend() == "cpu" else ""
         digest = hashlib.sha256(f"{key}\n{instructions}".encode()).hexdigest()
         return self.folder / f"{key.partition('-')[0][:64]}-{digest[:32]}{_SUFFIX}"
@@ -141,7 +137,7 @@ class ProgramStore:
             found.append((status.st_mtime, status.st_size, path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if total <= self._most_bytes:
+            if total <= self._max_bytes:
                 return
             path.unlink(missing_ok=True)
             total -= size
@@ -153,6 +149,7 @@ class ProgramStore:
 
 
 def _is_ours(path: Path) -> bool:
+    # Older versions left "partial-" files of killed processes.
     return re.fullmatch(r"(partial-.+|.+-[0-9a-f]{32})\.xla", path.name) is not None
 
 

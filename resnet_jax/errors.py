@@ -1,6 +1,6 @@
-"""The errors a user can cause; everything else that fails is a fault of this package.
+"""Errors that a user can cause; any other exception is a bug of this package.
 
-All of them are ``ValueError``s, so code that knows nothing of this package can catch them.
+All of them are `ValueError`s, so code that does not know this package can catch them.
 """
 
 from __future__ import annotations
@@ -8,23 +8,27 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from resnet_jax.packages import DISTRIBUTION, declared
 
-# What the command line ends with: images were skipped, the user's mistake, another process of the
-# run is lost, training diverged, stopped with everything saved.
+# Exit codes of the command line: some images were skipped, a mistake of the user, another process
+# is lost, training diverged, a signal stopped the run with everything saved.
 SKIPPED, MISTAKE, LOST, DIVERGED, STOPPED = 1, 2, 69, 70, 75
 
+# The end of messages about a run that could not continue.
+RETRY = "fix this and run the same command again to resume"
+
 NO_WINDOWS = (
-    "Windows is not supported by training and the commands, only by models and their weights; "
-    "use Linux or macOS, or Linux inside Windows (WSL)"
+    "Windows supports models and their weights only, not training and the commands; use Linux or "
+    "macOS, or Linux inside Windows (WSL)"
 )
 _POSIX = ("fcntl", "grp", "pwd", "resource", "termios")  # modules that Windows does not have
 
 _THIS = __name__.partition(".")[0]
-# Names on PyPI of modules that are called otherwise.
+# PyPI names of modules whose packages have other names.
 _PACKAGES = {
     "absl": "absl-py",
     "attr": "attrs",
@@ -44,51 +48,48 @@ _PACKAGES = {
 
 
 class ResNetJaxError(ValueError):
-    """A mistake that the caller can mend; the message is one line that says how."""
+    """A mistake of the caller; the message is one line that says how to fix it."""
 
 
 class ModelError(ResNetJaxError):
-    """An unknown model or field, a field value that is not allowed, or an unusable input shape."""
+    """An unknown model or field, an invalid field value, or an unusable input shape."""
 
 
 class WeightsError(ResNetJaxError):
-    """A weight file or state dict that cannot be read, or does not fit the model."""
+    """A weight file or state dict that cannot be read or does not fit the model."""
 
 
 class ConfigError(ResNetJaxError):
-    """A field of a run's configuration, or a workdir, that cannot be used as it is."""
+    """A field of a run's configuration, or a workdir, that cannot be used."""
 
 
 class DataError(ResNetJaxError):
-    """A data set that is missing, half-prepared, damaged, or not one to train on."""
+    """A dataset that is missing, incomplete, damaged or unsuitable."""
 
 
 class DivergedError(ResNetJaxError):
-    """Training has diverged: the loss is no longer a number."""
+    """Training has diverged: the loss is not finite."""
 
 
 class ExportError(ResNetJaxError):
-    """An export that cannot be made or written, or that disagrees with its source."""
+    """An export that fails, cannot be written, or disagrees with its source."""
 
 
 class StoppedError(ResNetJaxError):
-    """A signal stopped a run between two steps; the same command goes on with it."""
+    """A signal stopped a run between two steps; the same command resumes it."""
 
 
 class PeerError(ResNetJaxError):
-    """Another process of the run is lost; the same command on all of them goes on with it."""
+    """Another process of the run is lost; the same command on all processes resumes the run."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """Says that `name` is unknown and which of the known names come closest.
+    """An error message about an unknown name, with the most similar known names.
 
     Args:
-      kind: What was looked up, as a noun: "model", "field of ResNet".
-      name: What the user asked for.
-      known: The names that exist.
-
-    Returns:
-      One line for an error.
+      kind: What the name stands for, as a noun: "model", "field of ResNet".
+      name: The unknown name.
+      known: All known names.
 
     Example:
       >>> unknown_name("model", "resnet5O", ["resnet50", "plain34"])
@@ -103,13 +104,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def one_line(text: object) -> str:
-    """Joins the lines of a message from elsewhere.
-
-    Args:
-      text: The message, or the error that has it.
-
-    Returns:
-      One line; the error's class if it says nothing.
+    """Joins the lines of an error or a message; an empty error becomes the name of its class.
 
     Example:
       >>> one_line(ValueError("no such file:\\n  a.txt")), one_line(EOFError())
@@ -136,15 +131,30 @@ def reason_of(error: Exception) -> str:
 
 
 @contextlib.contextmanager
+def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError in the block, such as a full disk, into a ConfigError that names the path.
+
+    Example:
+      >>> with write_errors("config.json"):  # doctest: +ELLIPSIS
+      ...     raise OSError(28, "No space left on device")
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: config.json cannot be written (No space left on device); ...
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror or error}); {RETRY}"
+        ) from error
+
+
+@contextlib.contextmanager
 def importing(purpose: str, kind: type[ResNetJaxError]) -> Iterator[None]:
     """Turns a failed import in the block into one line that names the module at fault.
 
     Args:
       purpose: What needs the import, such as "--format=onnx".
-      kind: Class of the error.
-
-    Raises:
-      kind: The import failed.
+      kind: Class of the error to raise.
 
     Example:
       >>> with importing("--format=onnx", ExportError):
@@ -160,31 +170,20 @@ pip install no-such-module
 
 
 def check_system() -> None:
-    """Ends the process in one line where training and the commands do not run.
-
-    Raises:
-      SystemExit: On Windows, with the exit code of a mistake.
-    """
+    """Exits with an error on Windows, where training and the commands do not run."""
     if sys.platform == "win32":
         print(f"error: {NO_WINDOWS}", file=sys.stderr)
         sys.exit(MISTAKE)
 
 
 def import_failure(error: ImportError, purpose: str = "") -> str:
-    """Says which module could not be imported and what to install.
+    """Explains which module cannot be imported and what to install, in one line.
 
-    The module may be a dependency of the one that was asked for. A package that is installed but
-    broken keeps its own message.
-
-    Args:
-      error: What the import raised.
-      purpose: What needs the import.
-
-    Returns:
-      One line.
+    The module may be a dependency of the imported one. The message of a package that is installed
+    but broken is quoted.
 
     Raises:
-      ImportError: `error` itself, if a module of resnet_jax is at fault: that is a bug.
+      ImportError: `error` itself, if it is about a module of resnet_jax, which is a bug.
 
     Example:
       >>> import_failure(ModuleNotFoundError("No module named 'PIL'", name="PIL"))
@@ -201,7 +200,7 @@ def import_failure(error: ImportError, purpose: str = "") -> str:
     known = [name for name in _PACKAGES if f"{module}.".startswith(f"{name}.")]
     root = known[0] if known else module.partition(".")[0]
     is_missing = isinstance(error, ModuleNotFoundError) and module
-    # A module inside a package that is there: the package is of another version, or damaged.
+    # Otherwise the package is installed, but it is damaged or of another version.
     if is_missing and (module == root or not _is_installed(root)):
         package = _PACKAGES.get(root, root.replace("_", "-"))
         extra = _extra_with(package)
@@ -214,9 +213,9 @@ def import_failure(error: ImportError, purpose: str = "") -> str:
 
 
 def _first_failure(error: ImportError) -> ImportError:
-    """The import that failed.
+    """The import that failed first.
 
-    Libraries say "install X" also where X is installed and one of its dependencies is not.
+    Libraries report "install X" also if X is installed and one of its dependencies is not.
     """
     cause = error.__cause__
     if cause is None and not error.__suppress_context__:
@@ -232,8 +231,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _extra_with(package: str) -> str:
-    """The smallest extra of this package that installs another; "" if none does."""
-    extras: dict[str, set[str]] = {}  # one that contains another lists its packages too
+    """The smallest extra of this package that installs `package`; "" if none does."""
+    extras: dict[str, set[str]] = {}  # an extra that includes another lists its packages too
     for each in declared(DISTRIBUTION):
         if each.extra:
             extras.setdefault(each.extra, set()).add(each.name)
@@ -243,17 +242,11 @@ def _extra_with(package: str) -> str:
 
 @contextlib.contextmanager
 def library_errors(explain: Callable[[Exception], ResNetJaxError]) -> Iterator[None]:
-    """Turns what a library raises for bad input into an error of ours.
+    """Turns any error of a library, for bad input, into the error that `explain` returns.
 
-    For libraries whose errors have no common class. Keep the block to calls of the library, because
-    a bug of ours in it would be explained as bad input. A failed import and a lack of memory
-    are never signs of bad input, and are raised as they are.
-
-    Args:
-      explain: Makes the error, which quotes the library's.
-
-    Raises:
-      ResNetJaxError: What `explain` returns, or an error of ours from inside the block.
+    This is for libraries whose errors have no common class. Keep the block to calls of the library:
+    a bug of our own would be reported as bad input. Failed imports and a lack of memory are not
+    caused by bad input and pass through, as do errors of ours.
 
     Example:
       >>> with library_errors(lambda error: DataError(f"not a number ({error})")):

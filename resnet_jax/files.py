@@ -1,8 +1,8 @@
-"""Files that may be anyone's: regular and small enough to read, written whole or not at all.
+"""Safe reading and atomic writing of files.
 
-A folder from a stranger may hold FIFOs, devices, sparse files and symbolic links where a plain file
-is expected. What is read here is a regular file of at most the given size. What is written is a new
-file, renamed into place once it is complete: a link at that place is replaced, never followed.
+A folder from a stranger may hold FIFOs, devices, sparse files and symbolic links where a regular
+file is expected. Reads accept only regular files up to a given size. Writes create a new file and
+rename it once it is complete: a symbolic link with its name is replaced, never followed.
 """
 
 from __future__ import annotations
@@ -22,38 +22,31 @@ from typing import Any, BinaryIO
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows, which the models and their weights work on
+except ModuleNotFoundError:  # Windows, which supports models and their weights
     fcntl = None  # type: ignore[assignment]
 
 MIB = 2**20
-# Names of what is being written. Only these are ever removed as left over.
+# Names of incomplete files and folders. Only these are ever removed as leftovers.
 _PREFIX, _SUFFIX = ".resnet_jax.", ".partial"
-_MADE_HERE = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}{re.escape(_SUFFIX)}")
-_LEFT_OVER_SECONDS = 60.0  # younger ones may not have been locked yet
-# Flags that Windows does not have are 0 there: its devices have names of their own.
+_PARTIAL_NAME = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}{re.escape(_SUFFIX)}")
+_LEFTOVER_SECONDS = 60.0  # younger ones may not be locked yet
+# Windows lacks these flags; its devices have names of their own.
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
 _SAFE = _NO_WAIT | getattr(os, "O_NOFOLLOW", 0)
 
 
 def open_regular(path: str | os.PathLike[str], limit: int) -> BinaryIO:
-    """Opens a regular file to read; links to one are followed.
-
-    Args:
-      path: The file.
-      limit: The largest size in bytes.
-
-    Returns:
-      The open file.
+    """Opens a regular file of at most `limit` bytes for reading; links are followed.
 
     Raises:
-      OSError: It is missing, no regular file, or larger. `strerror` says which.
+      OSError: The file is missing, not regular or larger; `strerror` says which.
 
     Example:
       >>> open_regular("/dev/null", limit=1)
       Traceback (most recent call last):
       OSError: [Errno 22] not a regular file: '/dev/null'
     """
-    _check_regular(os.stat(path), path, limit)  # opening a device may do something already
+    _check_regular(os.stat(path), path, limit)  # before opening, which has effects on some devices
     descriptor = os.open(path, os.O_RDONLY | _NO_WAIT)
     try:
         _check_regular(os.fstat(descriptor), path, limit)
@@ -74,36 +67,22 @@ def _check_regular(found: os.stat_result, path: str | os.PathLike[str], limit: i
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Reads a regular file.
-
-    Args:
-      path: The file.
-      limit: The largest size in bytes.
-
-    Returns:
-      Its content, as long as it was when it was opened.
+    """Reads a regular file of at most `limit` bytes.
 
     Raises:
       OSError: As `open_regular`.
     """
     with open_regular(path, limit) as file:
-        # Not of the limit: so many bytes are allocated before one is read.
+        # Not `limit`: Python allocates as many bytes before it reads.
         return file.read(os.fstat(file.fileno()).st_size)
 
 
 def read_json(path: str | os.PathLike[str], limit: int = 64 * MIB) -> Any:
-    """Reads a JSON file.
-
-    Args:
-      path: The file.
-      limit: The largest size in bytes.
-
-    Returns:
-      The value that it holds, of any type.
+    """Reads the value of a JSON file of at most `limit` bytes.
 
     Raises:
-      OSError: As `read_bytes`.
-      ValueError: It is not UTF-8, no JSON, or nested too deeply.
+      OSError: As `open_regular`.
+      ValueError: The file is not UTF-8 or not JSON, or it is nested too deeply.
     """
     try:
         return json.loads(read_bytes(path, limit).decode("utf-8"))
@@ -112,7 +91,7 @@ def read_json(path: str | os.PathLike[str], limit: int = 64 * MIB) -> Any:
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Waits until a file, or the names in a folder, would outlive a power failure."""
+    """Flushes a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | _NO_WAIT)
     try:
         os.fsync(descriptor)
@@ -121,19 +100,26 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file that gets its name when the block ends well, and is gone otherwise.
+def new_file(
+    path: str | os.PathLike[str], *, mode: int = 0o666, replace: bool = True, durable: bool = True
+) -> Iterator[BinaryIO]:
+    """A file that gets its name when the block succeeds, and is removed otherwise.
 
-    A reader, and a crash at any moment, finds the old file or the new one.
+    At any moment a reader, also after a crash, finds the old file or the complete new one.
 
     Args:
-      path: Its name. A regular file or a link there is replaced.
+      path: Final name of the file.
+      mode: Permissions, reduced by the umask.
+      replace: Whether to replace a regular file or a link with that name.
+      durable: Whether to flush the file to the disk before it gets its name. Without that, a power
+        failure can leave an incomplete file: only for contents that are checked when read.
 
     Yields:
-      The file, open to write bytes.
+      The file, open for writing bytes.
 
     Raises:
-      OSError: It cannot be written, or something else than a file is there.
+      FileExistsError: `replace` is False and the name is taken.
+      OSError: The file cannot be written, or something other than a file has the name.
 
     Example:
       >>> import tempfile
@@ -145,75 +131,59 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     _check_replaceable(path)
-    remove_left_over(path.parent)
-    partial = _unused(path.parent)
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, 0o666)
+    remove_leftovers(path.parent)
+    partial = _partial_path(path.parent)
+    rename = os.replace if replace else os.link  # a link fails where a name is taken
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, mode)
     try:
         with open(descriptor, "wb") as file:
-            _mark_as_used(descriptor)
+            _lock(descriptor)
             yield file
             file.flush()
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
             if fcntl is not None:
-                os.replace(partial, path)  # while it is locked: nobody takes it for left over
+                rename(partial, path)  # while it is locked, so that nobody removes it as a leftover
         if fcntl is None:  # Windows renames no open file, and opens no folder
-            os.replace(partial, path)
-        else:
+            rename(partial, path)
+        elif durable:
             sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def atomic_write(path: str | os.PathLike[str], content: str | bytes, **options: Any) -> None:
+    """Writes a file through `new_file`, with its options; text is encoded as UTF-8."""
+    with new_file(path, **options) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 @contextlib.contextmanager
 def new_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty folder to make something in, which is removed when the block ends.
+    """A new folder for incomplete files, which is removed when the block ends.
 
-    Args:
-      parent: Folder that it is in, so that what is complete can be moved by `os.replace`.
-
-    Yields:
-      Its path.
+    Whatever is complete is moved out of it by `os.rename`, within the file system of `parent`.
 
     Raises:
-      OSError: It cannot be made.
+      OSError: The folder cannot be made.
     """
-    remove_left_over(parent)
-    folder = _unused(parent)
+    remove_leftovers(parent)
+    folder = _partial_path(parent)
     folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _SAFE)
     try:
-        _mark_as_used(descriptor)
+        _lock(descriptor)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # does not follow links
         os.close(descriptor)
 
 
-def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file such that a reader, and a crash at any moment, finds the old or the new one.
-
-    Args:
-      path: The file.
-      content: All of it; text is encoded as UTF-8.
-
-    Raises:
-      OSError: It cannot be written; the old one is still there.
-    """
-    with new_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
 def open_to_append(path: str | os.PathLike[str]) -> int:
-    """Opens a file to add to it; makes it where there is none.
-
-    Args:
-      path: The file.
-
-    Returns:
-      Its descriptor, for reading and writing.
+    """Opens a file for appending, and creates it if it does not exist; returns its descriptor.
 
     Raises:
-      OSError: It is a link, or no regular file.
+      OSError: The path is a link or not a regular file.
 
     Example:
       >>> import tempfile
@@ -237,18 +207,18 @@ def open_to_append(path: str | os.PathLike[str]) -> int:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Makes a folder inside one that is there, unless it exists; a link to one is refused.
+    """Creates a folder unless it exists.
 
     Raises:
-      OSError: It cannot be made, or is a link or something else.
+      OSError: It cannot be created, or the path is a link or a file.
     """
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
-    check_own_folder(path)
+    check_folder(path)
 
 
-def check_own_folder(path: str | os.PathLike[str]) -> None:
-    """Raises OSError unless a path is a folder itself, and no link to one elsewhere."""
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises OSError unless a path is a folder; a link to a folder is refused."""
     mode = os.lstat(path).st_mode
     if stat.S_ISLNK(mode):
         reason = "a symbolic link, which is not followed"
@@ -257,25 +227,25 @@ def check_own_folder(path: str | os.PathLike[str]) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))
 
 
-def remove_left_over(folder: str | os.PathLike[str]) -> None:
-    """Removes what `new_file` and `new_folder` of a killed process left in a folder.
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes incomplete files and folders of killed processes.
 
-    What another process still writes is locked, and stays.
+    What another process still writes is locked and stays.
     """
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
-            if _MADE_HERE.fullmatch(name):
+            if _PARTIAL_NAME.fullmatch(name):
                 with contextlib.suppress(OSError):
-                    _remove_if_unused(Path(folder, name))
+                    _remove_if_unlocked(Path(folder, name))
 
 
-def _remove_if_unused(path: Path) -> None:
+def _remove_if_unlocked(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | _SAFE)
     try:
         found = os.fstat(descriptor)
-        if time.time() - found.st_mtime < _LEFT_OVER_SECONDS:
+        if time.time() - found.st_mtime < _LEFTOVER_SECONDS:
             return
-        if fcntl is None:  # nothing tells whether it is still written
+        if fcntl is None:  # no locks: it may still be written
             return
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if stat.S_ISDIR(found.st_mode):
@@ -286,11 +256,11 @@ def _remove_if_unused(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unused(parent: str | os.PathLike[str]) -> Path:
+def _partial_path(parent: str | os.PathLike[str]) -> Path:
     return Path(parent, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
 
 
-def _mark_as_used(descriptor: int) -> None:
+def _lock(descriptor: int) -> None:
     if fcntl is None:
         return
     with contextlib.suppress(OSError):  # some network file systems have no locks

@@ -1,6 +1,6 @@
-"""Numbers that are too large for any use, and what is refused before memory is taken for it.
+"""Upper limits of numbers, and a check of host memory before it is allocated.
 
-Linux grants more memory than there is, and kills the process when it is used, without a message.
+Linux grants more memory than it has, and kills the process without a message once it is used.
 """
 
 from __future__ import annotations
@@ -14,31 +14,25 @@ from resnet_jax.errors import ConfigError
 
 try:
     import resource
-except ModuleNotFoundError:  # Windows, which the models and their weights work on
+except ModuleNotFoundError:  # Windows, which supports models and their weights
     resource = None  # type: ignore[assignment]
 
-# Sides of images in pixels. ResNet-50's first stage makes 4 GB of one image of this size.
-MAX_SIDE = 8192
+# Side of an image in pixels. The first stage of ResNet-50 needs 4 GB for one image of this size.
 # The encoded file of an image. A JPEG of 200 million pixels has 50 to 100 MB.
 MAX_IMAGE_BYTES = 128 * 2**20
-# Channels of images; hyperspectral cameras have some hundreds of bands.
+MAX_SIDE = 8192
+# Channels of an image; hyperspectral cameras have hundreds of bands.
 MAX_CHANNELS = 1024
-# The largest sets of faces have some four million people.
+# Classes; the largest face datasets have about four million people.
 MAX_CLASSES = 10_000_000
-# Images of a batch: where they are counted in float32, which larger whole numbers are not exact in.
+# Images in a batch, which are counted in float32: larger integers would not be exact.
 MAX_BATCH = 2**24
-# Everything else that is counted, which devices do in int32.
+# Any other count; devices count in int32.
 MAX_COUNT = 2**31 - 1
 
 
 def host_memory(root: str | os.PathLike[str] = "/") -> int:
-    """The memory of this machine, or what a container or `ulimit -v` leaves of it.
-
-    Args:
-      root: Folder with "proc" and "sys".
-
-    Returns:
-      Bytes.
+    """The memory in bytes that this process may use: of the machine, container or `ulimit -v`.
 
     Example:
       >>> host_memory() > 2**20
@@ -54,22 +48,19 @@ def host_memory(root: str | os.PathLike[str] = "/") -> int:
     found = re.search(r"^0::/(.*)$", _read(Path(root, "proc/self/cgroup")), re.MULTILINE)
     below = Path(found[1]) if found else Path()
     limits = [groups / each / "memory.max" for each in (below, *below.parents)]
-    for limit in (*limits, groups / "memory/memory.limit_in_bytes"):  # the latter: version 1
+    for limit in (*limits, groups / "memory/memory.limit_in_bytes"):  # the latter is version 1
         if (text := _read(limit).strip()).isdecimal():  # else "max"
             sizes.append(int(text))
     return min(sizes)
 
 
 def check_host_memory(needed: float, what: str, remedy: str) -> None:
-    """Refuses what needs more memory than there is.
+    """Raises ConfigError if `needed` bytes, a lower bound, exceed the host's memory.
 
     Args:
-      needed: A lower bound of it, in bytes.
-      what: What needs it, with the name of its field or flag.
-      remedy: What makes it smaller.
-
-    Raises:
-      ConfigError: It is more than the memory of the host.
+      needed: Bytes.
+      what: What needs the memory, with the name of its field or flag.
+      remedy: How to need less.
 
     Example:
       >>> check_host_memory(2e18, "--batch_size=1000000", "take less")  # doctest: +ELLIPSIS

@@ -1,4 +1,4 @@
-"""Versions and requirements of installed packages, read from metadata: nothing is imported."""
+"""Versions and requirements of installed packages, read from their metadata without imports."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Requirement:
     """A package that another package requires.
 
     Args:
-      name: Name on PyPI, in lower case with hyphens.
-      least: The oldest version that is accepted; "": any.
+      name: PyPI name in lower case with hyphens.
+      least: The oldest accepted version; "": any.
       extras: Extras of the required package, such as ("cuda12",) of jax[cuda12].
       extra: The extra that requires it; "": the package itself.
     """
@@ -29,13 +29,7 @@ class Requirement:
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of packages.
-
-    Args:
-      packages: Their names on PyPI.
-
-    Returns:
-      Name to version; packages that are not installed are left out.
+    """The versions of those packages, by PyPI name, that are installed.
 
     Example:
       >>> import jax
@@ -50,13 +44,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def declared(package: str) -> list[Requirement]:
-    """All requirements of a package, those of its extras included.
-
-    Args:
-      package: Name on PyPI.
-
-    Returns:
-      In the order of the package's metadata; [] if the package is not installed.
+    """All requirements of a package and its extras; [] if the package is not installed.
 
     Example:
       >>> "jaxlib" in [each.name for each in declared("jax")]
@@ -83,14 +71,9 @@ def _parsed(line: str) -> Requirement:
 
 
 def requirements(package: str, extra: str = "") -> list[Requirement]:
-    """What a package requires, or what one of its extras adds.
+    """The requirements of a package, or those that an extra adds.
 
-    Args:
-      package: Name on PyPI.
-      extra: The extra; "": the package itself.
-
-    Returns:
-      In the order of the metadata; what a required extra, such as jax[cuda12], adds is included.
+    The requirements of a required extra, such as jax[cuda12], are included.
 
     Example:
       >>> [each.name for each in requirements("resnet-jax-linen")][:2]
@@ -106,13 +89,13 @@ def requirements(package: str, extra: str = "") -> list[Requirement]:
 
 
 def extras() -> list[str]:
-    """The extras of this package that are for its users; [] if it is not installed."""
+    """The extras of this package for users; [] if it is not installed."""
     found = dict.fromkeys(each.extra for each in declared(DISTRIBUTION))
     return [each for each in found if each not in ("", "test")]
 
 
 def older(version: str, least: str) -> bool:
-    """Whether a version is older than another one, by their leading numbers.
+    """Whether `version` is older than `least`, by their leading numbers.
 
     Example:
       >>> older("0.9.2", "0.10.2"), older("0.10.2.dev3", "0.10.2"), older("2.0", "2.0.0")

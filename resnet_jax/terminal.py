@@ -1,9 +1,8 @@
-"""What leaves the program for a terminal, or as JSON.
+"""Safe output to a terminal or as JSON.
 
-Names of classes, files and data sets, and errors that quote them, may come from strangers.
-`visible` escapes what a terminal obeys and what a reader cannot see; every line that is printed
-goes through it. The rest is standard output where it leads to a full disk, or to a reader that has
-seen enough.
+Names of classes, files and datasets, and errors that quote them, may come from strangers. `visible`
+escapes characters that control a terminal or cannot be seen; every printed line passes through it.
+`printing` handles a standard output that is full or closed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, TextIO
 from resnet_jax.errors import ConfigError, one_line
 
 _ZERO_WIDTH_JOINER = "\u200d"
-# Characters that are letters or marks by their category and take no ink.
+# Characters that are letters or marks by their category, but invisible.
 _INVISIBLE = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0"
     + "".join(map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))
@@ -33,17 +32,14 @@ _SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 def visible(text: object, keep: str = "") -> str:
     """Escapes control characters and characters that hide or reorder text.
 
-    Escaped are control and format characters (ESC, BEL, C1, bidirectional and zero-width ones),
-    line breaks, spaces other than " ", lone surrogates (bytes of a file name that are no text),
-    and letters and marks without ink. What joins emoji stays. A backslash is not escaped, so the
-    result is for people; it is the same if it is escaped once more.
+    It escapes control and format characters (ESC, BEL, C1, bidirectional and zero-width ones), line
+    breaks, spaces other than " ", lone surrogates (bytes of a file name that are not text), and
+    invisible letters and marks, as \\xHH, \\uHHHH or \\UHHHHHHHH. Joiners of emoji stay. The result
+    is for people: backslashes are not escaped, and escaping it again does not change it.
 
     Args:
-      text: A name or a message; of another object, its string.
-      keep: Control characters to leave, such as "\\n".
-
-    Returns:
-      The text with \\xHH, \\uHHHH or \\UHHHHHHHH in place of those characters.
+      text: A name or a message, or any object with a string form.
+      keep: Control characters to keep, such as "\\n".
 
     Example:
       >>> print(visible("caf\u00e9 \x1b[2J\u202e"))
@@ -78,14 +74,9 @@ def _escaped(each: str) -> str:
 
 
 def columns(text: str) -> int:
-    """The columns that a text takes in a terminal.
+    """The number of columns of a text without control characters in a terminal.
 
-    Args:
-      text: Without control characters.
-
-    Returns:
-      Their number: two for a wide character, such as those of Chinese; none for an accent that
-      stands above another character.
+    A wide character, such as a Chinese one, has two columns; a combining accent has none.
 
     Example:
       >>> columns("cat"), columns("\u6f22\u5b57"), columns("e\u0301")
@@ -103,20 +94,18 @@ def _columns(each: str) -> int:
 
 
 def padded(text: str, width: int) -> str:
-    """Adds spaces at the end of a text up to a number of columns; a longer one stays as it is."""
+    """Appends spaces to a text up to a number of columns; a longer text is unchanged."""
     return text + " " * (width - columns(text))
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that any reader takes and that is harmless in a terminal.
+    """Strict JSON in ASCII, which any parser accepts and no terminal interprets.
+
+    Numbers that JSON cannot express (NaN and infinities) become null.
 
     Args:
-      value: Of dictionaries, sequences, text, numbers, bools and None.
-      indent: Spaces for each level; None: all in one line.
-
-    Returns:
-      ASCII text, from which a reader gets the exact names. A number that JSON cannot express (NaN
-      and the infinities) is null.
+      value: Dictionaries, sequences, text, numbers, bools and None.
+      indent: Spaces for each level; None: one line.
 
     Example:
       >>> print(json_text({"name": "\x9b\u202e", "loss": float("nan")}))
@@ -136,7 +125,7 @@ def _expressible(value: Any) -> Any:
 
 
 def show(text: object) -> None:
-    """Prints a result: lines on standard output, without what a terminal obeys.
+    """Prints a result on standard output, line breaks included, with `visible`.
 
     Example:
       >>> show("a\\tb\\nc")
@@ -147,25 +136,23 @@ def show(text: object) -> None:
 
 
 def log(line: object, stream: TextIO | None = None) -> None:
-    """Prints a line for the person who watches, on standard error or another stream."""
+    """Prints a line for people, on standard error or another stream."""
     print(visible(line), file=stream or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Brings what is printed in the block to its end.
-
-    A reader that has gone (`| head`) is no mistake.
+    """Flushes standard output at the end of the block; a closed pipe (`| head`) is no error.
 
     Raises:
-      ConfigError: It cannot be written.
+      ConfigError: Standard output cannot be written.
 
     Example:
       >>> with printing():
       ...     print("one line")
       one line
     """
-    # In a terminal of few characters the others are shown as their numbers.
+    # Characters that the terminal's encoding lacks are escaped.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -181,10 +168,7 @@ def printing() -> Iterator[None]:
 
 
 def print_copy(line: str) -> None:
-    """Prints a line that is not lost without it: it is also in a file.
-
-    Args:
-      line: The line.
+    """Prints a line that is also in a file, so that a full standard output is no error.
 
     Example:
       >>> print_copy("top-1 98.89%")
@@ -195,5 +179,5 @@ def print_copy(line: str) -> None:
 
 
 def _discard() -> None:
-    """What still waits to be written goes nowhere; else Python would try again at its end."""
+    """Discards buffered output, which Python would otherwise try to write when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

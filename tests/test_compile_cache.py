@@ -130,7 +130,7 @@ def test_a_file_in_place_of_the_folder(tmp_path, caplog):
 
 
 def test_the_least_recently_used_are_removed(tmp_path):
-    store = ProgramStore(tmp_path, most_bytes=3 * 132)
+    store = ProgramStore(tmp_path, max_bytes=3 * 132)
     for age, name in enumerate("dcba"):
         store.put(f"jit_{name}-0", bytes(100))
         if age < 3:
@@ -148,7 +148,7 @@ def test_only_programs_are_removed(tmp_path):
     (tmp_path / "mine.txt").write_bytes(bytes(1000))
     (tmp_path / "jit_f-0123-cache").write_bytes(bytes(1000))  # one of JAX's own store
     (tmp_path / "model-1.xla").write_bytes(bytes(1000))  # a name that is not the store's
-    store = ProgramStore(tmp_path, most_bytes=200)
+    store = ProgramStore(tmp_path, max_bytes=200)
     for name in "ab":
         store.put(f"jit_{name}-0", bytes(150))
     assert len([*tmp_path.iterdir()]) == 4

@@ -102,7 +102,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     with files.new_file(tmp_path / "other"):  # is being written, so it is locked
         [writing] = {*os.listdir(tmp_path)} - {own.name}
         os.utime(tmp_path / writing, (old, old))
-        files.remove_left_over(tmp_path)
+        files.remove_leftovers(tmp_path)
         assert {*os.listdir(tmp_path)} == {writing, own.name}
     assert {*os.listdir(tmp_path)} == {"other", own.name}
 
@@ -122,3 +122,22 @@ def test_json_that_is_none(content, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"."):
         files.read_json(tmp_path / "x.json")
+
+
+def test_a_name_that_is_taken_is_kept_on_demand(tmp_path):
+    (tmp_path / "key").write_text("first")
+    with pytest.raises(FileExistsError):
+        files.atomic_write(tmp_path / "key", "second", replace=False)
+    files.atomic_write(tmp_path / "other", "second", mode=0o600, replace=False)
+    assert (tmp_path / "key").read_text() == "first"
+    assert (tmp_path / "other").stat().st_mode & 0o777 == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["key", "other"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_durable_files_wait_for_the_disk(durable, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    files.atomic_write(tmp_path / "out", "text", durable=durable)
+    assert bool(synced) == durable
+    assert (tmp_path / "out").read_text() == "text"

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.numpy import save
 
 import resnet_jax as rj
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
 from resnet_jax.data import decode
 from resnet_jax.data.decode import jpeg, reading
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError, WeightsError

@@ -56,7 +56,7 @@ def test_memory_of_a_batch(images, training, gigabytes, monkeypatch):
             "--image_size=8193: must be from 1 to 8,192",
         ),
         (["summary", "resnet20", "--num_classes=10000001"], "num_classes = 10000001 is not all"),
-        (["summary", "resnet20\0"], "an argument holds the character NUL"),
+        (["summary", "resnet20\0"], "an argument contains the character NUL"),
         (
             ["plan", "--images=1000000000001"],
             "--images=1000000000001: must be from 1 to 1,000,000,",

@@ -30,7 +30,7 @@ from resnet_jax.export.hub import push_folder
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.pretrained import load_pretrained
 from resnet_jax.workdirs.metric_writers import _TensorBoard, _WeightsAndBiases
-from resnet_jax.workdirs.remote_copy import Bucket
+from resnet_jax.workdirs.remote_copy import RemoteCopy
 
 BROKEN = "/usr/lib/libfoo.so: undefined symbol: _Zfoo"
 
@@ -102,7 +102,7 @@ CASES = {
         (),
     ),
     "bucket": (
-        lambda at: Bucket(Config(checkpoint=Checkpoint(copy_to="gs://a/b")), at),
+        lambda at: RemoteCopy(Config(checkpoint=Checkpoint(copy_to="gs://a/b")), at),
         "gcsfs",
         ConfigError,
         (),
@@ -276,12 +276,12 @@ def test_a_package_that_is_missing_is_no_damaged_record(monkeypatch):
 
 def test_a_bug_in_the_copy_of_a_run_is_no_refusal_of_the_bucket(tmp_path, monkeypatch):
     config = Config(checkpoint=Checkpoint(copy_to=f"file://{tmp_path}/copy"))
-    place = Bucket(config, tmp_path / "run")
+    place = RemoteCopy(config, tmp_path / "run")
 
     def bug(self):
         return None + 1
 
-    monkeypatch.setattr(Bucket, "_names", bug)
+    monkeypatch.setattr(RemoteCopy, "_names", bug)
     with pytest.raises(TypeError):
         place.steps()
     with pytest.raises(TypeError):

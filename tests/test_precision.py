@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import resnet_jax as rj
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.config.model import make_model
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel

@@ -1,11 +1,13 @@
 """Every recipe against its source, number by number."""
 
+import json
 import pathlib
 
 import pytest
 
 from resnet_jax.config.flags import parse_train_flags
-from resnet_jax.config.schema import to_flat
+from resnet_jax.config.serialization import json_fields, to_flat
+from resnet_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -89,7 +91,7 @@ SOURCES = {
         "train.ema_every": 32,
     },
     # Wightman et al. 2021 (arXiv:2110.00476), table 2, and timm's arguments for it.
-    "imagenet_timm_a1": {
+    "imagenet_timm:a1": {
         "model.stochastic_depth_rate": 0.05,
         "data.image_size": 224,
         "data.eval_resize": 235,  # timm: floor(224 / 0.95)
@@ -109,7 +111,7 @@ SOURCES = {
         "train.epochs": 600.0,
         "train.batch_size": 2048,
     },
-    "imagenet_timm_a2": {
+    "imagenet_timm:a2": {
         "model.stochastic_depth_rate": 0.05,
         "data.image_size": 224,
         "data.eval_resize": 235,
@@ -128,7 +130,7 @@ SOURCES = {
         "train.epochs": 300.0,
         "train.batch_size": 2048,
     },
-    "imagenet_timm_a3": {
+    "imagenet_timm:a3": {
         "model.stochastic_depth_rate": 0.0,
         "data.image_size": 160,
         "data.eval_size": 224,
@@ -150,7 +152,7 @@ SOURCES = {
     },
     # He et al. 2015, section 4.2: a tenth of the rate at 32k and 48k of 64k iterations, chosen on a
     # split of 45k and 5k images.
-    "cifar10": {
+    "cifar": {
         "data.train_split": "train[:90%]",
         "augment.flip": True,
         "augment.pad": 4,
@@ -183,9 +185,13 @@ SOURCES = {
 }
 
 
+# Every recipe under its first name, as it was before recipes were merged: a run goes on with it.
+GOLDEN = json.loads(pathlib.Path(__file__).with_name("recipes.json").read_text())
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_recipe_is_its_source(name):
-    config, _ = parse_train_flags([f"--config={ROOT}/configs/{name}.py"])
+    config, _ = parse_train_flags([f"--config={name}"])
     found = to_flat(config)
     found["train.ema_decay"] = round(found["train.ema_decay"], 10)  # is computed
     assert {field: found[field] for field in SOURCES[name]} == SOURCES[name]
@@ -193,6 +199,49 @@ def test_a_recipe_is_its_source(name):
 
 def test_the_warm_up_of_the_paper_s_deepest_network():
     """Section 4.2: 0.01 until the training error is below 80%, about 400 iterations."""
-    config, _ = parse_train_flags([f"--config={ROOT}/configs/cifar10.py:resnet110"])
+    config, _ = parse_train_flags([f"--config={ROOT}/configs/cifar.py:resnet110"])
     assert config.optimizer.learning_rate * config.schedule.warmup_start == pytest.approx(0.01)
     assert config.schedule.warmup_epochs * 45_000 / 128 == pytest.approx(400, rel=0.1)
+
+
+@pytest.mark.parametrize("name", GOLDEN["recipes"])
+@pytest.mark.parametrize("form", ["{}", "configs/{}.py", f"{ROOT}/configs/{{}}.py"])
+def test_former_names_give_the_same_configuration(name, form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, colon, argument = name.partition(":")
+    config, workdir = parse_train_flags([f"--config={form.format(recipe)}{colon}{argument}"])
+    expected = {**GOLDEN["defaults"], **GOLDEN["recipes"][name]}
+    assert str(workdir) == expected.pop("workdir")
+    assert json_fields(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ("cifar10", "cifar"),
+        ("cifar10:plain20", "cifar:plain20"),
+        ("cifar10:resnet110", "cifar:cifar10,resnet110"),
+        ("cifar100", "cifar:cifar100"),
+        ("cifar100:resnet56", "configs/cifar.py:cifar100,resnet56"),
+        ("imagenet_timm_a1:resnet101", "imagenet_timm:a1,resnet101"),
+        ("imagenet_timm_a2", "imagenet_timm.py:a2"),
+        ("imagenet_timm_a3", "imagenet_timm"),
+    ],
+)
+def test_a_former_name_is_a_choice_of_a_recipe(former, now):
+    assert parse_train_flags([f"--config={former}"])[0] == parse_train_flags([f"--config={now}"])[0]
+
+
+def test_a_file_of_one_s_own_comes_before_a_former_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10.py").write_text(
+        "from resnet_jax.config import Config, Train\n"
+        "get_config = lambda: Config(train=Train(seed=7))\n"
+    )
+    assert parse_train_flags(["--config=cifar10.py"])[0].train.seed == 7
+    assert parse_train_flags(["--config=cifar10"])[0].train.seed == 0
+
+
+def test_a_procedure_that_does_not_exist():
+    with pytest.raises(ConfigError, match=r"'resnet50' is not a procedure .* a1, a2 or a3"):
+        parse_train_flags(["--config=imagenet_timm:resnet50"])

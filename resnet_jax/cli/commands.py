@@ -1,6 +1,6 @@
-"""What each command does: its options, as the parser gives them, become calls of the library.
+"""The commands: each turns its parsed options into calls of the library.
 
-What a command needs is imported by that command, so `--help` does not wait for it.
+A command imports what it needs itself, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 import re
-import resource
-import threading
 from pathlib import Path
 from typing import Any
 
+from resnet_jax.cli.startup import start_backend
 from resnet_jax.config.flags import parse_train_flags, train_help
 from resnet_jax.errors import (
     SKIPPED,
@@ -31,7 +29,7 @@ from resnet_jax.terminal import json_text, log, print_copy, printing, show
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains a network, or goes on with a run that was stopped."""
+    """Trains a network, or resumes a run."""
     from resnet_jax.distributed.launch import FLAGS, start
 
     wanted = [each for each in options.rest if each not in ("-h", "--help")]
@@ -41,7 +39,7 @@ def train(options: argparse.Namespace) -> None:
         return
     try:
         _train(start(wanted))
-    except KeyboardInterrupt as error:  # later the loop itself heeds signals
+    except KeyboardInterrupt as error:  # the training loop handles signals itself
         raise StoppedError("interrupted before the first step") from error
 
 
@@ -50,17 +48,17 @@ def _train(wanted: list[str]) -> None:
 
     try:
         with process_group() as group:
-            if group.count == 1:  # of several, one that is lost may be why devices are not found
-                _start_backend()
+            if group.count == 1:  # otherwise devices may be missing because a process is lost
+                start_backend()
             config, workdir = parse_train_flags(wanted)
             from resnet_jax.training import loop
 
             result = loop.train(config, workdir)
-            # The others wait inside the group, however long it takes. JAX's own exit barrier
-            # gives up after 30 seconds and aborts every process.
+            # The other processes wait inside the group, however long this takes. JAX's own exit
+            # barrier gives up after 30 seconds and aborts every process.
             if config.log.report and group.is_first:
                 _report_at_the_end(result.workdir)
-    except (StoppedError, DivergedError):  # so all processes end, at the same step
+    except (StoppedError, DivergedError):  # all processes end at the same step
         raise
     except BaseException as error:
         abandon(error)
@@ -72,66 +70,8 @@ def _train(wanted: list[str]) -> None:
     print_copy(f"{', '.join(found)} after {result.steps} steps; everything is in {result.workdir}")
 
 
-def _start_backend() -> None:
-    """Lets JAX find its devices, and says in one line why it cannot.
-
-    Raises:
-      ConfigError: JAX_PLATFORMS names what is not here, the runtime of the devices fails, or
-        threads cannot be started.
-    """
-    import jax
-
-    _check_threads()
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter, without words, where none is left
-        platforms = jax.config.values["jax_platforms"]
-        asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
-        reason = f" ({one_line(error)})" if str(error) else ""
-        raise ConfigError(
-            f"{asked}JAX finds no device to run on{reason}; python -m resnet_jax doctor says why"
-        ) from error
-
-
-def _check_threads() -> None:
-    """Tries whether there can be as many threads as a command needs, where a limit is low.
-
-    XLA and ArrayRecord hang or abort where they cannot start theirs.
-
-    Raises:
-      ConfigError: There cannot.
-    """
-    needed = 96 + 2 * (os.cpu_count() or 1)  # a run on two cores has had 96
-    if _most_threads() > 10 * needed:
-        return
-    done = threading.Event()
-    started: list[threading.Thread] = []
-    try:
-        for _ in range(needed):
-            thread = threading.Thread(target=done.wait)
-            thread.start()
-            started.append(thread)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"only {len(started)} of {needed} threads can be started here: raise `ulimit -u`, or "
-            "--pids-limit of the container, or end other processes"
-        ) from error
-    finally:
-        done.set()
-        for thread in started:
-            thread.join()
-
-
-def _most_threads() -> float:
-    """The limit of processes and threads for this user or container."""
-    limits = [resource.getrlimit(resource.RLIMIT_NPROC)[0]]
-    with contextlib.suppress(OSError, ValueError):  # "max"
-        limits.append(int(Path("/sys/fs/cgroup/pids.max").read_text()))
-    return min((each for each in limits if each != resource.RLIM_INFINITY), default=float("inf"))
-
-
 def _report_at_the_end(workdir: Path) -> None:
-    """Writes report.html of a run that has ended well, and still has when this fails."""
+    """Writes report.html at the end of a run; a failure is only logged."""
     try:
         log("writing report.html")
         from resnet_jax.report.page import write_report
@@ -146,7 +86,7 @@ def _report_at_the_end(workdir: Path) -> None:
 def _why_no_report(error: Exception) -> str:
     if isinstance(error, ResNetJaxError | OSError):
         return one_line(error)
-    with contextlib.suppress(ImportError):  # of ours, which is a bug
+    with contextlib.suppress(ImportError):  # a bug of ours, reported below
         if isinstance(error, ImportError):
             return import_failure(error)
     return f"{type(error).__name__}: {one_line(error)}"
@@ -157,7 +97,7 @@ def report(options: argparse.Namespace) -> None:
     from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.report.page import write_report
 
-    _start_backend()
+    start_backend()
     use_compile_cache()
     page = write_report(
         options.workdirs,
@@ -171,10 +111,10 @@ def report(options: argparse.Namespace) -> None:
 
 
 def summary(options: argparse.Namespace) -> None:
-    """Prints a network's layers."""
+    """Prints the layers of a network."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # no device is needed, so none is taken
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
     from resnet_jax.models.registry import create_model, model_info
     from resnet_jax.models.summary import summary
 
@@ -192,10 +132,10 @@ def summary(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Prints what a run will need on TPUs or GPUs that are not here."""
+    """Plans a run on TPUs or GPUs that this machine does not have."""
     import jax
 
-    # A plan touches no device, not even the TPU or GPU of the machine that it is made on.
+    # Planning does not use an accelerator, even if this machine has one.
     jax.config.update("jax_platforms", "cpu")
     from resnet_jax.planning.plan import make_plan, plan_table
 
@@ -220,14 +160,14 @@ def find_rate(options: argparse.Namespace) -> None:
 
     path, flag = Path(options.output), f"--output={options.output}"
     if path.suffix not in (".png", ".csv"):
-        raise ConfigError(f"{flag}: must end in .png, or in .csv for the numbers alone")
+        raise ConfigError(f"{flag}: must end in .png, or in .csv for the numbers only")
     if path.suffix == ".png":
         try:
             from resnet_jax.report.figures import rate_curve
         except ImportError as error:
-            numbers = f"the numbers alone: --output={path.with_suffix('.csv')}"
+            numbers = f"for the numbers only, use --output={path.with_suffix('.csv')}"
             raise ConfigError(f"{import_failure(error, flag)}; {numbers}") from error
-    _start_backend()
+    start_backend()
     config, _ = parse_train_flags(options.rest)
     with contextlib.ExitStack() as stack:
         opened = {
@@ -240,11 +180,11 @@ def find_rate(options: argparse.Namespace) -> None:
         if path.suffix == ".png":
             title = f"{config.model.name} on {config.data.name}, {config.train.batch_size} images"
             opened[".png"].write(rate_curve(curve, f"{title} a step"))
-    _say_rate(curve, options.output)
+    _report_rate(curve, options.output)
 
 
-def _say_rate(curve: Any, output: str) -> None:
-    """Says what a range test found: its suggestion on standard output, the rest for people."""
+def _report_rate(curve: Any, output: str) -> None:
+    """Prints the suggestion of a range test, and logs the rest."""
     if curve.end:
         last = (
             f" after the rate {curve.rates[-1]:.2g}" if len(curve.rates) else " at the first step"
@@ -256,14 +196,13 @@ def _say_rate(curve: Any, output: str) -> None:
             "and try a lower --low, a higher --high or more --steps"
         )
     log(
-        f"the loss falls fastest at {curve.steepest:.2g}; before its first rise it is least at "
-        f"{curve.lowest:.2g}, of "
-        f"which a tenth is {curve.lowest / 10:.2g}; the curve is in {output}"
+        f"the loss falls fastest at {curve.steepest:.2g}; before its first rise it is lowest at "
+        f"{curve.lowest:.2g}, a tenth of which is {curve.lowest / 10:.2g}; the curve is in {output}"
     )
     if curve.scale != 1:
         log(
-            "these are values of optimizer.learning_rate, for optimizer.base_batch images; "
-            f"train.batch_size makes them {curve.scale:g} times as much"
+            "these are values of optimizer.learning_rate for optimizer.base_batch images; "
+            f"train.batch_size multiplies them by {curve.scale:g}"
         )
     print_copy(f"--config.optimizer.learning_rate={curve.steepest:.2g}")
 
@@ -285,12 +224,12 @@ def export(options: argparse.Namespace) -> None:
         push=options.push,
         force=options.force,
     )
-    _say_assumed(network)
+    _log_assumptions(network)
     print_copy(str(agreement))
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Prepares a data set."""
+    """Downloads and prepares a dataset."""
     from resnet_jax.data.prepare import prepare
 
     prepare(options.name, options.data_dir, options.manual_dir)
@@ -298,7 +237,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Says what is on images; returns the exit code."""
+    """Predicts the classes of images; returns the exit code."""
     from resnet_jax.inference.classifier import Classifier
     from resnet_jax.inference.images import list_images
     from resnet_jax.inference.writers import write_predictions
@@ -308,7 +247,7 @@ def predict(options: argparse.Namespace) -> int:
         network = _open_network(options)
         require_head(network, "predict")
         classifier = Classifier(network, batch_size=options.batch_size)
-        _say_assumed(network)
+        _log_assumptions(network)
         return classifier
 
     files = list_images(options.inputs)
@@ -320,11 +259,11 @@ def predict(options: argparse.Namespace) -> int:
         output=options.output,
         force=options.force,
     )
-    return _say_skipped(skipped, len(files))
+    return _log_skipped(skipped, len(files))
 
 
 def features(options: argparse.Namespace) -> int:
-    """Writes a network's features of images; returns the exit code."""
+    """Writes the features of images; returns the exit code."""
     from resnet_jax.inference.features import write_features
     from resnet_jax.inference.images import list_images
 
@@ -339,8 +278,8 @@ def features(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         force=options.force,
     )
-    _say_assumed(open_once())
-    return _say_skipped(skipped, len(files))
+    _log_assumptions(open_once())
+    return _log_skipped(skipped, len(files))
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -352,7 +291,7 @@ def evaluate(options: argparse.Namespace) -> None:
     scales = options.scales.split(",") if options.scales else []
     if not all(re.fullmatch(r"\s*\d{1,6}\s*", each) for each in scales) or len(scales) > 100:
         shown = options.scales[:100]
-        raise ConfigError(f"--scales={shown}: pixels with commas, such as 224,256,384")
+        raise ConfigError(f"--scales={shown}: must be pixels, separated by commas")
     file: Any = contextlib.nullcontext()
     if options.json not in ("", "-"):
         file = open_output(options.json, options.force, "--json", stream=True)
@@ -390,7 +329,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _open_network(options: argparse.Namespace) -> Any:
-    _start_backend()
+    start_backend()
     from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.weights.source import open_network
 
@@ -413,13 +352,13 @@ def _open_network(options: argparse.Namespace) -> Any:
     )
 
 
-def _say_assumed(network: Any) -> None:
-    """Says what was taken for granted; after the last mistake, so that one is a single line."""
+def _log_assumptions(network: Any) -> None:
+    """Logs what was assumed about a network; called last, so that an error remains one line."""
     for line in network.assumed:
         log(f"assumed: {line}")
 
 
-def _say_skipped(skipped: int, images: int) -> int:
+def _log_skipped(skipped: int, images: int) -> int:
     if skipped:
         log(f"{skipped} of {images} images could not be read")
     return SKIPPED if skipped else 0

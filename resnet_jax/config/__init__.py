@@ -1,4 +1,4 @@
-"""The configuration of a run: typed fields, their rules, and the flags that set them."""
+"""The configuration of a run: typed fields, their checks, and the flags that set them."""
 
 from resnet_jax.config.schema import (
     Augment,
@@ -12,10 +12,9 @@ from resnet_jax.config.schema import (
     Optimizer,
     Schedule,
     Train,
-    check,
-    from_json,
-    to_json,
 )
+from resnet_jax.config.serialization import from_json, to_flat, to_json
+from resnet_jax.config.validation import check
 
 __all__ = [
     "Augment",
@@ -31,5 +30,6 @@ __all__ = [
     "Train",
     "check",
     "from_json",
+    "to_flat",
     "to_json",
 ]

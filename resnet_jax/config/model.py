@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 
-from resnet_jax.config.schema import Config, registered_overrides
+from resnet_jax.config.schema import Config, Model
 from resnet_jax.errors import ConfigError
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
@@ -12,37 +15,45 @@ from resnet_jax.ops.sharding import AXIS
 
 
 def make_model(config: Config, classes: int) -> ResNet:
-    """The network of a run.
+    """Creates the network of a run.
 
     Args:
-      config: Its configuration.
-      classes: Of the data set, where the configuration leaves them open.
-
-    Returns:
-      The module.
+      config: The configuration; `model.num_classes` of 0 means `classes`.
+      classes: Number of classes in the dataset.
 
     Raises:
-      ConfigError: The images are too small for it.
+      ConfigError: The images are too small for the network.
 
     Example:
       >>> make_model(Config(), classes=10).num_classes
       10
     """
     fields = config.model
-    shares = fields.bn_sync != "none"
     model = create_model(
         fields.name,
         num_classes=fields.num_classes or classes,
         dtype=jnp.dtype(fields.dtype),
-        axis_name=AXIS if shares else None,
+        axis_name=None if fields.bn_sync == "none" else AXIS,
         bn_group_size=fields.bn_group_size or None,
-        **registered_overrides(fields),
+        **model_overrides(fields),
     )
-    least = model.strides()[-1]
+    smallest = model.strides()[-1]
     for name in ("image_size", "eval_size"):
         side = getattr(config.data, name)
-        if 0 < side < least:
+        if 0 < side < smallest:
             raise ConfigError(
-                f"data.{name} = {side}: {fields.name} needs at least {least} pixels a side"
+                f"data.{name} = {side}: {fields.name} needs at least {smallest} pixels a side"
             )
     return model
+
+
+def model_overrides(model: Model) -> dict[str, Any]:
+    """The fields that `resnet_jax.ResNet` has under the same names, if they are set."""
+    overrides = dataclasses.asdict(model)
+    for name in ("name", "num_classes", "dtype", "bn_sync", "bn_group_size"):
+        del overrides[name]
+    if overrides["shortcut"] is None:
+        del overrides["shortcut"]
+    if overrides["precision"] == "default":  # JAX's own, which may be set for the whole process
+        del overrides["precision"]
+    return overrides

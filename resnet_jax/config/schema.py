@@ -1,21 +1,18 @@
-"""What a run is: typed fields with their units, and how they are written down.
+"""The configuration of a run: typed fields with their units and defaults.
 
-What the fields may be is in rules.py.
+validation.py checks the values; serialization.py reads and writes them.
 """
 
 # No `from __future__ import annotations`: the flags library reads the types of the fields.
 
 import dataclasses
-import json
-import os
 import re
-from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from resnet_jax.compile_cache import FOLDER
-from resnet_jax.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHORTCUTS = ("A", "B", "C", "D", "none")
 PRECISIONS = ("default", "high", "highest")
 BN_SYNC = ("none", "all", "group")
 CROPS = ("center", "random_resized", "scale_jitter")
@@ -30,7 +27,7 @@ DATA_NAMES = "digits, tfds:NAME[:VERSION], folder:PATH, csv:FILE or jsonl:FILE"
 DATA_PLACES = ("folder", "csv", "jsonl")  # kinds of data that are named by a path
 # DATA:SPLIT, as in evaluate.also; a slice of the split may have a colon, as "test[:10%]" does.
 DATA_SPLIT = re.compile(r"(?P<data>.+):(?P<split>([^:\[\]]|\[[^\]]*\])+)")
-# Measures by which one state is better than another; of a loss the least is the best.
+# Metrics that rank states; of a loss the lowest is the best.
 MULTI_LABEL_MEASURES = ("map", "f1")
 MEASURES = ("top1", "top5", "loss", *MULTI_LABEL_MEASURES)
 
@@ -40,23 +37,25 @@ class Model:
     """The network.
 
     Args:
-      name: One of `resnet_jax.list_models()`; "": that of the weights in checkpoint.init_from. With
-        these, data.image_size, interpolation and eval_crop and augment.mean and std may be empty
-        (0, "", ()) too, and are then as the weights need them; so are data.channels, eval_size and
-        eval_resize at 0.
-      num_classes: Classes of the head; 0: as many as the data set has.
-      dtype: Type of the computation: float32, bfloat16 or float16 (with a loss scale).
-      precision: How float32 numbers are multiplied: "default" (rounded to bfloat16 on a TPU and to
-        TF32 on recent GPUs), "high", or "highest" (in float32 everywhere); docs/precision.md.
-      shortcut: A, B, C, D or none; unset: as registered under the name.
-      stride_in_1x1: Bottlenecks as in the paper (v1) instead of v1.5.
-      zero_init_residual: Residual functions start at 0 (Goyal et al. 2017, section 5.1).
-      bn_momentum: Share of the old running statistics kept each step.
+      name: One of `resnet_jax.list_models()`; "": the network of the weights in
+        checkpoint.init_from. In that case data.image_size, interpolation and eval_crop and
+        augment.mean and std may also be empty (0, "", ()) and take the values of the weights, as do
+        data.channels, eval_size and eval_resize at 0.
+      num_classes: Number of classes of the head; 0: as many as the dataset has.
+      dtype: Type of the computation: float32, bfloat16 or float16 (with loss scaling).
+      precision: Precision of float32 products: "default" (rounded to bfloat16 on TPUs and to TF32
+        on recent GPUs), "high", or "highest" (float32 everywhere); see docs/precision.md.
+      shortcut: A, B, C, D or none; unset: the shortcut that the name is registered with.
+      stride_in_1x1: Put the stride of a bottleneck on its first 1x1 convolution, as in the paper
+        (v1), instead of on the 3x3 (v1.5).
+      zero_init_residual: Initialize residual functions to 0 (Goyal et al. 2017, section 5.1).
+      bn_momentum: Fraction of the old running statistics that each step keeps.
       bn_sync: Devices that share batch statistics: "none", "all", or a "group".
-      bn_group_size: Devices in a group, for bn_sync = "group".
-      stochastic_depth_rate: Drop rate of the last block's residual.
+      bn_group_size: Number of devices in a group, for bn_sync = "group".
+      stochastic_depth_rate: Drop rate of the last block's residual; earlier blocks have
+        proportionally lower rates.
       dropout_rate: Drop rate of the pooled features.
-      remat: Recompute each block in the backward pass, to save memory.
+      remat: Recompute each block in the backward pass to save memory.
     """
 
     name: str = "resnet20"
@@ -76,40 +75,42 @@ class Model:
 
 @dataclasses.dataclass
 class Data:
-    """Images and labels, and what the host does with them.
+    """Images and labels, and their processing on the host.
 
     Args:
       name: "digits", "tfds:NAME[:VERSION]", "folder:PATH" with SPLIT/CLASS/image files, or
-        "csv:FILE" or "jsonl:FILE" with a path and labels a line.
-      data_dir: Where TFDS keeps its data sets; "": TFDS's own default.
-      train_split: Trained on; a split or parts of splits, such as "train[:90%]".
-      eval_split: Evaluated on.
-      multi_label: Images have none, one or several labels each; docs/multi_label.md.
-      label_separator: Between the labels of an image in a CSV file.
-      allow_missing_classes: Accept folders and lists without images of some classes.
+        "csv:FILE" or "jsonl:FILE" with a path and labels on each line.
+      data_dir: Folder of TFDS's datasets; "": TFDS's own default.
+      train_split: Split to train on, or parts of splits, such as "train[:90%]".
+      eval_split: Split to evaluate, or parts of splits.
+      multi_label: Each image has any number of labels, also none; see docs/multi_label.md.
+      label_separator: Text between the labels of an image in a CSV file.
+      allow_missing_classes: Accept folders and lists that have no images of some classes.
       sampler: "shuffled": each image once an epoch; "balanced": each class equally often, in
         epochs of the same length (docs/imbalance.md).
-      channels: 1 (grey) or 3 (color), to which images are converted; any other number is that of
-        the images, such as 4 to keep the transparency of RGBA; 0: as the data set has.
+      channels: Number of channels. Images are converted to 1 (gray) or 3 (color); any other number
+        must be that of the images, such as 4 to keep the transparency of RGBA; 0: as many as the
+        dataset has.
       image_size: Side of the training images in pixels.
-      crop: "center" (resize the shorter side, cut the centre), "random_resized" (Szegedy et al.
+      crop: "center" (resize the shorter side, crop the center), "random_resized" (Szegedy et al.
         2015) or "scale_jitter" (He et al. 2015, section 3.4).
-      crop_area: Least and largest share of the image in a random resized crop.
-      crop_ratio: Least and largest width / height of a random resized crop.
-      jitter_sides: Least and largest shorter side in pixels for the scale jitter.
+      crop_area: Minimum and maximum fraction of the image's area in a random resized crop.
+      crop_ratio: Minimum and maximum aspect ratio (width / height) of a random resized crop.
+      jitter_sides: Minimum and maximum shorter side in pixels for scale jitter.
       interpolation: "bilinear" or "bicubic".
       eval_size: Side of the evaluated images in pixels; 0: image_size.
-      eval_resize: Shorter side in pixels before the centre crop of evaluation, or both sides with
-        eval_crop "squash"; 0: eval_size.
-      eval_crop: How evaluation makes an image square: "center" resizes the shorter side; "squash"
-        both sides, without regard to proportions. Then the center of eval_size is cut out.
-      upright: Turn images as their EXIF orientation says, in training and evaluation.
-      memory_gib: Data sets whose crops do not vary stay in memory up to this size in GiB.
-      workers: Processes that read and decode; 0: threads of this process only.
-      threads: Reading threads of each process.
-      prefetch: Batches made ahead.
-      max_corrupt: Undecodable images that are skipped before a run stops.
-      repeats: Times each image appears in a batch, differently augmented (Hoffer et al. 2020).
+      eval_resize: Shorter side in pixels before evaluation crops the center, or both sides with
+        eval_crop = "squash"; 0: eval_size.
+      eval_crop: How evaluation makes an image square: "center" resizes the shorter side, "squash"
+        resizes both sides and ignores the aspect ratio. Then the center of eval_size is cropped.
+      upright: Rotate images as their EXIF orientation says, in training and evaluation.
+      memory_gib: Largest dataset in GiB that is kept in memory, if its crops do not vary.
+      workers: Number of processes that read and decode; 0: threads of this process only.
+      threads: Number of reading threads of each process.
+      prefetch: Number of batches to prepare ahead.
+      max_corrupt: Number of undecodable images to skip before the run stops.
+      repeats: How often each image appears in a batch, each time with another augmentation (Hoffer
+        et al. 2020).
     """
 
     name: str = "digits"
@@ -141,31 +142,31 @@ class Data:
 
 @dataclasses.dataclass
 class Augment:
-    """What the device does with uint8 training images, in this order.
+    """Augmentation of uint8 training images on the device, in this order.
 
     Args:
       flip: Mirror half of the images.
-      flip_alternates: Mirror every image in every other epoch instead, half of them first in the
+      flip_alternates: Mirror every image in every other epoch instead; half of them start in the
         first (Jordan 2024, section 3.6).
-      pad: Border in pixels, in the mean colour, of which a random crop drops as much again.
-      rotate: Largest rotation in degrees, either way.
-      trivial: TrivialAugment wide (Müller & Hutter 2021).
-      rand_layers: Operations of RandAugment (Cubuk et al. 2020); 0: none.
-      rand_magnitude: Its magnitude, 0 to 10.
+      pad: Pixels of the mean color to add on each side before a random crop to the original size.
+      rotate: Largest rotation in degrees, in either direction.
+      trivial: Apply TrivialAugment wide (Müller & Hutter 2021).
+      rand_layers: Number of RandAugment operations (Cubuk et al. 2020); 0: none.
+      rand_magnitude: Magnitude of RandAugment, 0 to 10.
       rand_magnitude_std: Standard deviation of the magnitude from image to image.
-      brightness: Factor in [1 - x, 1 + x].
-      contrast: Factor in [1 - x, 1 + x].
-      saturation: Factor in [1 - x, 1 + x]. This, hue and pca need images in color.
-      hue: Shift in [-x, x] of the colour circle, at most 0.5.
-      pca: Standard deviation of AlexNet's colour shift (0.1 in He et al. 2015).
-      erase: Probability of random erasing, by the mean colour (Zhong et al. 2020).
-      cutout: Side in pixels of the square of mean colour (DeVries & Taylor 2017).
+      brightness: x of a random factor in [1 - x, 1 + x].
+      contrast: x of a random factor in [1 - x, 1 + x].
+      saturation: x of a random factor in [1 - x, 1 + x]. Saturation, hue and pca need color images.
+      hue: x of a random shift in [-x, x] of the hue circle, at most 0.5.
+      pca: Standard deviation of AlexNet's color shift (0.1 in He et al. 2015).
+      erase: Probability of random erasing with the mean color (Zhong et al. 2020).
+      cutout: Side in pixels of a square of the mean color (DeVries & Taylor 2017); 0: none.
       mixup: alpha of mixup's Beta(alpha, alpha) (Zhang et al. 2018); 0: none.
-      cutmix: alpha of CutMix (Yun et al. 2019); 0: none. With both, each pair
-        draws one. Mixing needs an even number of images on each device.
-      mean: Subtracted from each channel, in units of 1 (255 in a uint8 image); one number, or one
-        for each channel.
-      std: Divides each channel, in units of 1; as many numbers as mean.
+      cutmix: alpha of CutMix (Yun et al. 2019); 0: none. If both are set, each pair of images uses
+        one of them. Mixing needs an even number of images on each device.
+      mean: Mean to subtract from each channel, in units of 1 (255 in a uint8 image); one number, or
+        one for each channel.
+      std: Standard deviation to divide each channel by, in units of 1; as many numbers as mean.
     """
 
     flip: bool = False
@@ -191,26 +192,26 @@ class Augment:
 
 @dataclasses.dataclass
 class Optimizer:
-    """How gradients become updates.
+    """The optimizer.
 
     Args:
       name: sgd, lars, lamb or adamw.
-      learning_rate: Peak learning rate, for `base_batch` images a step where that is given.
-      base_batch: The learning rate is multiplied by batch_size / base_batch (256 in Goyal et al.
-        2017); 0: it stands as it is.
-      momentum: Of sgd and lars.
-      nesterov: Nesterov's momentum, for sgd and lars.
-      beta1: Of lamb and adamw.
-      beta2: Of lamb and adamw.
-      epsilon: Of lamb and adamw.
-      trust_coefficient: Of lars.
-      weight_decay: Coefficient of the decay.
-      decay: "l2": part of the gradient; "decoupled": beside it, times the learning rate (lamb
-        and adamw always).
-      decay_norms_and_biases: Decay them too, as the paper does.
-      clip_norm: Largest global norm of the gradient; 0: no limit.
-      backbone_rate: Learning rate of everything but the head, as a share of the head's; 0
-        freezes the backbone, its batch statistics included.
+      learning_rate: Peak learning rate; with base_batch, the rate for that many images a step.
+      base_batch: Batch size that learning_rate is for: it is multiplied by train.batch_size /
+        base_batch (256 in Goyal et al. 2017); 0: the rate is used as it is.
+      momentum: Momentum of sgd and lars.
+      nesterov: Use Nesterov momentum in sgd and lars.
+      beta1: Decay of the first moment in lamb and adamw.
+      beta2: Decay of the second moment in lamb and adamw.
+      epsilon: Added to the denominator in lamb and adamw.
+      trust_coefficient: Trust coefficient of lars.
+      weight_decay: Coefficient of weight decay.
+      decay: "l2" adds the decay to the gradient; "decoupled" subtracts it from the parameters,
+        times the learning rate (lamb and adamw always do).
+      decay_norms_and_biases: Also decay the parameters of norms and biases, as the paper does.
+      clip_norm: Largest global norm of the gradient; 0: no clipping.
+      backbone_rate: Learning rate of all layers but the head, as a fraction of the head's; 0
+        freezes the backbone, including its batch statistics.
     """
 
     name: str = "sgd"
@@ -231,17 +232,19 @@ class Optimizer:
 
 @dataclasses.dataclass
 class Schedule:
-    """The learning rate over a run.
+    """The learning rate schedule.
 
     Args:
       name: constant, step, cosine, linear, one_cycle or plateau.
-      warmup_epochs: Epochs of linear warm-up (one_cycle: of its rising part), in whole steps.
-      warmup_start: Where the warm-up starts, as a share of the peak. A warm-up of W steps starts
-        at 1 / (W + 1) at least, so that its first step trains.
-      boundaries: Shares of the run, in (0, 1), after which a step schedule drops; in a warm-up too.
-      factor: What a drop multiplies the learning rate by (step, plateau).
-      final: Where cosine, linear and one_cycle end, as a share of the peak.
-      patience: Epochs without a better training loss before a plateau schedule drops.
+      warmup_epochs: Epochs of linear warm-up, rounded to whole steps; for one_cycle, of its rising
+        part.
+      warmup_start: Learning rate at the start of the warm-up, as a fraction of the peak. A warm-up
+        of W steps starts at 1 / (W + 1) or more, so that its first step trains.
+      boundaries: Fractions of the run, in (0, 1), after which a step schedule drops, also during a
+        warm-up.
+      factor: Factor of the learning rate at each drop (step, plateau).
+      final: Learning rate at the end of cosine, linear and one_cycle, as a fraction of the peak.
+      patience: Epochs without a lower training loss before a plateau schedule drops.
     """
 
     name: str = "cosine"
@@ -255,20 +258,19 @@ class Schedule:
 
 @dataclasses.dataclass
 class Loss:
-    """What is minimised.
+    """The loss function.
 
     Args:
-      name: "softmax" cross-entropy; "bce": a binary cross-entropy for each class; or "focal": the
-        same times (1 - p)^gamma, p being the probability of the right answer (Lin et al. 2017).
-      label_smoothing: Share of the label spread over all classes; with data.multi_label, over
-        "yes" and "no" of each class.
-      bce_threshold: For bce and focal: targets above it count as 1, others as 0; 0: targets as
-        they are.
-      focal_gamma: For focal: the exponent of 1 - p; with 0 it is bce.
-      class_weights: Factors of the loss of each class's images: "balanced": N / (K n) for the n
-        images of a class, of N images in K classes, which is 1 on average over the images; or
-        numbers that are taken as they are, "1,2.5,1", in the order of classes.json; "": none.
-        docs/imbalance.md says which terms of each loss they multiply.
+      name: "softmax": softmax cross-entropy; "bce": binary cross-entropy of each class; "focal":
+        bce times (1 - p)^gamma, where p is the probability of the correct answer (Lin et al. 2017).
+      label_smoothing: Fraction of the label that is spread over all classes; with data.multi_label,
+        over "yes" and "no" of each class.
+      bce_threshold: For bce and focal: targets above it become 1, others 0; 0: keep the targets.
+      focal_gamma: For focal: the exponent of 1 - p; 0 makes it bce.
+      class_weights: Factors of the loss by class. "balanced": N / (K n) for a class with n of the N
+        images in K classes, which averages to 1 over the images; or numbers in the order of
+        classes.json, such as "1,2.5,1", which are used as they are; "": none. docs/imbalance.md
+        says which terms of each loss they multiply.
     """
 
     name: str = "softmax"
@@ -280,30 +282,31 @@ class Loss:
 
 @dataclasses.dataclass
 class Train:
-    """Length and size of the run.
+    """Length of the run, and what a training step does.
 
     Args:
       epochs: Passes over the training images; may be a fraction.
-      steps: Optimizer steps; 0: they follow from epochs.
-      batch_size: Images an optimizer step, on all devices together.
-      accumulate: Parts in which a device takes its share of a batch, to save memory.
-      steps_per_call: Steps in one call of the compiled program. With more than 1 the data set
-        lies on the devices, and the host only says which images make a batch: for small images,
-        whose steps are shorter than the host's work for them. Another number is another program,
-        which rounds differently: a run keeps it, unless checkpoint.allow_change is set.
-      seed: Of initial parameters, order, crops and augmentation.
-      ema_decay: Share that the moving average of parameters and statistics keeps at an update; 0:
-        no average. It is over about ema_every / (1 - ema_decay) steps, and the initial weights are
-        no part of it. (torchvision's --model-ema-decay is another number: an update there keeps
+      steps: Number of optimizer steps; 0: computed from epochs.
+      batch_size: Images of an optimizer step, on all devices together.
+      accumulate: Number of parts that each device splits its batch into, to save memory.
+      steps_per_call: Training steps in one call of the compiled program. With more than 1, the
+        dataset is kept on the devices and the host only selects the images of each batch. This
+        speeds up steps on small images that are shorter than the host's work for them. The number
+        changes the program and thus rounding: a run keeps it, unless checkpoint.allow_change is
+        set.
+      seed: Seed of initial parameters, order of images, crops and augmentation.
+      ema_decay: Fraction of the moving average of parameters and statistics that an update keeps;
+        0: no average. It averages over about ema_every / (1 - ema_decay) steps and excludes the
+        initial weights. (torchvision's --model-ema-decay differs: an update there keeps
         1 - (1 - DECAY) * batch * every / epochs.)
-      ema_every: Steps between its updates.
-      early_stopping: Evaluations in a row without an improvement of checkpoint.best_metric after
-        which the run ends; 0: it takes all its steps. The learning rate schedule stays that of all
-        steps. A greater number lets a run that has ended go on.
-      min_improvement: Change of the metric since the last improvement that has to be exceeded to
-        count as an improvement.
-      max_skipped: Steps in a row that are skipped, because loss, gradients or what would come of
-        them are not finite, before the run ends as diverged.
+      ema_every: Steps between updates of the moving average.
+      early_stopping: End the run after this many evaluations in a row without an improvement of
+        checkpoint.best_metric; 0: never. The learning rate schedule remains that of all steps. To
+        continue a run that has ended this way, set a larger number.
+      min_improvement: Smallest change of the metric since the last improvement; only a larger
+        change counts as an improvement.
+      max_skipped: Number of steps in a row that may be skipped, because the loss, the gradients or
+        the update are not finite, before the run ends as diverged.
     """
 
     epochs: float = 10.0
@@ -321,17 +324,17 @@ class Train:
 
 @dataclasses.dataclass
 class Evaluate:
-    """Evaluation while training.
+    """Evaluation during training.
 
     Args:
-      every_epochs: Epochs between evaluations; the end is always evaluated.
-      batch_size: Images a step, on all devices together; 0: that of training.
+      every_epochs: Epochs between evaluations; the final state is always evaluated.
+      batch_size: Images of an evaluation step, on all devices together; 0: train.batch_size.
       flip: Average the logits of each image and its mirror image.
-      threshold: Probability from which a class is predicted, with data.multi_label.
+      threshold: Lowest probability at which a class is predicted, with data.multi_label.
       also: Further held-out data, evaluated with every evaluation, each as DATA:SPLIT with DATA as
         in data.name, such as "tfds:imagenet_v2/matched-frequency:test". Its records in
-        metrics.jsonl have that text as `split`; it has no part in the choice of the best state or
-        in early stopping. It may change from one start to the next.
+        metrics.jsonl have that text as `split`. It has no part in the choice of the best state or
+        in early stopping, and may change from one start to the next.
     """
 
     every_epochs: float = 1.0
@@ -343,23 +346,23 @@ class Evaluate:
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What is kept, and what a run starts from.
+    """Checkpoints to keep, and the initial weights.
 
     Args:
-      every_steps: Steps between checkpoints, beside those at each evaluation; 0: only those.
-      keep: Newest checkpoints kept.
-      keep_best: Best checkpoints kept beside them.
-      best_metric: Metric of the evaluations that the best ones are chosen by: top1, top5, map or
-        f1 (the highest), or loss (the lowest); map and f1 need data.multi_label. Of a run with a
-        moving average it is the average's. It may change from one start to the next.
+      every_steps: Steps between checkpoints, in addition to one at each evaluation; 0: only those.
+      keep: Number of newest checkpoints to keep.
+      keep_best: Number of best checkpoints to keep in addition.
+      best_metric: Evaluation metric that ranks checkpoints: top1, top5, map or f1 (highest is
+        best), or loss (lowest is best); map and f1 need data.multi_label. In a run with a moving
+        average, the average is ranked. The metric may change when a run is resumed.
       init_from: Weight file, workdir or Hub name ("timm/resnet50.a1_in1k") of the initial
-        parameters; "": random ones.
-      reset_head: Start with a new head, for other classes than those of init_from; unset: where
-        its head has another number of classes, or is known to have others.
+        parameters; "": random initialization.
+      reset_head: Start with a new classification head, for other classes than those of init_from;
+        unset: only if the head has another number of classes or is known to have other classes.
       allow_change: Resume although the configuration differs from the workdir's.
-      copy_to: A bucket ("gs://BUCKET/RUN"; needs gcsfs) or any other place that fsspec opens, where
-        states and records are copied after each save. A start first takes from there what the
-        workdir lacks, such as newer states; "": none.
+      copy_to: Bucket ("gs://BUCKET/RUN"; needs gcsfs) or any other address that fsspec opens, to
+        copy states and records to after each save. When a run starts, whatever the workdir lacks,
+        such as newer states, is first copied back from there; "": no copy.
     """
 
     every_steps: int = 0
@@ -374,16 +377,16 @@ class Checkpoint:
 
 @dataclasses.dataclass
 class Log:
-    """What a run tells.
+    """What a run logs.
 
     Args:
-      every_steps: Steps between training records; each is the mean since the last.
-      tensorboard: Write event files too.
+      every_steps: Steps between training records; each averages the steps since the last.
+      tensorboard: Also write TensorBoard event files.
       wandb: Project on Weights & Biases; "": none.
-      profile: "FIRST:LAST" steps to trace with jax.profiler; "": none.
+      profile: First and last step to trace with jax.profiler, "FIRST:LAST"; "": none.
       compile_cache: Folder that keeps compiled programs for the next start, at most 2 GB; "": none.
-        JAX_COMPILATION_CACHE_DIR, where it is set, is used instead.
-      report: Write report.html at the end of `train.py`, where matplotlib and Jinja2 are installed.
+        If JAX_COMPILATION_CACHE_DIR is set, it is used instead.
+      report: Write report.html at the end of training, if matplotlib and Jinja2 are installed.
     """
 
     every_steps: int = 50
@@ -396,7 +399,7 @@ class Log:
 
 @dataclasses.dataclass
 class Config:
-    """A whole run; `configs/` holds recipes that return one.
+    """The configuration of a run; the recipes in `configs/` return one.
 
     Example:
       >>> config = Config(train=Train(epochs=5.0))
@@ -414,252 +417,3 @@ class Config:
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log: Log = dataclasses.field(default_factory=Log)
-
-
-def check(config: Config) -> None:
-    """Checks every field, without touching devices or data.
-
-    Args:
-      config: The configuration of a run.
-
-    Raises:
-      ConfigError: Lists every fault: field, value and what is allowed.
-
-    Example:
-      >>> check(Config(train=Train(batch_size=0)))
-      Traceback (most recent call last):
-      resnet_jax.errors.ConfigError: train.batch_size = 0: must be 1 or more, up to 16,777,216
-    """
-    from resnet_jax.config.validation import find_faults  # which is about the fields above
-
-    if faults := find_faults(config):
-        raise ConfigError("; ".join(faults))
-
-
-def check_types(config: Config) -> None:
-    """Checks that each field has a value of its type, before anything is made of it.
-
-    Args:
-      config: The configuration of a run.
-
-    Raises:
-      ConfigError: Lists every field that has not.
-
-    Example:
-      >>> check_types(Config(train=Train(batch_size="64")))
-      Traceback (most recent call last):
-      resnet_jax.errors.ConfigError: train.batch_size = '64': must be of type int
-    """
-    from resnet_jax.config.validation import find_type_faults
-
-    if faults := [*find_type_faults(config)]:
-        raise ConfigError("; ".join(faults))
-
-
-def registered_overrides(model: Model) -> dict[str, Any]:
-    """The fields that `resnet_jax.ResNet` has under the same names, as far as they are set."""
-    overrides = dataclasses.asdict(model)
-    for name in ("name", "num_classes", "dtype", "bn_sync", "bn_group_size"):
-        del overrides[name]
-    if overrides["shortcut"] is None:
-        del overrides["shortcut"]
-    if overrides["precision"] == "default":  # JAX's own, which may be set for the whole process
-        del overrides["precision"]
-    return overrides
-
-
-def given_weights(text: str) -> tuple[float, ...]:
-    """ "1,2.5" -> (1.0, 2.5): given class weights; () where the text says something else."""
-    try:
-        return tuple(map(float, text.split(",")))
-    except ValueError:
-        return ()
-
-
-def profile_steps(text: str) -> tuple[int, int] | None:
-    """ "10:15" -> (10, 15): the steps of a trace; None where the text says something else."""
-    first, _, last = text.partition(":")
-    if len(text) > 40 or not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        return None
-    return int(first), int(last)
-
-
-def to_flat(config: Config) -> dict[str, Any]:
-    """The fields by their dotted names.
-
-    Args:
-      config: The configuration of a run.
-
-    Returns:
-      Such as {"model.name": "resnet20", ...}.
-
-    Example:
-      >>> to_flat(Config())["train.batch_size"]
-      128
-    """
-    return {
-        f"{part.name}.{field.name}": getattr(getattr(config, part.name), field.name)
-        for part in dataclasses.fields(config)
-        for field in dataclasses.fields(getattr(config, part.name))
-    }
-
-
-def to_json(config: Config) -> str:
-    """The configuration as readable JSON.
-
-    Args:
-      config: The configuration of a run.
-
-    Returns:
-      A JSON object of objects, one field a line.
-
-    Example:
-      >>> json.loads(to_json(Config()))["data"]["name"]
-      'digits'
-    """
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """The configuration that `to_json` wrote.
-
-    Args:
-      text: A config.json; fields that it lacks, of an older version, keep their defaults.
-
-    Returns:
-      The configuration; not checked.
-
-    Raises:
-      ConfigError: It is no JSON, or names fields that do not exist.
-
-    Example:
-      >>> from_json(to_json(Config(train=Train(seed=3)))).train.seed
-      3
-    """
-    try:
-        stored = json.loads(text)
-        fields = {f"{name}.{k}": v for name, part in stored.items() for k, v in part.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"config.json is not as a run writes it ({error}); restore it") from error
-    config = Config()
-    if unknown := sorted(fields.keys() - to_flat(config).keys()):
-        raise ConfigError(f"config.json has fields that this version lacks: {', '.join(unknown)}")
-    for name, value in fields.items():
-        section, _, field = name.partition(".")
-        value = tuple(value) if isinstance(value, list) else value
-        setattr(getattr(config, section), field, value)
-    return config
-
-
-def differences(config: Config, stored: dict[str, Any]) -> list[str]:
-    """Fields in which a stored configuration differs, leaving aside what changes no result.
-
-    Args:
-      config: The configuration of a run.
-      stored: What `to_json` wrote for an earlier one, parsed; a field that a section lacks, of an
-        older version, has its default.
-
-    Returns:
-      One "field: stored -> now" each, in the order of the fields.
-
-    Example:
-      >>> stored = json.loads(to_json(Config()))
-      >>> differences(Config(train=Train(seed=1)), stored)
-      ['train.seed: 0 -> 1']
-    """
-    found, defaults = [], json_fields(Config())
-    for name, value in json_fields(config).items():
-        section, _, field = name.partition(".")
-        part = stored.get(section)
-        before = part.get(field, defaults[name]) if isinstance(part, dict) else None
-        is_free = section == "log" or name in _FREE or _is_same_place(name, before, value)
-        if before != value and not is_free:
-            found.append(f"{name}: {before!r} -> {value!r}")
-    return found
-
-
-def _is_same_place(field: str, before: Any, now: Any) -> bool:
-    """Whether two values name one place in two ways, or places whose contents are compared.
-
-    A folder or list of images may have moved: its fingerprint tells whether it is the same.
-    """
-    if not isinstance(before, str) or not isinstance(now, str):
-        return False
-    if field == "data.name":
-        kind = before.partition(":")[0]
-        return kind in DATA_PLACES and kind == now.partition(":")[0]
-    return field == "checkpoint.init_from" and place(before) == place(now)
-
-
-def place(path: str) -> str:
-    """A path as it is from any folder; what is not there may be another kind of name, and stays."""
-    try:
-        found = Path(path).expanduser()
-    except RuntimeError:  # ~ without a home
-        return path
-    return os.path.realpath(found) if path and found.exists() else path
-
-
-def data_place(name: str) -> str:
-    """The `data.name` of the same data, right from any folder.
-
-    Args:
-      name: As in `data.name`.
-
-    Returns:
-      With an absolute path, if it has one.
-
-    Example:
-      >>> data_place("folder:..") != "folder:..", data_place("tfds:mnist")
-      (True, 'tfds:mnist')
-    """
-    kind, _, path = name.partition(":")
-    return f"{kind}:{place(path)}" if kind in DATA_PLACES else name
-
-
-def with_places(config: Config) -> Config:
-    """The configuration with paths that are right from any folder.
-
-    Args:
-      config: The configuration of a run.
-
-    Returns:
-      A copy.
-
-    Example:
-      >>> with_places(Config(data=Data(name="folder:.."))).data.name != "folder:.."
-      True
-    """
-    data, checkpoint = config.data, config.checkpoint
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, name=data_place(data.name), data_dir=place(data.data_dir)),
-        checkpoint=dataclasses.replace(checkpoint, init_from=place(checkpoint.init_from)),
-    )
-
-
-# How fast batches come, where data lies and what is kept may change from one start to the next.
-_FREE = {
-    "data.data_dir",
-    "data.memory_gib",
-    "data.workers",
-    "data.threads",
-    "data.prefetch",
-    "data.max_corrupt",
-    "train.early_stopping",
-    "train.min_improvement",
-    "train.max_skipped",
-    "evaluate.batch_size",
-    "evaluate.also",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "checkpoint.keep_best",
-    "checkpoint.best_metric",
-    "checkpoint.allow_change",
-    "checkpoint.copy_to",
-}
-
-
-def json_fields(config: Config) -> dict[str, Any]:
-    """`to_flat` with the values as JSON gives them back (lists for tuples)."""
-    return {name: json.loads(json.dumps(value)) for name, value in to_flat(config).items()}

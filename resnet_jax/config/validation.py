@@ -1,4 +1,4 @@
-"""What the fields of a run may be: types, a rule for each, rules for several, and the network's."""
+"""Checks of a configuration: types, allowed values, combinations of fields, and the model."""
 
 from __future__ import annotations
 
@@ -25,31 +25,25 @@ from resnet_jax.config.schema import (
     PRECISIONS,
     SAMPLERS,
     SCHEDULES,
+    SHORTCUTS,
     Config,
-    given_weights,
-    profile_steps,
-    registered_overrides,
-    to_flat,
 )
-from resnet_jax.errors import ModelError
+from resnet_jax.config.serialization import to_flat
+from resnet_jax.errors import ConfigError, ModelError
 from resnet_jax.limits import MAX_BATCH, MAX_CHANNELS, MAX_CLASSES, MAX_COUNT, MAX_SIDE
-from resnet_jax.models.blocks import SHORTCUT_OPTIONS
-from resnet_jax.models.registry import create_model
 
-# Each is a thread, a process or a batch in memory.
-_MOST_WORKERS = 1024
-# Each is a part of the program that is compiled.
-_MOST_UNROLLED = 100
-_MOST_LETTERS = 4096  # of a path, on Linux
-_LETTERS = {"class_weights": 2**20}  # a number for each of ImageNet-21k's classes
-_FLOAT32 = 3.4e38
+_MAX_WORKERS = 1024  # each is a thread, a process or a batch in memory
+_MAX_UNROLLED = 100  # each is a part of the compiled program
+_MAX_LETTERS = 4096  # of a path on Linux
+_LETTERS = {"class_weights": 2**20}  # a number for each class of ImageNet-21k
+_MAX_FLOAT32 = 3.4e38
 
-# Whether a value is allowed, and what is.
+# A test of a value, and the words for what it allows.
 Rule = tuple[Callable[[Any], bool], str]
 _POSITIVE: Rule = (lambda x: x > 0, "must be more than 0")
 _NOT_NEGATIVE: Rule = (lambda x: x >= 0, "must be 0 or more")
 _AT_LEAST_1: Rule = (lambda x: x >= 1, "must be 1 or more")
-_SHARE: Rule = (lambda x: 0 <= x <= 1, "must be in [0, 1]")
+_FRACTION: Rule = (lambda x: 0 <= x <= 1, "must be in [0, 1]")
 _RATE: Rule = (lambda x: 0 <= x < 1, "must be in [0, 1)")
 _RANGE: Rule = (
     lambda x: len(x) == 2 and 0 < x[0] <= x[1],
@@ -70,8 +64,8 @@ _RULES: dict[str, Rule] = {
     "model.dtype": _one_of(DTYPES),
     "model.precision": _one_of(PRECISIONS),
     "model.shortcut": (
-        lambda x: x is None or x in SHORTCUT_OPTIONS,
-        f"must be one of {', '.join(SHORTCUT_OPTIONS)}",
+        lambda x: x is None or x in SHORTCUTS,
+        f"must be one of {', '.join(SHORTCUTS)}",
     ),
     "model.bn_momentum": _RATE,
     "model.bn_sync": _one_of(BN_SYNC),
@@ -86,14 +80,14 @@ _RULES: dict[str, Rule] = {
     "data.sampler": _one_of(SAMPLERS),
     "data.channels": (
         lambda x: 0 <= x <= MAX_CHANNELS,
-        f"must be 0 (the data set's own), 1, 3, or as many as its images have, up to "
+        f"must be 0 (as the dataset has), 1, 3, or as many as its images have, up to "
         f"{MAX_CHANNELS:,}",
     ),
     "data.image_size": _from_to(1, MAX_SIDE),
     "data.crop": _one_of(CROPS),
     "data.crop_area": (
         lambda x: _RANGE[0](x) and x[1] <= 1,
-        "must be two shares in (0, 1], the smaller first",
+        "must be two fractions in (0, 1], the smaller first",
     ),
     "data.crop_ratio": _RANGE,
     "data.jitter_sides": (
@@ -105,22 +99,22 @@ _RULES: dict[str, Rule] = {
     "data.eval_resize": _from_to(0, MAX_SIDE),
     "data.eval_crop": _one_of(EVAL_CROPS),
     "data.memory_gib": _NOT_NEGATIVE,
-    "data.workers": _from_to(0, _MOST_WORKERS),
-    "data.threads": _from_to(1, _MOST_WORKERS),
-    "data.prefetch": _from_to(1, _MOST_WORKERS),
+    "data.workers": _from_to(0, _MAX_WORKERS),
+    "data.threads": _from_to(1, _MAX_WORKERS),
+    "data.prefetch": _from_to(1, _MAX_WORKERS),
     "data.max_corrupt": _NOT_NEGATIVE,
     "data.repeats": _AT_LEAST_1,
     "augment.pad": _from_to(0, MAX_SIDE),
     "augment.rotate": (lambda x: 0 <= x <= 180, "must be in [0, 180] degrees"),
-    "augment.rand_layers": _from_to(0, _MOST_UNROLLED),
+    "augment.rand_layers": _from_to(0, _MAX_UNROLLED),
     "augment.rand_magnitude": (lambda x: 0 <= x <= 10, "must be in [0, 10]"),
     "augment.rand_magnitude_std": _NOT_NEGATIVE,
-    "augment.brightness": _SHARE,
-    "augment.contrast": _SHARE,
-    "augment.saturation": _SHARE,
+    "augment.brightness": _FRACTION,
+    "augment.contrast": _FRACTION,
+    "augment.saturation": _FRACTION,
     "augment.hue": (lambda x: 0 <= x <= 0.5, "must be in [0, 0.5]"),
     "augment.pca": _NOT_NEGATIVE,
-    "augment.erase": _SHARE,
+    "augment.erase": _FRACTION,
     "augment.cutout": _NOT_NEGATIVE,
     "augment.mixup": _NOT_NEGATIVE,
     "augment.cutmix": _NOT_NEGATIVE,
@@ -143,27 +137,27 @@ _RULES: dict[str, Rule] = {
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.decay": _one_of(DECAYS),
     "optimizer.clip_norm": _NOT_NEGATIVE,
-    "optimizer.backbone_rate": _SHARE,
+    "optimizer.backbone_rate": _FRACTION,
     "schedule.name": _one_of(SCHEDULES),
     "schedule.warmup_epochs": _NOT_NEGATIVE,
-    "schedule.warmup_start": _SHARE,
+    "schedule.warmup_start": _FRACTION,
     "schedule.boundaries": (
         lambda x: (
             all(0 < each < 1 for each in x)
             and list(x) == sorted(set(x))
-            and len(x) <= _MOST_UNROLLED
+            and len(x) <= _MAX_UNROLLED
         ),
-        f"must be at most {_MOST_UNROLLED} growing shares of the run in (0, 1)",
+        f"must be at most {_MAX_UNROLLED} growing fractions of the run in (0, 1)",
     ),
     "schedule.factor": (lambda x: 0 < x < 1, "must be in (0, 1)"),
-    "schedule.final": _SHARE,
+    "schedule.final": _FRACTION,
     "schedule.patience": _AT_LEAST_1,
     "loss.name": _one_of(LOSSES),
     "loss.label_smoothing": _RATE,
     "loss.bce_threshold": _RATE,
     "loss.focal_gamma": _NOT_NEGATIVE,
     "loss.class_weights": (
-        lambda x: x in ("", "balanced") or _are_weights(given_weights(x)),
+        lambda x: x in ("", "balanced") or _are_weights(parse_class_weights(x)),
         "must be balanced, or a number for each class such as 1,2.5,1: 0 or more, not all 0",
     ),
     "train.epochs": _POSITIVE,
@@ -197,31 +191,65 @@ _RULES: dict[str, Rule] = {
 
 
 def _are_weights(values: tuple[float, ...]) -> bool:
-    return all(0 <= x <= _FLOAT32 for x in values) and any(values)
+    return all(0 <= x <= _MAX_FLOAT32 for x in values) and any(values)
 
 
-def find_faults(config: Config) -> list[str]:
-    """What is wrong with a configuration.
+def check(config: Config) -> None:
+    """Checks every field, without access to devices or data.
 
     Args:
       config: The configuration of a run.
 
-    Returns:
-      A line for each fault: field, value and what is allowed.
+    Raises:
+      ConfigError: Reports all errors together: field, value and what is allowed.
 
     Example:
-      >>> from resnet_jax.config.schema import Train
-      >>> find_faults(Config(train=Train(batch_size=0)))
-      ['train.batch_size = 0: must be 1 or more, up to 16,777,216']
+      >>> from resnet_jax.config import Train
+      >>> check(Config(train=Train(batch_size=0)))
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: train.batch_size = 0: must be 1 or more, up to 16,777,216
     """
     # Values of the wrong type cannot be compared.
-    faults = list(find_type_faults(config)) or list(_value_faults(config))
-    if not any(fault.startswith("model.") for fault in faults):
-        faults += _model_faults(config)
-    return faults
+    problems = [*_type_problems(config)] or [*_value_problems(config)]
+    if not any(problem.startswith("model.") for problem in problems):
+        problems += _model_problems(config)
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
-def find_type_faults(config: Config) -> Iterator[str]:
+def check_types(config: Config) -> None:
+    """Checks only that the value of each field has its type.
+
+    Raises:
+      ConfigError: Reports all fields whose values have not.
+
+    Example:
+      >>> from resnet_jax.config import Train
+      >>> check_types(Config(train=Train(batch_size="64")))
+      Traceback (most recent call last):
+      resnet_jax.errors.ConfigError: train.batch_size = '64': must be of type int
+    """
+    if problems := [*_type_problems(config)]:
+        raise ConfigError("; ".join(problems))
+
+
+def parse_class_weights(text: str) -> tuple[float, ...]:
+    """Parses `loss.class_weights`: "1,2.5" -> (1.0, 2.5); () for other text."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        return ()
+
+
+def profile_steps(text: str) -> tuple[int, int] | None:
+    """Parses `log.profile`: "10:15" -> (10, 15); None for other text."""
+    first, _, last = text.partition(":")
+    if len(text) > 40 or not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        return None
+    return int(first), int(last)
+
+
+def _type_problems(config: Config) -> Iterator[str]:
     """Fields whose values are not of their types, or too large for any use."""
     for part in dataclasses.fields(config):
         section = getattr(config, part.name)
@@ -231,20 +259,22 @@ def find_type_faults(config: Config) -> Iterator[str]:
                 kind = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint)
                 finite = "finite " if hint is float else ""
                 yield f"{part.name}.{name} = {_shown(value)}: must be of type {finite}{kind}"
-            elif allowed := _size_fault(value, _LETTERS.get(name, _MOST_LETTERS)):
+            elif allowed := _size_problem(value, _LETTERS.get(name, _MAX_LETTERS)):
                 yield f"{part.name}.{name} = {_shown(value)}: {allowed}"
 
 
-def _size_fault(value: Any, letters: int = _MOST_LETTERS) -> str:
-    """What a value of the right type should be where it is too large for any use; else ""."""
+def _size_problem(value: Any, letters: int = _MAX_LETTERS) -> str:
+    """What a value of the right type must be if it is too large for any use; else ""."""
     if isinstance(value, tuple | list):
-        return next(filter(None, map(_size_fault, value)), "")
+        return next(filter(None, map(_size_problem, value)), "")
     if isinstance(value, str):
-        return "" if _is_text(value, letters) else "must be text that a path may have, without NUL"
+        return (
+            "" if _is_text(value, letters) else "must be text that is valid in a path, without NUL"
+        )
     if isinstance(value, int) and abs(value) > MAX_COUNT:
         return f"must not be more than {MAX_COUNT:,}"
-    if isinstance(value, float) and abs(value) > _FLOAT32:
-        return f"must not be more than {_FLOAT32:g}"
+    if isinstance(value, float) and abs(value) > _MAX_FLOAT32:
+        return f"must not be more than {_MAX_FLOAT32:g}"
     return ""
 
 
@@ -259,7 +289,7 @@ def _shown(value: Any) -> str:
     """A value for a message, however long it is."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no number of more than 4,300 digits
+    except ValueError:  # Python does not print numbers of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -270,7 +300,7 @@ def _has_type(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         each = get_args(hint)[0]
         return isinstance(value, tuple | list) and all(_has_type(x, each) for x in value)
-    if hint is float:  # 1 for 1.0; a bool is not a number here
+    if hint is float:  # an int is accepted, a bool is not
         return (
             isinstance(value, float | int)
             and not isinstance(value, bool)
@@ -281,28 +311,32 @@ def _has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _value_faults(config: Config) -> Iterator[str]:
+def _value_problems(config: Config) -> Iterator[str]:
     values = to_flat(config)
     for name, (holds, allowed) in _RULES.items():
         if not holds(values[name]):
             yield f"{name} = {_shown(values[name])}: {allowed}"
-    yield from _joint_faults(config)
+    yield from _joint_problems(config)
 
 
-def _model_faults(config: Config) -> Iterator[str]:
+def _model_problems(config: Config) -> Iterator[str]:
+    # Flax is loaded here only: processes that decode images read the schema and need no networks.
+    from resnet_jax.config.model import model_overrides
+    from resnet_jax.models.registry import create_model
+
     try:
-        create_model(config.model.name, **registered_overrides(config.model))
+        create_model(config.model.name, **model_overrides(config.model))
     except ModelError as error:
-        advice = "" if config.model.name else "; or name weights in checkpoint.init_from"
+        advice = "" if config.model.name else "; or set checkpoint.init_from to weights"
         yield f"model.name = {_shown(config.model.name)}: {error}{advice}"
 
 
-def _joint_faults(config: Config) -> Iterator[str]:
-    """Fields that do not go together."""
+def _joint_problems(config: Config) -> Iterator[str]:
+    """Values that are not allowed together."""
     data, train = config.data, config.train
     if (config.model.bn_sync == "group") != (config.model.bn_group_size > 0):
         yield (
-            f"model.bn_group_size = {config.model.bn_group_size}: must be given with "
+            f"model.bn_group_size = {config.model.bn_group_size}: must be set with "
             "model.bn_sync = 'group', and only then"
         )
     if data.eval_resize and data.eval_resize < (data.eval_size or data.image_size):
@@ -314,7 +348,7 @@ def _joint_faults(config: Config) -> Iterator[str]:
     metric = config.checkpoint.best_metric
     if metric in MULTI_LABEL_MEASURES and not data.multi_label:
         yield (
-            f"checkpoint.best_metric = {metric!r}: needs data.multi_label; take top1, top5 or loss"
+            f"checkpoint.best_metric = {metric!r}: needs data.multi_label; use top1, top5 or loss"
         )
     if len(config.augment.mean) != len(config.augment.std):
         yield f"augment.std = {config.augment.std}: must have as many numbers as augment.mean"
@@ -323,16 +357,16 @@ def _joint_faults(config: Config) -> Iterator[str]:
     if config.augment.trivial and config.augment.rand_layers:
         yield f"augment.rand_layers = {config.augment.rand_layers}: must be 0 with augment.trivial"
     if data.multi_label:
-        yield from _multi_label_faults(config)
+        yield from _multi_label_problems(config)
     if data.sampler == "balanced" and config.loss.class_weights == "balanced":
         yield (
             "loss.class_weights = 'balanced': must be empty with data.sampler = 'balanced', which "
-            "evens out the classes already"
+            "already balances the classes"
         )
     if data.sampler == "balanced" and data.multi_label:
         yield (
             "data.sampler = 'balanced': must be 'shuffled' with data.multi_label, where an image "
-            "has no class of its own; take loss.class_weights = 'balanced'"
+            "can have several classes; use loss.class_weights = 'balanced'"
         )
     if not train.steps and config.schedule.warmup_epochs > train.epochs:
         yield (
@@ -341,15 +375,15 @@ def _joint_faults(config: Config) -> Iterator[str]:
         )
 
 
-def _multi_label_faults(config: Config) -> Iterator[str]:
+def _multi_label_problems(config: Config) -> Iterator[str]:
     loss = config.loss
     if loss.name == "softmax":
         yield (
-            "loss.name = 'softmax': must be bce or focal with data.multi_label, as the "
-            "probabilities of softmax leave room for one label"
+            "loss.name = 'softmax': must be bce or focal with data.multi_label, because "
+            "softmax predicts exactly one label"
         )
     if loss.bce_threshold and loss.label_smoothing:
         yield (
             f"loss.label_smoothing = {loss.label_smoothing}: must be 0 with loss.bce_threshold "
-            "and data.multi_label, as the threshold undoes it"
+            "and data.multi_label, because the threshold undoes it"
         )

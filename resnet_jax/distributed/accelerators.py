@@ -1,4 +1,4 @@
-"""The table of accelerators: peak, memory and links of every TPU and GPU that is known by name."""
+"""The table of accelerators: peak, memory and links of known TPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """What one JAX device is capable of, by its maker's data sheet.
+    """The capabilities of one JAX device, by its data sheet.
 
     Args:
-      name: Short name, such as "h100" or "v5e"; `plan --topology` takes it.
-      kinds: The values of `device_kind` that such devices have.
+      name: Short name, such as "h100" or "v5e", for `plan --topology`.
+      kinds: The values of `device_kind` of such devices.
       flops: Peak of dense matrix products in bfloat16, or in float16 on cards without bfloat16,
         in FLOP/s.
       memory: Device memory in bytes; of GPUs, the total that CUDA reports.
-      memory_bandwidth: Of that memory, in bytes/s.
-      links: Bytes/s that a chip sends to other chips of its slice or host over all of its links
-        together, in one direction: ICI, NVLink through a switch, or PCIe.
+      memory_bandwidth: Bandwidth of that memory in bytes/s.
+      links: Bandwidth in bytes/s from a chip to other chips of its slice or host, of all links
+        together in one direction: ICI, NVLink through a switch, or PCIe.
       devices_per_chip: JAX devices on a chip. With 2, `flops`, `memory` and `memory_bandwidth` are
         those of half a chip.
     """
@@ -34,14 +34,14 @@ class Accelerator:
 
     @property
     def platform(self) -> str:
-        """What JAX calls the platform of the device: "tpu" or "gpu"."""
+        """JAX's name of the platform: "tpu" or "gpu"."""
         return "tpu" if self.kinds[0].startswith("TPU") else "gpu"
 
 
 def _half_chip(
     name: str, kinds: tuple[str, ...], flops: float, memory: int, bandwidth: float, links: float
 ) -> Accelerator:
-    """One of the two devices of a TPU chip, from the figures of the chip."""
+    """One of the two devices of a TPU chip, from the data of the chip."""
     return Accelerator(name, kinds, flops / 2, memory // 2, bandwidth / 2, links, 2)
 
 
@@ -110,16 +110,10 @@ _BY_KIND = {kind.lower(): each for each in ACCELERATORS.values() for kind in eac
 
 
 def find_accelerator(device_kind: str) -> Accelerator | None:
-    """Looks up a device by the name that JAX gives it.
+    """Looks up a `device_kind` of JAX; None if it is not in the table.
 
-    The whole name has to match, apart from the maker's ("NVIDIA", "Tesla"): "RTX 4090 Laptop GPU",
-    "H100 PCIe" and "A100-SXM4-40GB MIG 1g.5gb" are not what they begin with.
-
-    Args:
-      device_kind: `jax.devices()[0].device_kind`.
-
-    Returns:
-      The accelerator; None if it is not in the table.
+    The whole name must match, except for the brand ("NVIDIA", "Tesla"): "RTX 4090 Laptop GPU",
+    "H100 PCIe" and "A100-SXM4-40GB MIG 1g.5gb" are other devices than their first words suggest.
 
     Example:
       >>> find_accelerator("NVIDIA L40S").name, find_accelerator("TPU v5 lite").name

@@ -1,7 +1,7 @@
-"""Devices and hosts: the one file that says pmap.
+"""Data parallelism: the one file that uses pmap.
 
-A step is written for one device; here it runs on all of them. State goes in and comes out without
-an axis for devices, so a checkpoint fits any number of them. Batches have one: [D, N / D, ...].
+A step is written for one device and runs on all of them. The state has no device axis, so a
+checkpoint fits any number of devices. Batches have one: [D, N / D, ...].
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def parallel_step(
     devices: Sequence[jax.Device] | None = None,
     whole: int = 0,
 ) -> Callable[..., Any]:
-    """Runs a step(state, batch) -> (state, metrics) on all devices, each with its share.
+    """Compiles step(state, ..., batch) -> (state, metrics) for all devices.
 
-    The state is donated: its memory becomes the new state's. Whatever the step returns must be
-    equal on all devices (by `lax.pmean`), because only the first device's is seen.
+    The state is donated: its memory is reused for the new state. The outputs must be equal on all
+    devices (by `lax.pmean`), because only those of the first device are returned.
 
     Args:
-      step: A pure function that may use collectives over the axis "batch".
-      devices: Which; None: all.
-      whole: Arguments between state and batch that every device gets whole, by `place`.
+      step: A pure function for one device, which may use collectives over the axis "batch".
+      devices: Devices to use. Default: all.
+      whole: Number of arguments between state and batch that are replicated, not split.
 
     Returns:
-      The compiled step; batches have a leading axis of local devices.
+      The compiled step. Its batches have a leading axis of local devices.
 
     Example:
       >>> from jax import lax
@@ -59,15 +59,15 @@ def parallel_sums(
     devices: Sequence[jax.Device] | None = None,
     outputs: bool = False,
 ) -> Callable[..., Any]:
-    """Runs a step(variables, batch) -> sums on all devices; nothing is donated.
+    """Compiles step(variables, batch) -> sums for all devices; nothing is donated.
 
     Args:
-      step: A pure function that sums over the axis "batch" by `lax.psum`.
-      devices: Which; None: all.
-      outputs: The step returns (sums, outputs), whose outputs have an axis of images.
+      step: A pure function for one device, which sums over the axis "batch" by `lax.psum`.
+      devices: Devices to use. Default: all.
+      outputs: Whether the step returns (sums, outputs), with outputs for each image.
 
     Returns:
-      The compiled step; batches and outputs have a leading axis of local devices.
+      The compiled step. Its batches and outputs have a leading axis of local devices.
 
     Example:
       >>> from jax import lax
@@ -81,9 +81,9 @@ def parallel_sums(
 
 
 def _awaited(call: Callable[..., Any]) -> Callable[..., Any]:
-    """On the CPUs of several processes, one call at a time.
+    """Waits for each call on the CPUs of several processes.
 
-    The collectives of two calls would share a few threads, and wait for each other for ever.
+    The collectives of two calls would share a few threads and deadlock.
     """
     if jax.process_count() == 1 or jax.local_devices()[0].platform != "cpu":
         return call
@@ -91,16 +91,11 @@ def _awaited(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_stop_flag(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets every process know, at the same step, whether one of them wants to stop.
+    """Adds a stop flag to a step, so that all processes stop after the same step.
 
-    The flag travels with the metrics' means, so it costs no round of its own.
-
-    Args:
-      step: step(state, ..., batch) -> (state, metrics) of one device.
-
-    Returns:
-      The same, with batch = (batch, flag) and "stop" among the metrics: above 0 where the flag of
-      any device is.
+    The result takes (batch, flag) instead of batch and adds the metric "stop", the mean of all
+    flags: above 0 if any process wants to stop. It is averaged together with the metrics, so it
+    needs no communication of its own.
 
     Example:
       >>> step = lambda state, batch: (state, {"loss": lax.pmean(batch.mean(), AXIS)})
@@ -120,7 +115,7 @@ def with_stop_flag(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stop_flags() -> tuple[Any, Any]:
-    """This host's flags, on its devices for good: (go on, stop)."""
+    """The flags (continue, stop) of this host, on its devices."""
     ones = np.ones(jax.local_device_count(), np.float32)
     return shard_batch(0 * ones), shard_batch(ones)
 
@@ -128,14 +123,9 @@ def stop_flags() -> tuple[Any, Any]:
 def parallel_outputs(
     function: Callable[..., Any], devices: Sequence[jax.Device] | None = None
 ) -> Callable[..., Any]:
-    """Runs a function(variables, batch) -> outputs on all devices, each image by itself.
+    """Compiles function(variables, batch) -> outputs for all devices, without communication.
 
-    Args:
-      function: Pure; its outputs have an axis of images.
-      devices: Which; None: all.
-
-    Returns:
-      The compiled function; batches and outputs have a leading axis of local devices.
+    Batches and outputs have a leading axis of local devices.
 
     Example:
       >>> double = parallel_outputs(lambda factor, batch: factor * batch)
@@ -146,14 +136,7 @@ def parallel_outputs(
 
 
 def shard(batch: Any, devices: int | None = None) -> Any:
-    """Splits a host's batch over its devices.
-
-    Args:
-      batch: Arrays [N, ...], N a multiple of the number of devices.
-      devices: How many; None: all of this host.
-
-    Returns:
-      Arrays [D, N / D, ...].
+    """Reshapes a host's arrays [N, ...] to [D, N / D, ...], by default for all its devices D.
 
     Example:
       >>> shard({"labels": np.arange(8)})["labels"].shape[0] == jax.local_device_count()
@@ -164,13 +147,9 @@ def shard(batch: Any, devices: int | None = None) -> Any:
 
 
 def replicate(state: Any) -> Any:
-    """Puts a state on this host's devices, as the step gives it back: one program fits all steps.
+    """Copies NumPy arrays to each of this host's devices, where a step may donate them.
 
-    Args:
-      state: NumPy arrays.
-
-    Returns:
-      Arrays of their own, which the step may take over.
+    The sharding is that of the state that a step returns, so one program is compiled for all steps.
 
     Example:
       >>> replicate({"step": np.int32(0)})["step"].is_fully_replicated
@@ -184,15 +163,9 @@ def _mesh() -> jax.sharding.Mesh:
 
 
 def shard_batch(batch: Any) -> Any:
-    """Splits a host's batch over its devices and starts to send it to them.
+    """Splits a host's arrays [N, ...] over its devices: [D, N / D, ...].
 
-    Called ahead of the step, so that the transfer runs beside the step before.
-
-    Args:
-      batch: Arrays [N, ...], N a multiple of the number of local devices.
-
-    Returns:
-      Arrays [D, N / D, ...] as the compiled step expects them.
+    The transfer is asynchronous, so it overlaps with the previous step.
 
     Example:
       >>> shard_batch(np.zeros((8, 2))).ndim
@@ -205,16 +178,16 @@ def shard_batch(batch: Any) -> Any:
 def check_divisible(
     sizes: Mapping[str, int], parts: int = 1, why: str = "", devices: int = 0
 ) -> None:
-    """Checks that global batches can be split over all devices.
+    """Checks that global batches can be split evenly over all devices.
 
     Args:
-      sizes: Field names to global batch sizes.
-      parts: Number that each device's share must be a multiple of.
-      why: What that number comes from.
-      devices: How many; 0: JAX's own.
+      sizes: Field name -> global batch size.
+      parts: Number that the batch of each device must be a multiple of.
+      why: The reason for `parts`, for the error message.
+      devices: Number of devices; 0: all.
 
     Raises:
-      ConfigError: Names the field, its value, and the nearest sizes that do.
+      ConfigError: Names the field, its value, and the nearest valid sizes.
 
     Example:
       >>> check_divisible({"train.batch_size": 64 * jax.device_count()})

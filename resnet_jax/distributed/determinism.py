@@ -1,4 +1,4 @@
-"""Results that repeat to the bit on a GPU."""
+"""Bitwise reproducible results on a GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _FLAG = "--xla_gpu_deterministic_ops"
 
 
 def use_deterministic_operations() -> None:
-    """Has XLA compile programs that compute the same bits at every execution on a GPU.
+    """Makes XLA compile programs that compute the same bits in every execution on a GPU.
 
     Adds `--xla_gpu_deterministic_ops=true` to the environment variable XLA_FLAGS, which XLA reads
-    when JAX starts its backend. It changes nothing on other platforms. docs/precision.md says what
-    it covers and what it costs.
+    when JAX starts its backend. Other platforms are not affected. docs/precision.md describes its
+    scope and cost.
 
     Raises:
-      ConfigError: JAX has started its backend already, or XLA_FLAGS asks for the contrary.
+      ConfigError: JAX has already started its backend, or XLA_FLAGS disables the option.
 
     Example:
       >>> import jax
@@ -29,7 +29,7 @@ def use_deterministic_operations() -> None:
     """
     flags = os.environ.get("XLA_FLAGS", "").split()
     values = [each.partition("=")[2].lower() for each in flags if each.partition("=")[0] == _FLAG]
-    if values and values[-1] in ("false", "0"):  # the last one counts
+    if values and values[-1] in ("false", "0"):  # XLA uses the last one
         raise ConfigError(f"--deterministic: XLA_FLAGS has {_FLAG}={values[-1]}; remove it there")
     if values:
         return

@@ -1,4 +1,4 @@
-"""One line instead of a traceback where a device runs out of memory."""
+"""Explained errors for devices and hosts that run out of memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.limits import check_host_memory
 from resnet_jax.models.resnet import ResNet
 
-# XLA's words for a full device, whatever the status is that they come under.
+# XLA's messages about a full device, which come with various status codes.
 _FULL = re.compile(
     r"out of memory|OUT_OF_MEMORY|ALLOC_FAILED|exceeds available HBM|allocat\w+ (?:device )?buffer"
     r"|Attempting to (?:allocate|reserve)|Failed to allocate request",
     re.IGNORECASE,
 )
-# Of fast memory inside the chip, a kernel needs too much; a smaller batch does not help.
+# A kernel needs too much memory inside the chip; a smaller batch does not help.
 _ON_CHIP = re.compile(r"shared memory|vmem|smem", re.IGNORECASE)
-# What CUDA's libraries allocate themselves has to fit beside the pool that JAX takes at its start.
+# CUDA's libraries allocate outside the pool that JAX reserves when it starts.
 _BESIDE_POOL = re.compile(r"cubin|cuda graph|nccl|cudnn|cublas|CUDA_ERROR_OUT_OF_MEMORY", re.I)
 _SMALLER_POOL = (
     "it is needed outside the pool that JAX takes: set XLA_CLIENT_MEM_FRACTION below 0.75, or free "
@@ -32,14 +32,11 @@ _SMALLER_POOL = (
 
 @contextlib.contextmanager
 def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
-    """Turns XLA's error for a full device into one of ours.
+    """Turns XLA's error about a full device in the block into a ConfigError.
 
     Args:
-      what: What did not fit, with its size.
-      remedy: What makes it smaller, with the names of fields or flags.
-
-    Raises:
-      ConfigError: A device ran out of memory in the block, by its compiler's or runtime's words.
+      what: What does not fit, with its size.
+      remedy: How to make it smaller, with the names of fields or flags.
 
     Example:
       >>> with explain_out_of_memory("a batch of 64 images", "take a smaller --batch_size"):
@@ -65,19 +62,16 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
 def check_batch_memory(
     model: ResNet, shape: Sequence[int], what: str, *, training: bool = False
 ) -> None:
-    """Refuses a batch that the memory of this host cannot hold, before any is taken.
+    """Refuses a batch that is too large for the memory of this host.
 
-    On a CPU nothing else would say so: the process is killed. Other devices say it themselves, but
-    their batches lie on the host first.
+    On a CPU, the system would kill the process without a message. Other devices report it
+    themselves, but their batches are in host memory first.
 
     Args:
       model: The network.
-      shape: Of this host's share of a batch, [N, H, W, C].
-      what: The batch's field or flag with its value.
-      training: The outputs of all blocks are kept, for the backward pass.
-
-    Raises:
-      ConfigError: By far too many images.
+      shape: Shape [N, H, W, C] of this host's part of a batch.
+      what: Field or flag of the batch size, with its value.
+      training: Whether the outputs of all blocks are kept for the backward pass.
 
     Example:
       >>> from resnet_jax.models.constructors import ResNet50
@@ -89,7 +83,7 @@ def check_batch_memory(
     images, height, width, channels = shape
     size = height * width * channels  # uint8
     if jax.default_backend() == "cpu":
-        # A block's output in each stage; in the first there are two at a time, as it has the input.
+        # Numbers in a block's output, by stage; inference holds an input and an output at a time.
         maps = [
             -(-height // stride) * -(-width // stride) * stage_width * model.block_cls.expansion
             for stride, stage_width in zip(model.strides(), model.stage_widths)
@@ -97,7 +91,7 @@ def check_batch_memory(
         counts = model.stage_sizes if training else (2,)
         numbers = sum(count * numbers for count, numbers in zip(counts, maps))
         size += numbers * jnp.dtype(model.dtype).itemsize
-    check_host_memory(images * size, what, "take a smaller one")
+    check_host_memory(images * size, what, "use a smaller one")
 
 
 # The current name of the variable, and the deprecated one.
@@ -105,18 +99,13 @@ _FRACTION, _OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRA
 
 
 def memory_fraction(environ: Mapping[str, str] = os.environ) -> float:
-    """The share of a GPU's memory that JAX takes for programs and arrays.
+    """The fraction of a GPU's memory that JAX reserves.
 
-    Args:
-      environ: Environment variables.
-
-    Returns:
-      XLA_CLIENT_MEM_FRACTION or XLA_PYTHON_CLIENT_MEM_FRACTION, its deprecated name; 0.75, JAX's
-      default, if neither is set.
+    It is XLA_CLIENT_MEM_FRACTION, or XLA_PYTHON_CLIENT_MEM_FRACTION, its deprecated name, or JAX's
+    default of 0.75.
 
     Raises:
-      ConfigError: The value is not a number above 0 and up to 1, or both variables are set, which
-        JAX does not accept.
+      ConfigError: The value is not in (0, 1], or both variables are set, which JAX does not accept.
 
     Example:
       >>> memory_fraction({}), memory_fraction({"XLA_CLIENT_MEM_FRACTION": ".9"})

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: by flags, or by the launcher that started them."""
+"""Connects the processes of a run, by flags or by the launcher that started them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from resnet_jax.errors import LOST, ConfigError, one_line
 
 FLAGS = """
   --coordinator_address  HOST:PORT of process 0, for a run of several processes
-  --num_processes        how many processes the run has
-  --process_id           which of them this is, from 0
-  --local_device_ids     the GPUs of its host that this process uses: numbers such as 0,1, or all
+  --num_processes        number of processes of the run
+  --process_id           number of this process, from 0
+  --local_device_ids     GPUs of the host that this process uses: numbers such as 0,1, or all
                          (default: processes that see the same GPUs divide them evenly)
-  --distributed          join the processes that JAX finds; the default on a TPU pod, GKE, Slurm and
-                         Open MPI. --no-distributed: run this process alone
+  --distributed          connect the processes that JAX finds; the default on TPU pods, GKE, Slurm
+                         and Open MPI. --no-distributed: run this process alone
   --start_timeout        seconds to wait for the other processes to start (default: 300)
-  --deterministic        the same bits at every execution on a GPU, more slowly; docs/precision.md
+  --deterministic        compute the same bits in every execution on a GPU, which is slower; see
+                         docs/precision.md
 """
 
-# Seconds for all questions to the metadata server of a TPU VM, name resolution included.
+# Seconds for all requests to the metadata server of a TPU VM, including name resolution.
 _METADATA_SECONDS = 3
 _GPUS = "resnet_jax/gpus/"  # keys in the coordination service
 
@@ -47,9 +48,9 @@ class Launch:
     """How this process was launched.
 
     Args:
-      rest: Arguments of the command that are not about processes.
-      launcher: What says that the run has several processes; "" for a run of one process.
-      idle: Lines about hosts and GPUs that the run does not use.
+      rest: Arguments of the command that do not concern processes.
+      launcher: What shows that the run has several processes; "" for a run of one process.
+      idle: Messages about hosts and GPUs that the run does not use.
     """
 
     rest: list[str]
@@ -58,16 +59,10 @@ class Launch:
 
 
 def start(arguments: Sequence[str]) -> list[str]:
-    """Joins the processes of the run as `join` does, and prints which hosts and GPUs stay idle.
-
-    Args:
-      arguments: Those of the command; see `FLAGS`.
+    """Connects the processes of the run as `join` does, and prints which hosts and GPUs are idle.
 
     Returns:
-      The arguments that are left.
-
-    Raises:
-      ConfigError: As `join`.
+      The arguments that do not concern processes.
 
     Example:
       >>> start(["--no-distributed", "--workdir=runs/a"])
@@ -80,20 +75,14 @@ def start(arguments: Sequence[str]) -> list[str]:
 
 
 def join(arguments: Sequence[str]) -> Launch:
-    """Joins this process with the others of its run, before JAX looks at any device.
+    """Connects this process with the others of its run, before JAX starts its backend.
 
-    Without flags it finds out by itself: processes of a TPU pod, of GKE, of a Slurm step or of an
-    Open MPI job are joined; everything else is a run of one process. Processes that see the same
-    GPUs divide them.
-
-    Args:
-      arguments: Those of the command; see `FLAGS`.
-
-    Returns:
-      How this process was launched.
+    Without flags (see `FLAGS`), the processes of a TPU pod, of GKE, of a Slurm step or of an Open
+    MPI job are connected, and any other process runs alone. Processes that see the same GPUs divide
+    them.
 
     Raises:
-      ConfigError: A flag cannot be used, the processes cannot be joined, or their GPUs cannot be
+      ConfigError: A flag is invalid, the processes cannot be connected, or their GPUs cannot be
         divided.
 
     Example:
@@ -123,15 +112,15 @@ def join(arguments: Sequence[str]) -> Launch:
 def _join(
     flags: argparse.Namespace, explicit: tuple[str, int, int] | None
 ) -> tuple[list[int], str]:
-    """Returns (local device ids, a line about idle GPUs or "")."""
+    """Returns local device ids, and a message about idle GPUs or ""."""
     own = _look(flags)
-    # JAX's handler of SIGTERM would swallow the signal; ours tells the others by the step.
+    # JAX's SIGTERM handler would consume the signal; ours tells the others through the step.
     jax.config.update("jax_enable_preemption_service", False)
     timer = threading.Timer(flags.start_timeout, _give_up, [flags])
     timer.daemon = True
     timer.start()
     try:
-        # JAX's own limit aborts the process without a line that helps, so ours is the shorter.
+        # After its own limit, JAX aborts without a helpful message, so ours is shorter.
         address, count, index = explicit or (None, None, None)
         jax.distributed.initialize(
             address,
@@ -143,7 +132,7 @@ def _join(
         end_when_aborted(service().coordinator_address or "")
         return _share_gpus(own, flags.start_timeout)
     except ConfigError:
-        jax.distributed.shutdown()  # process 0 ends after the others have read why
+        jax.distributed.shutdown()  # process 0 ends after the others have read the error
         raise
     except Exception as error:
         raise ConfigError(_why_not_joined(error, explicit)) from error
@@ -165,29 +154,29 @@ def _why_not_joined(error: Exception, explicit: tuple[str, int, int] | None) -> 
 def _look(flags: argparse.Namespace) -> local_gpus.View:
     if flags.local_device_ids:
         return local_gpus.look(flags.local_device_ids)
-    # JAX reads this variable too, and only when processes are joined.
+    # JAX also reads this variable, but only when it connects processes.
     return local_gpus.look(os.environ.get("JAX_LOCAL_DEVICE_IDS", ""), optional=True)
 
 
 def _share_gpus(own: local_gpus.View, timeout: int) -> tuple[list[int], str]:
     """Divides the GPUs of each host among the processes that see them.
 
-    Process ids here are those of the coordination service; `jax.process_index()` may differ from
-    them on TPUs, and starts the backend that this comes before.
+    Process ids are those of the coordination service: `jax.process_index()` can differ from them on
+    TPUs, and would start the backend.
 
     Args:
       own: The GPUs that this process sees.
       timeout: Seconds to wait for the other processes.
 
     Returns:
-      (local device ids, what to print or "").
+      Local device ids, and a message to print or "".
     """
     joined = service()
     if joined.client is None or joined.num_processes == 1:
         return _divide([own])[0]
     client, limit = joined.client, timeout * 1000
     client.key_value_set(f"{_GPUS}seen/{joined.process_id}", json.dumps(dataclasses.asdict(own)))
-    # Process 0 reads all of them and the others one line each, so n processes cost 2n requests.
+    # Process 0 reads all views and the others one line each, so n processes cost 2n requests.
     if joined.process_id == 0:
         seen = [
             client.blocking_key_value_get(f"{_GPUS}seen/{each}", limit)
@@ -204,7 +193,7 @@ def _share_gpus(own: local_gpus.View, timeout: int) -> tuple[list[int], str]:
 
 
 def _answers(views: Sequence[local_gpus.View]) -> list[tuple[list[int], str, str]]:
-    """Returns (local device ids, what to print, what is wrong) for each process."""
+    """Returns (local device ids, message, error) for each process."""
     try:
         return [(ids, line, "") for ids, line in _divide(views)]
     except ConfigError as error:
@@ -212,7 +201,7 @@ def _answers(views: Sequence[local_gpus.View]) -> list[tuple[list[int], str, str
 
 
 def _divide(views: Sequence[local_gpus.View]) -> list[tuple[list[int], str]]:
-    """Returns (local device ids, what to print) for each process."""
+    """Returns (local device ids, message) for each process."""
     chosen = local_gpus.divide(views)
     return [(ids, local_gpus.unused(views, chosen, i)) for i, ids in enumerate(chosen)]
 
@@ -235,7 +224,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _check(flags: argparse.Namespace) -> tuple[str, int, int] | None:
-    """Returns (address, processes, process id) where they are given."""
+    """Returns (address, number of processes, process id) if they are given."""
     names = ("coordinator_address", "num_processes", "process_id")
     values = [getattr(flags, name) for name in names]
     if flags.start_timeout < 1:
@@ -251,7 +240,7 @@ def _check(flags: argparse.Namespace) -> tuple[str, int, int] | None:
             raise ConfigError(f"--{name} is missing; it goes with {_others(name, names)}")
     address, count, index = values
     if flags.distributed is not None:
-        raise ConfigError("--distributed finds the processes by itself; leave it or --process_id")
+        raise ConfigError("--distributed finds the processes by itself; remove it or --process_id")
     port = re.fullmatch(r"(?:[^:\s]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", address)
     if port is None or not 0 < int(port[1]) < 65536:
         raise ConfigError(f"--coordinator_address={address}: must be HOST:PORT of process 0")
@@ -274,14 +263,14 @@ def _others(name: str, names: Sequence[str]) -> str:
 
 
 def _launcher() -> str:
-    """Returns what started this process as one of several; "" if nothing did.
+    """Describes the launcher that started this process as one of several; "" without one.
 
-    The answers come from where JAX's own detection looks (`jax._src.clusters`), which then says how
-    many processes there are and where process 0 is.
+    It looks where JAX's own detection does (`jax._src.clusters`), which then finds the number of
+    processes and the address of process 0.
     """
     if jax.distributed.is_initialized():
-        return ""  # the caller has done it
-    # Of Slurm, the count of the step: a batch script or a shell has the job's count, and is alone.
+        return ""  # by the caller
+    # In Slurm the step's count: a batch script or shell has the job's, and is alone.
     counts = {
         "SLURM_STEP_NUM_TASKS": "a Slurm step of {} tasks",
         "OMPI_COMM_WORLD_SIZE": "an Open MPI job of {} processes",
@@ -310,7 +299,7 @@ def _is_several(count: str) -> bool:
 
 
 def _idle_hosts() -> str:
-    """Names the hosts of a Slurm job that a run outside a step leaves idle; "" if it has one."""
+    """A message about hosts of a Slurm job that a run outside a step leaves idle, else ""."""
     hosts = os.environ.get("SLURM_JOB_NUM_NODES", "")
     if "SLURM_STEP_NUM_TASKS" in os.environ or not _is_several(hosts):
         return ""
@@ -320,12 +309,12 @@ def _idle_hosts() -> str:
 
 
 def _several_tpu_hosts() -> bool:
-    """Returns whether this TPU VM is one host of several, by its metadata server."""
+    """Whether this TPU VM is one of several hosts, according to its metadata server."""
     has_chips = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    if not has_chips or "TPU_SKIP_MDS_QUERY" in os.environ:  # JAX sets it where it finds no chip
+    if not has_chips or "TPU_SKIP_MDS_QUERY" in os.environ:  # JAX sets it if it finds no chip
         return False
     answer = [False]
-    # A thread, because neither name resolution nor a server that trickles heeds urllib's timeout.
+    # A thread, because urllib's timeout covers neither name resolution nor a slow response.
     asking = threading.Thread(target=_ask_metadata, args=[answer], daemon=True)
     asking.start()
     asking.join(_METADATA_SECONDS)
@@ -333,10 +322,10 @@ def _several_tpu_hosts() -> bool:
 
 
 def _ask_metadata(answer: list[bool]) -> None:
-    """Writes into `answer` whether the slice has several hosts, or is one of several slices."""
+    """Stores in `answer` whether the slice has several hosts or is one of several slices."""
     until = time.monotonic() + _METADATA_SECONDS
     hosts = _attribute("worker-network-endpoints", until).strip()
-    # Host names, or name:id:address of each; a web page from elsewhere has spaces or tags.
+    # Host names, or name:id:address of each; a page of another server has spaces or tags.
     if re.fullmatch(r"[^\s,<>]+(,[^\s,<>]+)+", hosts):
         answer[0] = True
         return
@@ -347,9 +336,11 @@ def _ask_metadata(answer: list[bool]) -> None:
 
 
 def _attribute(name: str, until: float) -> str:
-    """Returns an attribute of this TPU VM; "" where it, or a metadata server, does not exist."""
+    """Returns an attribute of this TPU VM; "" without it or without a metadata server."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this host
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # the server is on this host
     while time.monotonic() < until:
         try:
             request = urllib.request.Request(
@@ -368,7 +359,7 @@ def _attribute(name: str, until: float) -> str:
 
 
 def _give_up(flags: argparse.Namespace) -> None:
-    """Ends a process that waited too long; JAX waits where no exception can reach it."""
+    """Ends a process that has waited too long, because no exception can reach JAX's wait."""
     others = "another process"
     if flags.num_processes:
         missing = [i for i in range(flags.num_processes) if i != flags.process_id]

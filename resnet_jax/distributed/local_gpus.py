@@ -1,9 +1,9 @@
-"""Which GPUs of its host each process of a run uses.
+"""Divides the GPUs of each host among the processes of a run.
 
-JAX gives a process that Slurm or Open MPI started the GPU with the number of its local rank. That
-is one GPU of eight if one task drives a host, and none if the launcher shows each task its own GPU
-only, which is number 0 in every task. So the processes of a run tell each other which GPUs they
-see, by UUID, and processes that see the same GPUs divide them evenly.
+JAX gives a process that Slurm or Open MPI has started the GPU with the number of its local rank.
+That is one of eight GPUs if one task uses the whole host, and none if the launcher shows each task
+only its own GPU, which has number 0 in every task. So the processes exchange the UUIDs of the GPUs
+that they see, and processes that see the same GPUs divide them evenly.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class View:
     """The GPUs that one process sees.
 
     Args:
-      host: Name of its host.
-      gpus: UUIDs, in CUDA's order: the position is JAX's local device id.
-      wanted: Local device ids that the user chose for it; None where the choice is ours.
+      host: Name of the host.
+      gpus: UUIDs in CUDA's order: their positions are JAX's local device ids.
+      wanted: Local device ids that the user has chosen; None: an even share.
     """
 
     host: str
@@ -35,11 +35,11 @@ class View:
 
 
 def look(wanted: str, optional: bool = False) -> View:
-    """Returns what this process sees, before JAX starts its backend.
+    """The GPUs that this process sees, before JAX starts its backend.
 
     Args:
       wanted: The user's choice: "all", ids such as "0,1", or "".
-      optional: Whether the choice is dropped where there are no GPUs.
+      optional: Whether to ignore the choice without any GPUs.
     """
     gpus = visible_gpus()
     ids = None
@@ -49,10 +49,10 @@ def look(wanted: str, optional: bool = False) -> View:
 
 
 def visible_gpus() -> list[str]:
-    """Returns the UUIDs of the GPUs that JAX can use here, as the CUDA driver lists them.
+    """UUIDs of the GPUs that JAX can use here, in the order of the CUDA driver.
 
-    The driver has already applied CUDA_VISIBLE_DEVICES, containers and cgroups, which makes it the
-    only reliable source; it counts a MIG slice as a GPU.
+    Only the driver is reliable, because it applies CUDA_VISIBLE_DEVICES, containers and cgroups. It
+    counts a MIG slice as a GPU.
     """
     platforms = getattr(jax.config, "jax_platforms", None)
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
@@ -77,25 +77,22 @@ def visible_gpus() -> list[str]:
 
 
 def use(ids: Sequence[int]) -> None:
-    """Restricts JAX's CUDA backend, which has not started yet, to these local device ids."""
+    """Restricts JAX's CUDA backend, before it starts, to these local device ids."""
     if ids:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, ids)))
 
 
 def divide(views: Sequence[View]) -> list[list[int]]:
-    """Assigns every process of a run its GPUs.
+    """Assigns GPUs to every process of a run, given the views of all processes.
 
-    A process uses the GPUs that the user chose for it, or else an equal share of those it sees:
-    all of them if no other process sees them.
-
-    Args:
-      views: Of each process, by its id.
+    A process uses the GPUs that the user has chosen for it, or else an even share of those it
+    sees: all of them if no other process sees them.
 
     Returns:
-      For each process its local device ids; none where no process sees a GPU.
+      Local device ids of each process; [] for all if no process sees a GPU.
 
     Raises:
-      ConfigError: They cannot be divided.
+      ConfigError: The GPUs cannot be divided.
 
     Example:
       >>> host = ["gpu-a", "gpu-b", "gpu-c", "gpu-d"]
@@ -111,7 +108,7 @@ def divide(views: Sequence[View]) -> list[list[int]]:
             if other != process:
                 raise ConfigError(
                     f"--local_device_ids: processes {other} and {process} on {view.host} both use "
-                    f"GPU {each}; give each process its own, or leave the flag out"
+                    f"GPU {each}; give each process its own, or remove the flag"
                 )
     empty = [process for process, ids in enumerate(chosen) if not ids]
     if taken and empty:
@@ -123,15 +120,12 @@ def divide(views: Sequence[View]) -> list[list[int]]:
 
 
 def unused(views: Sequence[View], chosen: Sequence[Sequence[int]], process: int) -> str:
-    """Names the GPUs that the run leaves idle, in the first process that sees them.
+    """A message about GPUs that the run leaves idle, in the first process that sees them; else "".
 
     Args:
-      views: Of each process.
-      chosen: What `divide` returned.
-      process: Which process asks.
-
-    Returns:
-      One line; "" in the other processes, and where all GPUs are used.
+      views: The views of all processes.
+      chosen: The result of `divide`.
+      process: Number of the process that prints the message.
     """
     own = views[process]
     sharers = _sharers(own, _seers(views))
@@ -147,7 +141,7 @@ def unused(views: Sequence[View], chosen: Sequence[Sequence[int]], process: int)
 
 
 def _seers(views: Sequence[View]) -> dict[str, list[int]]:
-    """Returns the processes that see each GPU."""
+    """The processes that see each GPU."""
     seers: dict[str, list[int]] = {}
     for process, view in enumerate(views):
         for gpu in view.gpus:
@@ -156,12 +150,12 @@ def _seers(views: Sequence[View]) -> dict[str, list[int]]:
 
 
 def _sharers(own: View, seers: dict[str, list[int]]) -> list[int]:
-    """Returns the processes that see any of the same GPUs, in order of their ids."""
+    """The processes that see any of the same GPUs, sorted."""
     return sorted({process for gpu in own.gpus for process in seers[gpu]})
 
 
 def _ids(views: Sequence[View], seers: dict[str, list[int]], process: int) -> list[int]:
-    """Returns the local device ids of one process."""
+    """The local device ids of one process."""
     own = views[process]
     if own.wanted is not None:
         _check_wanted(own.wanted, own, process)
@@ -187,7 +181,7 @@ def _ids(views: Sequence[View], seers: dict[str, list[int]], process: int) -> li
         return []
     share = len(own.gpus) // len(sharers)
     begin = sharers.index(process) * share
-    # The same order in all of them: CUDA_VISIBLE_DEVICES may list the same GPUs differently.
+    # In the same order for all: their CUDA_VISIBLE_DEVICES may list the GPUs differently.
     return [own.gpus.index(gpu) for gpu in views[sharers[0]].gpus[begin : begin + share]]
 
 

@@ -1,7 +1,7 @@
-"""Several processes as one run: they agree, get the same state, and end together.
+"""The processes of a run: they compare settings, get the same state, and end together.
 
-Arrays go by collectives. Everything else goes by JAX's coordination service, a table of texts that
-process 0 keeps. How processes are joined is in launch.py, how a lost one is noticed in watch.py.
+Arrays are sent by collectives, everything else by JAX's coordination service, a table of texts that
+process 0 keeps. launch.py connects the processes; heartbeat.py notices that one is lost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.distributed.heartbeat import Table, Watch, end_process
+from resnet_jax.distributed.heartbeat import Heartbeat, Table, end_process
 from resnet_jax.errors import (
     LOST,
     MISTAKE,
@@ -29,26 +29,23 @@ from resnet_jax.errors import (
     one_line,
 )
 
-# Seconds that a process waits for the others to come to an end after a mistake.
+# Seconds that a process waits for the others to end after a mistake.
 _FAREWELL = 20
-# What every process of a run ends with by itself, at the same step.
-_ORDERLY = (StoppedError, DivergedError)
+# Errors that every process of a run raises by itself, at the same step.
+_COMMON_ERRORS = (StoppedError, DivergedError)
 
 
 def service() -> Any:
-    """JAX's record of how this process was joined with others."""
-    from jax._src import distributed  # the table is not public; Orbax reaches it the same way
+    """JAX's record of how this process is connected to others."""
+    from jax._src import distributed  # not public; Orbax uses it too
 
     return distributed.global_state
 
 
 def abandon(error: BaseException) -> None:
-    """Ends this process at once where it is one of several that did not come to an end together.
+    """Ends this process immediately after `error`, if it is one of several.
 
-    Python's own end would wait for processes that are gone, or are not going to answer.
-
-    Args:
-      error: Why.
+    Python's normal exit would wait for processes that are gone or will not answer.
     """
     if service().num_processes == 1:
         return
@@ -64,93 +61,81 @@ def abandon(error: BaseException) -> None:
 
 
 class ProcessGroup:
-    """The processes of a run, as one of them sees them.
+    """The processes of a run, from the view of one of them.
 
-    A process has two numbers. `Watch.index` is the one that it joined the coordination service
-    with: it says who keeps the table, and messages name it, because it is what `--process_id`
-    gave. `index` is the runtime's, and on a TPU pod it can differ from the first: it says which
-    devices and images a process has, whose arrays a broadcast sends, and who writes.
+    A process has two numbers. `Heartbeat.index` is that of the coordination service and of
+    `--process_id`: process 0 keeps the table, and messages name processes by it. `index` is that
+    of JAX's runtime, which can differ on a TPU pod: it decides which devices and images a process
+    has, whose arrays are broadcast, and which process writes.
 
     Args:
-      count: Number of processes; a single one has nobody to agree with.
-      watch: The heartbeat of this process; None for a single one.
+      count: Number of processes.
+      heartbeat: The heartbeat of this process; None for a single process.
     """
 
-    def __init__(self, count: int = 1, watch: Watch | None = None) -> None:
+    def __init__(self, count: int = 1, heartbeat: Heartbeat | None = None) -> None:
         self.count = count
-        self._watch = watch
-        self._told = 0
+        self._heartbeat = heartbeat
+        self._broadcasts = 0
 
     @functools.cached_property
     def index(self) -> int:
-        """`jax.process_index()`; the first look starts the backend."""
-        return 0 if self._watch is None else jax.process_index()
+        """`jax.process_index()`; the first access starts the backend."""
+        return 0 if self._heartbeat is None else jax.process_index()
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes to the disk and prints progress."""
+        """Whether this process writes to the disk and logs progress."""
         return self.index == 0
 
     def check_equal(self, facts: Mapping[str, object]) -> None:
-        """Checks that all processes say the same, and waits for them.
-
-        Args:
-          facts: Names to values.
+        """Waits for all processes and checks that their facts, name -> value, are equal.
 
         Raises:
-          ConfigError: They do not; names the first fact that differs, its values, and who says
-            them. All processes raise the same.
+          ConfigError: Names the first fact that differs, its values and their processes. All
+            processes raise the same error.
         """
-        if self._watch is None:
+        if self._heartbeat is None:
             return
         own = {name: _text(value) for name, value in facts.items()}
-        self._watch.put(f"facts/{self._watch.index}", json.dumps(own))
-        if self._watch.index == 0:
-            found = self._watch.wait_for("facts/", self.count)
+        self._heartbeat.put(f"facts/{self._heartbeat.index}", json.dumps(own))
+        if self._heartbeat.index == 0:
+            found = self._heartbeat.wait_for("facts/", self.count)
             each = [json.loads(found[index]) for index in range(self.count)]
-            self._watch.put("agreed/0", first_difference(each))
-        problem = self._watch.wait_for("agreed/", 1)[0]
+            self._heartbeat.put("agreed/0", first_difference(each))
+        problem = self._heartbeat.wait_for("agreed/", 1)[0]
         if problem:
             raise ConfigError(problem)
 
     def broadcast_object(self, value: Any) -> Any:
-        """What process 0 says, as JSON has it.
-
-        Args:
-          value: Looked at in process 0 only.
-
-        Returns:
-          Its value, in all processes.
+        """Sends a JSON value of process 0 to all processes; the others' `value` is ignored.
 
         Raises:
-          ConfigError: Process 0 ended before it came here, by a mistake of the user's.
-          PeerError: It is lost.
+          ConfigError: Process 0 ended earlier, with a mistake of the user.
+          PeerError: Process 0 is lost.
         """
-        if self._watch is None:
+        if self._heartbeat is None:
             return value
-        self._told += 1
-        key = f"told{self._told}/"
+        self._broadcasts += 1
+        key = f"broadcast{self._broadcasts}/"
         if self.is_first:
-            self._watch.put(f"{key}0", json.dumps(value))
-        return json.loads(self._watch.wait_for(key, 1)[0])
+            self._heartbeat.put(f"{key}0", json.dumps(value))
+        return json.loads(self._heartbeat.wait_for(key, 1)[0])
 
     def broadcast_arrays(self, tree: Any, like: Any) -> Any:
-        """What process 0 has, bit for bit.
+        """Sends NumPy arrays of process 0 to all processes, bit for bit.
 
         Args:
-          tree: NumPy arrays; looked at in process 0 only.
-          like: Arrays, or shapes, of the same tree.
-
-        Returns:
-          NumPy arrays, the same in all processes.
+          tree: The arrays; ignored in other processes.
+          like: The same tree with arrays or shapes, in all processes.
 
         Raises:
-          ConfigError: Process 0 ended before it came here, by a mistake of the user's.
-          PeerError: It is lost.
+          ConfigError: Process 0 ended earlier, with a mistake of the user.
+          PeerError: Process 0 is lost.
         """
-        if self._watch is None:
+        if self._heartbeat is None:
             return tree
-        self.broadcast_object("ready")  # in a collective, an error of process 0 could not reach us
+        self.broadcast_object("ready")  # because an error cannot reach a process in a collective
         return _broadcast(tree if self.is_first else None, like)
 
 
@@ -163,7 +148,7 @@ def _broadcast(tree: Any, like: Any) -> Any:
 
     leaves, structure = jax.tree.flatten(like)
     sizes = [np.dtype(x.dtype).itemsize * x.size for x in leaves]
-    # As integers, because it is a sum with zeros: -0.0 + 0.0 would be 0.0.
+    # As integers: the broadcast is a sum with zeros, and -0.0 + 0.0 would be 0.0.
     words = np.zeros(-(-sum(sizes) // 4), np.uint32)
     if tree is not None:
         joined = b"".join(np.ascontiguousarray(x).tobytes() for x in jax.tree.leaves(tree))
@@ -178,25 +163,19 @@ def _broadcast(tree: Any, like: Any) -> Any:
 
 
 def first_difference(facts: Sequence[Mapping[str, str]]) -> str:
-    """What processes do not agree on.
-
-    Args:
-      facts: Of each process, names to texts.
-
-    Returns:
-      One line; "" where they agree on everything.
+    """Describes the first difference in the facts, name -> text, of processes; "" if none differ.
 
     Example:
       >>> first_difference([{"jax": "0.10.2"}, {"jax": "0.12.0"}])
       'jax differs between processes: 0.10.2 (process 0), 0.12.0 (process 1); make them equal'
     """
     for name in {name: None for each in facts for name in each}:
-        sayers: dict[str, list[int]] = {}
+        values: dict[str, list[int]] = {}
         for index, each in enumerate(facts):
-            sayers.setdefault(each.get(name, "nothing"), []).append(index)
-        if len(sayers) > 1:
-            said = ", ".join(f"{value} ({_processes(who)})" for value, who in sayers.items())
-            return f"{name} differs between processes: {said}; make them equal"
+            values.setdefault(each.get(name, "nothing"), []).append(index)
+        if len(values) > 1:
+            shown = ", ".join(f"{value} ({_processes(who)})" for value, who in values.items())
+            return f"{name} differs between processes: {shown}; make them equal"
     return ""
 
 
@@ -207,56 +186,53 @@ def _processes(who: Sequence[int]) -> str:
     return f"processes {shown}" + (f" and {len(who) - 4} more" if len(who) > 4 else "")
 
 
-_together: list[ProcessGroup] = []  # the one that is entered
+_current: list[ProcessGroup] = []  # the group that is entered, if any
 _entered = 0
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """From here on the processes of a run watch each other, and end together.
+    """The group of this run's processes, which watch each other in the block and end together.
 
-    An error in one of them ends the others too. Inside itself it is what is there already.
-
-    Returns:
-      The processes, to agree with.
+    An error in one of them also ends the others. A nested call yields the outer group.
 
     Raises:
-      PeerError: Another process is lost. Where this one hangs in a collective that nobody can
-        finish, no exception reaches it: it ends at once with exit code 69.
+      PeerError: Another process is lost. If this process hangs in a collective that cannot finish,
+        no exception reaches it: it exits immediately with code 69.
 
     Example:
-      >>> with together() as peers:
-      ...     peers.count
+      >>> with process_group() as group:
+      ...     group.count
       1
     """
     global _entered
-    if _together:
-        yield _together[0]
+    if _current:
+        yield _current[0]
         return
     joined = service()
     if joined.client is None or joined.num_processes == 1:
         yield ProcessGroup()
         return
-    _entered += 1  # as often in all processes, so that a second run has keys of its own
+    _entered += 1  # the same in all processes, so that a second run has its own keys
     table = Table(joined.client, f"resnet_jax/{_entered}/")
-    watch = Watch(table, joined.process_id, joined.num_processes)
-    _together.append(ProcessGroup(joined.num_processes, watch))
+    heartbeat = Heartbeat(table, joined.process_id, joined.num_processes)
+    _current.append(ProcessGroup(joined.num_processes, heartbeat))
     try:
-        yield _together[0]
-        watch.leave()
-    except _ORDERLY:
-        watch.leave()
+        yield _current[0]
+        heartbeat.leave()
+    except _COMMON_ERRORS:
+        heartbeat.leave()
         raise
     except PeerError:
-        watch.linger()
+        heartbeat.linger()
         raise
     except BaseException as error:
         mistake = isinstance(error, ResNetJaxError)
         if isinstance(error, Exception) and not mistake:
-            watch.look_for_lost()  # then that is why a collective failed
-        watch.leave(str(error) or type(error).__name__, MISTAKE if mistake else LOST, _FAREWELL)
-        watch.linger()
+            heartbeat.look_for_lost()  # which explains a failed collective
+        heartbeat.leave(str(error) or type(error).__name__, MISTAKE if mistake else LOST, _FAREWELL)
+        heartbeat.linger()
         raise
     finally:
-        watch.stop()
-        _together.clear()
+        heartbeat.stop()
+        _current.clear()

@@ -1,4 +1,4 @@
-"""Stopping when a signal asks for it: training between two steps, other commands at once."""
+"""Signals that stop a process: training between two steps, other commands immediately."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 # SIGHUP: the terminal was closed, or the connection to it is lost.
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# What comes within these seconds is a held key, or one signal sent twice, and no second request.
+# A repeated signal within these seconds, such as a held key, is not a second request.
 _SAME_REQUEST = 1.0
-_AGAIN = 0.05  # seconds until a signal that was lost is sent again
+_RESEND_SECONDS = 0.05  # until a signal that was lost is sent again
 
 
 class Signals:
-    """Notes that a signal asks to stop, so that the loop can save and stop between two steps."""
+    """Records a signal to stop, so that the training loop can save and stop between two steps."""
 
     def __init__(self) -> None:
         self.received = False
@@ -36,42 +36,42 @@ class Signals:
     def _note(self) -> None:
         self.received = True
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"stopping after this step; all will be saved\n")
+            os.write(2, b"stopping after this step; everything will be saved\n")
 
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-    """In the block, any signal that asks to stop raises KeyboardInterrupt, once."""
+    """In the block, the first signal to stop raises KeyboardInterrupt."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     with _on_first_signal(interrupt) as first, contextlib.ExitStack() as stack:
-        said = sys.unraisablehook
+        previous = sys.unraisablehook
 
         def raise_again(unraisable: sys.UnraisableHookArgs) -> None:
-            """Python drops what is raised in callbacks of its memory management, such as JAX's."""
+            """Sends the signal again if Python drops the exception, as in garbage collection."""
             if unraisable.exc_type is not KeyboardInterrupt:
-                said(unraisable)
+                previous(unraisable)
                 return
             first.clear()
             main = threading.main_thread().ident
-            timer = threading.Timer(_AGAIN, signal.pthread_kill, [main, signal.SIGTERM])
+            timer = threading.Timer(_RESEND_SECONDS, signal.pthread_kill, [main, signal.SIGTERM])
             stack.callback(timer.join)
             stack.callback(timer.cancel)
             timer.start()
 
-        stack.callback(setattr, sys, "unraisablehook", said)
+        stack.callback(setattr, sys, "unraisablehook", previous)
         sys.unraisablehook = raise_again
         yield
 
 
 @contextlib.contextmanager
 def _on_first_signal(act: Callable[[], None]) -> Iterator[list[float]]:
-    """Calls a function at the first signal; a second request ends the process.
+    """Calls `act` at the first signal; a second request ends the process.
 
     Yields:
-      The time of the first, or nothing.
+      [] until the first signal, then its time.
     """
     first: list[float] = []
 
@@ -86,10 +86,10 @@ def _on_first_signal(act: Callable[[], None]) -> Iterator[list[float]]:
             signal.raise_signal(number)
 
     before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
         for number in _STOPPING:
             handler = signal.getsignal(number)
-            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # as nohup wants it
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # set by nohup
                 before[number] = signal.signal(number, handle)
     try:
         yield first

@@ -1,4 +1,4 @@
-"""Starts the worker that does the checks, prints what it finds, and ends whatever happens to it."""
+"""Starts the worker that runs the checks, prints its findings, and ends even if it hangs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from resnet_jax.errors import MISTAKE, ConfigError
 from resnet_jax.models.registry import model_info
 from resnet_jax.terminal import json_text, show, visible
 
-# Seconds beyond a check's own limit after which the worker is ended.
+# Seconds beyond the limit of a check after which the worker is killed.
 _GRACE = 30
-# Columns of level and name before the words of a line.
+# Widths of level and name before the text of a line.
 _LEVEL, _NAME = 9, 16
 _COLORS = {OK: 32, WARNING: 33, PROBLEM: 31}  # ANSI: green, yellow, red
 
 
 @dataclasses.dataclass
 class Result:
-    """What the worker has found; `log` has the last lines that libraries have printed."""
+    """The findings of the worker; `log` has the last lines that libraries have printed."""
 
     findings: list[Finding] = dataclasses.field(default_factory=list)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -47,18 +47,18 @@ class Result:
 
 
 def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
-    """Checks whether training runs on this machine, and prints what it finds.
+    """Checks whether training runs on this machine, and prints the findings.
 
     Args:
-      arguments: --quick, --network=NAME, and the flags by which processes are joined.
+      arguments: --quick, --network=NAME, and the flags that connect processes.
       as_json: Print one JSON object at the end; progress goes to standard error.
 
     Returns:
-      0 where training can run here, 2 where it cannot.
+      The exit code: 0 if training can run here, 2 if it cannot.
 
     Raises:
-      ConfigError: A flag cannot be used.
-      ModelError: No network is called NAME.
+      ConfigError: A flag is invalid.
+      ModelError: The network does not exist.
     """
     known = {"--quick", "--network", *re.findall(r"--[\w-]+", FLAGS)}
     for each in arguments:
@@ -67,9 +67,9 @@ def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
     for each in arguments:
         flag, _, name = each.partition("=")
         if flag == "--network" and "--quick" in arguments:
-            raise ConfigError(f"{each}: --quick trains no network; leave one of the flags out")
+            raise ConfigError(f"{each}: --quick trains no network; remove one of the flags")
         if flag == "--network":
-            model_info(name)  # lists the names if there is no such network
+            model_info(name)  # raises an error that lists the names
     printer = Printer(sys.stdout, sys.stderr, quiet=as_json)
     result = examine([sys.executable, "-m", "resnet_jax.doctor.worker", *arguments], printer)
     if result.index in (0, None):
@@ -81,18 +81,14 @@ def doctor(arguments: Sequence[str], as_json: bool = False) -> int:
 
 
 def examine(command: Sequence[str], printer: Printer) -> Result:
-    """Runs a worker to its end; the check in which it died or hung is a problem.
-
-    Args:
-      command: Starts the worker.
-      printer: Shows what it says.
+    """Runs the worker `command`; the check in which it crashes or hangs is a problem.
 
     Raises:
-      ConfigError: The worker says that a flag cannot be used.
+      ConfigError: The worker reports an invalid flag.
     """
     worker = subprocess.Popen(  # noqa: S603
         command,
-        stdin=subprocess.PIPE,  # its end tells the worker to end
+        stdin=subprocess.PIPE,  # the worker ends when it is closed
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -123,7 +119,7 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
         problem = dataclasses.replace(problem, **printer.current)
         result.findings.append(problem)
         result.code = MISTAKE
-        if printer.index is None:  # it has died before it knew
+        if printer.index is None:  # the worker crashed before it knew
             printer.joined(0)
         printer.finding(problem)
         if printer.index:
@@ -132,7 +128,7 @@ def examine(command: Sequence[str], printer: Printer) -> Result:
 
 
 def _environment() -> dict[str, str]:
-    """The worker finds the package where this process has found it."""
+    """An environment in which the worker imports the same package as this process."""
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -140,7 +136,7 @@ def _environment() -> dict[str, str]:
 def _read_events(
     stream: Any, events: queue.Queue[dict[str, Any] | None], log: collections.deque[str]
 ) -> None:
-    with contextlib.suppress(ValueError):  # closed, because the worker was too late
+    with contextlib.suppress(ValueError):  # closed, because the worker was too slow
         for line in stream:
             try:
                 event = json.loads(line)
@@ -148,7 +144,7 @@ def _read_events(
                 event = None
             if isinstance(event, dict):
                 events.put(event)
-            else:  # printed by what Python loads before the worker takes standard output away
+            else:  # printed before the worker redirects standard output
                 log.append(line.rstrip())
     events.put(None)
 
@@ -162,8 +158,8 @@ def _read_log(stream: Any, log: collections.deque[str]) -> None:
 def _follow(
     events: queue.Queue[dict[str, Any] | None], printer: Printer
 ) -> tuple[Result, Finding | None]:
-    """Shows events as they come; the second is a problem where they end too late."""
-    result, limit = Result(), float(LONG_LIMIT)  # it imports JAX, perhaps from a slow disk
+    """Prints events as they arrive; also returns a problem if they take too long."""
+    result, limit = Result(), float(LONG_LIMIT)  # importing JAX from a slow disk takes long
     while True:
         try:
             event = events.get(timeout=limit + _GRACE)
@@ -190,7 +186,7 @@ def _follow(
 
 
 def _death(code: int, log: Sequence[str]) -> Finding:
-    """What ended the worker, as its last words tell."""
+    """Why the worker ended, from its last output."""
     text = "\n".join(log)
     with contextlib.suppress(ValueError):
         name = signal.Signals(-code).name
@@ -202,7 +198,7 @@ def _death(code: int, log: Sequence[str]) -> Finding:
 
 
 def _last_words(log: Sequence[str]) -> str:
-    """The line that says most: of ours, of a C++ library that gives up, or the last one."""
+    """The most informative line: our own error, a fatal error of a C++ library, or the last one."""
     for pattern in (r"error: ", r"F\d{4} ", r"(?:E\d{4} |\w*Error\b)"):
         said = [line for line in log if re.match(pattern, line)]
         if said:
@@ -211,12 +207,12 @@ def _last_words(log: Sequence[str]) -> str:
 
 
 class Printer:
-    """Shows findings as they come, if this is known to be the first process of its run.
+    """Prints findings as they arrive, if this is the first process of its run.
 
     Args:
-      output: Where findings go: one line each, under headings.
-      progress: Where the name of the current check goes.
-      quiet: Show no findings.
+      output: Stream for findings: one line each, under headings.
+      progress: Stream for the name of the current check.
+      quiet: Whether to print no findings.
     """
 
     def __init__(self, output: TextIO, progress: TextIO, quiet: bool = False) -> None:
@@ -231,14 +227,14 @@ class Printer:
         self._colored = output.isatty() and "NO_COLOR" not in os.environ
 
     def joined(self, index: int) -> None:
-        """This process is known to be the first of its run, or another one."""
+        """Sets the number of this process, and prints the findings so far if it is the first."""
         self.index = index
         for each in self._waiting:
             self.finding(each)
         self._waiting.clear()
 
     def start(self, name: str, group: str, limit: float) -> None:
-        """Something is tried from now on."""
+        """Announces a check."""
         self.current = {"name": name, "group": group}
         text = f"{'...':<{_LEVEL}}{name}" + (f" (up to {limit:g} s)" if 60 < limit < 3600 else "")
         if self._transient:
@@ -247,7 +243,7 @@ class Printer:
             self._write(self._progress, f"{text}\n")
 
     def finding(self, finding: Finding) -> None:
-        """Something was found."""
+        """Prints a finding."""
         if self._transient:
             self._write(self._progress, "\r\x1b[K")
         if self.index is None:
@@ -259,7 +255,7 @@ class Printer:
             self._write(self._output, self._line(finding))
 
     def conclusion(self, findings: list[Finding]) -> None:
-        """The last lines."""
+        """Prints the conclusion."""
         self._write(self._output, "\n" + conclusion(findings) + "\n")
 
     def _line(self, finding: Finding) -> str:
@@ -267,7 +263,7 @@ class Printer:
         if self._colored and finding.level in _COLORS:
             level = f"\x1b[{_COLORS[finding.level]}m{level}\x1b[0m"
         words = visible(finding.text)
-        if self._output.isatty():  # a file keeps one line a finding, for grep
+        if self._output.isatty():  # in a file, each finding is one line, for grep
             room = max(40, shutil.get_terminal_size().columns - _LEVEL - _NAME)
             lines = textwrap.wrap(words, room, break_on_hyphens=False, break_long_words=False)
             words = ("\n" + " " * (_LEVEL + _NAME)).join(lines)
@@ -281,7 +277,7 @@ class Printer:
 
 
 def conclusion(findings: list[Finding]) -> str:
-    """Whether training can run, in words.
+    """The last line: whether training can run.
 
     Example:
       >>> conclusion([Finding(OK, "fine")])
@@ -299,7 +295,7 @@ def conclusion(findings: list[Finding]) -> str:
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """All facts as one object."""
+    """Everything that was found, as a JSON object."""
     level = worst(result.findings)
     return {
         "level": level,

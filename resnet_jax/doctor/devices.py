@@ -1,4 +1,4 @@
-"""What JAX has found, whether that is what the machine has, and what its numbers mean."""
+"""Checks of JAX's backend and devices, compared with the hardware."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 def backend(machine: Machine, log: Sequence[str] = ()) -> Finding:
-    """Starts JAX: its platform, or why it does not use an accelerator; `log` is what JAX logs."""
+    """Starts JAX: its platform, or why it uses no accelerator; `log` has lines that JAX logs."""
     try:
         jax.devices()
-    except Exception as error:  # of any class: an unknown platform is an AssertionError
+    except Exception as error:  # of any class: an unknown platform raises AssertionError
         return judge_failure(error, machine, log)
     found = runtime()
     reasons = [*log, *map(str, upstream.backend_errors().values())]
@@ -32,19 +32,19 @@ def backend(machine: Machine, log: Sequence[str] = ()) -> Finding:
 
 
 def judge_failure(error: Exception, machine: Machine, log: Sequence[str] = ()) -> Finding:
-    """Why JAX has not started at all."""
+    """Why JAX does not start."""
     said = shortened(error) if str(error) else type(error).__name__
     platforms = machine.environ.get("JAX_PLATFORMS", "")
     reason = known_reason("\n".join([str(error), *log]))
     if not reason and platforms and not str(error):
-        reason = f"JAX_PLATFORMS={platforms} asks for what this machine does not have: unset it"
+        reason = f"JAX_PLATFORMS={platforms} names a platform that this machine lacks: unset it"
     return Finding(PROBLEM, f"does not start: {reason or said}", {"error": said})
 
 
 def judge_backend(
     platform: str, machine: Machine, reasons: Sequence[str], facts: dict[str, Any]
 ) -> Finding:
-    """Compares JAX's default platform with what is plugged in; `reasons` are logs and errors."""
+    """Compares JAX's platform with the hardware; `reasons` are logs and errors."""
     facts = {"platform": platform, **facts}
     said = ", ".join(
         f"{name.removesuffix(' in use')} {facts[name]}"
@@ -66,7 +66,7 @@ def judge_backend(
 
 
 def _hidden_by(machine: Machine, is_card: bool) -> str:
-    """The setting that keeps JAX from an accelerator, as NAME=VALUE; "" where there is none."""
+    """The setting NAME=VALUE that hides an accelerator from JAX; "" without one."""
     names = {"cuda", "gpu"} if is_card else {"tpu"}
     for variable in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
         value = machine.environ.get(variable, "")
@@ -91,7 +91,7 @@ def _why_unused(is_card: bool, log: str) -> str:
 
 
 def _of_interest(is_card: bool, log: str) -> str:
-    """The lines that are not about the other kind of accelerator, which JAX also tries."""
+    """The lines that do not concern the other kind of accelerator, which JAX also tries."""
     other = ("libtpu", "TPU", "tpu") if is_card else ("cuda", "CUDA", "cuDNN")
     lines = [line for line in log.splitlines() if not any(each in line for each in other)]
     return "\n".join(lines)
@@ -130,7 +130,7 @@ def devices() -> Finding:
 
 
 def precision(machine: Machine) -> Finding:
-    """What float32 means here."""
+    """The precision of float32 products on this device."""
     device = jax.local_devices()[0]
     asked = getattr(jax.config, "jax_default_matmul_precision", None)
     tf32_off = machine.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
@@ -148,7 +148,7 @@ def cuda_capability(device: Any) -> float | None:
 def float32_means(
     platform: str, capability: float | None, asked: str | None, tf32_off: bool
 ) -> str:
-    """What a product of float32 matrices computes, if JAX's default_matmul_precision is `asked`.
+    """The precision of float32 products, if JAX's default_matmul_precision is `asked`.
 
     Example:
       >>> float32_means("cpu", None, None, False)
@@ -168,18 +168,19 @@ def float32_means(
 
 
 def preallocation(machine: Machine) -> Finding | None:
-    """How JAX takes a GPU's memory; None on other platforms."""
+    """How JAX reserves a GPU's memory; None on other platforms."""
     if jax.default_backend() != "gpu":
         return None
     prefix = "XLA_PYTHON_CLIENT_"
     if machine.environ.get(f"{prefix}ALLOCATOR", "").lower() == "platform":
         return Finding(
-            WARNING, f"each array asks the driver, which is slow: unset {prefix}ALLOCATOR"
+            WARNING,
+            f"each array is allocated by the driver, which is slow: unset {prefix}ALLOCATOR",
         )
     share = f"{memory_fraction(machine.environ):.0%} of each card"
     if machine.environ.get(f"{prefix}PREALLOCATE", "").lower() in ("false", "0"):
-        return Finding(OK, f"none; up to {share} is taken as it is needed")
-    return Finding(OK, f"{share} is taken at the start")
+        return Finding(OK, f"none; up to {share} is allocated on demand")
+    return Finding(OK, f"{share} is reserved at the start")
 
 
 def settings(machine: Machine) -> Finding:

@@ -1,4 +1,4 @@
-"""What a check finds: a level, one line of words, and the same as data."""
+"""The result of a check: a level, one line of text, and data."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-# From good to bad. A problem means that training cannot run here as it should.
+# From good to bad. With a problem, training cannot run here properly.
 OK, SKIPPED, WARNING, PROBLEM = LEVELS = ("ok", "skipped", "warning", "problem")
-# Seconds that a check may take. The second is for imports, the start of JAX and compilations.
+# Time limits of a check in seconds. The second is for imports, the start of JAX and compilation.
 LIMIT, LONG_LIMIT = 60, 300
 
 
@@ -18,11 +18,11 @@ class Finding:
 
     Args:
       level: One of LEVELS.
-      text: One line; of a warning or a problem also what to do.
-      facts: The same as data, for JSON.
-      name: Of the check; the runner fills it in.
-      group: Of the checks beside it; the runner fills it in.
-      seconds: That the check took; the runner fills it in.
+      text: One line; with a warning or problem it says what to do.
+      facts: Data for JSON.
+      name: Name of the check, set by the runner.
+      group: Heading of the check, set by the runner.
+      seconds: Duration of the check, set by the runner.
     """
 
     level: str
@@ -34,7 +34,7 @@ class Finding:
 
 
 def worst(findings: Sequence[Finding]) -> str:
-    """The highest level of findings.
+    """The worst level of findings.
 
     Example:
       >>> worst([Finding(OK, "fine"), Finding(WARNING, "slow")])
@@ -57,7 +57,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Formats a time with its unit.
+    """Formats a duration with its unit.
 
     Example:
       >>> duration(1.191), duration(0.0462), duration(0.0000853)
@@ -70,7 +70,7 @@ def duration(seconds: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Returns a number and its noun.
+    """Formats a number and its noun.
 
     Example:
       >>> plural(1, "device"), plural(4, "device"), plural(2, "process")

@@ -1,7 +1,7 @@
 """Checks of the machine and its packages that do not start JAX.
 
-Files are read below one root, and environment variables from one mapping, so that a test can build
-any machine from a few files.
+All files are read below one root, and environment variables from one mapping, so that tests can
+describe any machine by a few files.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from resnet_jax.packages import (
 from resnet_jax.workdirs.environment import nvidia_driver
 
 _GIB = 2**30
-# PCI vendor and devices of Google's TPUs, v3 to TPU7x. The vendor also makes network cards.
+# PCI vendor and device ids of TPUs, v3 to TPU7x. Google also makes network cards.
 _GOOGLE = "0x1ae0"
 _TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
-# The oldest driver that CUDA 12 and CUDA 13 run with (docs.jax.dev, installation).
+# The oldest drivers for CUDA 12 and CUDA 13 (docs.jax.dev, installation).
 _LEAST_DRIVER = {"jax-cuda12-plugin": "525", "jax-cuda13-plugin": "580"}
-# A run is short of space below these limits.
+# Less than this is short for a run.
 _LEAST_MEMORY = 4 * _GIB
 _LEAST_DISK = 2 * _GIB
 
 
 class Machine:
-    """A machine, real or made of files.
+    """A machine, real or described by files.
 
     Args:
-      root: The folder that has dev, proc and sys.
+      root: The folder with dev, proc and sys.
       environ: Environment variables.
     """
 
@@ -55,12 +55,12 @@ class Machine:
 
     @functools.cached_property
     def cards(self) -> list[nvml.Card | None]:
-        """The NVIDIA cards in the order of nvidia-smi."""
+        """The NVIDIA cards, in the order of nvidia-smi."""
         return nvml.cards()
 
     @functools.cached_property
     def gpus(self) -> list[str]:
-        """The UUIDs of the NVIDIA GPUs that JAX can use, in CUDA's order."""
+        """UUIDs of the NVIDIA GPUs that JAX can use, in CUDA's order."""
         return local_gpus.visible_gpus()
 
     def read(self, path: str) -> str:
@@ -71,7 +71,7 @@ class Machine:
             return ""
 
     def nvidia_cards(self) -> list[str]:
-        """Names of the NVIDIA cards that this process may use, whether JAX can or not."""
+        """Names of the NVIDIA cards that this process may use, even if JAX cannot."""
         if self.cards:
             return [each.name for each in self.cards if each is not None]
         files = [*self.root.glob("dev/nvidia[0-9]*")]
@@ -100,7 +100,7 @@ def python() -> Finding:
 
 
 def core_packages() -> Finding:
-    """The packages that the networks need, compared with the oldest tested versions."""
+    """The packages that models need, compared with the oldest supported versions."""
     names = (DISTRIBUTION, "jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint")
     versions = installed_versions(names)
     if DISTRIBUTION not in versions:
@@ -111,7 +111,7 @@ def core_packages() -> Finding:
 
 
 def train_extra() -> Finding:
-    """The packages that training needs in addition."""
+    """The additional packages of training."""
     wanted = requirements(DISTRIBUTION, "train")
     if lacking := _missing(wanted):
         what = "nothing of it is" if len(lacking) == len(wanted) else f"{_listed(lacking)} not"
@@ -133,7 +133,7 @@ def _judge_versions(wanted: list[Requirement], facts: dict[str, str], text: str)
 
 
 def other_extras() -> Finding:
-    """The optional extras, and what each of them lacks."""
+    """The optional extras and their missing packages."""
     lacking = {
         extra: _missing(requirements(DISTRIBUTION, extra))
         for extra in extras()
@@ -171,8 +171,8 @@ def accelerator_packages(machine: Machine) -> Finding | None:
         if versions[name] != jaxlib:
             cuda = name.removeprefix("jax-").removesuffix("-plugin")
             what = (
-                f"{name} {versions[name]} does not go with jaxlib {jaxlib}, and JAX will not load "
-                f"it: pip install -U 'jax[{cuda}]'"
+                f"{name} {versions[name]} does not match jaxlib {jaxlib}, so JAX will not "
+                f"load it: pip install -U 'jax[{cuda}]'"
             )
             return Finding(PROBLEM if machine.nvidia_cards() else WARNING, what, versions)
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -183,7 +183,7 @@ def accelerator_packages(machine: Machine) -> Finding | None:
 
 
 def accelerators(machine: Machine) -> Finding:
-    """The accelerators that are plugged in, and NVIDIA's driver."""
+    """The installed accelerators, and NVIDIA's driver."""
     cards, chips = machine.nvidia_cards(), machine.tpu_chips()
     driver = nvidia_driver(machine.root / "proc")
     facts: dict[str, object] = {"nvidia": cards, "tpu_chips": chips, "nvidia_driver": driver}
@@ -196,11 +196,11 @@ def accelerators(machine: Machine) -> Finding:
         return Finding(OK, f"{text}, driver {driver or 'unknown'}", facts)
     if chips:
         return Finding(OK, f"TPU, {plural(chips, 'chip')} on this machine", facts)
-    return Finding(OK, "no NVIDIA card and no TPU is plugged in here", facts)
+    return Finding(OK, "no NVIDIA card and no TPU on this machine", facts)
 
 
 def huge_pages(machine: Machine) -> Finding | None:
-    """Whether a TPU host has transparent huge pages, without which a TPU starts slowly."""
+    """Whether a TPU host uses transparent huge pages; without them, a TPU starts slowly."""
     found = machine.read("sys/kernel/mm/transparent_hugepage/enabled")
     if not machine.tpu_chips() or not found or "[always]" in found:
         return None
@@ -212,7 +212,7 @@ def huge_pages(machine: Machine) -> Finding | None:
 
 
 def card_memory(machine: Machine) -> Finding | None:
-    """What other processes use of the GPUs that JAX can use, before JAX takes its share."""
+    """Memory that other processes use on the GPUs that JAX can use, before JAX starts."""
     found = {i: x for i, x in enumerate(machine.cards) if x is not None and x.uuid in machine.gpus}
     if not found:
         return None
@@ -255,13 +255,13 @@ def cores(machine: Machine) -> Finding:
         text += ": ask for more (Slurm: --cpus-per-task), or decoding will be slow"
         return Finding(WARNING, text, facts)
     if load > 2 * (os.cpu_count() or 1):
-        text += f", but other processes keep them busy (load {load:g}): no speed below is right"
+        text += f", but other processes keep them busy (load {load:g}): the speeds below are wrong"
         return Finding(WARNING, text, facts)
     return Finding(OK, text, facts)
 
 
 def cpu_quota(machine: Machine) -> float:
-    """The CPU time that the control group of this process allows, in cores; 0.0: no limit."""
+    """The CPU limit of this process's control group, in cores; 0.0: no limit."""
     limits = []
     for folder in _control_groups(machine):
         quota, _, period = machine.read(f"{folder}/cpu.max").partition(" ")
@@ -274,14 +274,14 @@ def cpu_quota(machine: Machine) -> float:
 
 
 def _control_groups(machine: Machine) -> list[str]:
-    """Folders of this process's control group and its parents, below the root."""
+    """The folders of this process's control group and its parents, relative to the root."""
     found = re.search(r"^0::/(.*)$", machine.read("proc/self/cgroup"), re.MULTILINE)
     parts = [each for each in (found[1] if found else "").split("/") if each]
     return ["/".join(["sys/fs/cgroup", *parts[:end]]) for end in range(len(parts), -1, -1)]
 
 
 def memory(machine: Machine) -> Finding:
-    """The host memory that is free for this process."""
+    """The host memory that is available to this process."""
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB", machine.read("proc/meminfo"), re.MULTILINE))
     if "MemAvailable" not in found:
         return Finding(OK, "unknown")
@@ -299,7 +299,7 @@ def memory(machine: Machine) -> Finding:
 
 
 def disks(machine: Machine) -> Finding:
-    """Whether the folders that a run writes to can be written, and how much space they have."""
+    """Whether the folders that a run uses can be written, and their free space."""
     cache = machine.environ.get("JAX_COMPILATION_CACHE_DIR") or FOLDER
     folders = {"this folder": Path.cwd()}
     if "://" not in cache:
@@ -319,6 +319,6 @@ def disks(machine: Machine) -> Finding:
         if free < _LEAST_DISK:
             wrong.append(f"{name} ({folder}) has only {size(free)} free")
     if wrong:
-        advice = "a run writes to --workdir, and programs to --config.log.compile_cache=DIR"
+        advice = "set --workdir, and --config.log.compile_cache=DIR for compiled programs"
         return Finding(WARNING, f"{'; '.join(wrong)}: {advice}", facts)
     return Finding(OK, f"free: {', '.join(said)}", facts)

@@ -1,6 +1,6 @@
-"""The NVIDIA cards of this machine, as NVML lists them (the driver's library behind nvidia-smi).
+"""NVIDIA cards, as listed by NVML, the driver's library behind nvidia-smi.
 
-It sees the cards that CUDA_VISIBLE_DEVICES hides too, and a query takes no memory of a card.
+NVML also lists cards that CUDA_VISIBLE_DEVICES hides, and uses no memory of a card.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ _NO_PERMISSION = 4
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One card.
+    """One NVIDIA card.
 
     Args:
       name: Such as "NVIDIA H100 80GB HBM3".
       uuid: 32 hexadecimal digits, as in `local_gpus.visible_gpus`; "" if the card does not answer.
-      memory: Bytes.
-      used: Bytes in use, by all processes.
+      memory: Size in bytes.
+      used: Bytes that all processes use.
     """
 
     name: str
@@ -33,9 +33,9 @@ class _Memory(ctypes.Structure):
 
 
 def cards(library: str = "libnvidia-ml.so.1") -> list[Card | None]:
-    """Returns the cards in the order of nvidia-smi; None: this process may not use that one.
+    """The cards in the order of nvidia-smi; None for one that this process may not use.
 
-    CUDA numbers the cards differently: match them by UUID.
+    CUDA numbers the cards differently, so match them by UUID.
 
     Example:
       >>> cards("no-such-library")

@@ -1,4 +1,4 @@
-"""How this process was launched, and what the other processes of its run have found."""
+"""How this process was launched, and the findings of the other processes of its run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from resnet_jax.distributed.launch import Launch
 from resnet_jax.distributed.process_group import first_difference
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, worst
 
-# Seconds that process 0 waits for what the others have found, and the others for its verdict.
+# Seconds that process 0 waits for the findings of the others, and they for its verdict.
 PATIENCE = 60
 
 
 class Group:
-    """The processes of a run, which exchange values through a table, each value as JSON.
+    """The processes of a run, which exchange JSON values through a table.
 
     Args:
-      table: That all processes see; None for a run of one process.
+      table: Table that all processes share; None for a run of one process.
       index: Number of this process.
       count: Number of processes.
     """
@@ -37,7 +37,7 @@ class Group:
             self._table.put(f"{key}/{self.index}", json.dumps(value, default=str))
 
     def gather(self, key: str, count: int = 0, patience: float = PATIENCE) -> dict[int, Any]:
-        """Returns what processes have put, by number: of `count` of them, 0: all, if in time."""
+        """Waits for the values of `count` processes (0: all), at most `patience` seconds."""
         if self._table is None:
             return {}
         until = time.monotonic() + patience
@@ -49,7 +49,7 @@ class Group:
 
 
 def launched(launch: Launch, group: Group) -> Finding:
-    """What started this process, and a warning if hosts or GPUs of the run stay idle."""
+    """The launcher of this process, and a warning if hosts or GPUs of the run are idle."""
     text = "one process"
     if launch.launcher:
         text = f"process {group.index} of {group.count}, found by {launch.launcher}"
@@ -58,21 +58,21 @@ def launched(launch: Launch, group: Group) -> Finding:
 
 
 def readiness(group: Group, levels: Mapping[int, str]) -> Finding | None:
-    """Which processes cannot compute; in a collective the others would wait for them forever."""
+    """Which processes cannot compute; in a collective, the others would wait for them forever."""
     absent = [str(i) for i in range(group.count) if i not in levels]
     broken = [str(i) for i, level in sorted(levels.items()) if level == PROBLEM]
     parts = []
     if broken:
         parts.append(f"process {', '.join(broken)} has a problem")
     if absent:
-        parts.append(f"process {', '.join(absent)} has not come so far")
+        parts.append(f"process {', '.join(absent)} has not reported yet")
     if not parts:
         return None
     return Finding(PROBLEM, f"they cannot compute together: {'; '.join(parts)}")
 
 
 def own_report(findings: Sequence[Finding], compared: Mapping[str, str]) -> dict[str, Any]:
-    """What this process tells the others; `compared` is {} if JAX has not started."""
+    """The report of this process for the others; `compared` is {} if JAX has not started."""
     named = {each.name: each for each in findings}
     shown = [named[name] for name in ("devices", "matrix product") if name in named]
     return {
@@ -85,16 +85,16 @@ def own_report(findings: Sequence[Finding], compared: Mapping[str, str]) -> dict
 
 
 def hosts(group: Group, reports: Mapping[int, dict[str, Any]]) -> list[Finding]:
-    """A line for each process, and one about versions, settings and devices that differ."""
+    """A finding about each process, and one about different versions, settings and devices."""
     found = []
     for index in range(group.count):
         name = f"process {index}"
         report = reports.get(index)
         if report is None:
-            text = "it has not reported: see its own output, or whether it was started"
+            text = "it has not reported: check its own output, and whether it was started"
             found.append(Finding(PROBLEM, text, name=name))
             continue
-        own = index == group.index  # its warnings are shown already
+        own = index == group.index  # its warnings are already shown
         words = "; ".join(filter(None, [report["text"], *(() if own else report["wrong"])]))
         level = OK if own or not report["wrong"] else report["level"]
         found.append(Finding(level, f"{report['host']}: {words}", report, name))

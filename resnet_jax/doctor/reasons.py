@@ -1,4 +1,4 @@
-"""What the errors of JAX, XLA, libtpu and CUDA mean, and what to do about them."""
+"""Explanations of errors from JAX, XLA, libtpu and CUDA, with remedies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from resnet_jax.packages import installed_versions
 
 _LONGEST = 300
 
-# The first one that is found counts, so what is special stands before what is general.
+# The first match is used, so special patterns precede general ones.
 _REASONS = (
     (
         r"TPU is already in use by process with pid (\d+)",
@@ -94,7 +94,7 @@ _REASONS = (
 
 
 def explain(text: object) -> str:
-    """What an error means and what to do; the start of the error itself if it is not a known one.
+    """Explains an error and its remedy; an unknown error is quoted.
 
     Example:
       >>> explain("ABORTED: The TPU is already in use by process with pid 7. Not attempting ...")
@@ -104,7 +104,7 @@ def explain(text: object) -> str:
 
 
 def known_reason(text: object) -> str:
-    """What an error means; "" if it is not a known one."""
+    """Explains an error and its remedy; "" for an unknown error."""
     line = one_line(text)
     for pattern, words in _REASONS:
         if found := re.search(pattern, line):
@@ -113,11 +113,11 @@ def known_reason(text: object) -> str:
 
 
 def cuda_extra() -> str:
-    """The extra of JAX for the CUDA plugin that is installed; "cuda12" where none is."""
+    """The extra of JAX for the installed CUDA plugin; "cuda12" without one."""
     return "cuda13" if installed_versions(["jax-cuda13-plugin"]) else "cuda12"
 
 
 def shortened(text: object) -> str:
-    """The start of an error, on one line."""
+    """The beginning of an error, in one line."""
     line = one_line(text)
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."

@@ -1,4 +1,4 @@
-"""Checks that compute: is the device right, is it fast enough, does training run on it."""
+"""Checks that compute: whether the device is correct and fast, and whether training runs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from resnet_jax.models.summary import training_flops
 
 # A network that compiles in seconds and is wide enough to keep a device busy.
 NETWORK = "resnet8_cifar"
-# Below this share of its peak a device is throttled, shared, or not what it says. Large products
-# reach 60 to 95% of it; a card of 70 W that is called T4 reaches 40%.
+# A device below this fraction of its peak is throttled, shared, or mislabeled. Large products reach
+# 60 to 95% of the peak; a T4, limited to 70 W, reaches 40%.
 _LEAST_SHARE = 0.3
-# And below this share of the best of its neighbors it is slower than they are.
+# A device below this fraction of its fastest neighbor is too slow.
 _LEAST_OF_BEST = 0.8
 _LEAST_COPY = 1e9
 _CLASSES = 10
@@ -38,12 +38,12 @@ _CLASSES = 10
 def matrix_product(side: int = 8192, rounds: int = 20) -> Finding:
     """The rate of products of `side` x `side` matrices on each device of this process.
 
-    One program does several `rounds` of them. Small products are compared with exact results.
+    One program computes `rounds` of them. Small products are compared with exact results.
     """
     own = jax.local_devices()
     dtype = half_type(own[0])
     if wrong := [each for each in own if not _computes_right(each, dtype)]:
-        text = f"{wrong[0]} computes a product of small integers wrong: do not use this device"
+        text = f"{wrong[0]} computes wrong products of small integers: do not use this device"
         return Finding(PROBLEM, text)
     rates = [_product_flops(each, dtype, side, rounds) for each in own]
     accelerator = find_accelerator(own[0].device_kind)
@@ -51,7 +51,7 @@ def matrix_product(side: int = 8192, rounds: int = 20) -> Finding:
 
 
 def judge_product(rates: list[float], dtype: str, peak: float | None) -> Finding:
-    """Compares the FLOP/s of devices with their peak, None if unknown, and with each other."""
+    """Compares the FLOP/s of devices with their peak, if it is known, and with each other."""
     facts = {"flops": rates, "dtype": dtype, "peak": peak}
     slow = min(rates)
     text = f"{slow / 1e12:,.3g} TFLOP/s in {dtype}"
@@ -62,7 +62,7 @@ def judge_product(rates: list[float], dtype: str, peak: float | None) -> Finding
     if slow < _LEAST_OF_BEST * max(rates):
         text += (
             f"; device {rates.index(slow)} is slower than the best with {max(rates) / 1e12:,.3g}: "
-            "it is hot, throttled or shared (nvidia-smi -q -d PERFORMANCE)"
+            "it is throttled or shared (nvidia-smi -q -d PERFORMANCE)"
         )
         return Finding(WARNING, text, facts)
     if peak and slow < _LEAST_SHARE * peak:
@@ -72,13 +72,13 @@ def judge_product(rates: list[float], dtype: str, peak: float | None) -> Finding
 
 
 def half_type(device: Any) -> np.dtype:
-    """The 16-bit type that a device is fast in: bfloat16, or float16 on cards before Ampere."""
+    """The fast 16-bit type of a device: bfloat16, or float16 on cards before Ampere."""
     capability = cuda_capability(device)
     return jnp.dtype(jnp.float16 if capability is not None and capability < 8 else jnp.bfloat16)
 
 
 def _computes_right(device: Any, dtype: np.dtype, side: int = 512) -> bool:
-    """A product whose inputs, terms and sums are small integers is exact in any precision."""
+    """Checks a product of small integers, which is exact in any precision."""
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-2, 3, (side, side)).astype(np.float32) for _ in range(2))
     put = [jax.device_put(each.astype(dtype), device) for each in (a, b)]
@@ -89,7 +89,7 @@ def _computes_right(device: Any, dtype: np.dtype, side: int = 512) -> bool:
 def _product_flops(device: Any, dtype: np.dtype, side: int, rounds: int) -> float:
     @jax.jit
     def chain(x: jax.Array, y: jax.Array) -> jax.Array:
-        # Scaled, so that no product grows.
+        # y is scaled so that the products do not grow.
         return lax.fori_loop(0, rounds, lambda _, x: jnp.dot(x, y), x)
 
     def start(key: jax.Array) -> jax.Array:
@@ -102,7 +102,7 @@ def _product_flops(device: Any, dtype: np.dtype, side: int, rounds: int) -> floa
 
 
 def _fastest(call: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the fastest of some calls, after one that compiles."""
+    """Seconds of the fastest of several calls, after one that compiles."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(times):
@@ -113,7 +113,7 @@ def _fastest(call: Callable[[], Any], times: int = 3) -> float:
 
 
 def host_copy(count: int = 256 * 2**20) -> Finding:
-    """The rate at which `count` bytes get from the host's memory to a device."""
+    """The rate of copying `count` bytes from host memory to a device."""
     data = np.ones(count, np.uint8)  # pages of zeros would not be read from memory
     device = jax.local_devices()[0]
     rate = count / _fastest(lambda: jax.device_put(data, device))
@@ -125,9 +125,9 @@ def host_copy(count: int = 256 * 2**20) -> Finding:
 
 
 def all_reduce() -> Finding | None:
-    """The time of a float32 sum over all devices; None if there is one device.
+    """The time of a float32 sum over all devices; None for one device.
 
-    It is as large as the gradient of a ResNet-50; on CPUs, which share their cores, smaller.
+    It has the size of ResNet-50's gradient; on CPUs, which share their cores, it is smaller.
     """
     if jax.device_count() == 1:
         return None
@@ -146,16 +146,10 @@ def all_reduce() -> Finding | None:
 
 
 def training_step(half: bool, network: str = "", seconds: float = 1.0) -> Finding | None:
-    """Takes a few steps of the trainer on random images, on all devices.
+    """Runs training steps on random images and all devices for some seconds.
 
-    Args:
-      half: Compute in 16 bits instead of float32.
-      network: Name of a registered network; "": `NETWORK`.
-      seconds: To measure for, at least.
-
-    Returns:
-      Time to compile, time of a step, images/s and, if the peak is known, MFU. None for 16 bits on
-      a CPU, which converts them.
+    The finding has the time to compile, the time of a step, images/s and, if the peak is known, the
+    MFU. It is None for 16 bits (`half`) on a CPU, which would convert them.
     """
     network = network or NETWORK
     device = jax.local_devices()[0]
@@ -173,7 +167,7 @@ def _training_step(dtype: str, network: str, seconds: float) -> Finding:
         config = _config(dtype, network)
         model = make_model(config, classes=_CLASSES)
         compiled, per_step, losses = _train(config, model, seconds)
-    except Exception as error:  # whatever stops this would stop a run
+    except Exception as error:  # whatever fails here would stop a run
         return Finding(PROBLEM, f"{network} does not train: {explain(error)}", {"dtype": dtype})
     batch = config.train.batch_size
     per_device = batch // jax.device_count()
@@ -203,7 +197,7 @@ def _training_step(dtype: str, network: str, seconds: float) -> Finding:
 
 
 def _config(dtype: str, network: str) -> Config:
-    """The run that is tried: batches that keep a device busy."""
+    """The configuration for the steps, with batches that keep a device busy."""
     side = model_info(network).image_size
     on_cpu = jax.default_backend() == "cpu"
     per_device = (8 if on_cpu else 512) if side <= 64 else (2 if on_cpu else 64)
@@ -240,8 +234,8 @@ def _train(config: Config, model: ResNet, seconds: float) -> tuple[float, float,
         for _ in range(steps):
             state, metrics = step(state, batch)
             losses.append(metrics["loss"])
-            # As the trainer: one step runs while the next is queued. The collectives of many would
-            # take all threads of a CPU and wait for each other.
+            # One step runs while the next is queued, as in training. The collectives of more would
+            # use all threads of a CPU and deadlock.
             jax.block_until_ready(losses[-3:-2])
         jax.block_until_ready((state, losses[-1]))
         return time.perf_counter() - begin
@@ -255,7 +249,7 @@ def _train(config: Config, model: ResNet, seconds: float) -> tuple[float, float,
 
 
 def _same_everywhere(steps: int) -> int:
-    """The number of steps that process 0 wants: others would wait in a collective for ever."""
+    """Process 0's number of steps: with different ones, processes would hang in a collective."""
     if jax.process_count() == 1:
         return steps
     from jax.experimental import multihost_utils
@@ -264,13 +258,13 @@ def _same_everywhere(steps: int) -> int:
 
 
 def decode_rate(seconds: float = 0.5) -> Finding:
-    """The JPEGs that one core decodes and crops per second, measured for so many seconds."""
+    """JPEGs that one core decodes and crops per second, measured for `seconds`."""
     from PIL import Image
 
     from resnet_jax.data.decode import train_crop
 
     rng = np.random.default_rng(0)
-    # Blurred noise, which compresses about as photos do.
+    # Blurred noise, which compresses about as well as photos.
     small = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
     file = io.BytesIO()
     small.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)

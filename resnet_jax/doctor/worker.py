@@ -1,7 +1,7 @@
-"""The process that does the checks: each in a thread of its own, with a time limit.
+"""The process that runs the checks, each in its own thread with a time limit.
 
-It writes one JSON object a line to its standard output, which command.py reads. A check that
-crashes the process, as libraries of an accelerator can, ends this process only.
+It writes a JSON object for each event to standard output, for command.py. A crash, as in the
+libraries of an accelerator, ends this process only.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from resnet_jax.doctor.reasons import explain
 from resnet_jax.errors import MISTAKE, ConfigError, ResNetJaxError, import_failure, one_line
 from resnet_jax.workdirs.environment import compared, environment
 
-# `launch.join` has a limit of its own, --start_timeout, which may be longer than that.
+# `launch.join` has its own limit, --start_timeout.
 _JOIN_LIMIT = 3600
 
 Check = Callable[[], Finding | list[Finding] | None]
 
 
 class Runner:
-    """Does checks one after the other and says what they find.
+    """Runs checks one after the other and reports their findings.
 
     Args:
-      say: Takes an event, a dictionary that JSON can hold.
+      say: Reports an event, a JSON object.
     """
 
     def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
         self.findings: list[Finding] = []
-        self.stuck = ""  # the check that has not ended
+        self.stuck = ""  # a check that has not ended
         self._say = say
 
     def run(
@@ -62,19 +62,17 @@ class Runner:
         alone: bool = False,
         hint: str = "",
     ) -> list[Finding]:
-        """Does a check.
+        """Runs a check and returns its findings.
 
         Args:
-          group: The heading it stands under.
-          name: What it is about.
-          check: Returns what it finds; None if there is nothing to say.
-          limit: Seconds that it may take.
-          failure: The level if the check itself fails or does not end.
-          alone: The check neither uses JAX nor imports, so it does not wait for one that does.
+          group: Heading of the check.
+          name: Name of the check.
+          check: Returns findings, or None.
+          limit: Time limit in seconds.
+          failure: Level if the check raises an error or does not end.
+          alone: Whether the check neither uses JAX nor imports, so that it can run after another
+            one that has not ended.
           hint: Why it may not end.
-
-        Returns:
-          What was found.
         """
         if self.stuck and not alone:
             text = f"not tried, because the check '{self.stuck}' has not ended"
@@ -93,11 +91,11 @@ class Runner:
         return [self.add(each, group, name, seconds) for each in found if each is not None]
 
     def announce(self, group: str, name: str, limit: float) -> None:
-        """Says what is tried from now on, and how long it may take."""
+        """Reports the start of a check and its time limit."""
         self._say({"start": name, "group": group, "limit": limit})
 
     def add(self, finding: Finding, group: str, name: str, seconds: float = 0.0) -> Finding:
-        """Says what was found."""
+        """Reports a finding."""
         finding = dataclasses.replace(
             finding, group=group, name=finding.name or name, seconds=round(seconds, 3)
         )
@@ -109,13 +107,13 @@ class Runner:
 def _do(check: Check, failure: str, done: list[Any]) -> None:
     try:
         done.append(check())
-    except BaseException as error:  # whatever it is, the next check is tried
+    except BaseException as error:  # the next check runs in any case
         done.append(Finding(failure, _explained(error)))
 
 
 def _explained(error: BaseException) -> str:
     if isinstance(error, ImportError):
-        with contextlib.suppress(ImportError):  # a module of ours is at fault
+        with contextlib.suppress(ImportError):  # a bug of ours
             return import_failure(error)
     if isinstance(error, ResNetJaxError):
         return str(error)
@@ -123,7 +121,7 @@ def _explained(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Does all checks and returns the exit code; arguments are those of `command.doctor`."""
+    """Runs all checks and returns the exit code; arguments are those of `command.doctor`."""
     say = _events()
     _end_with_parent()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -134,7 +132,7 @@ def main(arguments: Sequence[str]) -> int:
     launch, group = Launch([]), Group()
     with _captured_log() as log:
         _check_machine(runner, machine)
-        if not runner.stuck:  # else an import would wait for the one that has not ended
+        if not runner.stuck:  # otherwise an import would wait for it
             runner.announce("Processes", "other processes", _JOIN_LIMIT)
             try:
                 launch, group = _join(flags)
@@ -157,19 +155,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _events() -> Callable[[dict[str, Any]], None]:
-    """Says events on standard output, and sends what libraries print to standard error."""
+    """Reports events on standard output, and redirects what libraries print to standard error."""
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def say(event: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more
+        with contextlib.suppress(OSError):  # the parent is gone
             print(json.dumps(event, default=str), file=events, flush=True)
 
     return say
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its standard input ends, as it does when the parent is gone."""
+    """Ends this process when its standard input is closed, as when the parent is gone."""
 
     def wait() -> None:
         sys.stdin.read()
@@ -180,7 +178,7 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _captured_log() -> Iterator[list[str]]:
-    """What JAX logs, which says why it does not use an accelerator."""
+    """The lines that JAX logs, which explain why it does not use an accelerator."""
     lines: list[str] = []
 
     class Keep(logging.Handler):
@@ -219,19 +217,19 @@ def _check_machine(runner: Runner, machine: Machine) -> None:
     }
     for name, check in software.items():
         runner.run("Software", name, check, alone=True)
-    # It may read thousands of files from a network disk, and what follows needs them too.
+    # It may read thousands of files from a network disk, which later checks also need.
     runner.run("Software", "imports", _import_trainer, LONG_LIMIT, PROBLEM)
     for name, check in hardware.items():
         runner.run("Machine", name, check, alone=True)
 
 
 def _import_trainer() -> None:
-    """Imports all that the trainer needs: an installed package can lack what it needs itself."""
+    """Imports everything that training needs: an installed package may lack its requirements."""
     importlib.import_module("resnet_jax.training.loop")
 
 
 def _join(flags: Sequence[str]) -> tuple[Launch, Group]:
-    """Joins the other processes, as `train` does."""
+    """Connects to the other processes, as `train` does."""
     launch = join(flags)
     if launch.rest:
         raise ConfigError(f"{launch.rest[0]}: doctor has no such flag; see doctor --help")
@@ -245,7 +243,7 @@ def _join(flags: Sequence[str]) -> tuple[Launch, Group]:
 def _check_devices(runner: Runner, machine: Machine, group: Group, log: list[str]) -> bool:
     """Starts JAX, and returns whether it has started."""
     start = functools.partial(devices.backend, machine, log)
-    hint = "; of several hosts one may be missing or broken" if group.count > 1 else ""
+    hint = "; one of the hosts may be missing or broken" if group.count > 1 else ""
     found = runner.run("Devices", "JAX", start, LONG_LIMIT, PROBLEM, hint=hint)
     if "platform" not in found[0].facts:
         return False
@@ -270,7 +268,7 @@ def _check_speed(runner: Runner, group: Group, network: str, started: bool) -> N
         return
     found = run("all-reduce", speed.all_reduce, LONG_LIMIT, PROBLEM)
     if worst(found) == PROBLEM:
-        return  # a step does the same
+        return  # training steps need it
     for name in ("step, 16 bits", "step, float32"):
         half = name != "step, float32"
         run(name, functools.partial(speed.training_step, half, network), LONG_LIMIT, PROBLEM)
@@ -281,7 +279,7 @@ def _unless_cpu(check: Callable[[], Finding]) -> Finding | None:
 
 
 def _all_are_ready(runner: Runner, group: Group, started: bool) -> bool:
-    """Whether all processes can take a step, in which each waits for the others."""
+    """Whether all processes can run a step, in which each waits for the others."""
     if group.count == 1:
         return started
     ready = started and not runner.stuck
@@ -294,7 +292,7 @@ def _all_are_ready(runner: Runner, group: Group, started: bool) -> bool:
 
 
 def _conclude(runner: Runner, group: Group, facts: dict[str, str]) -> str:
-    """The level of this process or, of several, of all of them; process 0 shows what they found."""
+    """The worst level in all processes; process 0 also reports the findings of the others."""
     if group.count == 1:
         return worst(runner.findings)
     group.put("report", own_report(runner.findings, facts))
@@ -303,8 +301,8 @@ def _conclude(runner: Runner, group: Group, facts: dict[str, str]) -> str:
         found = group.gather("verdict", count=1, patience=3 * LONG_LIMIT)
         group.put("left", True)
         return found.get(0, PROBLEM)
-    # If they have computed together they are done at the same time. JAX ends this process 100
-    # seconds after another one has died, and the others' findings with it.
+    # Processes that have computed together end at the same time. JAX ends this process 100 seconds
+    # after another one has died, and the findings are lost.
     together = any(each.name == "all-reduce" for each in runner.findings)
     patience = PATIENCE if together else LONG_LIMIT
     for finding in hosts(group, group.gather("report", patience=patience)):
@@ -312,11 +310,11 @@ def _conclude(runner: Runner, group: Group, facts: dict[str, str]) -> str:
     level = worst(runner.findings)
     group.put("verdict", level)
     group.put("left", True)
-    group.gather("left", patience=20)  # the table that the others read goes with this process
+    group.gather("left", patience=20)  # the table ends with this process
     return level
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(code)  # a check that never ended, and libraries of accelerators, would keep it alive
+    os._exit(code)  # unfinished checks and accelerator libraries would keep it alive

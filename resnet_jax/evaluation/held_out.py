@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config.schema import DATA_PLACES, DATA_SPLIT, Config, Data, data_place
+from resnet_jax.config.schema import DATA_PLACES, DATA_SPLIT, Config, Data
+from resnet_jax.config.serialization import absolute_data_name
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources import Source, open_source, split_names
 from resnet_jax.data.sources.tfds_files import prepared_configs
@@ -27,7 +28,7 @@ from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.evaluation.result import CorruptionResult, EvaluationResult
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.network import Network, evaluated_data, require_head
-from resnet_jax.workdirs.workdir import read_class_names, read_json
+from resnet_jax.workdirs.description import read_class_names, read_json
 
 _HELD_OUT = ("test", "val", "valid", "validation")  # names of splits
 
@@ -170,7 +171,9 @@ def open_held_out(
 
 def _own_data(network: Network, data: str) -> Data | None:
     """A run's `data` section, if it is about this data."""
-    if network.config is None or data_place(data) != data_place(network.config.data.name):
+    if network.config is None or absolute_data_name(data) != absolute_data_name(
+        network.config.data.name
+    ):
         return None
     return network.config.data
 

@@ -201,7 +201,8 @@ def _table(facts: dict[str, str]) -> str:
 
 def _training(network: Network) -> list[str]:
     """The recipe: the usual fields, and all that differ from the defaults."""
-    from resnet_jax.config.schema import Config, to_flat
+    from resnet_jax.config.schema import Config
+    from resnet_jax.config.serialization import to_flat
 
     if network.config is None:
         return []

@@ -13,7 +13,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from resnet_jax.config.schema import Config, check, check_types
+from resnet_jax.config.schema import Config
+from resnet_jax.config.validation import check, check_types
 from resnet_jax.data.memory import fits_memory
 from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.known_sizes import training_size

@@ -53,7 +53,7 @@ def write_report(
     folder = output.with_suffix("")
     if os.path.lexists(folder):  # fail before the sections take minutes
         with output_errors(folder, f"--output={output}: {folder}"):
-            files.check_own_folder(folder)
+            files.check_folder(folder)
     held_out = HeldOutData(data, data_dir)
     if len(runs) == 1:
         sections = single_run_sections(runs[0], images, held_out)

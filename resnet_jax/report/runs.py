@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from resnet_jax.config.schema import Config, to_flat
+from resnet_jax.config.schema import Config
+from resnet_jax.config.serialization import to_flat
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import read_json
+from resnet_jax.workdirs.description import read_class_counts, read_config
 from resnet_jax.workdirs.records import Record, is_training, read_records
-from resnet_jax.workdirs.workdir import read_class_counts, read_config
 
 
 @dataclasses.dataclass(frozen=True)

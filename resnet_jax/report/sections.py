@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_jax.config.schema import to_flat
+from resnet_jax.config.serialization import to_flat
 from resnet_jax.data.decode import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
 from resnet_jax.evaluation.result import ClassMetrics, EvaluationResult
@@ -23,8 +23,8 @@ from resnet_jax.report.runs import Run
 from resnet_jax.terminal import visible
 from resnet_jax.weights.network import Network
 from resnet_jax.weights.source import open_network
+from resnet_jax.workdirs.description import read_class_names
 from resnet_jax.workdirs.metric_writers import duration
-from resnet_jax.workdirs.workdir import read_class_names
 
 # Images: evaluated at most, shown as errors, shown with saliency maps, averaged in responses.
 MAX_IMAGES, NUM_ERRORS, NUM_SALIENCY, NUM_RESPONSES = 10_000, 24, 6, 64

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from resnet_jax.config.schema import Config, Loss, given_weights
+from resnet_jax.config.schema import Config, Loss
+from resnet_jax.config.validation import parse_class_weights
 from resnet_jax.data.pipeline import BalancedSampler, Dataset, IndexSampler
 from resnet_jax.errors import ConfigError
 from resnet_jax.terminal import visible
@@ -71,12 +72,13 @@ def check_class_weights(loss: Loss, classes: int) -> None:
 has 3 classes; give one for each, in the order of classes.json, or 'balanced'
     """
     text = loss.class_weights
-    if text in ("", "balanced") or len(given_weights(text)) == classes:
+    if text in ("", "balanced") or len(parse_class_weights(text)) == classes:
         return
     shown = text if len(text) <= 100 else f"{text[:100]}..."
     raise ConfigError(
-        f"loss.class_weights = {shown!r}: has {len(given_weights(text))} numbers, and the data set "
-        f"has {classes} classes; give one for each, in the order of classes.json, or 'balanced'"
+        f"loss.class_weights = {shown!r}: has {len(parse_class_weights(text))} numbers, and the "
+        f"data set has {classes} classes; give one for each, in the order of classes.json, "
+        "or 'balanced'"
     )
 
 
@@ -96,7 +98,7 @@ def class_weights(loss: Loss, counts: np.ndarray, outputs: int) -> np.ndarray | 
         there = counts > 0
         found = np.where(there, counts.sum() / (there.sum() * np.maximum(counts, 1)), 0)
     else:
-        found = np.array(given_weights(loss.class_weights))
+        found = np.array(parse_class_weights(loss.class_weights))
     weights = np.zeros(outputs, np.float32)
     weights[: len(found)] = found
     return weights

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnet_jax.config.schema import Config, from_json, to_flat, to_json
+from resnet_jax.config.schema import Config
+from resnet_jax.config.serialization import from_json, to_flat, to_json
 from resnet_jax.errors import ConfigError, ModelError, WeightsError, one_line
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
@@ -29,7 +30,8 @@ from resnet_jax.weights.files import WEIGHT_SUFFIXES, load_weights
 from resnet_jax.weights.network import Network
 from resnet_jax.weights.pretrained import load_pretrained
 from resnet_jax.weights.source import open_network
-from resnet_jax.workdirs.workdir import has_states, read_config
+from resnet_jax.workdirs.description import read_config
+from resnet_jax.workdirs.workdir import has_states
 
 # Fields that the weights may fill in, and the value by which a configuration leaves them open.
 _OPEN_VALUES: dict[str, Any] = {

@@ -9,7 +9,9 @@ from pathlib import Path
 import jax
 
 from resnet_jax.config.model import make_model
-from resnet_jax.config.schema import Config, check, check_types, to_flat
+from resnet_jax.config.schema import Config
+from resnet_jax.config.serialization import to_flat
+from resnet_jax.config.validation import check, check_types
 from resnet_jax.data.augment.apply import check_channels
 from resnet_jax.data.pipeline import fits_memory
 from resnet_jax.data.sources import Source, open_split

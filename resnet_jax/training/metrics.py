@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.config.schema import Config, profile_steps
+from resnet_jax.config.schema import Config
+from resnet_jax.config.validation import profile_steps
 from resnet_jax.distributed.accelerators import find_accelerator
 from resnet_jax.errors import ConfigError, DivergedError, one_line
 from resnet_jax.models.resnet import ResNet

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import optax
 
-from resnet_jax.config.schema import Config, profile_steps
+from resnet_jax.config.schema import Config
+from resnet_jax.config.validation import profile_steps
 from resnet_jax.data.pipeline import CorruptImages, Dataset, IndexSampler, Shard, open_dataset
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources.splits import overlap
@@ -32,18 +33,13 @@ from resnet_jax.training.state_evaluator import StateEvaluator
 from resnet_jax.training.step import make_train_step
 from resnet_jax.training.step_program import StepProgram
 from resnet_jax.workdirs.checkpoint import Checkpoints
+from resnet_jax.workdirs.description import write_description
 from resnet_jax.workdirs.environment import computes_on, write_environment
 from resnet_jax.workdirs.evaluations import Evaluations
 from resnet_jax.workdirs.metric_writers import MetricWriters
 from resnet_jax.workdirs.records import Record
-from resnet_jax.workdirs.remote_copy import Bucket
-from resnet_jax.workdirs.workdir import (
-    changed_evaluation_data,
-    has_states,
-    locked,
-    open_workdir,
-    write_config,
-)
+from resnet_jax.workdirs.remote_copy import RemoteCopy
+from resnet_jax.workdirs.workdir import changed_evaluation_data, has_states, locked, open_workdir
 
 
 @dataclasses.dataclass
@@ -133,7 +129,7 @@ def open_run(inputs: Inputs, workdir: Path, group: ProcessGroup, signals: Signal
         yield run
 
 
-def _open_bucket(inputs: Inputs, workdir: Path) -> Bucket | None:
+def _open_bucket(inputs: Inputs, workdir: Path) -> RemoteCopy | None:
     """The copy of the run, after fetching what the workdir lacks.
 
     Before damaged states are set aside: the copy may have them whole.
@@ -141,7 +137,7 @@ def _open_bucket(inputs: Inputs, workdir: Path) -> Bucket | None:
     config = inputs.config
     if not config.checkpoint.copy_to:
         return None
-    bucket = Bucket(config, workdir)
+    bucket = RemoteCopy(config, workdir)
     if bucket.steps() or has_states(workdir):
         # The workdir may hold another run.
         with locked(open_workdir(workdir, config, inputs.fingerprints)):
@@ -170,7 +166,7 @@ def _build_run(
     data = _open_data(inputs, writers.log)
     if group.is_first:
         names, counts = inputs.class_names, data.class_counts
-        write_config(workdir, config, names, inputs.fingerprints, counts)
+        write_description(workdir, config, names, inputs.fingerprints, counts)
         write_environment(workdir)
 
     step = make_train_step(model, optimizer, config, length, class_weights=data.class_weights)

@@ -148,8 +148,8 @@ def _check_no_options(source: object, kind: str, **options: object) -> None:
 def _from_workdir(workdir: Path, best: bool, ema: bool) -> Network:
     # Imported here, because other sources need neither workdirs nor Orbax.
     from resnet_jax.workdirs.checkpoint import load_variables
-    from resnet_jax.workdirs.ownership import is_own
-    from resnet_jax.workdirs.workdir import read_class_names, read_config
+    from resnet_jax.workdirs.description import read_class_names, read_config
+    from resnet_jax.workdirs.signature import is_own
 
     try:
         name, variables, step = load_variables(workdir, best=best, ema=ema)

@@ -1,7 +1,7 @@
-"""What a run computes with: versions, devices, and settings that change results.
+"""The environment of a run: versions, devices, and settings that change results.
 
-All of it is written to environment.json. What can change a result is also compared between the
-processes of a run before the first step (`compared`).
+environment.json holds all of it. Before the first step, the processes of a run compare the part
+that can change results (`compared`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 import jax
 
 from resnet_jax import upstream
+from resnet_jax.errors import write_errors
+from resnet_jax.files import atomic_write
 from resnet_jax.packages import declared, installed_versions
-from resnet_jax.workdirs.workdir import write_whole
 
-# Whose versions can change a result on any platform.
+# Packages whose versions can change results on any platform.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
-# The packages that JAX's own metadata lists for accelerators, with theirs in turn.
+# Packages that JAX's metadata lists for accelerators, and their own requirements.
 _PLUGIN = re.compile(r"libtpu|jax-(?:cuda|rocm)\d+-(?:plugin|pjrt)|nvidia-[\w-]+")
 
 # JAX options that change the numbers that a program computes.
@@ -37,23 +38,20 @@ _OPTIONS = (
     "jax_optimization_level",
     "jax_exec_time_optimization_effort",
 )
-# Environment variables that change them: flags of the compiler, and the switch for TF32.
+# Environment variables that do: compiler flags, and the switch for TF32.
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _SWITCHES = ("NVIDIA_TF32_OVERRIDE",)
-# Flags that say where files lie, who the neighbors are, how long to wait or how many devices to
-# make of a CPU. The number of devices is compared in its own words.
+# Flags for locations of files, neighbors, timeouts and the number of CPU devices. The number of
+# devices is compared separately.
 _HARMLESS = re.compile(r"--\w*(?:dump|timeout|device_count|cache_dir|megascale|profile_file|_path)")
 _RECORDED_PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "NCCL_", "CUDA_VISIBLE", "TPU_VISIBLE")
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package and of those that it computes with.
+    """The versions of this package and of the installed packages that it computes with.
 
-    On an accelerator that includes the package of its runtime (libtpu, or the CUDA plugin) and the
-    libraries that come with it, such as cuDNN, cuBLAS and NCCL.
-
-    Returns:
-      Name to version; packages that are not installed are left out.
+    On an accelerator these include its runtime (libtpu or the CUDA plugin) and the libraries that
+    come with it, such as cuDNN, cuBLAS and NCCL.
 
     Example:
       >>> versions()["jax"] == jax.__version__
@@ -66,12 +64,9 @@ def versions() -> dict[str, str]:
 
 
 def accelerator_packages() -> list[str]:
-    """The installed packages that let JAX use an accelerator.
+    """PyPI names of the installed packages that let JAX use an accelerator, by their metadata.
 
-    They are read from the metadata of the packages, so none of them is imported.
-
-    Returns:
-      Names on PyPI; a plugin comes before the libraries that it needs.
+    A plugin precedes the libraries that it needs.
     """
     found: dict[str, None] = {}
     waiting = ["jax"]
@@ -85,13 +80,10 @@ def accelerator_packages() -> list[str]:
 
 
 def runtime() -> dict[str, str]:
-    """What the backend that computes says of itself. Starts the backend.
+    """The "backend" in use, and on a GPU "CUDA in use" and "cuDNN in use"; starts the backend.
 
-    The libraries in use can differ from the installed packages, for example where LD_LIBRARY_PATH
+    The libraries in use can differ from the installed packages, for example if LD_LIBRARY_PATH
     names another cuDNN.
-
-    Returns:
-      "backend": platform and build; on a GPU also "CUDA in use" and "cuDNN in use".
 
     Example:
       >>> runtime()["backend"].startswith(jax.default_backend())
@@ -106,12 +98,12 @@ def runtime() -> dict[str, str]:
 
 
 def _cuda_libraries() -> dict[str, str]:
-    """Versions of CUDA and cuDNN as JAX's plugin has loaded them; {} where it does not say."""
+    """Versions of CUDA and cuDNN that JAX's plugin has loaded; {} if they are unknown."""
     found: dict[str, str] = {}
     queries = upstream.cuda_versions()
     names = {"CUDA in use": "cuda_runtime_get_version", "cuDNN in use": "cudnn_get_version"}
     for name, query in names.items():
-        # The query is C++ and fails in ways of its own; a missing version is no reason to stop.
+        # The query is C++ and may raise anything; a missing version does not stop a run.
         with contextlib.suppress(Exception):
             number = getattr(queries, query)()
             major = 10_000 if "cuDNN" in name else 1_000
@@ -123,14 +115,9 @@ def _cuda_libraries() -> dict[str, str]:
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The settings of JAX and its compiler that change results.
+    """The settings of JAX and its compiler that can change results.
 
-    Args:
-      environ: Environment variables.
-
-    Returns:
-      Name to value. Of compiler flags only those that can change a program, sorted; the last of
-      several for one flag counts.
+    Compiler flags are sorted; if a flag is repeated, the last one is used.
 
     Example:
       >>> settings({"XLA_FLAGS": "--xla_dump_to=a --xla_gpu_deterministic_ops=true"})["XLA_FLAGS"]
@@ -138,7 +125,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """
     found = {}
     for name in _OPTIONS:
-        if hasattr(jax.config, name):  # options come and go with JAX's versions
+        if hasattr(jax.config, name):  # not every version of JAX has all options
             found[name] = str(getattr(jax.config, name))
     for name in _FLAGS:
         flags = {each.partition("=")[0]: each for each in environ.get(name, "").split()}
@@ -150,13 +137,10 @@ def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def compared() -> dict[str, str]:
-    """What has to be the same in all processes of a run, apart from its configuration and data.
+    """What must be equal in all processes of a run, besides configuration and data.
 
-    The driver is not in it: the kernels come from the libraries, which are, and nodes of one
-    cluster are often updated one after the other.
-
-    Returns:
-      Name to text.
+    The driver may differ: kernels come from the libraries, which are compared, and the nodes of a
+    cluster are often updated one by one.
 
     Example:
       >>> compared()["jax"] == jax.__version__
@@ -167,31 +151,18 @@ def compared() -> dict[str, str]:
 
 
 def nvidia_driver(proc: Path = Path("/proc")) -> str:
-    """The version of NVIDIA's driver.
-
-    Args:
-      proc: The kernel's /proc.
-
-    Returns:
-      Such as "570.86.10"; "" where there is none.
-    """
+    """The version of NVIDIA's driver, such as "570.86.10"; "" without one."""
     try:
         text = (proc / "driver/nvidia/version").read_text()
     except OSError:
         return ""
-    # "Kernel Module  550.54.15" or, of the open one, "Kernel Module for x86_64  570.86.10"
+    # "Kernel Module  550.54.15", or "Kernel Module for x86_64  570.86.10" for the open driver
     found = re.search(r"Kernel Module(?: for \S+)?\s+(\d[\d.]*)", text)
     return found[1] if found else ""
 
 
 def computes_on(devices: Sequence[jax.Device]) -> str:
-    """Returns the number of devices and their kind, as messages name them.
-
-    Args:
-      devices: One or more, of one kind.
-
-    Returns:
-      Their number and kind.
+    """The number and kind of devices, which are all of one kind, for messages.
 
     Example:
       >>> computes_on(jax.devices("cpu")[:1])
@@ -201,10 +172,7 @@ def computes_on(devices: Sequence[jax.Device]) -> str:
 
 
 def environment() -> dict[str, str]:
-    """All that this process knows about what it computes with.
-
-    Returns:
-      Name to text.
+    """Everything in environment.json: name -> text.
 
     Example:
       >>> environment()["devices"].startswith(str(jax.device_count()))
@@ -222,13 +190,7 @@ def environment() -> dict[str, str]:
 
 
 def variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment variables that JAX, XLA and its libraries read.
-
-    Args:
-      environ: All environment variables.
-
-    Returns:
-      Name to value, sorted, as they are set.
+    """The environment variables that JAX, XLA and their libraries read, sorted.
 
     Example:
       >>> variables({"HOME": "/root", "JAX_PLATFORMS": "cpu"})
@@ -239,9 +201,7 @@ def variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def write_environment(workdir: Path) -> None:
-    """Writes environment.json; that of the last start counts.
-
-    Args:
-      workdir: Folder of the run.
-    """
-    write_whole(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    """Writes environment.json, which describes the last start of a run."""
+    path = workdir / "environment.json"
+    with write_errors(path):
+        atomic_write(path, json.dumps(environment(), indent=2) + "\n")

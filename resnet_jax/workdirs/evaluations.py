@@ -1,8 +1,8 @@
 """The evaluations of a run: which state is the best, and whether the run still improves.
 
-All of it follows from the evaluation records in metrics.jsonl, so a run that resumes decides as
-one that was never interrupted. A state is saved before it is evaluated and is never rewritten, so
-its metrics are in that file alone.
+Both follow from the evaluation records in metrics.jsonl, so a resumed run decides like one that was
+never interrupted. A state is saved before it is evaluated and never rewritten, so its metrics are
+in that file only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from resnet_jax.config.schema import MEASURES, Config
 from resnet_jax.errors import ConfigError
+from resnet_jax.workdirs.description import read_json
 from resnet_jax.workdirs.records import Record, is_number, read_evaluations
-from resnet_jax.workdirs.workdir import read_json
 
-# The name of the moving average in records, and that of the parameters, which do not say it.
+# Names of the moving average and of the parameters in records, which omit the latter.
 EMA, RAW = "ema", ""
 Metrics = Mapping[str, Any]
 
@@ -26,12 +26,12 @@ Metrics = Mapping[str, Any]
 class Evaluations:
     """The metrics of evaluated states.
 
-    An evaluation is complete when all weights of the state have been measured: the parameters and,
-    in a run that has one, their moving average. The moving average then stands for the state.
+    An evaluation is complete when all weights of a state are evaluated: the parameters and, if the
+    run has one, their moving average, which then represents the state.
 
     Args:
-      metric: One of `MEASURES`, by which states are compared.
-      split: Evaluated split; records of another one do not count.
+      metric: One of `MEASURES`, which ranks the states.
+      split: The evaluated split; records of other splits are ignored.
       ema: Whether states have a moving average.
 
     Example:
@@ -51,18 +51,14 @@ class Evaluations:
 
     @classmethod
     def of(cls, config: Config) -> Evaluations:
-        """Of a run that has not been evaluated yet."""
+        """The evaluations of a new run: none yet."""
         return cls(
             config.checkpoint.best_metric, config.data.eval_split, config.train.ema_decay > 0
         )
 
     @classmethod
     def of_workdir(cls, workdir: Path) -> Evaluations:
-        """Of a run on disk, which may be another version's.
-
-        Raises:
-          ConfigError: config.json or metrics.jsonl cannot be read.
-        """
+        """Reads the evaluations of a run on disk, which an older version may have written."""
         path = workdir / "config.json"
         stored = read_json(path) if path.exists() else {}
         metric = _field(stored, "checkpoint", "best_metric", Config().checkpoint.best_metric)
@@ -78,11 +74,7 @@ class Evaluations:
         return found
 
     def read(self, path: Path, newest: float = math.inf) -> None:
-        """Adds the records of a metrics.jsonl, if there is one, up to a step.
-
-        Raises:
-          ConfigError: It cannot be read.
-        """
+        """Adds the records of a metrics.jsonl, if it exists, up to the step `newest`."""
         try:
             records = read_evaluations(path)
         except FileNotFoundError:
@@ -105,7 +97,7 @@ class Evaluations:
         self._found.setdefault(step, {})[weights] = metrics
 
     def missing(self, step: int) -> list[str]:
-        """The weights of a state that have not been evaluated."""
+        """The weights of a state that have not been evaluated: a part of `self.weights`."""
         return [each for each in self.weights if self.metrics(step, each) is None]
 
     def missing_splits(self, step: int, weights: str, splits: Collection[str]) -> list[str]:
@@ -118,15 +110,15 @@ class Evaluations:
         return [split for split in splits if split not in found]
 
     def metrics(self, step: int, weights: str) -> dict[str, float] | None:
-        """What was measured of the weights of a state; None: nothing."""
+        """The metrics of the weights of a state; None if they were not evaluated."""
         return self._found.get(step, {}).get(weights)
 
     def score(self, step: int, stored: Metrics | None = None) -> float:
-        """How good a state is: the higher, the better; -inf where nobody knows.
+        """A number that is higher for better states; -inf for one without metrics.
 
         Args:
-          step: Which.
-          stored: Its metrics where no evaluation of it is complete.
+          step: Completed steps of the state.
+          stored: Metrics to use if its evaluation is not complete.
         """
         if not self.missing(step):
             stored = self.metrics(step, self.weights[-1])
@@ -137,20 +129,16 @@ class Evaluations:
 
     @property
     def best(self) -> int | None:
-        """Step of the best state, the later of two that are as good; None: none was evaluated."""
+        """Step of the best state, the later one of a tie; None if no state was evaluated."""
         return max(self._scored(), key=lambda step: (self.score(step), step), default=None)
 
     @property
     def best_value(self) -> float:
-        """The metric of the best state; NaN: none was evaluated."""
+        """The metric of the best state; NaN if no state was evaluated."""
         return math.nan if self.best is None else abs(self.score(self.best))
 
     def since_improved(self, least: float = 0.0) -> int:
-        """Counts the evaluations since the last that was better than those before it.
-
-        Args:
-          least: It was, if it exceeded the best before it by more than this.
-        """
+        """Counts the evaluations since the last one that improved the best by more than `least`."""
         best, count = -math.inf, 0
         for step in self._scored():
             if self.score(step) > best + least:
@@ -160,7 +148,7 @@ class Evaluations:
         return count
 
     def records(self, step: int) -> list[Record]:
-        """What `add` was given for a step, as far as it counts."""
+        """The records of a step that are known, as `add` accepts them."""
         found = self._found.get(step, {})
         return [
             {"step": step, "split": self._split, "weights": weights, **metrics}

@@ -1,9 +1,10 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal."""
+"""Writers of a run's records: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import socket
@@ -17,22 +18,59 @@ from typing import Any, ClassVar, Protocol, TextIO
 from tqdm import tqdm
 
 from resnet_jax.config.schema import Config
-from resnet_jax.errors import ConfigError, importing, library_errors, one_line
-from resnet_jax.files import atomic_write, make_folder
+from resnet_jax.errors import ConfigError, importing, library_errors, reason_of, write_errors
+from resnet_jax.files import atomic_write, make_folder, open_to_append
 from resnet_jax.terminal import json_text, log, visible
 from resnet_jax.workdirs.records import Record, is_training, series, split_at
-from resnet_jax.workdirs.workdir import Appender, writing
+
+
+class Appender:
+    """A file that grows by complete records, without a buffer in this process.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = Appender(Path(folder, "log"))
+      ...     file.write(b"one")
+      ...     file.close()
+      ...     print(Path(folder, "log").read_text())
+      one
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with write_errors(path):
+            # A buffer would keep what could not be written, and fail once more on closing.
+            self._file = open(open_to_append(path), "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, data: bytes) -> None:
+        """Adds a record.
+
+        Raises:
+          ConfigError: The disk is full, or someone removed the file: the system accepts writes to
+            such a file, and nobody could read them.
+        """
+        with write_errors(self._path):
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+            while data:  # a disk that is nearly full first accepts a part
+                data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        """Closes the file."""
+        with write_errors(self._path):
+            self._file.close()
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, in the order of the steps.
+    """metrics.jsonl: one JSON object on each line, ordered by step.
 
     Args:
       path: The file.
-      completed_steps: Records past them are dropped: those steps are about to be taken again.
+      completed_steps: Later records are dropped, because the run repeats those steps.
 
     Attributes:
-      set_aside: File that has got the lines that are no records; None where there are none.
+      set_aside: The file that lines which are not records were moved to, if there were any.
 
     Example:
       >>> import tempfile
@@ -47,9 +85,9 @@ class MetricsFile:
     def __init__(self, path: Path, completed_steps: int) -> None:
         self.set_aside: Path | None = None
         if path.exists():
-            with writing(path):
+            with write_errors(path):
                 kept, bad = split_at(path, completed_steps)
-                if bad:  # whoever wrote them may want them
+                if bad:  # someone may want them
                     self.set_aside = path.with_name("metrics.damaged.jsonl")
                     aside = Appender(self.set_aside)
                     aside.write(bad)
@@ -59,7 +97,7 @@ class MetricsFile:
         self._file = Appender(path)
 
     def write(self, record: Record) -> None:
-        """Adds a record; it is on its way to the disk when this returns."""
+        """Adds a record."""
         self._file.write(json_text(record).encode() + b"\n")
 
     def close(self) -> None:
@@ -68,18 +106,18 @@ class MetricsFile:
 
 
 class MetricWriters:
-    """Takes the records of a run and tells them wherever the configuration says.
+    """Writes the records of a run to all places that the configuration names.
 
-    metrics.jsonl is the record: where it cannot be written the run ends. TensorBoard, Weights &
-    Biases and the terminal have copies: what cannot take them is left out, and the run goes on.
+    If metrics.jsonl cannot be written, the run ends. TensorBoard, Weights & Biases and the terminal
+    hold copies: one that fails is dropped, and the run continues.
 
     Args:
       config: The configuration of the run.
-      workdir: Its folder; None: nothing is written (another process writes).
-      completed_steps: Steps that were done before this start.
+      workdir: Folder of the run; None writes nothing, in processes other than the first.
+      completed_steps: Steps that were completed before this start.
       total_steps: Steps of the whole run.
       steps_per_epoch: May be a fraction.
-      stream: Where a person reads; the progress bar appears where it is a terminal.
+      stream: Stream for people, by default standard error; a terminal has a progress bar.
     """
 
     def __init__(
@@ -105,13 +143,13 @@ class MetricWriters:
         self._file = MetricsFile(workdir / "metrics.jsonl", completed_steps)
         if self._file.set_aside:
             self.log(
-                f"lines of metrics.jsonl that are no records are now in {self._file.set_aside}"
+                f"lines of metrics.jsonl that are not records were moved to {self._file.set_aside}"
             )
         if config.log.tensorboard:
             self._add(_TensorBoard, lambda: _TensorBoard(workdir / "tensorboard", completed_steps))
         if config.log.wandb:
             self._add(_WeightsAndBiases, lambda: _WeightsAndBiases(config, workdir))
-        # In a narrow terminal, and in one that does not tell its width, lines are easier to read.
+        # Lines are easier to read in a terminal that is narrow or of unknown width.
         if self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns >= 80:
             self._bar = tqdm(
                 total=total_steps,
@@ -123,27 +161,27 @@ class MetricWriters:
             )
 
     def _add(self, kind: type[_Copy], make: Callable[[], _Copy]) -> None:
-        """Begins a copy, or says why the run has none; a package that is missing is an error."""
+        """Starts a copy, or logs why the run has none; a missing package is an error."""
         try:
             self._copies.append(make())
         except ConfigError as error:
             if isinstance(error.__cause__, ImportError):
                 raise
-            self.log(f"{kind.name} is left out: {error}")
+            self.log(f"{kind.name} is disabled: {error}")
 
     def advance(self, step: int) -> None:
-        """Moves the bar to the number of completed steps."""
+        """Moves the progress bar to the number of completed steps."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def watch(self, values: Record) -> None:
-        """Shows a step's loss and accuracy on the bar, until the next record shows means."""
+        """Shows a step's metrics on the progress bar, until the first record shows means."""
         if self._bar is not None and not self._recorded:
             text = f"loss {values['loss']:.3f}  top-1 {values['top1']:.1%}"
             self._bar.set_postfix_str(text, refresh=False)
 
     def record(self, record: Record) -> None:
-        """Writes a record of "step", "split", loss, top1, ... and shows it.
+        """Writes a record and shows it.
 
         Raises:
           ConfigError: metrics.jsonl cannot be written.
@@ -156,7 +194,7 @@ class MetricWriters:
                 copy.write(record)
             except ConfigError as error:
                 self._copies.remove(copy)
-                self.log(f"{copy.name} is left out from here on: {error}")
+                self.log(f"{copy.name} is disabled from here on: {error}")
                 with contextlib.suppress(ConfigError):
                     copy.close()
         if not is_training(record):
@@ -170,17 +208,17 @@ class MetricWriters:
             self.log(self._progress_line(record))
 
     def log(self, line: str) -> None:
-        """One line for the person who watches; nobody does where it cannot be written."""
+        """Logs a line for people; a stream that cannot be written is ignored."""
         if self._file is None:
             return
-        with contextlib.suppress(OSError):  # it may go to a log on the same full disk
+        with contextlib.suppress(OSError):  # it may be a file on the same full disk
             if self._bar is not None:
                 self._bar.write(visible(line), file=self._stream)
             else:
                 log(line, self._stream)
 
     def close(self) -> None:
-        """Closes files and bar."""
+        """Closes the files and the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -197,7 +235,7 @@ class MetricWriters:
         seconds = self._batch_size / record["images_per_second"]
         if self._first is None:
             self._first = step, time.monotonic()
-        elif step > self._first[0]:  # with evaluations, but not what came before the first record
+        elif step > self._first[0]:  # includes evaluations, but nothing before the first record
             seconds = (time.monotonic() - self._first[1]) / (step - self._first[0])
         left = seconds * (self._total - step)
         return (
@@ -224,13 +262,7 @@ def _evaluation_line(record: Record) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Formats a time as on a clock.
-
-    Args:
-      seconds: The time.
-
-    Returns:
-      "M:SS", or "H:MM:SS" from an hour up.
+    """Formats a time as M:SS, or H:MM:SS from one hour.
 
     Example:
       >>> duration(61.2), duration(3600)
@@ -242,7 +274,7 @@ def duration(seconds: float) -> str:
 
 
 class _Copy(Protocol):
-    """Where records go beside metrics.jsonl."""
+    """A place for copies of the records in metrics.jsonl."""
 
     name: ClassVar[str]
 
@@ -252,10 +284,10 @@ class _Copy(Protocol):
 
 
 class _TensorBoard:
-    """An event file, written on the spot.
+    """An event file that is written synchronously.
 
-    tensorboardX's own writer has a thread that dies when the disk is full, and a queue that then
-    blocks the run for ever.
+    The writer of tensorboardX has a thread that dies when the disk is full, and a queue that then
+    blocks the run.
     """
 
     name: ClassVar[str] = "TensorBoard"
@@ -267,13 +299,13 @@ class _TensorBoard:
             from tensorboardX.summary import scalar
 
         self._scalar, self._checksum = scalar, masked_crc32c
-        with writing(folder):
+        with write_errors(folder):
             make_folder(folder)
         name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
         self._file = Appender(folder / name)
         self._event = Event
         self._write(file_version="brain.Event:2")
-        # Records from this step on, of an earlier start, are hidden: those steps are taken again.
+        # Hides records of an earlier start from this step on, which the run repeats.
         start = SessionLog(status=SessionLog.START)
         self._write(step=completed_steps + 1, session_log=start)
 
@@ -287,7 +319,7 @@ class _TensorBoard:
         self._file.close()
 
     def _write(self, **content: Any) -> None:
-        """A record of TFRecord's: length and content, each with its checksum."""
+        """Writes a TFRecord: length and content, each with its checksum."""
         event = self._event(wall_time=time.time(), **content).SerializeToString()
         length = struct.pack("<Q", len(event))
         check = struct.pack("<I", self._checksum(length))
@@ -301,8 +333,8 @@ class _WeightsAndBiases:
         project = f"log.wandb = {config.log.wandb!r}"
         with importing(project, ConfigError):
             import wandb
-        # The id follows from the path, so that a resumed run goes on where it was, and two folders
-        # of one name are two runs. It has no characters that W&B refuses.
+        # The id depends on the path: a resumed run continues its curves, and two folders of the
+        # same name are two runs. It has no characters that W&B refuses.
         path = str(workdir.resolve())
         id = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]
         settings = dataclasses.asdict(config)
@@ -328,5 +360,4 @@ class _WeightsAndBiases:
 
 
 def _wandb_error(error: Exception) -> ConfigError:
-    """What Weights & Biases raises, often from a network, has no common class."""
-    return ConfigError(f"{type(error).__name__}: {one_line(error)}")
+    return ConfigError(reason_of(error))

@@ -1,4 +1,4 @@
-"""metrics.jsonl, read back: the records of a run, and how many of its lines are none."""
+"""The records in metrics.jsonl, and how to read them."""
 
 from __future__ import annotations
 
@@ -13,40 +13,29 @@ from resnet_jax.files import MIB, open_regular
 
 Record = dict[str, Any]
 
-_LARGEST_FILE = 256 * MIB
-_MOST_RECORDS, _MOST_BAD = 2**20, 10_000
-LARGEST_STEP = 2**53  # beyond it floats skip integers
-_LARGEST_NUMBER = 2.0**128  # beyond what float32 holds
+_MAX_BYTES = 256 * MIB
+_MAX_RECORDS, _MAX_BAD = 2**20, 10_000
+LARGEST_STEP = 2**53  # floats skip larger integers
+_MAX_NUMBER = 2.0**128  # float32 is smaller
 TRAINING, EVALUATION = "training", "evaluation"  # values of "kind"
-_ALWAYS = ("top1",)
-# An evaluation on images with several labels (ReaL) has no loss.
-_IN_TRAINING = ("loss", "learning_rate", "images_per_second")
-_SOMETIMES = (
+_REQUIRED = ("top1",)
+# An evaluation of images with several labels (ReaL) has no loss.
+_REQUIRED_IN_TRAINING = ("loss", "learning_rate", "images_per_second")
+_OPTIONAL = (
     *("top5", "map", "f1", "f1_micro", "epoch", "images", "mfu", "skipped"),
-    *_IN_TRAINING,
+    *_REQUIRED_IN_TRAINING,
 )
 
 
 class Records(NamedTuple):
-    """What a metrics.jsonl holds.
-
-    Args:
-      good: The records, by step.
-      bad: Number of lines that are no records.
-    """
+    """The content of a metrics.jsonl: records sorted by step, and the number of other lines."""
 
     good: list[Record]
     bad: int
 
 
 def parse_record(line: bytes) -> Record | None:
-    """Parses a line of metrics.jsonl.
-
-    Args:
-      line: With its newline.
-
-    Returns:
-      The record; None where the line is not one that a run writes, or is cut off.
+    """Parses a line of metrics.jsonl, with its newline; None if it is not a complete record.
 
     Example:
       >>> parse_record(b'{"step": 3, "split": "test", "loss": 0.5, "top1": 0.8}\\n')["step"]
@@ -60,13 +49,13 @@ def parse_record(line: bytes) -> Record | None:
         return None
     if not isinstance(record, dict):
         return None
-    record = {name: value for name, value in record.items() if value is not None}  # was no number
+    record = {name: value for name, value in record.items() if value is not None}  # NaN or infinity
     return record if _is_valid(record) else None
 
 
 def _is_valid(record: Record) -> bool:
     step, split = record.get("step"), record.get("split")
-    # Weights that a run starts from are evaluated as step 0.
+    # The initial weights are evaluated as step 0.
     least = 0 if record.get("kind") == EVALUATION else 1
     if type(step) is not int or not least <= step <= LARGEST_STEP:
         return False
@@ -75,18 +64,18 @@ def _is_valid(record: Record) -> bool:
     if record.get("kind", TRAINING) not in (TRAINING, EVALUATION):
         return False
     training = is_training(record)
-    needed = [*_ALWAYS, *(_IN_TRAINING if training else ())]
-    numbers = {*needed, *(name for name in _SOMETIMES if name in record)}
+    required = [*_REQUIRED, *(_REQUIRED_IN_TRAINING if training else ())]
+    numbers = {*required, *(name for name in _OPTIONAL if name in record)}
     if not all(is_number(record.get(name)) for name in numbers):
         return False
     return not training or record["images_per_second"] > 0
 
 
 def is_training(record: Record) -> bool:
-    """Whether a record is of training steps; otherwise it is of an evaluation.
+    """Whether a record is about training steps and not about an evaluation.
 
-    A run may be evaluated on the split that it trains on. Records of before "kind" was written
-    are told by their split.
+    A run may evaluate the split that it trains on. Old records without "kind" are distinguished by
+    their split.
 
     Example:
       >>> is_training({"split": "train"}), is_training({"split": "train", "kind": "evaluation"})
@@ -97,7 +86,7 @@ def is_training(record: Record) -> bool:
 
 
 def series(record: Record) -> str:
-    """The name of the curve that a record belongs to, in TensorBoard and the like.
+    """The name of a record's curve in TensorBoard and Weights & Biases.
 
     Example:
       >>> series({"split": "test", "weights": "ema"})
@@ -112,33 +101,27 @@ def series(record: Record) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a number that float32 could hold; NaN and infinity are not."""
+    """Whether a value from JSON is a finite number in the range of float32."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and abs(value) < _LARGEST_NUMBER and not math.isnan(value)
+    return known and abs(value) < _MAX_NUMBER and not math.isnan(value)
 
 
 def read_records(path: str | os.PathLike[str]) -> Records:
-    """Reads a metrics.jsonl, which a run may still be writing.
-
-    Args:
-      path: The file.
-
-    Returns:
-      Its records. The last line does not count as bad where it is only not complete yet.
+    """Reads a metrics.jsonl, which a run may be writing: an incomplete last line is ignored.
 
     Raises:
-      ConfigError: It cannot be read.
+      ConfigError: The file cannot be read.
     """
     good, bad = [], 0
     try:
-        with open_regular(path, _LARGEST_FILE) as file:
+        with open_regular(path, _MAX_BYTES) as file:
             for line in file:
                 record = parse_record(line)
                 if record is not None:
                     good.append(record)
                 elif line.endswith(b"\n"):
                     bad += 1
-                if len(good) > _MOST_RECORDS or bad > _MOST_BAD:
+                if len(good) > _MAX_RECORDS or bad > _MAX_BAD:
                     raise ConfigError(f"{path} has more lines than any run writes; restore it")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; train first") from error
@@ -146,42 +129,26 @@ def read_records(path: str | os.PathLike[str]) -> Records:
 
 
 def read_evaluations(path: Path) -> list[Record]:
-    """Reads the evaluation records of a metrics.jsonl.
-
-    Args:
-      path: The file.
-
-    Returns:
-      The records, in the order of the file.
-
-    Raises:
-      OSError: It cannot be read.
-    """
-    with open_regular(path, _LARGEST_FILE) as file:
-        lines = (line for line in file if b'"step"' in line)  # millions may be no records
+    """Reads the evaluation records of a metrics.jsonl, in their order."""
+    with open_regular(path, _MAX_BYTES) as file:
+        lines = (line for line in file if b'"step"' in line)  # skips other lines fast
         found = filter(None, map(parse_record, lines))
         return [record for record in found if not is_training(record)]
 
 
 def split_at(path: Path, step: int) -> tuple[bytes, bytes]:
-    """Splits metrics.jsonl where a run goes on.
-
-    Args:
-      path: The file.
-      step: Completed steps of the state that the run goes on from.
+    """Splits metrics.jsonl for a run that resumes from `step`.
 
     Returns:
-      The lines of records up to that step, and whole lines that are no records.
-
-    Raises:
-      OSError: It cannot be read.
+      The lines of records up to that step, and complete lines that are not records. Later records
+      are in neither.
     """
     kept, bad = [], []
-    with open_regular(path, _LARGEST_FILE) as file:
+    with open_regular(path, _MAX_BYTES) as file:
         for line in file:
             record = parse_record(line)
             if record is None:
                 bad += [line] if line.endswith(b"\n") else []
-            elif record["step"] <= step > 0:  # a run that starts anew evaluates its start anew
+            elif record["step"] <= step > 0:  # a new run evaluates its start again
                 kept.append(line)
     return b"".join(kept), b"".join(bad)

@@ -13,9 +13,10 @@ from typing import get_type_hints
 import pytest
 
 import resnet_jax as rj
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
-from resnet_jax.errors import ConfigError
+from resnet_jax.config.serialization import differences
+from resnet_jax.errors import STOPPED, ConfigError, StoppedError
 from resnet_jax.training.init_from import fill_from_weights
 from tests.variables import random_variables
 
@@ -56,10 +57,10 @@ def test_a_recipes_resize_is_not_kept_for_far_smaller_images():
     assert parser.parse_train_flags(flags)[0].data.eval_resize == 256
 
 
-@pytest.mark.parametrize("recipe", ["cifar10", "cifar100", "fashion_mnist"])
+@pytest.mark.parametrize("recipe", ["cifar", "cifar100", "fashion_mnist"])
 @pytest.mark.parametrize("model", ["resnet20", "resnet56", "resnet110", "plain20", "plain56"])
 def test_models_of_a_recipe(recipe, model):
-    config, workdir = parser.parse_train_flags([f"--config={CONFIGS / recipe}.py:{model}"])
+    config, workdir = parser.parse_train_flags([f"--config={recipe}:{model}"])
     c.check(config)
     assert config.model.name == model
     assert workdir.name == f"{recipe}-{model}"
@@ -91,12 +92,12 @@ def test_models_of_a_recipe(recipe, model):
         ("optimizer.name", "adam", "sgd, lars, lamb, adamw"),
         ("optimizer.momentum", 1.0, r"\[0, 1\)"),
         ("optimizer.learning_rate", float("nan"), "of type finite float"),
-        ("schedule.boundaries", (0.7, 0.5), "growing shares"),
+        ("schedule.boundaries", (0.7, 0.5), "growing fractions"),
         ("schedule.warmup_epochs", 99.0, "not be more than train.epochs"),
         ("loss.name", "l1", "softmax, bce"),
         ("train.epochs", 0.0, "more than 0"),
         ("checkpoint.best_metric", "accuracy", "top1, top5, loss, map, f1"),
-        ("checkpoint.best_metric", "map", "needs data.multi_label; take top1, top5 or loss"),
+        ("checkpoint.best_metric", "map", "needs data.multi_label; use top1, top5 or loss"),
         ("train.batch_size", 1.5, "of type int"),
         ("train.batch_size", True, "of type int"),
         ("train.seed", -1, r"\[0, 2\^31\)"),
@@ -120,8 +121,8 @@ def test_a_fault_names_field_value_and_what_is_allowed(name, value, allowed):
         ("data.workers", 10**6, "up to 1,024"),
         ("data.prefetch", 10**6, "up to 1,024"),
         ("data.name", "folder:\0", "without NUL"),
-        ("data.data_dir", "\ud800", "text that a path may have"),
-        ("checkpoint.copy_to", "x" * 10**5, "text that a path may have"),
+        ("data.data_dir", "\ud800", "text that is valid in a path"),
+        ("checkpoint.copy_to", "x" * 10**5, "text that is valid in a path"),
         ("augment.std", (5e-324,), "1e-6 or more"),
         ("augment.mean", (1e300,), "must not be more than 3.4e"),
         ("augment.pad", 33, "not be more than data.image_size"),
@@ -162,23 +163,23 @@ def test_every_field_is_documented():
 def test_differences_survive_json():
     config = c.Config()
     stored = json.loads(c.to_json(config))
-    assert c.differences(config, stored) == []
+    assert differences(config, stored) == []
     config.log.every_steps = 7  # changes no result
     config.data.threads = 1
-    assert c.differences(config, stored) == []
+    assert differences(config, stored) == []
     config.augment.mean = (0.1,)
-    assert c.differences(config, stored) == ["augment.mean: [0.5] -> [0.1]"]
+    assert differences(config, stored) == ["augment.mean: [0.5] -> [0.1]"]
 
 
 def test_a_config_of_a_version_without_a_field_means_its_default():
     stored = json.loads(c.to_json(c.Config()))
     del stored["model"]["precision"]
     assert c.from_json(json.dumps(stored)) == c.Config()
-    assert c.differences(c.Config(), stored) == []
+    assert differences(c.Config(), stored) == []
     exact = c.Config(model=c.Model(precision="highest"))
-    assert c.differences(exact, stored) == ["model.precision: 'default' -> 'highest'"]
+    assert differences(exact, stored) == ["model.precision: 'default' -> 'highest'"]
     del stored["model"]  # no version wrote such a file
-    assert c.differences(c.Config(), stored)
+    assert differences(c.Config(), stored)
 
 
 @pytest.mark.parametrize(
@@ -315,3 +316,19 @@ def test_errors_hold_no_codes_for_a_terminal(capsys):
 def test_help_says_that_a_configuration_is_a_program(capsys):
     assert parser.main(["train", "--help"]) == 0
     assert "run as Python code" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("script", "usage"),
+    [("train.py", "python train.py"), ("/x/__main__.py", "python -m resnet_jax train")],
+)
+def test_help_names_the_command_that_was_called(script, usage, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script])
+    assert parser.main(["train", "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {usage} [--config=RECIPE")
+
+
+def test_a_stopped_run_says_so_once(capsys):
+    error = StoppedError("stopped by a signal after step 3; all is saved")
+    assert parser._fail(error, STOPPED, "stopped") == STOPPED
+    assert capsys.readouterr().err == "stopped: by a signal after step 3; all is saved\n"

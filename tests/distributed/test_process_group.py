@@ -14,7 +14,7 @@ import pytest
 
 from resnet_jax.cli import parser
 from resnet_jax.distributed import heartbeat
-from resnet_jax.distributed.heartbeat import Watch
+from resnet_jax.distributed.heartbeat import Heartbeat
 from resnet_jax.distributed.process_group import first_difference, process_group
 from resnet_jax.errors import LOST, MISTAKE, STOPPED, ConfigError, PeerError
 from tests.conftest import FAST_COMPILE
@@ -156,7 +156,7 @@ def test_lost_stopped_and_resumed_by_another_number_of_processes(tmp_path):
         assert ends(processes) == [STOPPED, STOPPED]
         stopped = [text(tmp_path, i).splitlines()[-1] for i in range(2)]
         assert stopped[0] == stopped[1]
-        assert stopped[0].startswith("stopped: stopped by a signal after step ")
+        assert stopped[0].startswith("stopped: by a signal after step ")
         assert "top-1" not in text(tmp_path, 1)  # only the first process talks
         assert int(state_of(workdir)["step"]) < STEPS
         assert ends(lone) == [0]
@@ -219,7 +219,7 @@ def test_two_processes_equal_one_and_disagree_by_name(tmp_path):
 def test_a_workdir_that_cannot_be(capsys):
     assert parser.main(["train", "--workdir=gs://bucket/run"]) == MISTAKE
     output = capsys.readouterr().err
-    assert "gs://bucket/run: must be a folder" in output
+    assert "gs://bucket/run: must be a local folder" in output
     assert output.count("\n") == 1
 
 
@@ -260,7 +260,7 @@ def watches(monkeypatch):
     ended = []
     monkeypatch.setattr(heartbeat, "end_process", lambda *verdict: ended.append(verdict))
     table = Texts()
-    found = [Watch(table, index, 3, beat=0.01) for index in range(3)]
+    found = [Heartbeat(table, index, 3, beat=0.01) for index in range(3)]
     for each in found:
         each.ended = ended
     yield found

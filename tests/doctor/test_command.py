@@ -294,7 +294,7 @@ def test_processes_that_cannot_compute_together():
     assert processes.readiness(group, dict.fromkeys(range(3), OK)) is None
     found = processes.readiness(group, {0: OK, 1: PROBLEM})
     assert found.text == (
-        "they cannot compute together: process 1 has a problem; process 2 has not come so far"
+        "they cannot compute together: process 1 has a problem; process 2 has not reported yet"
     )
 
 

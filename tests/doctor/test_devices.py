@@ -212,7 +212,7 @@ def test_a_jax_that_does_not_start(machine):
     here = machine(JAX_PLATFORMS="cuda")
     found = devices.judge_failure(AssertionError(), here)
     assert found.level == PROBLEM
-    assert "JAX_PLATFORMS=cuda asks for what this machine does not have" in found.text
+    assert "JAX_PLATFORMS=cuda names a platform that this machine lacks" in found.text
     error = RuntimeError("Unable to initialize backend 'tpu': the sky has fallen")
     assert "the sky has fallen" in devices.judge_failure(error, machine()).text
     log = ["Unable to load cuDNN. Is it installed?"]
@@ -299,11 +299,11 @@ def test_an_amd_card_is_checked_like_others(use, machine, monkeypatch):
 
 def test_how_memory_is_taken(use, machine):
     use(Device(H100))
-    assert devices.preallocation(machine()).text == "75% of each card is taken at the start"
+    assert devices.preallocation(machine()).text == "75% of each card is reserved at the start"
     less = devices.preallocation(machine(XLA_CLIENT_MEM_FRACTION="0.5"))
-    assert less.text == "50% of each card is taken at the start"
+    assert less.text == "50% of each card is reserved at the start"
     none = devices.preallocation(machine(XLA_PYTHON_CLIENT_PREALLOCATE="false"))
-    assert none.text == "none; up to 75% of each card is taken as it is needed"
+    assert none.text == "none; up to 75% of each card is allocated on demand"
     slow = devices.preallocation(machine(XLA_PYTHON_CLIENT_ALLOCATOR="platform"))
     assert slow.level == WARNING
     use(Device("cpu", "cpu"))

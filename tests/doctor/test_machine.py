@@ -84,7 +84,7 @@ def test_a_plugin_that_does_not_go_with_jaxlib(machine, installed):
     installed(jaxlib="0.10.2", jax_cuda12_plugin="0.9.0")
     found = checks.accelerator_packages(machine(cards=1))
     assert found.level == PROBLEM
-    assert "jax-cuda12-plugin 0.9.0 does not go with jaxlib 0.10.2" in found.text
+    assert "jax-cuda12-plugin 0.9.0 does not match jaxlib 0.10.2" in found.text
     assert found.text.endswith("pip install -U 'jax[cuda12]'")
     installed(jaxlib="0.10.2", jax_cuda12_plugin="0.10.2", jax_cuda13_plugin="0.10.2")
     assert "both installed" in checks.accelerator_packages(machine()).text

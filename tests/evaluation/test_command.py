@@ -98,7 +98,7 @@ def test_an_existing_file_stays(place, tmp_path, capsys):
     ("flags", "data", "message"),
     [
         (["--views=center"], "data", "--views: unknown view 'center'"),
-        (["--views=multi_scale", "--scales=8;9"], "data", "--scales=8;9: pixels with commas"),
+        (["--views=multi_scale", "--scales=8;9"], "data", "--scales=8;9: must be pixels"),
         (["--max_corrupt=0"], "data", "data.max_corrupt = 0: more images than that"),
         (["--json=/nowhere/a.json"], "data", "--json=/nowhere/a.json: cannot be written"),
         (["--json=/"], "data", "--json=/: is a folder"),
@@ -190,9 +190,9 @@ def test_a_missing_or_foreign_network(source, place, tmp_path, capsys, monkeypat
 def test_the_data_of_a_run_is_opened_for_its_user_only(
     kind, tiny_model, tmp_path, capsys, monkeypatch
 ):
-    from resnet_jax.config import schema as c
+    from resnet_jax import config as c
     from resnet_jax.training.loop import train
-    from resnet_jax.workdirs import ownership
+    from resnet_jax.workdirs import signature
 
     data = f"folder:{tmp_path}/data"
     for split in ("train", "test"):
@@ -211,7 +211,7 @@ def test_the_data_of_a_run_is_opened_for_its_user_only(
         log=c.Log(tensorboard=False),
     )
     top1 = train(config, tmp_path / "run").metrics["top1"]
-    monkeypatch.setattr(ownership, "_signed", set())  # as another process of this user
+    monkeypatch.setattr(signature, "_signed", set())  # as another process of this user
     command = ["evaluate", str(tmp_path / "run"), "--json=-"]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == top1

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.data import scales as data_scales
 from resnet_jax.data.sources import open_source
 from resnet_jax.evaluation.evaluator import Evaluator, evaluate_network

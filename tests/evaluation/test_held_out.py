@@ -6,7 +6,7 @@ import json
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.data.pipeline import CorruptImages, open_dataset
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources import open_source

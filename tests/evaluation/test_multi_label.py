@@ -10,8 +10,8 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 import resnet_jax as rj
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
 from resnet_jax.data.pipeline import InMemoryDataset, Shard
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.distributed import data_parallel

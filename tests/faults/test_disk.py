@@ -19,14 +19,13 @@ import chex
 import jax
 import pytest
 
+from resnet_jax import config as c
 from resnet_jax.cli import commands, parser
-from resnet_jax.config import schema as c
 from resnet_jax.errors import ConfigError, DivergedError, PeerError, StoppedError
 from resnet_jax.training.loop import _Run, train
 from resnet_jax.training.metrics import MetricAccumulator, Trace
 from resnet_jax.workdirs.checkpoint import Checkpoints
-from resnet_jax.workdirs.metric_writers import MetricWriters
-from resnet_jax.workdirs.workdir import Appender
+from resnet_jax.workdirs.metric_writers import Appender, MetricWriters
 from tests.training.test_loop import configuration, records, state_of
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -107,7 +106,7 @@ def test_tensorboard_is_left_out(harm, words, tmp_path, monkeypatch):
     file.close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
     (line,) = [line for line in stream.getvalue().splitlines() if "TensorBoard" in line]
-    assert "TensorBoard is left out from here on: " in line
+    assert "TensorBoard is disabled from here on: " in line
     assert words in line
 
 
@@ -139,8 +138,8 @@ def test_a_copy_that_cannot_begin_is_left_out(tmp_path, monkeypatch):
     told.close()
     assert len(records(tmp_path)) == 1
     lines = stream.getvalue().splitlines()
-    found = [line.partition(":")[0] for line in lines if "left out" in line]
-    assert found == ["TensorBoard is left out", "Weights & Biases is left out"]
+    found = [line.partition(":")[0] for line in lines if "is disabled" in line]
+    assert found == ["TensorBoard is disabled", "Weights & Biases is disabled"]
 
 
 def test_the_same_name_in_two_folders_is_two_runs(tmp_path, monkeypatch):

@@ -207,7 +207,7 @@ def test_a_second_request_ends_the_process():
     )
     with started(["-c", code], stderr=subprocess.PIPE) as run:
         assert run.wait(60) == -signal.SIGINT
-        assert run.stderr.read() == b"stopping after this step; all will be saved\n"
+        assert run.stderr.read() == b"stopping after this step; everything will be saved\n"
         run.stderr.close()
 
 

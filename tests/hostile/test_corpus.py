@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
 from resnet_jax.training.loop import train
 from tests.hostile import images, names, numbers, states, weights, workdirs  # noqa: F401
 from tests.hostile.corpus import CASES, Places

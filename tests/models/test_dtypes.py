@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import create_state

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources.known_sizes import SizeOnlySource
 from resnet_jax.distributed.data_parallel import parallel_outputs, parallel_sums

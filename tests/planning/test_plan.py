@@ -11,8 +11,8 @@ import pytest
 from jax.experimental import topologies
 from jaxlib import xla_client
 
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
 from resnet_jax.data.sources.known_sizes import KNOWN_SIZES, training_size
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.distributed.device_memory import memory_fraction

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
 from resnet_jax.data.sources import open_source
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.report import figures, predictions, sections
@@ -22,7 +22,7 @@ from resnet_jax.report.page import _write, write_report
 from resnet_jax.report.predictions import HeldOutData, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training.loop import train
-from resnet_jax.workdirs.workdir import read_class_names
+from resnet_jax.workdirs.description import read_class_names
 from tests.evaluation.settings import photo, prepare_sets, tiny_network
 
 pytestmark = pytest.mark.usefixtures("tiny_model")

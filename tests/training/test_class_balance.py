@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.data.pipeline import (
     BalancedSampler,
     CorruptImages,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
+from resnet_jax import config as c
 from resnet_jax.cli.parser import parse_train_flags
-from resnet_jax.config import schema as c
 from resnet_jax.config.schema import Checkpoint, Config, Data
 from resnet_jax.errors import ConfigError
 from resnet_jax.evaluation.held_out import evaluate_data

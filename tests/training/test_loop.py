@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
 from resnet_jax.data.memory import InMemoryDataset
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError

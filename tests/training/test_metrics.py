@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.errors import ConfigError
 from resnet_jax.training.metrics import MetricAccumulator, _Sums
 from resnet_jax.training.optimizer import RunLength

@@ -10,8 +10,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import resnet_jax as rj
-from resnet_jax.config import schema as c
-from resnet_jax.config.schema import check
+from resnet_jax import config as c
+from resnet_jax.config.validation import check
 from resnet_jax.data import pipeline
 from resnet_jax.data.augment.apply import augment, make_targets
 from resnet_jax.distributed import data_parallel

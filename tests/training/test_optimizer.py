@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.config.model import make_model
 from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import (

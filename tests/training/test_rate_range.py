@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema as c
 from resnet_jax.errors import ConfigError, DataError
 from resnet_jax.training import rate_range
 from resnet_jax.training.loop import train
@@ -207,7 +207,7 @@ def test_the_command(tmp_path, capsys, monkeypatch, measured):
     out, err = capsys.readouterr()
     assert out == "--config.optimizer.learning_rate=0.02\n"
     assert (
-        "falls fastest at 0.02; before its first rise it is least at 0.1, of which a tenth" in err
+        "falls fastest at 0.02; before its first rise it is lowest at 0.1, of which a tenth" in err
     )
     assert "a tenth is 0.01; the curve is in rate.png" in err
     assert "train.batch_size makes them 2 times as much" in err

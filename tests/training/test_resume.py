@@ -3,7 +3,7 @@
 import chex
 import pytest
 
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.errors import ConfigError, StoppedError
 from resnet_jax.training.loop import train
 from resnet_jax.workdirs.checkpoint import Checkpoints
@@ -85,7 +85,7 @@ def test_where_no_state_is_whole_nothing_is_touched(straight):
     for step in steps:
         (step / "more").touch()
     before = (straight / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"no state .* is whole .*more does not belong"):
+    with pytest.raises(ConfigError, match=r"no state .* is intact .*more does not belong"):
         train(configuration(), straight)
     assert (straight / "metrics.jsonl").read_bytes() == before
     for step in steps:

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.distributed import data_parallel
 from resnet_jax.training.optimizer import RunLength, make_optimizer
 from resnet_jax.training.state import LossScale, TrainState, create_state

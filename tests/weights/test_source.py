@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.evaluation.held_out import evaluate_data
 from resnet_jax.training.loop import train
 from resnet_jax.weights import weight_file

@@ -17,12 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from resnet_jax.config import schema as c
-from resnet_jax.errors import ConfigError
+from resnet_jax import config as c
+from resnet_jax.errors import ConfigError, write_errors
+from resnet_jax.files import atomic_write
 from resnet_jax.training.state import TrainState
-from resnet_jax.workdirs import checkpoint, checksums, workdir
+from resnet_jax.workdirs import checksums, description, saved_state, workdir
 from resnet_jax.workdirs.checkpoint import Checkpoints, load_variables
 from resnet_jax.workdirs.evaluations import Evaluations
+from resnet_jax.workdirs.metric_writers import Appender
 
 
 def state(step):
@@ -71,7 +73,7 @@ def two(tmp_path_factory):
     """A workdir with the states 1 (the best) and 2."""
     folder = tmp_path_factory.mktemp("two")
     save(folder, 0.9, 0.1)
-    workdir.write_config(folder, c.Config(), ["a", "b"], {"train": "1", "eval": "2"})
+    description.write_description(folder, c.Config(), ["a", "b"], {"train": "1", "eval": "2"})
     return folder
 
 
@@ -181,7 +183,7 @@ def test_a_state_is_copied_once(backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     got = np.zeros(3)
     monkeypatch.setattr(jax, "device_get", lambda tree: jax.tree.map(lambda _: got, tree))
-    copied = checkpoint._copy({"w": 0})["w"]
+    copied = saved_state.copy_to_host({"w": 0})["w"]
     assert np.shares_memory(copied, got) == (backend == "tpu")
 
 
@@ -405,7 +407,9 @@ def test_a_state_under_another_number_is_damaged(before, copy):
     )
     chex.assert_trees_all_equal(restored(copy), state(1))
     (folder / "1").rename(folder / "7")
-    with pytest.raises(ConfigError, match=r"no state .* is whole \(step 7: it holds step 1, not 7"):
+    with pytest.raises(
+        ConfigError, match=r"no state .* is intact \(step 7: it holds step 1, not 7"
+    ):
         load_variables(copy)
 
 
@@ -480,7 +484,7 @@ def test_a_state_that_is_a_link_is_never_followed(copy, tmp_path):
     (folder / "2").symlink_to(tmp_path / "elsewhere")
     assert load_variables(copy, best=False).step == 1
     (line,) = Checkpoints(copy).set_damaged_aside()
-    assert "step 2 is damaged: it is a link or no folder" in line
+    assert "step 2 is damaged: it is a link or not a folder" in line
     assert (tmp_path / "elsewhere" / checksums.NAME).exists()
     assert (folder / "2.damaged").is_symlink()
 
@@ -533,7 +537,7 @@ def test_where_no_state_is_whole_all_stay(copy):
     for step in (1, 2):
         truncate(copy / "checkpoints" / str(step) / "progress.json")
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"no state .* is whole \(step 1: progress\.json"):
+        with pytest.raises(ConfigError, match=r"no state .* is intact \(step 1: progress\.json"):
             Checkpoints(copy).set_damaged_aside()
     assert steps(copy) == [1, 2]
     assert workdir.has_states(copy)
@@ -588,7 +592,7 @@ def test_variables_come_from_the_next_best_state(best, damaged, copy, caplog):
     assert f"the state at step {damaged} is damaged: default/_METADATA" in caplog.text
     assert sorted(copy.rglob("*")) == before
     truncate(next((copy / "checkpoints" / str(3 - damaged) / "default" / "d").iterdir()))
-    with pytest.raises(ConfigError, match=r"no state .* is whole .*default/d/"):
+    with pytest.raises(ConfigError, match=r"no state .* is intact .*default/d/"):
         load_variables(copy, best=best)
 
 
@@ -669,7 +673,7 @@ def test_a_kill_between_any_two_calls_to_the_disk(tmp_path, disk):
 def test_what_a_failed_write_leaves_behind_is_not_told(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    checkpoint._hush_orphans.__wrapped__()
+    saved_state.silence_closed_loops.__wrapped__()
     for text in ("Event loop is closed", "another"):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
     assert [str(each.exc_value) for each in told] == ["another"]
@@ -704,7 +708,7 @@ def test_a_failed_write_is_told(when, where, name, failure, tmp_path, monkeypatc
     assert "\n" not in str(caught.value)
     checkpoints.close()  # told once
     chex.assert_trees_all_equal(restored(tmp_path), state(1))
-    assert not (tmp_path / "checkpoints" / ".unfinished" / "2").exists()
+    assert not [*(tmp_path / "checkpoints" / ".unfinished").glob("*")]
 
 
 def test_a_full_disk(small_disk):
@@ -724,13 +728,14 @@ def test_a_full_disk(small_disk):
 
 def test_a_full_disk_and_small_files(small_disk):
     path = small_disk / "config.json"
-    workdir.write_whole(path, "before")
+    atomic_write(path, "before")
     (small_disk / "others").write_bytes(bytes(500_000))
-    with pytest.raises(ConfigError, match=r"config\.json cannot be written \(No space left"):
-        workdir.write_whole(path, "x" * 100_000)
+    full_disk = pytest.raises(ConfigError, match=r"config\.json cannot be written \(No space left")
+    with full_disk, write_errors(path):
+        atomic_write(path, "x" * 100_000)
     assert path.read_text() == "before"
     assert sorted(os.listdir(small_disk)) == ["config.json", "others"]
-    records = workdir.Appender(small_disk / "metrics.jsonl")
+    records = Appender(small_disk / "metrics.jsonl")
     records.write(b"{}\n")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written \(No space left"):
         records.write(b"x" * 100_000)
@@ -768,7 +773,7 @@ def test_a_slow_disk_holds_up_only_the_next_save(tmp_path, monkeypatch):
     assert 1 in steps(tmp_path)
     checkpoints.close()
     timer.join()
-    assert checkpoint.Checkpoints(tmp_path).latest == 2
+    assert Checkpoints(tmp_path).latest == 2
 
 
 # The folder.
@@ -788,15 +793,15 @@ def test_another_data_set_is_refused_unless_allowed(copy):
 
 def test_small_files_are_whole_or_not_there(tmp_path, disk):
     path = tmp_path / "classes.json"
-    workdir.write_whole(path, "before")
+    atomic_write(path, "before")
     disk["calls"].clear()
-    workdir.write_whole(path, "after")
+    atomic_write(path, "after")
     for last in range(len(disk["calls"])):
-        workdir.write_whole(path, "before")
+        atomic_write(path, "before")
         disk["calls"].clear()
         disk["last"] = last
         with pytest.raises(Killed):
-            workdir.write_whole(path, "after")
+            atomic_write(path, "after")
         disk["last"] = None
         assert path.read_text() in ("before", "after")
 

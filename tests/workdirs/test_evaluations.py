@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from resnet_jax.config import schema as c
+from resnet_jax import config as c
 from resnet_jax.errors import ConfigError
 from resnet_jax.workdirs.evaluations import EMA, RAW, Evaluations
 

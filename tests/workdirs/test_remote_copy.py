@@ -16,7 +16,7 @@ from resnet_jax.errors import ConfigError, DivergedError, StoppedError
 from resnet_jax.training import state_evaluator
 from resnet_jax.training.loop import train
 from resnet_jax.workdirs.checkpoint import Checkpoints
-from resnet_jax.workdirs.remote_copy import Bucket
+from resnet_jax.workdirs.remote_copy import RemoteCopy
 from resnet_jax.workdirs.workdir import saved_steps
 from tests.training.runs import state_of, stop_after, without_times
 from tests.training.test_loop import configuration
@@ -89,7 +89,7 @@ def test_a_state_that_has_diverged_leaves_the_copy(tmp_path, monkeypatch):
 
 
 def bucket(copy, workdir, **changes):
-    return Bucket(configuration(checkpoint__copy_to=str(copy), **changes), workdir)
+    return RemoteCopy(configuration(checkpoint__copy_to=str(copy), **changes), workdir)
 
 
 def test_only_complete_states_are_taken(copy, tmp_path):
@@ -184,7 +184,8 @@ def test_no_state_is_whole_in_either(places):
     (copy / "checkpoints" / "6" / "progress.json").unlink()
     before = contents(copy)
     message = (
-        r"no state of the run is whole, neither in .*run/checkpoints \(step 3: progress.*step 6: .*"
+        r"no state of the run is intact, neither in .*run/checkpoints \(step 3: progress.*step 6"
+        r": .*"
         r"nor in checkpoint\.copy_to = .*copy' \(step 6: progress\.json is missing; step 4: "
     )
     with pytest.raises(ConfigError, match=message) as caught:
@@ -202,10 +203,12 @@ def test_a_state_that_is_damaged_in_the_copy_is_not_taken(places):
     run, copy = places
     damage(run, 6)
     damage(copy, 6)
-    bucket = Bucket(several_states(copy), run)
+    bucket = RemoteCopy(several_states(copy), run)
     bucket.fetch()
     assert [
-        line for line in bucket.fetched if "step 6 is damaged there: progress.json does" in line
+        line
+        for line in bucket.fetched
+        if "step 6 of the copy is damaged and not used: progress.json does" in line
     ]
     assert saved_steps(run) == [3, 4, 6]
     assert Checkpoints(run).set_damaged_aside()
@@ -217,9 +220,9 @@ def test_a_state_that_is_damaged_in_the_copy_is_not_taken(places):
 def test_a_state_under_another_number_in_the_copy(places):
     run, copy = places
     (copy / "checkpoints" / "6").rename(copy / "checkpoints" / "9")
-    bucket = Bucket(several_states(copy), run)
+    bucket = RemoteCopy(several_states(copy), run)
     bucket.fetch()
-    assert "step 9 is damaged there: it holds step 6, not 9" in bucket.fetched[0]
+    assert "step 9 of the copy is damaged and not used: it holds step 6, not 9" in bucket.fetched[0]
     assert saved_steps(run) == [3, 4, 6]
 
 
@@ -233,7 +236,7 @@ def test_lost_records_come_from_the_copy(places, several):
         lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[2:])),
     ):
         harm(run / "metrics.jsonl")
-        Bucket(several_states(copy), run).fetch()
+        RemoteCopy(several_states(copy), run).fetch()
         assert without_times(run) == without_times(copy) == whole
 
 
@@ -241,10 +244,10 @@ def test_records_are_not_replaced_by_fewer(places, several):
     """However they were lost, and also while the run is going on."""
     run, copy = places
     (run / "metrics.jsonl").write_bytes(b"")
-    Bucket(several_states(copy), run).push()
+    RemoteCopy(several_states(copy), run).push()
     assert without_times(copy) == without_times(several[0])
     (run / "metrics.jsonl").unlink()
-    Bucket(several_states(copy), run).push()
+    RemoteCopy(several_states(copy), run).push()
     assert without_times(copy) == without_times(several[0])
 
 
@@ -255,7 +258,7 @@ def test_only_records_of_the_steps_that_are_done_are_taken(places):
     (run / "metrics.jsonl").unlink()
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": NaN}\n[]\n{"step": 1e9}\n' + b"[" * 9_000 + b"\n\xff\xfe\n")
-    Bucket(several_states(copy), run).fetch()
+    RemoteCopy(several_states(copy), run).fetch()
     assert {record["step"] for record in without_times(run)} == {2, 3, 4}
 
 
@@ -265,15 +268,15 @@ def test_a_configuration_there_that_cannot_be_read(places):
     for content, words in (
         (b"", "cannot be read"),
         (b"{", "cannot be read"),
-        (b"{}", "is none that"),
+        (b"{}", "is not one that"),
     ):
         (copy / "config.json").write_bytes(content)
-        bucket = Bucket(several_states(copy), run)
+        bucket = RemoteCopy(several_states(copy), run)
         bucket.push()
         assert (copy / "config.json").read_bytes() == (run / "config.json").read_bytes()
         (copy / "config.json").write_bytes(content)
         before = contents(copy)
-        message = rf"its config\.json {words}.*, so nobody knows whether its states are of this run"
+        message = rf"its config\.json {words}.*, so it is unknown whether its states"
         with pytest.raises(ConfigError, match=message) as caught:
             train(several_states(copy), run.with_name("elsewhere"))
         assert "None ->" not in str(caught.value)
@@ -294,11 +297,11 @@ def test_a_flipped_bit_in_a_configuration_that_is_sealed(places):
         text = (copy / name).read_text()
         (copy / name).write_text(text.replace('"seed": 0', '"seed": 1').replace('"eval"', '"oval"'))
         assert (copy / name).read_text() != text
-    Bucket(several_states(copy), run)
-    with pytest.raises(ConfigError, match=r"config\.json does not match its checksum, so nobody"):
-        Bucket(several_states(copy), run.with_name("elsewhere"))
+    RemoteCopy(several_states(copy), run)
+    with pytest.raises(ConfigError, match=r"config\.json does not match its checksum, so it"):
+        RemoteCopy(several_states(copy), run.with_name("elsewhere"))
     (run / "data.json").unlink()
-    Bucket(several_states(copy), run).fetch()
+    RemoteCopy(several_states(copy), run).fetch()
     assert not (run / "data.json").exists()  # the start writes it
     assert (run / "SHA256SUMS").exists()
 
@@ -364,7 +367,7 @@ def test_files_of_somebody_else_in_a_copy_stay(places):
         letter.parent.mkdir(exist_ok=True, parents=True)
         letter.write_text("keep me")
     shutil.rmtree(run / "checkpoints" / "3")
-    Bucket(several_states(copy), run).push()
+    RemoteCopy(several_states(copy), run).push()
     assert all(letter.read_text() == "keep me" for letter in letters)
     left = [path for path in (copy / "checkpoints" / "3").rglob("*") if path.is_file()]
     assert left == [letters[3]]
@@ -376,7 +379,7 @@ def test_half_a_state_there_does_not_stay_in_the_whole_one(places, several):
     (copy / "checkpoints" / "6" / "SHA256SUMS").unlink()
     (copy / "checkpoints" / "6" / "default" / "d" / "0123").write_text("of a push that was cut off")
     (copy / "checkpoints" / "6" / ".resnet_jax.0123.partial").write_text("likewise")
-    Bucket(several_states(copy), run).push()
+    RemoteCopy(several_states(copy), run).push()
     chex.assert_trees_all_equal(state_of(copy), state_of(several[0]))
 
 
@@ -393,12 +396,12 @@ def test_nothing_is_written_through_links_there(name, places, tmp_path):
     (copy / name).rename(victim)
     before = contents(victim) if victim.is_dir() else victim.read_bytes()
     (copy / name).symlink_to(victim)
-    with pytest.raises(ConfigError, match=r"is a link or no plain file; take another place"):
-        Bucket(several_states(copy), run)
+    with pytest.raises(ConfigError, match=r"is a link or not a plain file; use another address"):
+        RemoteCopy(several_states(copy), run)
     (copy / name).unlink()
     os.mkfifo(copy / name)
-    with pytest.raises(ConfigError, match=r"is a link or no plain file; take another place"):
-        Bucket(several_states(copy), run)
+    with pytest.raises(ConfigError, match=r"is a link or not a plain file; use another address"):
+        RemoteCopy(several_states(copy), run)
     assert (contents(victim) if victim.is_dir() else victim.read_bytes()) == before
 
 
@@ -422,9 +425,9 @@ def test_names_in_a_bucket_lead_nowhere_else(name, several, tmp_path):
     system.pipe_file(seal, system.cat_file(seal) + f"{64 * '0'}  {name}\n".encode())
     store[f"{root}/checkpoints/6/{name}"] = MemoryFile(system, name, b"harm")
     (tmp_path / "run").mkdir()
-    bucket = Bucket(several_states(f"memory:/{root}"), tmp_path / "run")
+    bucket = RemoteCopy(several_states(f"memory:/{root}"), tmp_path / "run")
     bucket.fetch()
-    assert "step 6 is damaged there: " in bucket.fetched[0]
+    assert "step 6 of the copy is damaged and not used: " in bucket.fetched[0]
     assert saved_steps(tmp_path / "run") == [3, 4]
     assert not list(tmp_path.rglob("*out*"))
 
@@ -433,7 +436,7 @@ def test_files_in_the_copy_that_are_too_large(places):
     run, copy = places
     shutil.rmtree(run / "checkpoints" / "6")
     os.truncate(copy / "checkpoints" / "6" / "SHA256SUMS", 2**40)
-    bucket = Bucket(several_states(copy), run)
+    bucket = RemoteCopy(several_states(copy), run)
     bucket.fetch()
     assert "SHA256SUMS has 1,099,511,627,776 bytes" in bucket.fetched[0]
     os.truncate(copy / "metrics.jsonl", 2**40)
@@ -441,7 +444,7 @@ def test_files_in_the_copy_that_are_too_large(places):
         bucket.fetch()
     os.truncate(copy / "config.json", 2**40)
     with pytest.raises(ConfigError, match=r"its config\.json has 1,099,511,627,776 bytes"):
-        Bucket(several_states(copy), run.with_name("elsewhere"))
+        RemoteCopy(several_states(copy), run.with_name("elsewhere"))
 
 
 def test_another_run_is_not_replaced(copy, tmp_path):
@@ -469,7 +472,7 @@ def test_a_failing_copy_is_one_line_and_is_made_up_for(
     config = configuration(checkpoint__copy_to=str(copy))
     train(config, tmp_path / "run")
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "copy_to" in x]
-    assert "cannot be written (ConnectionError: no route to host)" in line
+    assert "cannot be written (ConnectionError: no route)" in line
     assert saved_steps(copy) == saved_steps(tmp_path / "run")
     chex.assert_trees_all_equal(state_of(copy), state_of(straight[0]))
 

@@ -9,7 +9,7 @@ import pytest
 
 from resnet_jax.config.schema import Checkpoint, Config, Data, Train
 from resnet_jax.errors import ConfigError
-from resnet_jax.workdirs import ownership, workdir
+from resnet_jax.workdirs import description, signature, workdir
 from tests.training.runs import records
 
 DESCRIPTIONS = ("config.json", "classes.json", "data.json")
@@ -19,18 +19,18 @@ DESCRIPTIONS = ("config.json", "classes.json", "data.json")
 def described(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    workdir.write_config(folder, Config(), ["cat", "dog"], {"train": "abc"})
+    description.write_description(folder, Config(), ["cat", "dog"], {"train": "abc"})
     return folder
 
 
 def test_the_seal_is_one_that_sha256sum_checks(described):
     if shutil.which("sha256sum") is None:
         pytest.skip("needs sha256sum")
-    command = ["sha256sum", "--check", "--strict", workdir.SEAL]
+    command = ["sha256sum", "--check", "--strict", description.SEAL]
     assert subprocess.run(command, cwd=described, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("name", [*DESCRIPTIONS, workdir.SEAL])
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, description.SEAL])
 def test_every_flipped_bit_is_noticed(name, described):
     path = described / name
     before = path.read_bytes()
@@ -39,35 +39,35 @@ def test_every_flipped_bit_is_noticed(name, described):
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         with pytest.raises(ConfigError, match=r"does not match its checksum"):
-            [workdir.read_description(described, each) for each in DESCRIPTIONS]
+            [description.read_description(described, each) for each in DESCRIPTIONS]
 
 
 def test_without_a_seal_nothing_is_compared(described):
-    (described / workdir.SEAL).unlink()
+    (described / description.SEAL).unlink()
     (described / "classes.json").write_text('["cow"]')
-    assert workdir.read_class_names(described) == ("cow",)
+    assert description.read_class_names(described) == ("cow",)
 
 
 @pytest.mark.parametrize(
     "content", [f'["{"x" * 20_000}"]', "{", '{"a": 1}', "[1]", "[" * 10_000, "nonsense"]
 )
 def test_names_that_are_none(content, described):
-    (described / workdir.SEAL).unlink()
+    (described / description.SEAL).unlink()
     (described / "classes.json").write_text(content)
     with pytest.raises(ConfigError, match=r"classes.json cannot be read"):
-        workdir.read_class_names(described)
+        description.read_class_names(described)
 
 
 def test_class_counts(described):
-    assert workdir.read_class_counts(described) == {}
+    assert description.read_class_counts(described) == {}
     counts = {"train": np.array([3, 0]), "eval": np.zeros(0, np.int64)}
-    workdir.write_config(described, Config(), ["cat", "dog"], {"train": "abc"}, counts)
-    (found,) = workdir.read_class_counts(described).items()
+    description.write_description(described, Config(), ["cat", "dog"], {"train": "abc"}, counts)
+    (found,) = description.read_class_counts(described).items()
     assert (found[0], found[1].tolist()) == ("train", [3, 0])  # what was not counted is not noted
     (described / "checkpoints" / "1").mkdir(parents=True)
     workdir.open_workdir(described, Config(), {"train": "abc"})  # and is none of the fingerprints
     (described / "data.json").unlink()
-    assert workdir.read_class_counts(described) == {}
+    assert description.read_class_counts(described) == {}
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def test_class_counts(described):
     + ['{"train": [1]}', '{"train": {"a": 1}}', '{"train": [1, 99999999999]}', "[" * 10_000],
 )  # fmt: skip
 def test_class_counts_that_are_none(counts, described):
-    (described / workdir.SEAL).unlink()
+    (described / description.SEAL).unlink()
     (described / "data.json").write_text(f'{{"class_counts": {counts}}}')
     with pytest.raises(ConfigError, match=r"data.json cannot be read .*; restore it"):
-        workdir.read_class_counts(described)
+        description.read_class_counts(described)
 
 
 def test_only_what_differs_is_written(described):
@@ -86,11 +86,11 @@ def test_only_what_differs_is_written(described):
         return {name: (described / name).stat().st_mtime_ns for name in DESCRIPTIONS}
 
     before = times()
-    workdir.write_config(described, Config(), ["cat", "dog"], {"train": "abc"})
+    description.write_description(described, Config(), ["cat", "dog"], {"train": "abc"})
     assert times() == before
     changed = Config(train=Train(seed=3))
-    workdir.write_config(described, changed, ["cat", "dog"], {"train": "abc"})
-    assert workdir.read_config(described) == changed
+    description.write_description(described, changed, ["cat", "dog"], {"train": "abc"})
+    assert description.read_config(described) == changed
 
 
 def test_a_damaged_configuration_is_not_called_another_run(described):
@@ -99,30 +99,30 @@ def test_a_damaged_configuration_is_not_called_another_run(described):
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 8'))
     with pytest.raises(ConfigError, match=r"config.json does not match its checksum"):
         workdir.open_workdir(described, Config(), {"train": "abc"})
-    (described / workdir.SEAL).unlink()
+    (described / description.SEAL).unlink()
     with pytest.raises(ConfigError, match=r"another configuration \(train.seed: 8 -> 0\)"):
         workdir.open_workdir(described, Config(), {"train": "abc"})
 
 
 def as_another_process(monkeypatch):
-    monkeypatch.setattr(ownership, "_signed", set())
+    monkeypatch.setattr(signature, "_signed", set())
 
 
 def test_whose_workdir_it_is(described, tmp_path, monkeypatch):
     as_another_process(monkeypatch)
-    assert ownership.is_own(described)
+    assert signature.is_own(described)
     moved = shutil.copytree(described, tmp_path / "moved")
-    assert ownership.is_own(moved)
+    assert signature.is_own(moved)
     path = moved / "config.json"
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 8'))
-    assert not ownership.is_own(moved)
+    assert not signature.is_own(moved)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-    assert not ownership.is_own(described)
-    (described / ownership.SIGNATURE).write_text("0" * 64)
-    assert not ownership.is_own(described)
-    workdir.write_config(described, Config(), ["cat", "dog"], {"train": "abc"})
+    assert not signature.is_own(described)
+    (described / signature.SIGNATURE).write_text("0" * 64)
+    assert not signature.is_own(described)
+    description.write_description(described, Config(), ["cat", "dog"], {"train": "abc"})
     as_another_process(monkeypatch)
-    assert ownership.is_own(described)
+    assert signature.is_own(described)
     assert oct((tmp_path / "another user/resnet_jax/key").stat().st_mode & 0o777) == "0o600"
 
 
@@ -131,9 +131,9 @@ def test_a_damaged_key_is_replaced(described, tmp_path, monkeypatch):
     key.parent.mkdir(parents=True)
     key.write_bytes(b"short")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    workdir.write_config(described, Config(data=Data(threads=3)), ["cat"], {})
+    description.write_description(described, Config(data=Data(threads=3)), ["cat"], {})
     as_another_process(monkeypatch)
-    assert ownership.is_own(described)
+    assert signature.is_own(described)
 
 
 def test_a_relative_state_folder_is_ignored(described, tmp_path, monkeypatch):
@@ -142,12 +142,12 @@ def test_a_relative_state_folder_is_ignored(described, tmp_path, monkeypatch):
     key.parent.mkdir(parents=True)
     key.write_bytes(bytes(32))
     content = (described / "config.json").read_bytes()
-    (described / ownership.SIGNATURE).write_bytes(ownership._signature(bytes(32), content))
+    (described / signature.SIGNATURE).write_bytes(signature._signature(bytes(32), content))
     as_another_process(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", "st")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert not ownership.is_own(described)
+    assert not signature.is_own(described)
 
 
 def test_a_workdir_whose_name_is_not_utf8(tmp_path):
@@ -160,10 +160,10 @@ def test_without_a_place_for_the_key(place, described, tmp_path, monkeypatch):
     """This process knows what it wrote; the next one does not."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", os.path.join(tmp_path, place))
-    workdir.write_config(described, Config(data=Data(threads=3)), ["cat"], {})
-    assert ownership.is_own(described)
+    description.write_description(described, Config(data=Data(threads=3)), ["cat"], {})
+    assert signature.is_own(described)
     as_another_process(monkeypatch)
-    assert not ownership.is_own(described)
+    assert not signature.is_own(described)
 
 
 def test_without_a_home(described, monkeypatch):
@@ -172,9 +172,9 @@ def test_without_a_home(described, monkeypatch):
 
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setattr("pathlib.Path.home", nobody)
-    workdir.write_config(described, Config(data=Data(threads=3)), ["cat"], {})
+    description.write_description(described, Config(data=Data(threads=3)), ["cat"], {})
     as_another_process(monkeypatch)
-    assert not ownership.is_own(described)
+    assert not signature.is_own(described)
 
 
 def test_lines_that_are_no_records_are_set_aside(tmp_path):
@@ -199,11 +199,13 @@ def test_data_may_move(kind, tmp_path, monkeypatch):
     (run / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    workdir.write_config(run, Config(data=Data(name=f"{kind}:data")), ["cat"], {"train": "abc"})
-    assert workdir.read_config(run).data.name == f"{kind}:{tmp_path}/data"
+    description.write_description(
+        run, Config(data=Data(name=f"{kind}:data")), ["cat"], {"train": "abc"}
+    )
+    assert description.read_config(run).data.name == f"{kind}:{tmp_path}/data"
     for path in ("data", "./data/", f"{tmp_path}/data", "/elsewhere"):
         workdir.open_workdir(run, Config(data=Data(name=f"{kind}:{path}")), {"train": "abc"})
-        with pytest.raises(ConfigError, match=r"has changed since .fingerprints: train: abc"):
+        with pytest.raises(ConfigError, match=r"has changed since .*fingerprints: train: abc"):
             workdir.open_workdir(run, Config(data=Data(name=f"{kind}:{path}")), {"train": "x"})
     with pytest.raises(ConfigError, match=rf"data.name: '{kind}:.*' -> 'digits'"):
         workdir.open_workdir(run, Config(data=Data(name="digits")), {"train": "abc"})
@@ -218,7 +220,7 @@ def test_first_weights_in_another_spelling(tmp_path, monkeypatch):
     (tmp_path / "w.npz").touch()
     monkeypatch.chdir(tmp_path)
     first = Config(checkpoint=Checkpoint(init_from="w.npz"))
-    workdir.write_config(run, first, ["cat"], {})
+    description.write_description(run, first, ["cat"], {})
     workdir.open_workdir(run, first, {})
     again = f"../{tmp_path.name}/w.npz"
     workdir.open_workdir(run, Config(checkpoint=Checkpoint(init_from=again)), {})
