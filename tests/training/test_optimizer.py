@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from resnet_jax.config.schema import SCHEDULES
 from resnet_jax import config as c
 from resnet_jax.config.model import make_model
 from resnet_jax.training.loop import train
@@ -90,7 +91,7 @@ def test_a_warmup_starts_where_its_source_says():
     np.testing.assert_allclose(found[:6], [0.5, 0.625, 0.75, 0.875, 1, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", c.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_step_of_a_run_has_a_rate_above_0(name):
     for warmup, steps in itertools.product((0, 1, 10, 200), (1, 2, 100)):
         schedule = c.Schedule(name=name, warmup_epochs=warmup / 10, boundaries=(0.9,))
