@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from resnet_jax import WeightsError
-from resnet_jax.cli import parser
+from resnet_jax.cli import commands, parser
 from resnet_jax.config.schema import Checkpoint, Config, Log
 from resnet_jax.data.decode import image_pixels, jpeg
 from resnet_jax.data.sources import open_source
@@ -111,7 +111,7 @@ CASES = {
         lambda at: __import__("resnet_jax").load_weights(__import__("resnet_jax").ResNet20(), at),
         "orbax",
         WeightsError,
-        ("resnet_jax.workdirs.checkpoint",),
+        ("resnet_jax.workdirs.checkpoint", "resnet_jax.workdirs.saved_state"),
     ),
 }
 
@@ -175,7 +175,7 @@ def test_a_missing_module_of_ours_is_a_bug(name, monkeypatch):
     def command(options):
         raise error
 
-    monkeypatch.setattr(parser.commands, "summary", command)
+    monkeypatch.setattr(commands, "summary", command)
     with pytest.raises(ModuleNotFoundError):
         parser.main(["summary", "resnet20"])
 

@@ -61,7 +61,7 @@ def result():
         print("a result")
 
 commands.summary = lambda options: {what}
-sys.exit(cli.main(["summary", "resnet20"]))
+sys.exit(parser.main(["summary", "resnet20"]))
 """
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -225,8 +225,8 @@ CLOSED = "<&- >&- 2>&-"
 
 def test_a_closed_stream_gets_no_file_of_the_run(tmp_path):
     code = (
-        "import os, sys\nfrom resnet_jax import cli\n"
-        "cli._open_closed_streams()\n"
+        "import os, sys\nfrom resnet_jax.cli import parser\n"
+        "parser._open_closed_streams()\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
         "print('out'); print('err', file=sys.stderr); os.write(1, b'x'); os.write(2, b'x')\n"
         "assert sys.stdin.read() == ''\n"
