@@ -19,6 +19,7 @@ from resnet_jax.distributed import data_parallel
 from resnet_jax.distributed.device_memory import check_batch_memory
 from resnet_jax.distributed.process_group import ProcessGroup
 from resnet_jax.errors import ConfigError, DataError
+from resnet_jax.evaluation.held_out import HeldOutSets
 from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.limits import check_host_memory
 from resnet_jax.models.resnet import ResNet
@@ -35,6 +36,7 @@ class Inputs:
     config: Config
     sources: dict[str, Source]
     model: ResNet
+    held_out: HeldOutSets = dataclasses.field(default_factory=HeldOutSets)  # of evaluate.also
 
     @property
     def channels(self) -> int:
@@ -76,8 +78,9 @@ def open_inputs(
         what = f"data.eval_split = {resolved.data.eval_split!r}"
         remedy = "evaluate on a part of it, such as 'test[:10%]'"
         check_scores_memory(len(sources["eval"]), inputs.model.num_classes, what, remedy)
-    group.check_equal(facts(config, sources))
-    return inputs
+    held_out = HeldOutSets.open(resolved, inputs.model, inputs.class_names, inputs.channels, log)
+    group.check_equal({**facts(config, sources), **held_out.fingerprints})
+    return dataclasses.replace(inputs, held_out=held_out)
 
 
 def resolve(

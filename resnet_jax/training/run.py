@@ -191,6 +191,7 @@ def _build_run(
             length=length,
             step=data_parallel.parallel_sums(eval_step),
             data=data.eval,
+            held_out=inputs.held_out,
             group=group,
             signals=signals,
             history=saved.history,

@@ -15,6 +15,7 @@ from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.distributed.process_group import ProcessGroup
 from resnet_jax.distributed.signals import Signals
 from resnet_jax.errors import ConfigError, DataError, StoppedError
+from resnet_jax.evaluation.held_out import HeldOutSets
 from resnet_jax.evaluation.metrics import evaluate
 from resnet_jax.training.metrics import diverged
 from resnet_jax.training.optimizer import RunLength
@@ -39,6 +40,7 @@ class StateEvaluator:
     length: RunLength
     step: Callable[[Any, Any], Any]  # of `make_evaluation_step`, on all devices
     data: Dataset
+    held_out: HeldOutSets  # of evaluate.also
     group: ProcessGroup
     signals: Signals
     history: Evaluations
@@ -61,7 +63,8 @@ class StateEvaluator:
         if not done and checkpoint.init_from and not checkpoint.reset_head:
             self.writers.log("evaluating the weights that the run starts from")
             self.measure(state, done, [RAW], write=True)
-        if done and self.due(done) and self.history.missing(done):
+        missing = self.history.missing(done) or self._missing_held_out(done)
+        if done and self.due(done) and missing:
             self.writers.log(f"the state of step {done} was saved but not evaluated; evaluating")
             return self.evaluate(state, done)
         return {}
@@ -70,6 +73,7 @@ class StateEvaluator:
         """Evaluates a saved state, as far as that is missing; returns the last metrics."""
         try:
             metrics = self.measure(state, done, self.history.missing(done), write=True)
+            self._measure_held_out(state, done)
         except (ConfigError, DataError):
             self.writers.log(
                 f"the evaluation after step {done} failed; the same command repeats it with the "
@@ -101,6 +105,24 @@ class StateEvaluator:
                 self.history.add(record)
         self._warn_if_ema_lags(done)
         return metrics
+
+    def _missing_held_out(self, done: int) -> list[tuple[str, list[str]]]:
+        """The weights of a state, and the sets of evaluate.also that they were not evaluated on."""
+        names, history = self.held_out.names, self.history
+        missing = [(each, history.missing_splits(done, each, names)) for each in history.weights]
+        return [(weights, splits) for weights, splits in missing if splits]
+
+    def _measure_held_out(self, state: TrainState, done: int) -> None:
+        for weights, splits in self._missing_held_out(done):
+            variables = state.ema if weights else state.variables
+            for split in splits:
+                if self.signals.received and self.group.count == 1:
+                    raise stopped(done)
+                metrics = self.held_out.evaluate(split, variables)
+                record: Record = {"step": done, "split": split, "kind": EVALUATION, **metrics}
+                record |= {"weights": weights} if weights else {}
+                self.writers.record(record)
+                self.history.add(record)
 
     def _measure(self, variables: Any, done: int) -> dict[str, float]:
         size = self.config.evaluate.batch_size or self.config.train.batch_size
