@@ -22,8 +22,9 @@ import pytest
 from resnet_jax import config as c
 from resnet_jax.cli import commands, parser
 from resnet_jax.errors import ConfigError, DivergedError, PeerError, StoppedError
-from resnet_jax.training.loop import _Run, train
-from resnet_jax.training.metrics import MetricAccumulator, Trace
+from resnet_jax.training.loop import train
+from resnet_jax.training.metrics import MetricAccumulator, Trace, diverged
+from resnet_jax.training.run import Run
 from resnet_jax.workdirs.checkpoint import Checkpoints
 from resnet_jax.workdirs.metric_writers import Appender, MetricWriters
 from tests.training.test_loop import configuration, records, state_of
@@ -284,7 +285,7 @@ def run_that_cannot_save():
 @pytest.mark.parametrize("error", [DivergedError, PeerError, RuntimeError, KeyboardInterrupt])
 def test_both_errors_are_told(error):
     run, lines = run_that_cannot_save()
-    with pytest.raises(error), _Run._saved(run):
+    with pytest.raises(error), Run.closing_checkpoints(run):
         raise error("another")
     assert lines == ["the state at step 2 could not be written"]
 
@@ -292,16 +293,16 @@ def test_both_errors_are_told(error):
 def test_a_stop_that_could_not_save_is_no_stop():
     """It would end with "all is saved"."""
     run, lines = run_that_cannot_save()
-    with pytest.raises(ConfigError, match="step 2"), _Run._saved(run):
+    with pytest.raises(ConfigError, match="step 2"), Run.closing_checkpoints(run):
         raise StoppedError("stopped; all is saved")
-    with pytest.raises(ConfigError, match="step 2"), _Run._saved(run):
+    with pytest.raises(ConfigError, match="step 2"), Run.closing_checkpoints(run):
         pass
     assert lines == []
 
 
 def test_divergence_beside_a_state_that_could_not_be_written():
     run, _ = run_that_cannot_save()
-    line = _Run._divergence(run, "training loss", 3)
+    line = str(diverged("training loss", 3, run.checkpoints))
     assert line.startswith("the training loss is not a number at step 3; the state at step 2 could")
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.config.schema import SCHEDULES
 from resnet_jax import config as c
 from resnet_jax.config.model import make_model
+from resnet_jax.config.schema import SCHEDULES
 from resnet_jax.training.loop import train
 from resnet_jax.training.optimizer import (
     RunLength,
