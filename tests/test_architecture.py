@@ -1,0 +1,88 @@
+"""The worked examples of docs/architecture.md, applied to a copy of the package."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import FAST_COMPILE
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A function that runs a command in a copy of the package."""
+    shutil.copytree(ROOT / "resnet_jax", tmp_path / "resnet_jax")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "train.py", tmp_path)
+    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": str(tmp_path)}
+
+    def run(*command, **options):
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=300,
+            **options,
+        )
+
+    run.folder = tmp_path
+    return run
+
+
+def test_a_block_in_a_recipe(copy):
+    (recipe,) = blocks("python")
+    (copy.folder / "my_recipe.py").write_text(recipe)
+    (command,) = [block for block in blocks("bash") if "my_recipe.py" in block]
+    done = copy(sys.executable, *command.split()[1:])
+    assert done.returncode == 0, done.stderr
+    assert "oneconv8" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git, which applies the examples")
+def test_changes_of_the_package(copy):
+    for change in blocks("diff"):
+        applied = copy("git", "apply", "--unidiff-zero", "-", input=change)
+        assert applied.returncode == 0, applied.stderr
+
+    listed = copy(sys.executable, "-m", "resnet_jax", "models", "resnet5*")
+    assert "resnet50" in listed.stdout.split()
+    assert copy(sys.executable, "-m", "resnet_jax", "models", "alexnet").returncode == 2
+
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "test"):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (16, 8, 8, 3), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(16) % 2
+    np.savez(copy.folder / "data.npz", **arrays)
+    fields = {
+        "model.name": "resnet8_cifar",
+        "data.name": "npz:data.npz",
+        "data.image_size": 8,
+        "augment.mean": "(0.5,)",
+        "augment.std": "(0.25,)",
+        "augment.solarize": 0.5,
+        "optimizer.name": "lion",
+        "optimizer.learning_rate": 1e-3,
+        "train.batch_size": 8,
+        "train.steps": 2,
+    }
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    done = copy(sys.executable, "train.py", "--workdir=run", *flags)
+    assert done.returncode == 0, done.stderr
+    lines = (copy.folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images"] for line in lines if '"test"' in line] == [16]
