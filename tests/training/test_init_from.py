@@ -110,7 +110,7 @@ def test_a_configuration_that_leaves_nothing_reads_no_weights():
     ("classes", "named", "data", "keeps", "line"),
     [
         (("a", "b"), True, ("a", "b"), True, "kept: its classes are those of the data, by name"),
-        (("a", "b"), True, ("b", "a"), False, "a new one: .* in another order"),
+        (("a", "b"), True, ("b", "a"), False, "a new one: .* another order"),
         (("a", "b"), True, ("a", "c"), False, "a new one: its classes have other names"),
         (("a", "b"), True, ("a", "b", "c"), False, "it has 2 classes, and 3 are needed"),
         (("0", "1"), False, ("a", "c"), True, "kept: .* by order, not by name"),
