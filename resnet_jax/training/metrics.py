@@ -204,7 +204,7 @@ class MetricAccumulator:
             self._write()
 
     def _diverged(self) -> DivergedError:
-        what = "training loss, or what would come of its gradients,"
+        what = "training loss, or the update that follows from it,"
         return diverged(what, self._done, self._checkpoints, self._sums.skipped_in_all)
 
     def _write(self) -> None:
