@@ -71,6 +71,17 @@ def backend_errors() -> dict[str, Any]:
     return dict(getattr(xla_bridge, "_backend_errors", {}))
 
 
+def distributed_state() -> Any:
+    """JAX's record of how this process is connected to others.
+
+    JAX has no public name for it, and Orbax uses this one too; no report asks for one. Can go when
+    it has.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
 def cuda_versions() -> Any:
     """Queries for the versions of CUDA and cuDNN that JAX's plugin has loaded; None without one.
 

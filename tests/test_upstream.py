@@ -56,4 +56,4 @@ def test_private_names_of_jax_are_used_in_one_file():
         for path in root.rglob("*.py")
         if "from jax._src" in path.read_text()
     }
-    assert users <= {"upstream.py", "distributed"}  # where processes find each other
+    assert users == {"upstream.py"}

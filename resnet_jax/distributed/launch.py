@@ -19,10 +19,10 @@ from typing import NoReturn
 
 import jax
 
+from resnet_jax import upstream
 from resnet_jax.distributed import local_gpus
 from resnet_jax.distributed.determinism import use_deterministic_operations
 from resnet_jax.distributed.heartbeat import end_process, end_when_aborted
-from resnet_jax.distributed.process_group import service
 from resnet_jax.errors import LOST, ConfigError, one_line
 
 FLAGS = """
@@ -129,7 +129,7 @@ def _join(
             initialization_timeout=flags.start_timeout + 60,
             shutdown_timeout_seconds=30,
         )
-        end_when_aborted(service().coordinator_address or "")
+        end_when_aborted(upstream.distributed_state().coordinator_address or "")
         return _share_gpus(own, flags.start_timeout)
     except ConfigError:
         jax.distributed.shutdown()  # process 0 ends after the others have read the error
@@ -171,7 +171,7 @@ def _share_gpus(own: local_gpus.View, timeout: int) -> tuple[list[int], str]:
     Returns:
       Local device ids, and a message to print or "".
     """
-    joined = service()
+    joined = upstream.distributed_state()
     if joined.client is None or joined.num_processes == 1:
         return _divide([own])[0]
     client, limit = joined.client, timeout * 1000

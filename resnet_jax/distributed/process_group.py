@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from resnet_jax import upstream
 from resnet_jax.distributed.heartbeat import Heartbeat, Table, end_process
 from resnet_jax.errors import (
     LOST,
@@ -35,19 +36,12 @@ _FAREWELL = 20
 _COMMON_ERRORS = (StoppedError, DivergedError)
 
 
-def service() -> Any:
-    """JAX's record of how this process is connected to others."""
-    from jax._src import distributed  # not public; Orbax uses it too
-
-    return distributed.global_state
-
-
 def abandon(error: BaseException) -> None:
     """Ends this process immediately after `error`, if it is one of several.
 
     Python's normal exit would wait for processes that are gone or will not answer.
     """
-    if service().num_processes == 1:
+    if upstream.distributed_state().num_processes == 1:
         return
     line, code = one_line(error), MISTAKE
     if isinstance(error, PeerError):
@@ -209,7 +203,7 @@ def process_group() -> Iterator[ProcessGroup]:
     if _current:
         yield _current[0]
         return
-    joined = service()
+    joined = upstream.distributed_state()
     if joined.client is None or joined.num_processes == 1:
         yield ProcessGroup()
         return

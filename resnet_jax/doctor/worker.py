@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 
+from resnet_jax import upstream
 from resnet_jax.distributed.heartbeat import Table
 from resnet_jax.distributed.launch import Launch, join
-from resnet_jax.distributed.process_group import service
 from resnet_jax.doctor import devices, speed
 from resnet_jax.doctor import machine as here
 from resnet_jax.doctor.findings import LIMIT, LONG_LIMIT, PROBLEM, SKIPPED, WARNING, Finding, worst
@@ -233,7 +233,7 @@ def _join(flags: Sequence[str]) -> tuple[Launch, Group]:
     launch = join(flags)
     if launch.rest:
         raise ConfigError(f"{launch.rest[0]}: doctor has no such flag; see doctor --help")
-    joined = service()
+    joined = upstream.distributed_state()
     if joined.client is None or joined.num_processes == 1:
         return launch, Group()
     table = Table(joined.client, "resnet_jax/doctor/")

@@ -112,24 +112,24 @@ class Run:
 def open_run(inputs: Inputs, workdir: Path, group: ProcessGroup, signals: Signals) -> Iterator[Run]:
     """Opens a workdir, and builds the run that it holds or is about to hold."""
     with contextlib.ExitStack() as stack:
-        bucket, initial = None, None
+        remote_copy, initial = None, None
         if group.is_first:
-            bucket = _open_bucket(inputs, workdir)
+            remote_copy = _fetch_remote_copy(inputs, workdir)
             if not has_states(workdir):  # a run that resumes needs no initial weights
                 initial = initial_variables(inputs.config, inputs.model, inputs.channels)
             workdir = open_workdir(workdir, inputs.config, inputs.fingerprints)
             stack.enter_context(locked(workdir))
         run = _build_run(inputs, workdir, group, signals, initial, stack)
-        if bucket and run.checkpoints:
-            for line in bucket.fetched:
+        if remote_copy and run.checkpoints:
+            for line in remote_copy.fetched:
                 run.writers.log(line)
-            run.checkpoints.after_save = bucket.pusher(run.writers.log)
+            run.checkpoints.after_save = remote_copy.pusher(run.writers.log)
             if run.checkpoints.latest is not None:  # copies what the last start could not
                 run.checkpoints.after_save()
         yield run
 
 
-def _open_bucket(inputs: Inputs, workdir: Path) -> RemoteCopy | None:
+def _fetch_remote_copy(inputs: Inputs, workdir: Path) -> RemoteCopy | None:
     """The copy of the run, after fetching what the workdir lacks.
 
     Before damaged states are set aside: the copy may have them whole.
@@ -137,12 +137,12 @@ def _open_bucket(inputs: Inputs, workdir: Path) -> RemoteCopy | None:
     config = inputs.config
     if not config.checkpoint.copy_to:
         return None
-    bucket = RemoteCopy(config, workdir)
-    if bucket.steps() or has_states(workdir):
+    remote_copy = RemoteCopy(config, workdir)
+    if remote_copy.steps() or has_states(workdir):
         # The workdir may hold another run.
         with locked(open_workdir(workdir, config, inputs.fingerprints)):
-            bucket.fetch()
-    return bucket
+            remote_copy.fetch()
+    return remote_copy
 
 
 def _build_run(

@@ -71,7 +71,7 @@ def run(images, labels=None, key=KEY, first=0, **fields):
 
 
 def without_normalization(images, **fields):
-    """Images in 0..255 as they come out of everything before the normalisation."""
+    """Images in 0..255 as they come out of everything before the normalization."""
     return np.asarray(run(images, mean=(0.0,), std=(1 / 255,), **fields)[0])
 
 

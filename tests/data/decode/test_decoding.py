@@ -365,7 +365,7 @@ def test_regions_are_those_of_the_full_decode(decoder, progressive, sampling):
         region = (slice(top, bottom), slice(5, 190))
         part = decode_region(data, region, size=300)
         found = difference(part, full[region])
-        # simplejpeg interpolates no colour here (fastupsample), which 4:4:4 does not need.
+        # simplejpeg interpolates no color here (fastupsample), which 4:4:4 does not need.
         limit = 0 if decoder == "pillow" else 1.5 if sampling == "4:4:4" else 3.0
         assert found.mean() <= limit
         if decoder == "simplejpeg":
@@ -414,17 +414,17 @@ def test_modes_become_rgb_and_grey(decoder):
         "16 bit": (encode(deep, "PNG"), grey.repeat(3, -1), grey),
         "webp": (encode(image, "WEBP", lossless=True), rgb, grey),
     }
-    for name, (data, in_colour, in_grey) in cases.items():
-        assert difference(decode(data, 3), in_colour).max() == 0, name
-        assert difference(decode(data, 1), in_grey).max() <= 1, name
+    for name, (data, in_color, in_gray) in cases.items():
+        assert difference(decode(data, 3), in_color).max() == 0, name
+        assert difference(decode(data, 1), in_gray).max() <= 1, name
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
 def test_palettes(kind):
     image = photo(40, 30).quantize(32)
     data = encode(image, kind, transparency=3)
-    colours = np.array(image.getpalette()).reshape(-1, 3).astype(np.uint8)
-    assert difference(decode(data, 3), colours[np.asarray(image)]).max() == 0
+    colors = np.array(image.getpalette()).reshape(-1, 3).astype(np.uint8)
+    assert difference(decode(data, 3), colors[np.asarray(image)]).max() == 0
 
 
 def test_transparency_for_each_palette_entry():
@@ -454,7 +454,7 @@ def test_jpegs_of_all_kinds_are_pillows(decoder):
         pillows = Image.open(io.BytesIO(data))
         rgb, grey = (np.asarray(pillows.convert(mode)) for mode in ("RGB", "L"))
         assert difference(decode(data, 3), rgb).max() == 0
-        # Grey is the luma that the file has, Pillow's is that of colours cut to [0, 255].
+        # Grey is the luma that the file has, Pillow's is that of colors cut to [0, 255].
         assert difference(decode(data, 1), grey[:, :, None]).mean() < 1
         for crop in ("random_resized", "scale_jitter"):
             config = Data(crop=crop, image_size=16, jitter_sides=(20, 24))
