@@ -3,7 +3,7 @@
     python benchmarks/startup.py [--config=configs/digits.py] [--config.FIELD=X ...]
 
 Runs once with an empty and once with a filled compilation cache, also for a whole
-`python -m resnet_jax predict`. Prints tables and one JSON line. The data set must be prepared (the
+`python -m resnet_jax predict`. Prints tables and one JSON line. The dataset must be prepared (the
 digits are, after one run).
 """
 
@@ -24,7 +24,7 @@ from replacing import replace_everywhere
 
 # Functions of the trainer whose time is reported, by what they do.
 TIMED = {
-    "open_sources": "opening the data set",
+    "open_sources": "opening the dataset",
     "create_state": "initial parameters",
     "load_memory": "loading images",
 }

@@ -18,9 +18,9 @@ DATASETS = {"cifar10": CIFAR10, "fashion_mnist": FASHION_MNIST}
 
 
 def get_config(data: str = "cifar10") -> Config:
-    """Ten epochs of 512 images a step; the data set lies on the device."""
+    """Ten epochs of 512 images a step; the dataset lies on the device."""
     if data not in DATASETS:
-        raise ValueError(f"{data!r} is not a data set of this recipe: cifar10 or fashion_mnist")
+        raise ValueError(f"{data!r} is not a dataset of this recipe: cifar10 or fashion_mnist")
     config = Config(
         model=Model(name="resnet8_cifar", dtype="bfloat16", bn_momentum=0.8),
         data=DATASETS[data].data(),

@@ -3,7 +3,7 @@
 Command: python train.py --config=configs/finetune.py:tfds:oxford_flowers102
          python train.py --config=configs/finetune.py:folder:PATH --config.data.eval_split=val
          ... --config.checkpoint.init_from=resnet50.safetensors   (a file, a workdir, a Hub name)
-Hardware: one GPU or TPU chip, minutes. Expected: depends on the data set; Kornblith et al. 2019
+Hardware: one GPU or TPU chip, minutes. Expected: depends on the dataset; Kornblith et al. 2019
 (arXiv:1805.08974) report 97% on Flowers-102 and 92% on Pets for ImageNet's ResNet-50.
 
 The weights say which network it is and how its images are prepared; what they say is printed first.

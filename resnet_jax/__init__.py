@@ -43,6 +43,7 @@ from resnet_jax.models.layers import Conv, StochasticDepth
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.models.registry import (
     Architecture,
+    construct,
     create_model,
     list_models,
     model_info,
@@ -117,7 +118,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _CONSTRUCTORS:
-        return functools.partial(create_model, _CONSTRUCTORS[name])
+        return functools.partial(construct, _CONSTRUCTORS[name])
     # It reads images, which takes more than jax and flax. Not in __all__, for the same reason.
     if name == "Classifier":
         from resnet_jax.inference.classifier import Classifier

@@ -100,7 +100,8 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(shown), known, n=3, cutoff=0.6)
     if close:
         return f"unknown {kind} {shown!r}; did you mean {' or '.join(map(repr, close))}?"
-    return f"unknown {kind} {shown!r}; known: {', '.join(known)}"
+    listed = known if len(known) <= 30 else [*known[:10], "..."]
+    return f"unknown {kind} {shown!r}; known: {', '.join(listed)}"
 
 
 def one_line(text: object) -> str:

@@ -1,4 +1,4 @@
-"""For all tests: the platform, a compilation cache, data sets, eight CPU devices, a small disk.
+"""For all tests: the platform, a compilation cache, datasets, eight CPU devices, a small disk.
 
 The tests run on the CPU, whatever the machine has. `pytest --platform=NAME` runs them elsewhere:
   fake-gpu, fake-tpu  on CPU devices that look like accelerators (fake_accelerator.py)
@@ -14,7 +14,7 @@ import subprocess
 
 import pytest
 
-# Of data sets and compiled programs; one user's may not be writable for another.
+# Of datasets and compiled programs; one user's may not be writable for another.
 TEMPORARY = pathlib.Path(
     os.environ.get("RESNET_JAX_TEST_FOLDER") or pathlib.Path(__file__).parents[1] / "tmp"
 )

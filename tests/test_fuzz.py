@@ -33,7 +33,7 @@ from resnet_jax.weights import source
 from resnet_jax.weights.convert import from_torch
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.pretrained import read_description
-from resnet_jax.workdirs import checkpoint, checksums, workdir
+from resnet_jax.workdirs import checkpoint, checksums, description, workdir
 from resnet_jax.workdirs.records import split_at
 from tests.hostile.names import NAMES
 from tests.hostile.workdirs import RECORDS
@@ -403,7 +403,7 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         lambda: c.check(c.from_json((tmp_path / "config.json").read_text())),
         lambda: [record["loss"] * record["top1"] for record in read_run(tmp_path).training],
         lambda: last_evaluation(SimpleNamespace(source=tmp_path, step=1, ema=False)),
-        lambda: workdir.read_class_names(tmp_path),
+        lambda: description.read_class_names(tmp_path),
         lambda: split_at(tmp_path / "metrics.jsonl", 1),
         lambda: _Sums.of(store.records()),
         lambda: store.best,

@@ -242,7 +242,7 @@ def test_digits_where_a_part_of_tfds_is_missing(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line == (
-        "error: reading TFDS data sets needs promise, which is not installed: pip install promise"
+        "error: reading TFDS datasets needs promise, which is not installed: pip install promise"
     )
 
 

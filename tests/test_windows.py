@@ -61,6 +61,6 @@ def test_models_and_weights_work():
 def test_commands_say_it(start):
     result = _run(start)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: Windows is not supported")
+    assert result.stderr.startswith("error: Windows supports models and their weights only")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""

@@ -207,6 +207,7 @@ def _add_report(parsers: Any) -> None:
     add("--data", default="", help="evaluation data, as for evaluate (default: the run's own)")
     add("--data_dir", default="", help="folder of TFDS's datasets, with --data")
     add("--force", action="store_true", help="replace an existing page")
+    _add_recipe(parser)
     parser.set_defaults(command=commands.report)
 
 
@@ -313,6 +314,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         help="a workdir, a weight file, a folder in the Hub's format, or OWNER/NAME on the Hub",
     )
     add("--model", default="", help="name of the network (default: inferred from the weights)")
+    _add_recipe(parser)
     add(
         "--state",
         choices=("best", "newest"),
@@ -365,6 +367,15 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="lowest probability at which a multi-label network predicts a class (default: its "
         "own)",
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe",
+        default="",
+        metavar="FILE",
+        help="a recipe that registers the network, if it is your own; run as Python code",
     )
 
 

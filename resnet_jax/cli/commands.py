@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.cli.startup import start_backend
-from resnet_jax.config.flags import parse_train_flags, train_help
+from resnet_jax.config.flags import import_recipe, parse_train_flags, train_help
 from resnet_jax.errors import (
     SKIPPED,
     ConfigError,
@@ -94,6 +94,7 @@ def _why_no_report(error: Exception) -> str:
 
 def report(options: argparse.Namespace) -> None:
     """Writes a page about runs."""
+    import_recipe(options.recipe)
     from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.report.page import write_report
 
@@ -283,7 +284,7 @@ def features(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Measures a network on a data set."""
+    """Measures a network on a dataset."""
     from resnet_jax.evaluation.held_out import evaluate_data
     from resnet_jax.evaluation.result import dump_json
     from resnet_jax.outputs import open_output
@@ -329,6 +330,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _open_network(options: argparse.Namespace) -> Any:
+    import_recipe(options.recipe)
     start_backend()
     from resnet_jax.compile_cache import use_compile_cache
     from resnet_jax.weights.source import open_network

@@ -8,6 +8,7 @@ import difflib
 import inspect
 import io
 import re
+import runpy
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -140,6 +141,16 @@ def _resolve_recipes(arguments: Sequence[str]) -> tuple[list[str], dict[str, str
             each = f"--config={value}"
         found.append(each)
     return found, run_names
+
+
+def import_recipe(name: str) -> None:
+    """Runs the file of a recipe, which may register a network; "": none."""
+    if not name:
+        return
+    path = _recipe_path(name)
+    if not Path(path).is_file():
+        raise ConfigError(f"--recipe={name}: {_explain_file(Path(path))}")
+    runpy.run_path(path, run_name=Path(path).stem)
 
 
 def _recipe_path(name: str) -> str:

@@ -39,5 +39,5 @@ class CorruptImages:
         if self.count > self.limit:
             raise DataError(
                 f"data.max_corrupt = {self.limit}: more images than that cannot be decoded, the "
-                f"last {name} ({reason}); mend the data or raise the limit"
+                f"last {name} ({reason}); fix the data or raise the limit"
             )

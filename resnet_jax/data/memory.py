@@ -96,7 +96,7 @@ class InMemoryDataset:
         stop: int,
         shard: Shard = WHOLE,
     ) -> Generator[Batch, None, None]:
-        """This shard of the training batches number start to stop.
+        """This shard of the training batches from `start` to before `stop`.
 
         Yields {"images": uint8 [N, S, S, C], "labels": int32 [N] or uint8 [N, classes]} for N =
         train.batch_size / shard.count; with augment.flip_alternates also "mirrored": bool [N].

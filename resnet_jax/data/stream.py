@@ -174,7 +174,7 @@ class _TrainBatches(Batches):
                 undecodable[attempt] = candidate
         raise DataError(
             f"data.name: {_MAX_CONSECUTIVE_FAILURES} images in a row cannot be decoded, from "
-            f"{self.source.image_name(index)} on; mend the data"
+            f"{self.source.image_name(index)} on; fix the data"
         )
 
 

@@ -1,1 +1,1 @@
-"""Exact measures of a network on a data set."""
+"""Exact measures of a network on a dataset."""

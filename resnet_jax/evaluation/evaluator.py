@@ -1,4 +1,4 @@
-"""Evaluates a network on an open data set, each image once.
+"""Evaluates a network on an open dataset, each image once.
 
 network, source -> classes that compete -> batches -> a step on the devices -> EvaluationResult
 """
@@ -48,7 +48,7 @@ def evaluate_network(
     bar: bool = False,
     local: bool = False,
 ) -> EvaluationResult:
-    """Evaluates a network on a data set, each image once, on all devices.
+    """Evaluates a network on a dataset, each image once, on all devices.
 
     With the batch size and the number of devices of its training, a run's network gives the
     numbers of its metrics.jsonl.
@@ -98,7 +98,7 @@ def evaluate_network(
 
 
 class Evaluator:
-    """Evaluates one network on any number of data sets, with programs that are compiled once.
+    """Evaluates one network on any number of datasets, with programs that are compiled once.
 
     The arguments are those of `evaluate_network`, and the name of the batch size in messages.
 
@@ -145,10 +145,10 @@ class Evaluator:
         self._steps: dict[bytes, Any] = {}
 
     def evaluate(self, source: Source, variables: Any = None) -> EvaluationResult:
-        """Evaluates the network on one data set, as `evaluate_network`.
+        """Evaluates the network on one dataset, as `evaluate_network`.
 
         Args:
-          source: The open data set.
+          source: The open dataset.
           variables: Variables on the devices, to use in place of the network's.
         """
         network, match = self.network, match_labels(self.network, source)
@@ -240,7 +240,7 @@ class Evaluator:
     def _batches(
         self, source: Source, data: Data, corrupt: CorruptImages
     ) -> tuple[Iterator[Batch], np.ndarray]:
-        """Batches, and the position in the data set of each image in them, -1 for padding."""
+        """Batches, and the position in the dataset of each image in them, -1 for padding."""
         size = self.batch_size
         shard = Shard() if self.local else Shard(jax.process_index(), jax.process_count())
         if self.views == "multi_scale":
@@ -369,7 +369,7 @@ class _Outputs:
     def metrics(self, network: Network, source: Source, indices: np.ndarray) -> dict[str, Any]:
         """The fields of the result that are computed.
 
-        `indices` are the positions in the data set of the images in the batches.
+        `indices` are the positions in the dataset of the images in the batches.
         """
         each = {
             name: np.concatenate([part[name] for part in self._each])

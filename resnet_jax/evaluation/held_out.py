@@ -1,6 +1,6 @@
 """Opens held-out data and evaluates a network on it.
 
-`evaluate_data` is the command `python -m resnet_jax evaluate`; `HeldOutSets` are the data sets of
+`evaluate_data` is the command `python -m resnet_jax evaluate`; `HeldOutSets` are the datasets of
 the field `evaluate.also`, on which a network is evaluated while it trains.
 """
 
@@ -41,14 +41,14 @@ def evaluate_data(
     allow_missing_classes: bool = False,
     **options: Any,
 ) -> EvaluationResult | CorruptionResult:
-    """Opens a data set and evaluates a network on it.
+    """Opens a dataset and evaluates a network on it.
 
     Args:
       network: From `open_network`.
       data: As in `data.name`. Default: the data of the run that trained the network.
-      split: Default: that of the run's evaluation, that of an ImageNet variant, or the data set's
+      split: Default: that of the run's evaluation, that of an ImageNet variant, or the dataset's
         only split named test, val, valid or validation.
-      data_dir: Where TFDS keeps its data sets. Default: the run's if this user trained it, else
+      data_dir: Where TFDS keeps its datasets. Default: the run's if this user trained it, else
         TFDS's own.
       allow_missing_classes: Evaluate a run on its own data although there are no images of some
         classes. Default: the run's data.allow_missing_classes.
@@ -131,7 +131,7 @@ def _log_assumed(network: Network, log: Callable[[str], Any]) -> None:
 
 
 def _held_out_split(data: str, data_dir: str) -> str:
-    """The only split of a data set that is named as a held-out one; else a ConfigError."""
+    """The only split of a dataset that is named as a held-out one; else a ConfigError."""
     splits = split_names(data, data_dir)
     held_out = [split for split in splits if split in _HELD_OUT]
     if len(held_out) == 1:
@@ -188,7 +188,7 @@ def _has_changed(network: Network, source: Source) -> bool:
 
 
 class HeldOutSets:
-    """The data sets of `evaluate.also`, on which a network is evaluated while it trains.
+    """The datasets of `evaluate.also`, on which a network is evaluated while it trains.
 
     Each is evaluated as the `evaluate` command does it: labels are matched to outputs by name, and
     ImageNet's variants are recognized by their TFDS names. `names` are those of the field.
@@ -222,7 +222,7 @@ class HeldOutSets:
         channels: int,
         log: Callable[[str], Any] = print,
     ) -> HeldOutSets:
-        """Opens and checks the data sets of a run, before its first step.
+        """Opens and checks the datasets of a run, before its first step.
 
         Args:
           config: The configuration of the run.
@@ -232,8 +232,8 @@ class HeldOutSets:
           log: Called with a line for each image that cannot be decoded.
 
         Raises:
-          ConfigError: The logits of a multi-label network on a data set do not fit in memory.
-          DataError: A data set is missing or damaged, or the network does not have its classes.
+          ConfigError: The logits of a multi-label network on a dataset do not fit in memory.
+          DataError: A dataset is missing or damaged, or the network does not have its classes.
         """
         if not config.evaluate.also:
             return cls()
@@ -274,11 +274,11 @@ class HeldOutSets:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """The fingerprint of each data set, which must be the same in all processes."""
+        """The fingerprint of each dataset, which must be the same in all processes."""
         return {name: source.fingerprint for name, source in self._sources.items()}
 
     def evaluate(self, name: str, variables: Any) -> dict[str, float]:
-        """Evaluates {"params", "batch_stats"} on a data set, in all processes together.
+        """Evaluates {"params", "batch_stats"} on a dataset, in all processes together.
 
         Returns the fields of its record in metrics.jsonl: "loss" (not where a network of one label
         per image meets several), "top1", "top5", for a multi-label network also "map", "f1" and

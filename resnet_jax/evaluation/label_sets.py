@@ -1,9 +1,9 @@
-"""Which outputs of a network the labels of a data set stand for.
+"""Which outputs of a network the labels of a dataset stand for.
 
 Labels are matched by name: a workdir knows its classes, a repository on the Hub or the user may
 name them, and a network of 1,000 classes is assumed to be one of ImageNet's. So the order of class
-folders does not matter, and on a data set with some of the classes only these compete. Where
-nothing names the outputs, they are matched to the classes of the data set by order, with a
+folders does not matter, and on a dataset with some of the classes only these compete. Where
+nothing names the outputs, they are matched to the classes of the dataset by order, with a
 warning. TFDS numbers the labels of ImageNet-A and ImageNet-R as ImageNet's 1,000 classes, and the
 authors let only their 200 classes compete.
 """
@@ -58,11 +58,11 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 @dataclasses.dataclass(frozen=True)
 class LabelMatch:
-    """The classes that compete on a data set, and how its labels are matched to them.
+    """The classes that compete on a dataset, and how its labels are matched to them.
 
     `names` are those of the classes. `outputs` has the network's output for each, and is None
     where all outputs compete in their order. `class_of_label`, int32, has the class of each label
-    of the data set, -1 where it has none, and is None where a label is its class. Labels were
+    of the dataset, -1 where it has none, and is None where a label is its class. Labels were
     matched `by` "name", "number" or "order"; `warning` is a line for the user, or "".
     """
 
@@ -116,10 +116,10 @@ def subset_ids(subset: str) -> tuple[str, ...]:
 
 
 def match_labels(network: Network, source: Source) -> LabelMatch:
-    """Finds the network's output for each label of a data set.
+    """Finds the network's output for each label of a dataset.
 
     Raises:
-      DataError: The network does not have the data set's classes.
+      DataError: The network does not have the dataset's classes.
 
     Example:
       >>> import tempfile
@@ -169,7 +169,7 @@ def _find_outputs(
     raise DataError(
         f"{source.name}: {which} {len(wanted)} classes ({theirs}) are not among the "
         f"{len(network.class_names)} of {network.source} ({ours}); "
-        "take the data set that the network was trained for"
+        "take the dataset that the network was trained for"
         + (", or name the outputs as its classes are called with --classes=FILE" * can_name)
     )
 
@@ -181,7 +181,7 @@ def _difference(names: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def _some_are_imagenets(wanted: Sequence[str], network: Network) -> bool:
-    """Whether a data set for a network of ImageNet has some of ImageNet's classes."""
+    """Whether a dataset for a network of ImageNet has some of ImageNet's classes."""
     known = network.class_names == imagenet_names() and {*imagenet_ids(), *imagenet_names()}
     return bool(known and known & set(wanted))
 
@@ -196,7 +196,7 @@ def _order_warning(network: Network, source: Source) -> str:
 
 
 def _possible_names(network: Network) -> Iterator[tuple[str, ...]]:
-    """What the network's classes may be called in a data set."""
+    """What the network's classes may be called in a dataset."""
     yield network.class_names
     if network.class_names in (imagenet_ids(), imagenet_names()):
         yield from (imagenet_ids(), imagenet_names())
@@ -209,6 +209,6 @@ def _numbers(network: Network) -> tuple[str, ...]:
 
 
 def _rest_is_unnamed(network: Network, known: int) -> bool:
-    """Whether the outputs past the known ones are those of a head wider than its data set."""
+    """Whether the outputs past the known ones are those of a head wider than its dataset."""
     numbers = range(known, len(network.class_names))
     return network.class_names[known:] == tuple(map(str, numbers))

@@ -1,4 +1,4 @@
-"""Loss, top-1, top-5 and calibration over a data set, each image counted exactly once.
+"""Loss, top-1, top-5 and calibration over a dataset, each image counted exactly once.
 
 Batches are padded to one size, and weights of 0 and 1 tell images from padding. The devices sum,
 and the only division comes at the end, so the result does not depend on the batch size or the
@@ -130,7 +130,7 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     threshold: float = 0.5,
 ) -> dict[str, float]:
-    """Evaluates a network on this host's shard of a data set.
+    """Evaluates a network on this host's shard of a dataset.
 
     Args:
       step: From `make_evaluation_step`, mapped over all devices.
@@ -166,7 +166,7 @@ def evaluate(
     add(waiting)
     images = totals.pop("images") or float(len(scores.ranks))
     if not images:
-        raise DataError("data.eval_split: none of its images can be decoded; mend the data")
+        raise DataError("data.eval_split: none of its images can be decoded; fix the data")
     if not len(scores.ranks):
         return {"images": images, **{name: total / images for name, total in totals.items()}}
     if (scores.ranks < 0).all():

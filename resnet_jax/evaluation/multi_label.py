@@ -20,7 +20,7 @@ _SORTED_AT_ONCE = 2**22  # logits: 16 MiB
 
 @dataclasses.dataclass(frozen=True)
 class MultiLabelMetrics:
-    """Metrics over a data set and of each of its classes; fractions, not percent.
+    """Metrics over a dataset and of each of its classes; fractions, not percent.
 
     `loss` is the binary cross-entropy in nats, averaged over classes and images. `top1` and `top5`
     are over the images that have labels; any of an image's labels is a hit. The counts of images
@@ -84,7 +84,7 @@ class MultiLabelMetrics:
 
 
 class MultiLabelAccumulator:
-    """Collects the logits and labels of a data set, batch by batch.
+    """Collects the logits and labels of a dataset, batch by batch.
 
     Example:
       >>> scores = MultiLabelAccumulator()

@@ -49,14 +49,14 @@ class ClassMetrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """An evaluation of a network on a data set. Accuracies and errors are fractions.
+    """An evaluation of a network on a dataset. Accuracies and errors are fractions.
 
     Args:
       network: Workdir, weight file or repository that the network was opened from.
       model: Registered name of the network.
       step: Completed steps of a run's state; None where it is no run.
       weights: "ema" for the moving average of a run's parameters, else "".
-      data: Name of the data set.
+      data: Name of the dataset.
       split: Evaluated split.
       views: What the network saw of each image, one of `views.VIEWS`.
       image_size: Side of the crop in pixels.
@@ -65,7 +65,7 @@ class EvaluationResult:
       batch_size: Images in a batch on all devices.
       skipped: Images that could not be decoded.
       unlabeled: Images without a label. A multi-label network's top-1, top-5 and hits leave them
-        out; on a data set with several labels per image (ReaL) every metric of another network
+        out; on a dataset with several labels per image (ReaL) every metric of another network
         does.
       loss: Softmax cross-entropy in nats, averaged over images; of a multi-label network binary
         cross-entropy, averaged over classes and images; None for another network where images have
@@ -73,7 +73,7 @@ class EvaluationResult:
       top1: Fraction of images whose highest logit is their label, or one of their labels.
       top5: Fraction of images with a label among the five highest logits.
       class_names: Names of the classes that competed.
-      indices: Position of each image in the data set [N]; the arrays below are in this order.
+      indices: Position of each image in the dataset [N]; the arrays below are in this order.
       labels: Class of each image [N]; None where an image may have several.
       predictions: Predicted class of each image [N].
       confidences: Probability of the prediction, float32 [N].

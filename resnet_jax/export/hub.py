@@ -162,7 +162,7 @@ def _facts(network: Network) -> dict[str, str]:
     if network.config is not None:
         kind, _, path = network.config.data.name.partition(":")
         # Only the last part of a path, because the rest is private.
-        facts["data set"] = _plain(f"{kind}:{Path(path).name}" if path else kind)
+        facts["dataset"] = _plain(f"{kind}:{Path(path).name}" if path else kind)
     if record is not None:
         average = ", moving average" if network.ema else ""
         split = _plain(record["split"])

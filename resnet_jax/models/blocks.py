@@ -103,8 +103,10 @@ class ResidualBlock(nn.Module):
     """Fields and the sum that all blocks share; a subclass adds the residual function.
 
     A block of your own defines `__call__(x, train)`, builds its layers with `conv_cls` and
-    `norm_cls`, and ends in `add_shortcut`. Class attributes say what it is: `expansion` (output
-    channels per `width`), `bottleneck` (takes cardinality and base_width) and `preactivation`.
+    `norm_cls`, and ends in `add_shortcut`. Its convolutions take `dilation` up to its stride and
+    `next_dilation` after it, or it does not suit `output_stride`. Class attributes say what it is:
+    `expansion` (output channels per `width`), `bottleneck` (takes cardinality and base_width) and
+    `preactivation`.
 
     Args:
       width: Channels inside the block; its output has `width * expansion`.
@@ -134,7 +136,8 @@ class ResidualBlock(nn.Module):
       >>> class OneConvBlock(ResidualBlock):
       ...     @nn.compact
       ...     def __call__(self, x, train):
-      ...         y = self.conv_cls(self.width, 3, stride=self.stride, name="conv1")(x)
+      ...         conv = self.conv_cls(self.width, 3, self.stride, self.dilation, name="conv1")
+      ...         y = conv(x)
       ...         y = self.norm_cls(scale_init=self.last_scale_init, name="norm1")(y, train)
       ...         return nn.relu(self.add_shortcut(y, x, train))
       >>> x = jnp.zeros((1, 8, 8, 16))

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
-from resnet_jax.models.registry import create_model, model_info
+from resnet_jax.models.registry import construct, model_info
 from resnet_jax.models.resnet import ResNet
 
 _P = ParamSpec("_P")
@@ -40,13 +40,13 @@ def _with_fields(_: Callable[_P, ResNet]) -> Callable[[_Constructor], Callable[_
 @_with_fields(ResNet)
 def ResNet18(**fields: Any) -> ResNet:
     """ResNet-18 (He et al. 2015, Table 1): basic blocks. Takes the fields of `ResNet`."""
-    return create_model("resnet18", **fields)
+    return construct("resnet18", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet34(**fields: Any) -> ResNet:
     """ResNet-34 (He et al. 2015, Table 1): basic blocks. Takes the fields of `ResNet`."""
-    return create_model("resnet34", **fields)
+    return construct("resnet34", **fields)
 
 
 @_with_fields(ResNet)
@@ -55,52 +55,52 @@ def ResNet50(**fields: Any) -> ResNet:
 
     A block's stride is on its 3x3 convolution (v1.5) unless stride_in_1x1=True.
     """
-    return create_model("resnet50", **fields)
+    return construct("resnet50", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet101(**fields: Any) -> ResNet:
     """ResNet-101 (He et al. 2015, Table 1): bottlenecks. Takes the fields of `ResNet`."""
-    return create_model("resnet101", **fields)
+    return construct("resnet101", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet152(**fields: Any) -> ResNet:
     """ResNet-152 (He et al. 2015, Table 1): bottlenecks. Takes the fields of `ResNet`."""
-    return create_model("resnet152", **fields)
+    return construct("resnet152", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet20(**fields: Any) -> ResNet:
     """ResNet-20 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
-    return create_model("resnet20", **fields)
+    return construct("resnet20", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet32(**fields: Any) -> ResNet:
     """ResNet-32 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
-    return create_model("resnet32", **fields)
+    return construct("resnet32", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet44(**fields: Any) -> ResNet:
     """ResNet-44 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
-    return create_model("resnet44", **fields)
+    return construct("resnet44", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet56(**fields: Any) -> ResNet:
     """ResNet-56 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
-    return create_model("resnet56", **fields)
+    return construct("resnet56", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet110(**fields: Any) -> ResNet:
     """ResNet-110 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
-    return create_model("resnet110", **fields)
+    return construct("resnet110", **fields)
 
 
 @_with_fields(ResNet)
 def ResNet1202(**fields: Any) -> ResNet:
     """ResNet-1202 for 32x32 images (He et al. 2015, section 4.2). Takes the fields of `ResNet`."""
-    return create_model("resnet1202", **fields)
+    return construct("resnet1202", **fields)

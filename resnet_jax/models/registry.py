@@ -147,7 +147,12 @@ def create_model(name: str, **overrides: Any) -> ResNet:
       >>> create_model("resnet50", num_classes=10).num_classes
       10
     """
-    return model_info(name).constructor(**overrides)
+    return construct(name, **overrides)
+
+
+def construct(registered: str, /, **fields: Any) -> ResNet:
+    """`create_model`, where `name` is a field: that of the Flax module."""
+    return model_info(registered).constructor(**fields)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -184,5 +189,7 @@ def model_info(name: str) -> Architecture:
     """
     if name not in _ARCHITECTURES:
         message = unknown_name("model", name, _ARCHITECTURES)
-        raise ModelError(f"{message}; a network of your own needs rj.register_model first")
+        raise ModelError(
+            f"{message}; a network of your own needs rj.register_model first (or --recipe=FILE)"
+        )
     return _ARCHITECTURES[name]

@@ -47,7 +47,7 @@ class CompiledStep:
 def step_compiler(topology: Topology, source: Source) -> Callable[[Config], CompiledStep]:
     """Returns a function that compiles the step of a configuration for a topology.
 
-    Of the data set `source` only its size is used. Raises ConfigError if the compiler for the
+    Of the dataset `source` only its size is used. Raises ConfigError if the compiler for the
     topology is not installed, is in use, or does not know it.
     """
     on_gpu = topology.accelerator.platform == "gpu"
@@ -101,7 +101,7 @@ def _with_deep_stack(function: Callable[[], Any]) -> Any:
 def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.stages.Lowered:
     """Lowers the trainer's own step of train.batch_size images for `devices`.
 
-    With train.steps_per_call it is a call of one step, with the data set on the devices.
+    With train.steps_per_call it is a call of one step, with the dataset on the devices.
     """
     platform = devices[0].platform
     model = make_model(config, source.num_classes)

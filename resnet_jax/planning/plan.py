@@ -65,8 +65,8 @@ def make_plan(
       topology: Devices to plan for, such as "v5e:4x4", "h100:8" or "a100-40:2x8".
       batch_per_chip: Images per step on each TPU chip or GPU. Default: train.batch_size over all.
       find_batch: Plan for the largest batch that fits; the search starts at `batch_per_chip`.
-      images: Training images. Default: as many as the data set has.
-      num_classes: Classes of the data set. Default: as many as it has.
+      images: Training images. Default: as many as the dataset has.
+      num_classes: Classes of the dataset. Default: as many as it has.
       images_per_core: Images/s that one core of a host delivers. Default: as measured here.
       network_gbits: Gbit/s from a host of GPUs to others. Default: as in the usual server.
       compiler: Returns the function that compiles a step.
@@ -78,7 +78,7 @@ def make_plan(
     Raises:
       ConfigError: The configuration, the topology or the batch is invalid, or the compiler for
         the topology is not installed or fails.
-      DataError: The size of the data set is not known.
+      DataError: The size of the dataset is not known.
     """
     check_types(config)
     config = fill_from_weights(config).config
@@ -110,7 +110,7 @@ def make_plan(
 
 
 def _sized_source(config: Config, images: int, num_classes: int) -> Source:
-    """The data set of a run, of which only the size needs to be known."""
+    """The dataset of a run, of which only the size needs to be known."""
     classes = num_classes or (config.model.num_classes if images else 0)
     source = training_size(config.data, images, classes)
     if config.data.multi_label:

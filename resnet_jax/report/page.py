@@ -34,7 +34,7 @@ def write_report(
         for several runs. Figures go into a folder of the same name without ".html".
       images: Image files for the saliency maps. Default: the first held-out images.
       data: Held-out images, as in `data.name`. Default: those of each run, if this user trained it.
-      data_dir: Where TFDS keeps its data sets; needs `data`.
+      data_dir: Where TFDS keeps its datasets; needs `data`.
       force: Replace existing files.
 
     Raises:

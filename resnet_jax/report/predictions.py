@@ -23,7 +23,7 @@ class Example:
     """An image and the network's prediction for it."""
 
     pixels: np.ndarray  # uint8 [H, W, C], cropped as the network sees it
-    labels: tuple[int, ...]  # one class; in a multi-label data set none or several
+    labels: tuple[int, ...]  # one class; in a multi-label dataset none or several
     predicted: int  # the most probable class
     probability: float  # of that class
 
@@ -80,7 +80,7 @@ def predict_split(network: Network, data: HeldOutData, limit: int) -> Prediction
     """Predicts the first `limit` held-out images of a network opened from a workdir.
 
     Raises ConfigError if the images are in a folder that somebody else's run names, DataError if
-    the data set is missing or lacks classes, and WeightsError if outputs are not finite.
+    the dataset is missing or lacks classes, and WeightsError if outputs are not finite.
     """
     config = network.config
     recorded = config.data if config and data.name else evaluated_data(network)

@@ -66,7 +66,7 @@ class Section:
 
 
 def single_run_sections(run: Run, images: Sequence[str | Path], data: HeldOutData) -> list[Section]:
-    """The sections about one run; those whose checkpoint or data set is missing are left out.
+    """The sections about one run; those whose checkpoint or dataset is missing are left out.
 
     Saliency maps are of `images`, or of the first held-out images. Raises ConfigError if one of
     `images` cannot be read.

@@ -68,7 +68,7 @@ def check_class_weights(loss: Loss, classes: int) -> None:
     Example:
       >>> check_class_weights(Loss(class_weights="1,2.5"), classes=3)
       Traceback (most recent call last):
-      resnet_jax.errors.ConfigError: loss.class_weights = '1,2.5': has 2 numbers, and the data set \
+      resnet_jax.errors.ConfigError: loss.class_weights = '1,2.5': has 2 numbers, and the dataset \
 has 3 classes; give one for each, in the order of classes.json, or 'balanced'
     """
     text = loss.class_weights
@@ -77,7 +77,7 @@ has 3 classes; give one for each, in the order of classes.json, or 'balanced'
     shown = text if len(text) <= 100 else f"{text[:100]}..."
     raise ConfigError(
         f"loss.class_weights = {shown!r}: has {len(parse_class_weights(text))} numbers, and the "
-        f"data set has {classes} classes; give one for each, in the order of classes.json, "
+        f"dataset has {classes} classes; give one for each, in the order of classes.json, "
         "or 'balanced'"
     )
 

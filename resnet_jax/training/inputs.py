@@ -140,8 +140,8 @@ def check_source(config: Config, source: Source) -> None:
         raise DataError(f"data.name = {data.name!r}: has {classes} class; two or more are needed")
     if config.model.num_classes and config.model.num_classes < classes:
         raise DataError(
-            f"model.num_classes = {config.model.num_classes}: the data set has {classes} classes; "
-            f"take {classes} or more, or 0 to follow the data set"
+            f"model.num_classes = {config.model.num_classes}: the dataset has {classes} classes; "
+            f"take {classes} or more, or 0 to follow the dataset"
         )
     check_class_weights(config.loss, classes)
 
@@ -151,7 +151,7 @@ def check_steps_per_call(config: Config, source: Source) -> None:
     steps = config.train.steps_per_call
     if steps > 1 and not fits_memory(source, config.data, training=True):
         raise ConfigError(
-            f"train.steps_per_call = {steps}: needs a data set that lies in memory, with "
+            f"train.steps_per_call = {steps}: needs a dataset that lies in memory, with "
             "data.crop = 'center' and at most data.memory_gib; take 1 for this one"
         )
 
@@ -215,5 +215,5 @@ def facts(config: Config, sources: Mapping[str, Source]) -> dict[str, object]:
       128
     """
     fields = {name: x for name, x in to_flat(config).items() if name not in _HOST_FIELDS}
-    data = {f"the data set in data.{k}_split": x.fingerprint for k, x in sources.items()}
+    data = {f"the dataset in data.{k}_split": x.fingerprint for k, x in sources.items()}
     return {**compared(), **fields, **data}

@@ -50,7 +50,7 @@ def train(config: Config, workdir: str | Path) -> Result:
 
     Raises:
       ConfigError: The configuration, or the workdir, cannot be used; nothing was written.
-      DataError: The data set cannot be used.
+      DataError: The dataset cannot be used.
       DivergedError: The loss, or the update that follows from it, is no longer a number.
       StoppedError: A signal asked to stop; everything is saved.
       PeerError: Another process of the run is lost.

@@ -178,6 +178,8 @@ def _descent(config: Config, schedule: optax.Schedule) -> optax.GradientTransfor
         return optax.adamw(
             schedule, fields.beta1, fields.beta2, fields.epsilon, weight_decay=decay, mask=mask
         )
+    if fields.name != "sgd":
+        raise ValueError(f"optimizer.name = {fields.name!r}: has no transformation here")
     add_decay = optax.add_decayed_weights(decay, mask)
     momentum = (
         optax.trace(fields.momentum, fields.nesterov) if fields.momentum else optax.identity()

@@ -173,7 +173,7 @@ def find_rate(
 
     Raises:
       ConfigError: The configuration or the range cannot be used.
-      DataError: The data set cannot be used.
+      DataError: The dataset cannot be used.
 
     Example:
       >>> from resnet_jax.config.schema import Data, Model, Train

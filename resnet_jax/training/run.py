@@ -84,7 +84,7 @@ class Run:
     def must_stop(self) -> bool:
         """Whether a signal asked to stop.
 
-        Several processes stop where the metrics, which are read late, tell all of them to.
+        Several processes stop together, where the metrics say that one has to; those are read late.
         """
         return self.accumulator.stop if self.group.count > 1 else self.signals.received
 

@@ -55,7 +55,7 @@ class StepProgram:
         # `check_steps_per_call` refuses other datasets.
         if config.train.steps_per_call > 1 and isinstance(data, InMemoryDataset):
             arrays = {"images": data.images, "labels": data.labels}
-            with explain_out_of_memory("the data set", "take train.steps_per_call = 1"):
+            with explain_out_of_memory("the dataset", "take train.steps_per_call = 1"):
                 self._dataset = (data_parallel.replicate(arrays),)
         call: Callable[..., Any] = make_steps(step) if self._dataset else step
         self._stop_flags: tuple[Any, Any] | None = None
@@ -95,7 +95,7 @@ class StepProgram:
         what = f"a training step of train.batch_size = {train.batch_size}"
         if self._dataset:
             what += (
-                f" with the data set on the devices (train.steps_per_call = {train.steps_per_call})"
+                f" with the dataset on the devices (train.steps_per_call = {train.steps_per_call})"
             )
             remedies.append("train.steps_per_call = 1")
         return what, f"take {' or '.join(remedies)}"

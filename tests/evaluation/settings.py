@@ -1,4 +1,4 @@
-"""Small networks, folders and TFDS data sets for the tests of evaluation."""
+"""Small networks, folders and TFDS datasets for the tests of evaluation."""
 
 import functools
 import io
@@ -82,7 +82,7 @@ def softmax(x):
 
 
 def prepare(folder, name, examples, several=False, config="", split="test"):
-    """A prepared TFDS data set with the features that TFDS's own builder of that name has."""
+    """A prepared TFDS dataset with the features that TFDS's own builder of that name has."""
     label = tfds.features.ClassLabel(names=imagenet_ids())
     real = {"original_label": label, "real_label": tfds.features.Sequence(label)}
     kinds = real if several else {"label": label}
@@ -146,7 +146,7 @@ def as_set(labels, classes):
 
 
 def prepare_sets(folder, name, class_names, splits):
-    """A prepared TFDS data set of sets of labels; splits: name to pairs of pixels and labels."""
+    """A prepared TFDS dataset of sets of labels; splits: name to pairs of pixels and labels."""
     label = tfds.features.ClassLabel(names=class_names)
     features = {
         "image": tfds.features.Image(encoding_format="png"),

@@ -144,7 +144,7 @@ def test_classes_by_order_and_by_name(place, tmp_path, capsys):
     assert evaluate(place, f"--classes={tmp_path}/names.txt") == 2
     err = capsys.readouterr().err
     assert "2 of its 4 classes (class2, class3) are not among the 4 of" in err
-    assert "(cat, dog); take the data set" in err
+    assert "(cat, dog); take the dataset" in err
 
 
 def test_the_only_held_out_split_is_the_default(place, tmp_path, capsys):

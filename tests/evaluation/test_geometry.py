@@ -43,7 +43,7 @@ def test_cards_say_the_crop(crop_mode):
 
 @pytest.mark.parametrize("fields", [{"eval_crop": "squash"}, {"upright": True}])
 def test_evaluation_in_memory_and_streamed(fields):
-    """Both ways to read a data set prepare its images as `eval_crop` does."""
+    """Both ways to read a dataset prepare its images as `eval_crop` does."""
     source, config = Photos(6), Data(image_size=8, threads=2, **fields)
     expected = np.stack([eval_crop(data, config, 3) for data in source.data])
     found = InMemoryDataset.decode(source, config, training=False, corrupt=reports()[1])

@@ -1,4 +1,4 @@
-"""The data sets of `evaluate.also`: their metrics, their records, and mistakes at the start."""
+"""The datasets of `evaluate.also`: their metrics, their records, and mistakes at the start."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import pytest
 
 import resnet_jax as rj
 from resnet_jax import config as c
+from resnet_jax.config.serialization import differences
 from resnet_jax.data.pipeline import CorruptImages, open_dataset
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources import open_source
@@ -36,7 +37,7 @@ def open_digits(*also, **options):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_numbers_of_the_trainers_evaluation(flip):
-    """A data set has the same numbers as data.eval_split and as one of evaluate.also."""
+    """A dataset has the same numbers as data.eval_split and as one of evaluate.also."""
     network = tiny_network(10, channels=1)
     config = configuration("digits:test[:100]", "digits:train[:30]")
     config.evaluate.flip = flip
@@ -135,7 +136,7 @@ def test_the_form_of_the_field(also):
     with pytest.raises(rj.ConfigError, match=r"evaluate\.also = .*: must be different data, each"):
         c.check(configuration(*also))
     c.check(configuration("tfds:imagenet_v2/matched-frequency:3.0.0:test[:10%]"))
-    assert c.differences(configuration(), json.loads(c.to_json(configuration("digits:test")))) == []
+    assert differences(configuration(), json.loads(c.to_json(configuration("digits:test")))) == []
 
 
 def test_an_image_that_cannot_be_decoded(tmp_path):

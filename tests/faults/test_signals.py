@@ -280,7 +280,7 @@ def test_a_limit_of_processes_that_is_too_low_for_threads():
     run = as_another_user(line, sys.executable)
     assert run.returncode == 2
     assert re.fullmatch(
-        r"error: only \d+ of \d+ threads can be started here: raise `ulimit -u`, .*\n", run.stderr
+        r"error: only \d+ of \d+ threads can be started: raise `ulimit -u` or .*\n", run.stderr
     )
 
 

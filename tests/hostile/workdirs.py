@@ -72,7 +72,7 @@ def data_whose_builder_is_in_the_current_folder(places):
 
 @case("evaluate {run}", "report {run}", codes=(0, 2))
 def data_in_a_folder_of_somebody_else(places):
-    """What lay in its digits/1.0.0 was removed, as half of a data set."""
+    """What lay in its digits/1.0.0 was removed, as half of a dataset."""
     change_config(places.copy_of_run(), data__data_dir=str(places.victim))
 
 

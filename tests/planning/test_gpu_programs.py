@@ -46,7 +46,7 @@ def gpus():
 
 
 def configuration(**changes):
-    """A run with a data set in memory; changes are such as model__dtype="bfloat16"."""
+    """A run with a dataset in memory; changes are such as model__dtype="bfloat16"."""
     config = c.Config(
         model=c.Model(name="tiny", dtype="bfloat16"),
         data=c.Data(name="tfds:cifar10", image_size=SIDE),

@@ -374,7 +374,7 @@ class TestPlan:
             (recipe(), {"images_per_core": -1.0}, "--images_per_core=-1"),
             (recipe(), {"topology": "h100:8", "network_gbits": -1.0}, "--network_gbits=-1"),
             (recipe(), {"topology": "h100:3"}, "train.batch_size = 1024: must be a multiple of 3"),
-            (recipe(steps_per_call=2), {}, "train.steps_per_call = 2: needs a data set"),
+            (recipe(steps_per_call=2), {}, "train.steps_per_call = 2: needs a dataset"),
             (c.Config(model=c.Model(num_classes=5)), {}, "model.num_classes = 5"),
         ],
     )

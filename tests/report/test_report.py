@@ -172,7 +172,7 @@ def named(names):
 
 
 def test_missing_data_is_reported(workdir, tmp_path):
-    """A report is written from records if the data set is missing or not the user's."""
+    """A report is written from records if the dataset is missing or not the user's."""
     run = tmp_path / "run"
     shutil.copytree(workdir, run)
     config = json.loads((run / "config.json").read_text())

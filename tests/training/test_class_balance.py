@@ -89,7 +89,7 @@ def test_the_step_is_given_the_weights(tmp_path, monkeypatch):
     short = c.Train(steps=1, batch_size=16)
     weights = c.Loss(class_weights="balanced")
     config = configuration({"loss": weights, "train": short}, train_split="train[:30%]")
-    config.model.num_classes = 12  # more than the data set has
+    config.model.num_classes = 12  # more than the dataset has
     train(config, tmp_path / "balanced")
     stored = json.loads((tmp_path / "balanced" / "data.json").read_text())["class_counts"]
     counts = np.array(stored["train"])

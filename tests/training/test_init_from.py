@@ -102,7 +102,7 @@ def test_a_configuration_that_leaves_nothing_reads_no_weights():
     assert fill_from_weights(config) == Start(config)
     with pytest.raises(ConfigError, match=r"checkpoint.init_from = '/none.npz': cannot read"):
         fill_from_weights(finetune("/none.npz"))
-    with pytest.raises(ConfigError, match=r"model.name = '': .* or name weights in checkpoint"):
+    with pytest.raises(ConfigError, match=r"model.name = '': .*; or set checkpoint"):
         c.check(fill_from_weights(finetune("")).config)
 
 
@@ -110,7 +110,7 @@ def test_a_configuration_that_leaves_nothing_reads_no_weights():
     ("classes", "named", "data", "keeps", "line"),
     [
         (("a", "b"), True, ("a", "b"), True, "kept: its classes are those of the data, by name"),
-        (("a", "b"), True, ("b", "a"), False, "a new one: .* another order"),
+        (("a", "b"), True, ("b", "a"), False, "a new one: .* or another order"),
         (("a", "b"), True, ("a", "c"), False, "a new one: its classes have other names"),
         (("a", "b"), True, ("a", "b", "c"), False, "it has 2 classes, and 3 are needed"),
         (("0", "1"), False, ("a", "c"), True, "kept: .* by order, not by name"),

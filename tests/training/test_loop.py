@@ -122,7 +122,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(steps, straight, tmp_path, monke
 
 @pytest.mark.accelerators
 def test_several_steps_a_call(straight, tmp_path, monkeypatch):
-    """The data set lies on the devices; the loop looks at the same steps as before."""
+    """The dataset lies on the devices; the loop looks at the same steps as before."""
     calls = []
     add = MetricAccumulator.add
 
@@ -442,7 +442,7 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
         ({"train__batch_size": 12}, r"train\.batch_size = 12: must be a multiple of 8 devices"),
         (
             {"train__steps_per_call": 2, "data__crop": "random_resized"},
-            r"train\.steps_per_call = 2: needs a data set that lies in memory",
+            r"train\.steps_per_call = 2: needs a dataset that lies in memory",
         ),
         ({"evaluate__batch_size": 4}, r"evaluate\.batch_size = 4"),
         ({"data__name": "tfds:mnist"}, r"data\.\w+.*prepare"),
@@ -452,7 +452,7 @@ def test_fine_tuning_from_a_workdir(straight, tmp_path):
             {"data__image_size": 2, "model__name": "resnet20"},
             r"data\.image_size = 2: resnet20 needs at least 4 pixels",
         ),
-        ({"model__num_classes": 4}, r"model\.num_classes = 4: the data set has 10 classes"),
+        ({"model__num_classes": 4}, r"model\.num_classes = 4: the dataset has 10 classes"),
         ({"checkpoint__init_from": "/none.npz"}, r"checkpoint\.init_from = '/none\.npz': .*read"),
     ],
 )

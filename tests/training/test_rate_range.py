@@ -206,11 +206,9 @@ def test_the_command(tmp_path, capsys, monkeypatch, measured):
     assert parser.main(["find_rate", *flags]) == 0
     out, err = capsys.readouterr()
     assert out == "--config.optimizer.learning_rate=0.02\n"
-    assert (
-        "falls fastest at 0.02; before its first rise it is lowest at 0.1, of which a tenth" in err
-    )
-    assert "a tenth is 0.01; the curve is in rate.png" in err
-    assert "train.batch_size makes them 2 times as much" in err
+    assert "falls fastest at 0.02; before its first rise it is lowest at 0.1, a tenth" in err
+    assert "a tenth of which is 0.01; the curve is in rate.png" in err
+    assert "train.batch_size multiplies them by 2" in err
     assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "rate.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -51,6 +51,9 @@ def test_a_network_is_trained_by_its_registered_name(tmp_path, monkeypatch, caps
     assert line.startswith("error: ")
     assert "one_conv" in line
     assert "rj.register_model" in line
+    assert parser.main([*evaluate, f"--recipe={recipe}"]) == 0
+    assert parser.main([*evaluate, "--recipe=nothing.py"]) == 2
+    assert "error: --recipe=nothing.py: " in capsys.readouterr().err
 
 
 def test_an_unknown_network_is_an_error_before_training(tmp_path, capsys):

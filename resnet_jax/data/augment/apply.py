@@ -1,7 +1,8 @@
 """Augmentation inside the training step: uint8 images and labels to what the network is fed.
 
-`_augment_images` lists the steps in their order. To add one, write a function of one image in
-ops.py, give it a field of `Augment` and a stream of draws in `_STREAMS`, and call it there.
+`_augment_images` lists the steps in their order. To add one, write a function of one image
+here or in ops.py, give it a field of `Augment` and a stream of draws in `_STREAMS`, and call it
+there.
 
 Every draw for an image comes from the step's key and the image's place in the whole batch, so
 images do not depend on the number of devices. Each step has a stream of its own, so switching one

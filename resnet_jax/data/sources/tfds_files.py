@@ -31,7 +31,7 @@ _MAX_DESCRIPTION_BYTES = 64 * MIB
 
 def import_tfds() -> Any:
     """The module tensorflow_datasets, without TensorFlow; DataError if a package is missing."""
-    with importing("reading TFDS data sets", DataError):
+    with importing("reading TFDS datasets", DataError):
         return upstream.import_tfds()
 
 
@@ -46,7 +46,7 @@ def tfds_root(data_dir: str) -> Path:
       '/data'
     """
     tfds = import_tfds()
-    with importing("reading TFDS data sets", DataError):
+    with importing("reading TFDS datasets", DataError):
         from etils import epath
 
         default = tfds.core.constants.DATA_DIR  # TFDS imports its parts on first use

@@ -1,4 +1,4 @@
-"""Sources: the digits, TFDS data sets without TensorFlow, folders of images; all their mistakes."""
+"""Sources: the digits, TFDS datasets without TensorFlow, folders of images; all their mistakes."""
 
 import concurrent.futures
 import errno
@@ -317,7 +317,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def photos_dir(prepared, tmp_path):
-    """A copy of the prepared data sets that a test may damage."""
+    """A copy of the prepared datasets that a test may damage."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -471,7 +471,7 @@ def test_tfds_is_not_installed(monkeypatch):
 
 
 def to_tfrecord(folder):
-    """Turns a prepared data set into what TFDS writes with TensorFlow."""
+    """Turns a prepared dataset into what TFDS writes with TensorFlow."""
     info = tfds.builder_from_directory(folder).info
     for split in info.splits.values():
         (path,) = split.filepaths
