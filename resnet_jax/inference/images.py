@@ -33,7 +33,7 @@ from resnet_jax.data.decode import (
 from resnet_jax.data.decode.arrays import check_type, to_uint8, with_channels
 from resnet_jax.data.decode.budget import ExtraBytes, no_bytes
 from resnet_jax.data.decode.orientation import orientation_of
-from resnet_jax.data.sources.folders import IMAGE_SUFFIXES
+from resnet_jax.data.image_files import IMAGE_SUFFIXES
 from resnet_jax.errors import DataError, library_errors
 from resnet_jax.limits import MAX_IMAGE_BYTES
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resnet_jax.data.image_files import IMAGE_SUFFIXES
 from resnet_jax.data.sources.base import Label, Source, digest, field_error, one_hot
 from resnet_jax.data.sources.splits import (
     WHOLE_SPLIT,
@@ -23,11 +24,6 @@ from resnet_jax.errors import DataError
 from resnet_jax.files import open_regular
 from resnet_jax.limits import MAX_IMAGE_BYTES
 
-# Files in a folder with these endings are images.
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".pbm", ".npy"),
-)
 # Images whose headers are read to find the number of channels: evenly from the whole split, and at
 # least 16 of each class. Most datasets have color, which is clear after a few.
 _PROBED_IMAGES = 1000
