@@ -47,10 +47,11 @@ def copy(tmp_path):
 def test_a_block_in_a_recipe(copy):
     (recipe,) = blocks("python")
     (copy.folder / "my_recipe.py").write_text(recipe)
-    (command,) = [block for block in blocks("bash") if "my_recipe.py" in block]
-    done = copy(sys.executable, *command.split()[1:])
-    assert done.returncode == 0, done.stderr
-    assert "oneconv8" in done.stdout + done.stderr
+    (commands,) = [block for block in blocks("bash") if "my_recipe.py" in block]
+    for command in commands.splitlines():
+        done = copy(sys.executable, *command.split()[1:])
+        assert done.returncode == 0, done.stderr
+        assert "oneconv8" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git, which applies the examples")
