@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import re
@@ -11,7 +12,7 @@ from resnet_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
+class Topology(abc.ABC):
     """Chips of one kind that train together."""
 
     name: str  # as in --topology: "v5e:4x4" or "h100:2x8"
@@ -24,9 +25,9 @@ class Topology:
         """JAX devices on all hosts."""
         return self.chips * self.accelerator.devices_per_chip
 
+    @abc.abstractmethod
     def all_reduce_seconds(self, size: float) -> float:
         """A lower bound of the time of an all-reduce of `size` bytes over all chips."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,11 @@ import pytest
 import resnet_jax as rj
 from resnet_jax import config as c
 from resnet_jax.cli import parser
+from resnet_jax.config import schema
 from resnet_jax.config.serialization import differences
 from resnet_jax.errors import STOPPED, ConfigError, StoppedError
+from resnet_jax.models import blocks
+from resnet_jax.ops import convolution
 from resnet_jax.training.init_from import fill_from_weights
 from tests.variables import random_variables
 
@@ -332,3 +335,9 @@ def test_a_stopped_run_says_so_once(capsys):
     error = StoppedError("stopped by a signal after step 3; all is saved")
     assert parser._fail(error, STOPPED, "stopped") == STOPPED
     assert capsys.readouterr().err == "stopped: by a signal after step 3; all is saved\n"
+
+
+def test_choices_are_those_of_the_models():
+    """The schema lists them again, because it is read where no model is loaded."""
+    assert schema.SHORTCUTS == blocks.SHORTCUT_OPTIONS
+    assert schema.PRECISIONS == convolution.PRECISIONS
