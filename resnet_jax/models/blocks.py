@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from resnet_jax.errors import ModelError
 from resnet_jax.models.attention import EfficientChannelAttention, SqueezeExcite
 from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, StochasticDepth
-from resnet_jax.models.norms import BatchNorm, conv_norm
+from resnet_jax.models.norms import BatchNorm, conv_norm, norm_relu
+from resnet_jax.ops.activation import relu
 from resnet_jax.ops.convolution import Precision, subsample
 from resnet_jax.ops.pooling import average_pool_2x2
 
@@ -139,7 +140,7 @@ class ResidualBlock(nn.Module):
       ...         conv = self.conv_cls(self.width, 3, self.stride, self.dilation, name="conv1")
       ...         y = conv(x)
       ...         y = self.norm_cls(scale_init=self.last_scale_init, name="norm1")(y, train)
-      ...         return nn.relu(self.add_shortcut(y, x, train))
+      ...         return relu(self.add_shortcut(y, x, train))
       >>> x = jnp.zeros((1, 8, 8, 16))
       >>> block = OneConvBlock(width=32, stride=2)
       >>> block.init_with_output(jax.random.key(0), x, train=False)[0].shape
@@ -246,10 +247,10 @@ class BasicBlock(ResidualBlock):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv, norm = self.conv_cls, self.norm_cls
         y = conv(self.width, 3, stride=self.stride, dilation=self.dilation, name="conv1")(x)
-        y = nn.relu(norm(name="norm1")(y, train))  # [N, H/s, W/s, width]
+        y = norm_relu(norm(name="norm1"), y, train)  # [N, H/s, W/s, width]
         y = conv(self.width, 3, dilation=self.next_dilation, name="conv2")(y)
         y = norm(scale_init=self.last_scale_init, name="norm2")(y, train)
-        return nn.relu(self.add_shortcut(y, x, train))
+        return relu(self.add_shortcut(y, x, train))
 
 
 class BottleneckBlock(ResidualBlock):
@@ -275,15 +276,15 @@ class BottleneckBlock(ResidualBlock):
         stride1, stride2 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
         dilation = self.next_dilation if self.stride_in_1x1 else self.dilation
         y = conv(inner, 1, stride=stride1, name="conv1")(x)  # [N, H, W, inner]
-        y = nn.relu(norm(name="norm1")(y, train))
+        y = norm_relu(norm(name="norm1"), y, train)
         conv2 = conv(
             inner, 3, stride=stride2, dilation=dilation, groups=self.cardinality, name="conv2"
         )
-        y = nn.relu(norm(name="norm2")(conv2(y), train))  # [N, H/s, W/s, inner]
+        y = norm_relu(norm(name="norm2"), conv2(y), train)  # [N, H/s, W/s, inner]
         conv3 = conv(self.features, 1, name="conv3")
         norm3 = norm(scale_init=self.last_scale_init, name="norm3")
         y = conv_norm(conv3, norm3, y, train)  # [N, H/s, W/s, 4 width]
-        return nn.relu(self.add_shortcut(y, x, train))
+        return relu(self.add_shortcut(y, x, train))
 
 
 class PreActBasicBlock(ResidualBlock):
@@ -304,9 +305,9 @@ class PreActBasicBlock(ResidualBlock):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv, norm = self.conv_cls, self.norm_cls
-        activated = nn.relu(norm(name="norm1")(x, train))  # [N, H, W, C]
+        activated = norm_relu(norm(name="norm1"), x, train)  # [N, H, W, C]
         conv1 = conv(self.width, 3, stride=self.stride, dilation=self.dilation, name="conv1")
-        y = nn.relu(norm(name="norm2")(conv1(activated), train))  # [N, H/s, W/s, width]
+        y = norm_relu(norm(name="norm2"), conv1(activated), train)  # [N, H/s, W/s, width]
         y = self.last_conv_cls(self.width, 3, dilation=self.next_dilation, name="conv2")(y)
         return self.add_shortcut(y, self.shortcut_input(x, activated), train)
 
@@ -333,12 +334,12 @@ class PreActBottleneckBlock(ResidualBlock):
         conv, norm, inner = self.conv_cls, self.norm_cls, self.inner_width
         stride1, stride2 = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
         dilation = self.next_dilation if self.stride_in_1x1 else self.dilation
-        activated = nn.relu(norm(name="norm1")(x, train))  # [N, H, W, C]
+        activated = norm_relu(norm(name="norm1"), x, train)  # [N, H, W, C]
         y = conv(inner, 1, stride=stride1, name="conv1")(activated)  # [N, H, W, inner]
-        y = nn.relu(norm(name="norm2")(y, train))
+        y = norm_relu(norm(name="norm2"), y, train)
         conv2 = conv(
             inner, 3, stride=stride2, dilation=dilation, groups=self.cardinality, name="conv2"
         )
-        y = nn.relu(norm(name="norm3")(conv2(y), train))  # [N, H/s, W/s, inner]
+        y = norm_relu(norm(name="norm3"), conv2(y), train)  # [N, H/s, W/s, inner]
         y = self.last_conv_cls(self.features, 1, name="conv3")(y)  # [N, H/s, W/s, 4 width]
         return self.add_shortcut(y, self.shortcut_input(x, activated), train)

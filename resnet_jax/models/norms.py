@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.models.layers import Conv, Dtype, Initializer
+from resnet_jax.ops.activation import relu
 from resnet_jax.ops.batch_norm import (
     ALONE,
     SyncGroup,
@@ -19,6 +20,7 @@ from resnet_jax.ops.batch_norm import (
     normalize,
     product_norm,
 )
+from resnet_jax.ops.convolution import ConvOptions
 from resnet_jax.ops.pooling import max_pool
 
 NormKind = Literal["batch", "group"]
@@ -65,33 +67,40 @@ class BatchNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        scale, bias, mean, variance = self._variables(x.shape[-1])
-        if train:
-            mean, variance = self._group().average(*batch_moments(x, mean))
-        y = normalize(x, mean, variance, scale, bias, self.epsilon)
-        if train:
-            self._update(mean, variance, x)
-        return y.astype(self.dtype)
+        return self._normalize(x, train)
 
-    def max_pool(self, x: jax.Array, train: bool) -> jax.Array:
-        """`max_pool(self(x, train))`, but only the pixels that the pool keeps are normalized."""
+    def relu(self, x: jax.Array, train: bool) -> jax.Array:
+        """`relu(self(x, train))`, of which the backward pass keeps only x."""
+        return self._normalize(x, train, relu=True)
+
+    def relu_max_pool(self, x: jax.Array, train: bool) -> jax.Array:
+        """`max_pool(self.relu(x, train))`, normalizing only the pixels that the pool keeps."""
         scale, bias, mean, variance = self._variables(x.shape[-1])
-        x, mean, scale, sign = increasing(x, mean, scale)
         if train:
             mean, variance = self._group().average(*batch_moments(x, mean))
-        y = normalize(max_pool(x), mean, variance, scale, bias, self.epsilon)
-        if train:
-            self._update(mean * sign, variance, x)
+            self._update(mean, variance, x)
+        x, mean, scale = increasing(x, mean, scale)
+        y = normalize(max_pool(x), mean, variance, scale, bias, self.epsilon, relu=True)
         return y.astype(self.dtype)
 
     def after_pointwise(self, conv: Conv, x: jax.Array) -> jax.Array:
         """`self(conv(x), train=True)` of a 1x1 convolution, as one operation."""
         scale, bias, mean, _ = self._variables(conv.features)
         x, kernel = x.astype(conv.dtype), conv.filters(x.shape[-1])[0, 0]
+        options = ConvOptions(stride=conv.stride, precision=conv.precision)
         y, mean, variance = product_norm(
-            *(x, kernel, mean, scale, bias), self.epsilon, self._group(), conv.precision
+            *(x, kernel, mean, scale, bias), self.epsilon, self._group(), options
         )
-        self._update(mean, variance, x)
+        self._update(mean, variance, y)
+        return y.astype(self.dtype)
+
+    @nn.nowrap
+    def _normalize(self, x: jax.Array, train: bool, relu: bool = False) -> jax.Array:
+        scale, bias, mean, variance = self._variables(x.shape[-1])
+        if train:
+            mean, variance = self._group().average(*batch_moments(x, mean))
+            self._update(mean, variance, x)
+        y = normalize(x, mean, variance, scale, bias, self.epsilon, relu=relu)
         return y.astype(self.dtype)
 
     @nn.compact
@@ -175,13 +184,18 @@ def _widens(conv: nn.Module, channels: int) -> TypeGuard[Conv]:
     """Whether a 1x1 convolution has so many outputs that its input's covariance is cheap."""
     return (
         isinstance(conv, Conv)
-        and conv.kernel_size == conv.stride == conv.groups == 1
+        and conv.kernel_size == conv.groups == 1
         and conv.features >= 2 * channels
     )
 
 
+def norm_relu(norm: nn.Module, x: jax.Array, train: bool) -> jax.Array:
+    """`relu(norm(x, train))`, as one operation where that saves passes over memory."""
+    return norm.relu(x, train) if isinstance(norm, BatchNorm) else relu(norm(x, train))
+
+
 def norm_relu_pool(norm: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-    """`max_pool(nn.relu(norm(x, train)))`, the end of a stem."""
+    """`max_pool(relu(norm(x, train)))`, the end of a stem."""
     if isinstance(norm, BatchNorm):
-        return nn.relu(norm.max_pool(x, train))
-    return max_pool(nn.relu(norm(x, train)))
+        return norm.relu_max_pool(x, train)
+    return max_pool(relu(norm(x, train)))

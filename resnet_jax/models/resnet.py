@@ -22,7 +22,7 @@ from resnet_jax.models.layers import (
     he_fan_out,
     normal_001,
 )
-from resnet_jax.models.norms import BatchNorm, GroupNorm, NormKind
+from resnet_jax.models.norms import BatchNorm, GroupNorm, NormKind, norm_relu
 from resnet_jax.models.stem import ImageNetStem
 from resnet_jax.ops.convolution import Precision
 from resnet_jax.ops.sharding import dot_general
@@ -212,7 +212,7 @@ class ResNet(nn.Module):
             )
         *_, x = self.features(images, train=train).values()  # [N, H/32, W/32, C]
         if self.block_cls.preactivation:
-            x = nn.relu(self.final_norm(x, train))
+            x = norm_relu(self.final_norm, x, train)
         x = x.mean((1, 2), dtype=jnp.float32)  # [N, C]
         x = self.dropout(x, deterministic=not train)
         return self.head(x) if self.num_classes else x

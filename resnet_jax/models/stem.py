@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from resnet_jax.models.layers import Conv, ModuleDef
-from resnet_jax.models.norms import BatchNorm, norm_relu_pool
+from resnet_jax.models.norms import BatchNorm, norm_relu, norm_relu_pool
 from resnet_jax.ops.pooling import max_pool
 
 
@@ -49,7 +49,7 @@ class ImageNetStem(nn.Module):
             return max_pool(x, self.zero_pool_padding)  # [N, H/4, W/4, 64]
         norm = self.norm_cls(name="norm1")
         if self.zero_pool_padding:  # zeros are not the pool's least value before the norm
-            return max_pool(nn.relu(norm(x, train)), zero_padding=True)
+            return max_pool(norm_relu(norm, x, train), zero_padding=True)
         return norm_relu_pool(norm, x, train)  # [N, H/4, W/4, 64]
 
 
@@ -85,18 +85,18 @@ class DeepStem(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         first, second, last = self.widths
         x = self.conv_cls(first, 3, stride=2, name="conv1")(x)  # [N, H/2, W/2, 32]
-        x = nn.relu(self.norm_cls(name="norm1")(x, train))
+        x = norm_relu(self.norm_cls(name="norm1"), x, train)
         x = self.conv_cls(second, 3, name="conv2")(x)
-        x = nn.relu(self.norm_cls(name="norm2")(x, train))
+        x = norm_relu(self.norm_cls(name="norm2"), x, train)
         x = self.conv_cls(last, 3, name="conv3")(x)  # [N, H/2, W/2, 64]
         if not self.conv_pool:  # [N, H/4, W/4, 64]
             if not self.activate:
                 return max_pool(x)
             return norm_relu_pool(self.norm_cls(name="norm3"), x, train)
         if self.activate:
-            x = nn.relu(self.norm_cls(name="norm3")(x, train))
+            x = norm_relu(self.norm_cls(name="norm3"), x, train)
         x = self.conv_cls(last, 3, stride=2, name="pool_conv")(x)  # [N, H/4, W/4, 64]
-        return nn.relu(self.norm_cls(name="pool_norm")(x, train))
+        return norm_relu(self.norm_cls(name="pool_norm"), x, train)
 
 
 class CifarStem(nn.Module):
@@ -129,5 +129,5 @@ class CifarStem(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = self.conv_cls(self.features, 3, name="conv1")(x)  # [N, H, W, 16]
         if self.activate:
-            x = nn.relu(self.norm_cls(name="norm1")(x, train))
+            x = norm_relu(self.norm_cls(name="norm1"), x, train)
         return x

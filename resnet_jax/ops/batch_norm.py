@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.ops.convolution import ConvOptions, Precision, convolve, once_per_shape
+from resnet_jax.ops.activation import add_bias
+from resnet_jax.ops.convolution import ConvOptions, Precision, convolve, once_per_shape, subsample
 from resnet_jax.ops.sharding import BATCH, WHOLE, over_batch
 
 # Mean and variance [C], float32.
@@ -74,9 +75,10 @@ class SyncGroup(NamedTuple):
 
 
 ALONE = SyncGroup()
+POINTWISE = ConvOptions()
 
 
-@functools.partial(once_per_shape, static_argnames="epsilon")
+@functools.partial(once_per_shape, static_argnames=("epsilon", "relu"))
 def normalize(
     x: jax.Array,
     mean: jax.Array,
@@ -84,32 +86,37 @@ def normalize(
     scale: jax.Array,
     bias: jax.Array,
     epsilon: float,
+    relu: bool = False,
 ) -> jax.Array:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias in float32; x is [..., C], the rest [C].
 
-    Ioffe & Szegedy 2015, Algorithm 1.
+    Ioffe & Szegedy 2015, Algorithm 1. With `relu`, negative results become 0.
     """
-    return _affine(x.astype(jnp.float32), mean, scale * lax.rsqrt(variance + epsilon), bias)
+    return _affine(x.astype(jnp.float32), mean, scale * lax.rsqrt(variance + epsilon), bias, relu)
 
 
-# For the backward pass, JAX's derivative of a norm keeps two arrays of deviations as large as x.
-# On a TPU, XLA computes them where they are read, but on a CPU it writes them to memory. The rules
-# of `_affine` and `_moments` are the same derivatives, arranged to keep only x, which is stored
-# anyway.
-@jax.custom_jvp
-def _affine(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - mean) * factor + bias."""
-    return x * factor + (bias - mean * factor)
+# For the backward pass, JAX's derivative of a norm keeps two arrays of deviations as large as x,
+# and that of a ReLU keeps its argument. On a TPU, XLA computes the deviations where they are read,
+# but on a CPU it writes them to memory, and on a GPU it writes the argument. The rules of `_affine`
+# and `_moments` are the same derivatives, arranged to keep only x, which is stored anyway.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _affine(
+    x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array, relu: bool
+) -> jax.Array:
+    """(x - mean) * factor + bias, or with `relu` 0 where that is negative."""
+    y = x * factor + (bias - mean * factor)
+    return jnp.maximum(y, 0) if relu else y
 
 
 @_affine.defjvp
 def _affine_tangent(
-    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+    relu: bool, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     x, mean, factor, _ = primals
     dx, dmean, dfactor, dbias = tangents
-    tangent = dx * factor + (x - mean) * dfactor + (dbias - dmean * factor)
-    return _affine(*primals), tangent
+    y = _affine(*primals, relu=False)
+    dy = dx * factor + (x - mean) * dfactor + (dbias - dmean * factor)
+    return (jnp.maximum(y, 0), jnp.where(y > 0, dy, 0)) if relu else (y, dy)
 
 
 @once_per_shape
@@ -119,8 +126,9 @@ def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
 
     The squares are summed of deviations from an estimate of the mean. Any estimate gives the exact
     variance, and a near one keeps it accurate where the mean is large beside the spread. The
-    estimate is the first image's mean; on a TPU it is the running mean, because there the sums are
-    part of the pass that makes x, and the first image's mean would take another pass.
+    estimate is the running mean, because the first image's mean takes another pass over x: on a
+    TPU it keeps the sums out of the pass that makes x, on a GPU it is a kernel more. On a CPU the
+    pass is free, and the first image's mean is nearer at the start of training.
 
     Example:
       >>> x = jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)
@@ -132,9 +140,9 @@ def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
     # Constants from the start: to differentiate the choice would take a tenth of the tracing.
     shift = lax.platform_dependent(
         *lax.stop_gradient((x, running_mean)),
+        cpu=lambda x, mean: x[0].mean((0, 1)),
         # Selects nothing of x, but makes the shift differ between devices as the other one does.
-        tpu=lambda x, mean: jnp.where(False, x[0, 0, 0], mean),
-        default=lambda x, mean: x[0].mean((0, 1)),
+        default=lambda x, mean: jnp.where(False, x[0, 0, 0], mean),
     )
     return _moments(x, shift)
 
@@ -162,18 +170,18 @@ def _moments_tangent(
 
 def increasing(
     x: jax.Array, mean: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(x, mean, scale, sign) of the same norm, with the sign of decreasing channels moved into x.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x, mean, scale) of the same norm, with the sign of decreasing channels moved into x.
 
     A norm with a negative scale decreases in x, and is an increasing norm of -x. With all scales
     positive, `normalize(max_pool(x), ...)` equals `max_pool(normalize(x, ...))`.
     """
     sign = jnp.ones((), jnp.float32)
     sign = jnp.where(scale < 0, -sign, sign)
-    return x * sign.astype(x.dtype), mean * sign, scale * sign, sign
+    return x * sign.astype(x.dtype), mean * sign, scale * sign
 
 
-@functools.partial(once_per_shape, static_argnames=("epsilon", "group", "precision"))
+@functools.partial(once_per_shape, static_argnames=("epsilon", "group", "options"))
 @over_batch(BATCH, WHOLE, WHOLE)
 def product_norm(
     x: jax.Array,
@@ -183,21 +191,24 @@ def product_norm(
     bias: jax.Array,
     epsilon: float,
     group: SyncGroup = ALONE,
-    precision: Precision = None,
+    options: ConvOptions = POINTWISE,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch norm of a 1x1 convolution, for training, by the platform's faster formula.
 
     Takes x [N, H, W, C], kernel [C, K] in float32, and [K] of each channel. Returns the normalized
-    product [N, H, W, K] in float32 with its mean and variance [K].
+    product [N, H / stride, W / stride, K] in the type of x with its mean and variance [K].
     """
 
     def formula(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(function, epsilon=epsilon, group=group, precision=precision)
+        return functools.partial(function, epsilon=epsilon, group=group, options=options)
 
+    from_input, from_output = formula(product_norm_from_input), formula(product_norm_from_output)
     return lax.platform_dependent(
         *(x, kernel, running_mean, scale, bias),
-        tpu=formula(product_norm_from_input),
-        default=formula(product_norm_from_output),
+        cpu=from_output,
+        # A TPU writes the pixels that the stride keeps to memory before it multiplies them.
+        tpu=from_input if options.stride == 1 else from_output,
+        default=from_input,
     )
 
 
@@ -209,12 +220,12 @@ def product_norm_from_output(
     bias: jax.Array,
     epsilon: float,
     group: SyncGroup = ALONE,
-    precision: Precision = None,
+    options: ConvOptions = POINTWISE,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`product_norm` in the plain order: the product, its moments, the norm."""
-    y = pointwise_product(x, kernel, precision)
+    y = pointwise_product(x, kernel, options)
     mean, variance = group.average(*batch_moments(y, running_mean))
-    return normalize(y, mean, variance, scale, bias, epsilon), mean, variance
+    return normalize(y, mean, variance, scale, bias, epsilon).astype(x.dtype), mean, variance
 
 
 def product_norm_from_input(
@@ -225,7 +236,7 @@ def product_norm_from_input(
     bias: jax.Array,
     epsilon: float,
     group: SyncGroup = ALONE,
-    precision: Precision = None,
+    options: ConvOptions = POINTWISE,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`product_norm` with moments from those of x, so that they are known before the product.
 
@@ -243,20 +254,21 @@ def product_norm_from_input(
       True
     """
     del running_mean
+    x = subsample(x, options.stride)
     # Small matrices, but every output depends on them.
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     input_mean = x.mean((0, 1, 2), dtype=jnp.float32)
-    covariance = mean_outer_product(x, precision) - jnp.outer(input_mean, input_mean)
-    variance = (product(covariance, kernel) * kernel).sum(0)
-    mean, variance = group.average(product(input_mean, kernel), jnp.maximum(variance, 0.0))
+    mean = product(input_mean, kernel)
+    mean_of_squares = (product(mean_outer_product(x, options.precision), kernel) * kernel).sum(0)
+    mean, variance = group.average(mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0.0))
     factor = scale * lax.rsqrt(variance + epsilon)
-    y = pointwise_product(x, kernel * factor, precision)
-    return y.astype(jnp.float32) + (bias - mean * factor), mean, variance
+    y = pointwise_product(x, kernel * factor, options._replace(stride=1))
+    return add_bias(y, bias - mean * factor), mean, variance
 
 
-def pointwise_product(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
+def pointwise_product(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
     """A 1x1 convolution of x [N, H, W, C] with kernel [C, K], in the type of x."""
-    return convolve(x, kernel.astype(x.dtype)[None, None], ConvOptions(precision=precision))
+    return convolve(x, kernel.astype(x.dtype)[None, None], options)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -21,19 +21,23 @@ from resnet_jax.ops.batch_norm import (
     product_norm_from_input,
     product_norm_from_output,
 )
+from resnet_jax.ops.convolution import ConvOptions
 from resnet_jax.ops.pooling import max_pool
 from tests.variables import random_variables
 
 
-@pytest.fixture
-def as_on_tpu(monkeypatch):
-    """Traces the formulas of a TPU; they run here all the same."""
+def trace_as_on(platform, monkeypatch):
+    """Traces the formulas of another platform; they run here all the same."""
 
-    def choose(*operands, default, tpu=None, cpu=None):
-        del cpu
-        return (tpu or default)(*operands)
+    def choose(*operands, default, **formulas):
+        return formulas.get(platform, default)(*operands)
 
     monkeypatch.setattr(lax, "platform_dependent", choose)
+
+
+@pytest.fixture(params=["tpu", "cuda"])
+def as_on_accelerator(monkeypatch, request):
+    trace_as_on(request.param, monkeypatch)
 
 
 def draw(seed=0, channels=4, features=12):
@@ -47,13 +51,16 @@ def draw(seed=0, channels=4, features=12):
     }
 
 
-def test_moments_of_a_product_from_its_input():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_moments_of_a_product_from_its_input(stride):
     arguments = draw()
-    weights = np.random.default_rng(1).normal(size=(3, 5, 4, 12)).astype(np.float32)
+    rows, columns = -(-5 // stride), -(-4 // stride)
+    weights = np.random.default_rng(1).normal(size=(3, rows, columns, 12)).astype(np.float32)
 
     def run(function):
         def weighted(arguments):
-            y, mean, variance = function(**arguments, epsilon=1e-5)
+            options = ConvOptions(stride=stride)
+            y, mean, variance = function(**arguments, epsilon=1e-5, options=options)
             return (y * weights).sum() + mean.sum() + jnp.square(variance).sum(), (
                 y,
                 mean,
@@ -139,8 +146,9 @@ def test_on_a_cpu_the_backward_pass_keeps_nothing_but_the_input():
     assert program.memory_analysis().temp_size_in_bytes < 2.5 * x.nbytes
 
 
-def test_the_formula_follows_the_platform():
-    conv, norm = rj.Conv(12, 1), rj.BatchNorm()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_formula_follows_the_platform(stride):
+    conv, norm = rj.Conv(12, 1, stride), rj.BatchNorm()
 
     class Both(nn.Module):
         @nn.compact
@@ -156,8 +164,31 @@ def test_the_formula_follows_the_platform():
     }
     # The covariance of the input is 4 x 4.
     covariance = {platform: "-> tensor<4x4xf32>" in text for platform, text in texts.items()}
-    assert covariance == {"cpu": False, "cuda": False, "tpu": True}
+    assert covariance == {"cpu": False, "cuda": True, "tpu": stride == 1}
     assert " conditional(" not in traced.lower().compile().as_text()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_norm_with_relu_is_a_norm_then_relu(train):
+    x, scale, bias, weights = jax.tree.map(jnp.float32, example_far_from_zero())
+    norm = rj.BatchNorm()
+    statistics = {"mean": x.mean((0, 1, 2)), "var": x.var((0, 1, 2))}
+
+    def run(method):
+        def weighted(params, x):
+            variables = {"params": params, "batch_stats": statistics}
+            y, updates = norm.apply(variables, x, train, method=method, mutable=["batch_stats"])
+            return (y * weights).sum(), (y, updates)
+
+        gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))
+        return gradients({"scale": scale, "bias": bias}, x)
+
+    def plain(norm, x, train):
+        return nn.relu(norm(x, train))
+
+    found, expected = run(rj.BatchNorm.relu), run(plain)
+    assert 0.2 < (expected[0][1][0] > 0).mean() < 0.8
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -224,24 +255,26 @@ def example():
     return random_variables(bottlenecks()), images
 
 
-def test_a_network_as_on_a_tpu_equals_the_plain_one(request):
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_network_as_on_an_accelerator_equals_the_plain_one(platform, monkeypatch):
     variables, images = example()
     plain = train_once(bottlenecks(), variables, images)
-    request.getfixturevalue("as_on_tpu")
+    trace_as_on(platform, monkeypatch)
     ours = train_once(bottlenecks(), variables, images)
     assert max(distance(ours, plain).values()) < 1e-4
 
 
-def test_bfloat16_is_as_near_to_float32_as_the_plain_network(request):
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_bfloat16_is_as_near_to_float32_as_the_plain_network(platform, monkeypatch):
     variables, images = example()
     exact = train_once(bottlenecks(), variables, images)
     plain = distance(train_once(bottlenecks(jnp.bfloat16), variables, images), exact)
-    request.getfixturevalue("as_on_tpu")
+    trace_as_on(platform, monkeypatch)
     ours = distance(train_once(bottlenecks(jnp.bfloat16), variables, images), exact)
     assert all(ours[name] < 1.2 * plain[name] for name in plain), (ours, plain)
 
 
-@pytest.mark.usefixtures("as_on_tpu")
+@pytest.mark.usefixtures("as_on_accelerator")
 @pytest.mark.parametrize("group_size", [None, 2])
 @pytest.mark.devices(8)
 def test_devices_share_the_moments_of_a_product(group_size):
@@ -271,7 +304,7 @@ def test_devices_share_the_moments_of_a_product(group_size):
         chex.assert_trees_all_close(each, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("as_on_tpu")
+@pytest.mark.usefixtures("as_on_accelerator")
 def test_far_from_zero_the_running_mean_keeps_the_variance():
     """What a TPU takes deviations from; at the true mean the one-pass variance is exact."""
     x = 1000 + np.random.default_rng(0).normal(size=(64, 4, 4, 2)).astype(np.float32)
@@ -296,7 +329,7 @@ def test_other_norms_and_convolutions_keep_the_plain_order():
     chex.assert_trees_all_close(y, max_pool(nn.relu(expected)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["__call__", "max_pool"])
+@pytest.mark.parametrize("method", ["__call__", "relu_max_pool"])
 def test_statistics_stay_float32_where_jax_has_float64(method):
     with jax.enable_x64(True):
         norm, x = BatchNorm(), jnp.ones((2, 4, 4, 8), jnp.float32)
