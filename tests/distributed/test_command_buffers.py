@@ -12,6 +12,7 @@ from resnet_jax.distributed.command_buffers import command_buffer_options
 @pytest.fixture
 def gpu(monkeypatch):
     """As on a GPU; the compiler of the CPU reads the options of GPUs too."""
+    jax.devices()  # starts the backend, while XLA_FLAGS has the number of CPU devices
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     command_buffers._xla_takes.cache_clear()
@@ -25,7 +26,9 @@ def test_the_installed_xla_takes_them(gpu):
     assert options["xla_gpu_command_buffer_scheduling_mode"] == "CONCURRENT"
 
 
-def test_other_platforms_have_none():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_other_platforms_have_none(platform, gpu, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert command_buffer_options() == {}
 
 
@@ -63,16 +66,17 @@ def test_a_step_with_options_is_the_same_step():
 
     def step(state, data, batch):
         traced.append(1)
-        return state + data.sum() + lax.pmean(batch.mean(), data_parallel.AXIS), batch.sum()
+        mean = lax.pmean(batch.mean(), data_parallel.AXIS)
+        return state + data.sum() + mean, mean
 
     data, outcomes = data_parallel.replicate(np.ones(3, np.float32)), []
     for options in (None, {"xla_gpu_graph_min_graph_size": "5"}):
-        call = data_parallel.parallel_step(step, jax.devices()[:2], whole=1, options=options)
+        call = data_parallel.parallel_step(step, whole=1, options=options)
         state, steps, traced[:] = data_parallel.replicate(np.float32(0)), [], []
         for index in range(3):
             given = state
-            batch = data_parallel.shard(np.arange(8, dtype=np.float32) + index, 2)
-            state, total = call(state, data, batch)
+            batch = np.arange(8, dtype=np.float32) + index
+            state, total = call(state, data, data_parallel.shard_batch(batch))
             assert given.is_deleted()
             steps.append((float(state), float(total), state.sharding))
         assert len(traced) <= 1

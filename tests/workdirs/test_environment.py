@@ -209,6 +209,7 @@ def test_the_driver_is_recorded_and_not_compared(monkeypatch):
 
 def test_compiler_options_are_recorded(monkeypatch):
     name = "compiler options with steps_per_call > 1"
+    monkeypatch.setattr(environment, "command_buffer_options", dict)
     assert name not in environment.environment()
     monkeypatch.setattr(
         environment, "command_buffer_options", lambda: {"xla_a": "B,C", "xla_d": "E"}
