@@ -74,7 +74,7 @@ def test_the_loop_on_a_gpu_carries_few_arrays(platform, few):
     program = jax.make_jaxpr(make_steps(small_step(optimizer), platform))
     jaxpr = program(state, *images_and_choices())
     (loop,) = (each for each in jaxpr.eqns if each.primitive.name == "scan")
-    carried, leaves = loop.params["num_carry"], len(jax.tree.leaves(state))
+    carried, leaves = len(loop.outvars) - 1, len(jax.tree.leaves(state))  # and the loss
     # 4 matrices; 4 x 41 vectors of float32, 32 in each part; one of bfloat16; two counts
     assert leaves == 4 + 4 * 41 + 1 + 2
     assert carried == (4 + 6 + 1 + 1 if few else leaves)
