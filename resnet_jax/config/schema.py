@@ -291,9 +291,10 @@ class Train:
       accumulate: Number of parts that each device splits its batch into, to save memory.
       steps_per_call: Training steps in one call of the compiled program. With more than 1, the
         dataset is kept on the devices and the host only selects the images of each batch. This
-        speeds up steps on small images that are shorter than the host's work for them. The number
-        changes the program and thus rounding: a run keeps it, unless checkpoint.allow_change is
-        set.
+        speeds up steps on small images that are shorter than the host's work for them. On a GPU,
+        convolutions of these programs are in command buffers (CUDA graphs), unless XLA_FLAGS has
+        --xla_gpu_enable_command_buffer. The number changes the program and thus rounding: a run
+        keeps it, unless checkpoint.allow_change is set.
       seed: Seed of initial parameters, order of images, crops and augmentation.
       ema_decay: Fraction of the moving average of parameters and statistics that an update keeps;
         0: no average. It averages over about ema_every / (1 - ema_decay) steps and excludes the

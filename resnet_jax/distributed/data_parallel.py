@@ -21,6 +21,7 @@ def parallel_step(
     step: Callable[..., Any],
     devices: Sequence[jax.Device] | None = None,
     whole: int = 0,
+    options: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
     """Compiles step(state, ..., batch) -> (state, metrics) for all devices.
 
@@ -31,6 +32,7 @@ def parallel_step(
       step: A pure function for one device, which may use collectives over the axis "batch".
       devices: Devices to use. Default: all.
       whole: Number of arguments between state and batch that are replicated, not split.
+      options: Options of the XLA compiler, in runs of one process only.
 
     Returns:
       The compiled step. Its batches have a leading axis of local devices.
@@ -51,6 +53,9 @@ def parallel_step(
         donate_argnums=(0,),
         devices=devices,
     )
+    if options:
+        # `pmap` takes no options. Inside `jit` it does not join the arrays of several processes.
+        call = jax.jit(call, donate_argnums=0, compiler_options=options)
     return _awaited(call)
 
 

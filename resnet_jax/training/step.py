@@ -89,7 +89,7 @@ def make_train_step(
     become constants of the program.
     """
     schedule = make_schedule(config, length)
-    on_cpu = _is_cpu(platform)
+    platform = platform or jax.default_backend()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.value
@@ -114,9 +114,9 @@ def make_train_step(
         )
         if state.ema:
             new = new.replace(ema=_average(new, config))
-        finite = _all_finite(metrics["loss"], gradients, new)
+        finite = _all_finite(metrics["loss"], gradients, new, platform)
         metrics["skipped"] = 1 - finite.astype(jnp.float32)
-        return _unless_skipped(finite, new, state, on_cpu), metrics
+        return _unless_skipped(finite, new, state, platform == "cpu"), metrics
 
     return step
 
@@ -232,7 +232,7 @@ def _forward(
     return logits, updates.get("batch_stats", batch_stats)
 
 
-def _all_finite(loss: jax.Array, gradients: Any, new: TrainState) -> jax.Array:
+def _all_finite(loss: jax.Array, gradients: Any, new: TrainState, platform: str) -> jax.Array:
     """Whether the step is taken: a bool that is the same on all devices.
 
     It is the same because it is computed from means over all devices. These four trees suffice:
@@ -244,8 +244,30 @@ def _all_finite(loss: jax.Array, gradients: Any, new: TrainState) -> jax.Array:
     - The update is the last value that can overflow, and shows in the new parameters. Their moving
       averages lie between old and new ones.
     """
-    squares = optax.tree.norm((loss, gradients, new.params, new.batch_stats), squared=True)
-    return jnp.isfinite(squares)
+    tree: Any = (loss, gradients, new.params, new.batch_stats)
+    if platform == "gpu":
+        tree = _joined(tree)
+    return jnp.isfinite(optax.tree.norm(tree, squared=True))
+
+
+# A GPU reads a leaf of up to this size in less time than it takes to launch a kernel. XLA gives a
+# kernel at most 96 operands; a new parameter has up to three.
+_SMALL, _JOINED = 2**17, 24
+
+
+def _joined(tree: Any) -> list[jax.Array]:
+    """The numbers of all leaves, with those of small leaves joined to a few vectors."""
+    leaves = jax.tree.leaves(tree)
+    # On a GPU, the kernel of a convolution lies in memory with its outputs first.
+    small = [
+        jnp.moveaxis(x, -1, 0).ravel() if x.ndim > 2 else x.ravel()
+        for x in leaves
+        if x.size <= _SMALL
+    ]
+    joined = [
+        jnp.concatenate(small[first : first + _JOINED]) for first in range(0, len(small), _JOINED)
+    ]
+    return joined + [x for x in leaves if x.size > _SMALL]
 
 
 def _unless_skipped(

@@ -25,7 +25,9 @@ from resnet_jax.data.pipeline import (
     prefetch,
 )
 from resnet_jax.distributed import data_parallel
+from resnet_jax.distributed.command_buffers import command_buffer_options
 from resnet_jax.distributed.device_memory import explain_out_of_memory
+from resnet_jax.training.packing import packing
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.step import Batch, Metrics, TrainStep, scan
 
@@ -62,7 +64,11 @@ class StepProgram:
         if shard.count > 1:
             call = data_parallel.with_stop_flag(call)
             self._stop_flags = data_parallel.stop_flags()
-        self._call = data_parallel.parallel_step(call, whole=len(self._dataset))
+        self._call = data_parallel.parallel_step(
+            call,
+            whole=len(self._dataset),
+            options=command_buffer_options() if self._dataset else None,
+        )
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Takes the steps of one of `batches`; the metrics of several steps are [steps]."""
@@ -137,11 +143,22 @@ def make_steps(
     """
 
     def steps(state: TrainState, data: Batch, batch: Batch) -> tuple[TrainState, Metrics]:
-        def one(state: TrainState, chosen: Batch) -> tuple[TrainState, Metrics]:
+        # On a GPU, an array that an iteration returns is a kernel to launch, however small it is.
+        on_gpu = (platform or jax.default_backend()) == "gpu"
+        pack, unpack = packing(state) if on_gpu else (_same, _same)
+
+        def one(packed: Any, chosen: Batch) -> tuple[Any, Metrics]:
             chosen = dict(chosen)
             indices = chosen.pop("indices")
-            return step(state, {**chosen, **{name: x[indices] for name, x in data.items()}})
+            batch = {**chosen, **{name: x[indices] for name, x in data.items()}}
+            state, metrics = step(unpack(packed), batch)
+            return pack(state), metrics
 
-        return scan(one, state, jax.tree.map(jnp.transpose, batch), platform)
+        packed, metrics = scan(one, pack(state), jax.tree.map(jnp.transpose, batch), platform)
+        return unpack(packed), metrics
 
     return steps
+
+
+def _same(state: Any) -> Any:
+    return state

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 
 from resnet_jax import upstream
+from resnet_jax.distributed.command_buffers import command_buffer_options
 from resnet_jax.errors import write_errors
 from resnet_jax.files import atomic_write
 from resnet_jax.packages import declared, installed_versions
@@ -186,6 +187,9 @@ def environment() -> dict[str, str]:
     }
     if driver := nvidia_driver():
         found["NVIDIA driver"] = driver
+    if options := command_buffer_options():
+        text = " ".join(f"{name}={value}" for name, value in options.items())
+        found["compiler options with steps_per_call > 1"] = text
     return {**found, **variables()}
 
 

@@ -301,7 +301,7 @@ def test_every_optimizer_skips(name):
     check_skipped(found, before, metrics)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 def test_an_infinite_update_is_skipped(platform):
     config = configuration(optimizer=c.Optimizer(learning_rate=1e38))
     state, take = steps_of(poisonable(""), config, platform=platform)

@@ -207,6 +207,16 @@ def test_the_driver_is_recorded_and_not_compared(monkeypatch):
     assert "570.86.10" not in environment.compared().values()
 
 
+def test_compiler_options_are_recorded(monkeypatch):
+    name = "compiler options with steps_per_call > 1"
+    monkeypatch.setattr(environment, "command_buffer_options", dict)
+    assert name not in environment.environment()
+    monkeypatch.setattr(
+        environment, "command_buffer_options", lambda: {"xla_a": "B,C", "xla_d": "E"}
+    )
+    assert environment.environment()[name] == "xla_a=B,C xla_d=E"
+
+
 def test_environment_json(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_SOMETHING", "1")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/a")
