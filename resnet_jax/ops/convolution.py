@@ -1,7 +1,9 @@
 """Convolution, by the formula that is fastest on the platform it is compiled for.
 
-All formulas give the same values and gradients up to rounding. On a TPU or GPU it is always XLA's
-convolution. On a CPU that one is slow in two places in float32, and both become matrix products:
+All formulas give the same values and gradients up to rounding. On a TPU it is always XLA's
+convolution. On a GPU a strided convolution of few channels, which is the first of a network, runs
+over blocks of pixels (`convolution_of_blocks`). On a CPU XLA's convolution is slow in two places in
+float32, and both become matrix products:
 
 * a 1x1 convolution is one, forwards and backwards;
 * the gradient of a larger kernel is a convolution whose "kernel" is as large as the image. Written
@@ -69,9 +71,20 @@ def convolve(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array
         on_cpu = functools.partial(pointwise, options=options)
     else:
         on_cpu = functools.partial(convolution_with_product_gradient, options=options)
-    if on_cpu is default:
+    formulas = {} if on_cpu is default else {"cpu": on_cpu}
+    if _reads_few_channels(x.shape[-1], kernel.shape[0], options):
+        formulas["cuda"] = formulas["rocm"] = functools.partial(
+            convolution_of_blocks, options=options
+        )
+    if not formulas:
         return default(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
+    return lax.platform_dependent(x, kernel, **formulas, default=default)
+
+
+def _reads_few_channels(channels: int, side: int, options: ConvOptions) -> bool:
+    """Whether blocks of pixels have a better number of channels for tensor cores than pixels."""
+    strided = 1 < options.stride < side
+    return strided and channels <= 4 and options.dilation == options.groups == 1
 
 
 def xla_convolution(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
@@ -100,6 +113,51 @@ def subsample(x: jax.Array, stride: int) -> jax.Array:
         return x
     # lax.slice, because x[:, ::stride] has another formula for a symbolic size (jax.export).
     return lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))
+
+
+_KEEP = (0, 0, 0)  # lax.pad: nothing before, after or between
+
+
+def convolution_of_blocks(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
+    """`convolve` with stride 1 over blocks of s x s pixels, s being the stride (space-to-depth).
+
+    Tensor cores multiply channels in groups of eight, and cuDNN fills the three of an image up with
+    zeros. A 7x7 kernel with stride 2 on 3 channels becomes a 4x4 kernel on 2 x 2 x 3 = 12 channels,
+    filled up to 16. Dilation and groups must be 1.
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+      >>> convolution_of_blocks(x, kernel, ConvOptions(stride=2))[0, :, :, 0].tolist()
+      [[4.0, 6.0], [6.0, 9.0]]
+    """
+    stride, reach = options.stride, (kernel.shape[0] - 1) // 2
+    before, after = -(-reach // stride), reach // stride  # blocks beside that of the output
+    # Zeros around the image are part of the copy into blocks; cuDNN would need another.
+    x = _pad_sides(x, [(stride * before, stride * after + -side % stride) for side in x.shape[1:3]])
+    margins = (stride * before - reach, stride * (after + 1) - 1 - reach)
+    filters = _pad_sides(kernel.transpose(3, 0, 1, 2), [margins, margins])
+    return lax.conv_general_dilated(
+        _blocks_as_channels(x, stride),
+        _blocks_as_channels(filters, stride),
+        window_strides=(1, 1),
+        padding="VALID",
+        dimension_numbers=("NHWC", "OHWI", "NHWC"),
+        precision=options.precision,
+    )
+
+
+def _pad_sides(x: jax.Array, edges: list[tuple[int, int]]) -> jax.Array:
+    """Zeros before and after the rows and the columns of x [N, H, W, C]."""
+    return lax.pad(x, jnp.zeros((), x.dtype), (_KEEP, *((*edge, 0) for edge in edges), _KEEP))
+
+
+def _blocks_as_channels(x: jax.Array, side: int) -> jax.Array:
+    """[N, H, W, C] to [N, H / side, W / side, side side C], and zeros to a multiple of eight."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(*x.shape[:3], side * side * channels)
+    return lax.pad(x, jnp.zeros((), x.dtype), (_KEEP, _KEEP, _KEEP, (0, -x.shape[-1] % 8, 0)))
 
 
 # A rule for tangents, not for gradients: JAX transposes it, and so every kind of derivative
@@ -178,9 +236,6 @@ def convolution_by_product(x: jax.Array, kernel: jax.Array, options: ConvOptions
             for shift, part in zip(shifts, parts, strict=True)
         ),
     )
-
-
-_KEEP = (0, 0, 0)  # lax.pad: nothing before, after or between
 
 
 def _concatenate_channels(parts: list[jax.Array]) -> jax.Array:

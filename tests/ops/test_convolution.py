@@ -61,6 +61,58 @@ def test_the_product_is_the_convolution(case):
     )
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "case",
+    [(7, 12, 12, 2, 1), (7, 11, 8, 2, 1), (3, 6, 7, 2, 1), (5, 9, 11, 3, 1), (7, 1, 2, 2, 1)],
+    ids=str,
+)
+def test_a_convolution_of_blocks_and_its_gradients_are_xlas(case, channels):
+    x, kernel, options, cotangent = draw(case, channels)
+
+    def run(function):
+        y, pull_back = jax.vjp(lambda x, k: function(x, k, options), x, kernel)
+        return y, pull_back(cotangent)
+
+    chex.assert_trees_all_close(
+        run(convolution.convolution_of_blocks), run(xla_convolution), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_convolution_of_blocks_in_bfloat16_is_as_near_to_float32_as_xlas():
+    exact, kernel, options, _ = draw((7, 32, 32, 2, 1))
+    x, kernel = jnp.asarray(exact, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16)
+    expected = xla_convolution(x.astype(jnp.float32), kernel.astype(jnp.float32), options)
+
+    def error(function):
+        return jnp.abs(function(x, kernel, options).astype(jnp.float32) - expected).max()
+
+    assert error(convolution.convolution_of_blocks) <= error(xla_convolution)
+
+
+@pytest.mark.parametrize(
+    ("platform", "stride", "channels", "sides"),
+    [
+        ("cuda", 2, 3, "4x4x16x8"),
+        ("rocm", 2, 3, "4x4x16x8"),
+        ("tpu", 2, 3, "7x7x3x8"),
+        ("cpu", 2, 3, "7x7x3x8"),
+        ("cuda", 1, 3, "7x7x3x8"),
+        ("cuda", 2, 8, "7x7x8x8"),
+    ],
+)
+def test_a_strided_convolution_of_few_channels_runs_over_blocks_on_a_gpu(
+    platform, stride, channels, sides
+):
+    x, kernel = jnp.ones((1, 16, 16, channels)), jnp.ones((7, 7, channels, 8))
+    traced = jax.jit(lambda x, k: convolve(x, k, ConvOptions(stride))).trace(x, kernel)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    (line,) = (line for line in text.splitlines() if "stablehlo.convolution" in line)
+    height, width, inputs, outputs = sides.split("x")
+    shapes = {sides, f"{outputs}x{height}x{width}x{inputs}"}
+    assert any(f"tensor<{shape}xf32>" in line for shape in shapes)
+
+
 @pytest.mark.parametrize("case", [(1, 4, 4, 2, 1), (3, 4, 4, 1, 1), (3, 4, 4, 2, 1)], ids=str)
 def test_every_kind_of_derivative_exists(case):
     x, kernel, options, _ = draw(case, channels=2, features=2)
