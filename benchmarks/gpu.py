@@ -81,9 +81,7 @@ PLAN = (
 )
 NETWORKS = {
     "train": ("ours", "trainer", "flax", "torch", "torch-default", "timm"),
-    "inference": (
-        *("ours", "folded", "flax", "torch", "torch-default", "torch-freezing", "timm"),
-    ),
+    "inference": (*("ours", "folded", "flax", "torch", "torch-default", "torch-freezing", "timm"),),
 }
 
 
@@ -115,7 +113,9 @@ class Case(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, help="default: 8 for PLAN, otherwise no limit")
     parser.add_argument("--depths", help="of 8, 18, 20, 50, 152; default: 50")
     parser.add_argument("--modes", help="default: train,inference")
@@ -134,6 +134,7 @@ def main() -> None:
         work(Case(*json.loads(options.work)), options)
         return
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes below
     rows = chosen_rows(options)
     if rows is PLAN:
         options.breakdown = True
@@ -230,7 +231,11 @@ class Process:
         self.case = case
         self._log = folder / ("-".join(map(str, case)) + f"-{time.monotonic_ns()}.log")
         command = [sys.executable, __file__, f"--work={json.dumps(case)}"]
-        command += [f"--side={options.side}", f"--dtype={options.dtype}", f"--trace={options.trace}"]
+        command += [
+            f"--side={options.side}",
+            f"--dtype={options.dtype}",
+            f"--trace={options.trace}",
+        ]
         environment = {
             "CUDA_VISIBLE_DEVICES": "0",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -278,7 +283,9 @@ class Process:
         return None
 
     def _failure(self) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in self._log.read_text(errors="replace").splitlines() if line.strip()
+        ]
         for line in reversed(lines):
             if missing := re.match(r"ModuleNotFoundError: No module named '(\w+)'", line):
                 return f"{missing[1]} is not installed"
@@ -386,7 +393,9 @@ def print_record(r: dict) -> None:
     )
     if "ms" in r:
         gaps = r["pipelined_step_ms"] - r["kernel_ms"]
-        kinds = ", ".join(f"{kind} {ms:.2f} ({r['count'][kind]:.0f})" for kind, ms in r["ms"].items())
+        kinds = ", ".join(
+            f"{kind} {ms:.2f} ({r['count'][kind]:.0f})" for kind, ms in r["ms"].items()
+        )
         print(
             f"{'':12}{r['kernels']:.0f} kernels, {r['kernel_ms']:.2f} ms of"
             f" {r['pipelined_step_ms']:.2f}, gaps {gaps:.2f} (traced: {r['traced_gaps_ms']:.2f});"
@@ -442,6 +451,7 @@ def work(case: Case, options: argparse.Namespace) -> None:
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     start = time.monotonic()
     alone = Alone(os.environ["BENCHMARK_LOCK"])
     arguments = (case.network, case.depth, case.batch, side_of(case, options))
@@ -462,6 +472,13 @@ def work(case: Case, options: argparse.Namespace) -> None:
     for line in sys.stdin:
         command, *values = json.loads(line)
         answer(measure(step, case, *values) if command == "measure" else trace(step, case, options))
+
+
+def end_with(parent: int) -> None:
+    """Ends this process and those that it started once its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def device_name(case: Case) -> str:

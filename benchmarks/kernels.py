@@ -162,7 +162,15 @@ def _kind_of_instruction(operation: str, line: str, bodies: dict[str, list[str]]
         lines = bodies.get(called[1], []) if called else []
         matches = (re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = .*? ([\w\-]+)\(", x) for x in lines)
         inside = {match[1] for match in matches if match}
-        if not inside - {"parameter", "bitcast", "copy", "transpose", "slice", "concatenate", "pad"}:
+        if not inside - {
+            "parameter",
+            "bitcast",
+            "copy",
+            "transpose",
+            "slice",
+            "concatenate",
+            "pad",
+        }:
             return "copy"
     if "convolution" in inside:
         return "convolution"

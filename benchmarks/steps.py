@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = {8: "cifar10_speedrun", 20: "cifar"}  # by depth; others: imagenet_torchvision_v2
-PER_CALL = 25  # steps that the trainer takes in one call, for small images
+PER_CALL = 25  # steps that the trainer takes in one call, for small images (on a CPU one)
 
 
 class Step(NamedTuple):
@@ -188,10 +188,11 @@ def trainer_step(depth, size, side, dtype, alone=contextlib.nullcontext):
     from resnet_jax.training.step_program import StepProgram
 
     small = depth in RECIPES
+    per_call = PER_CALL if small and jax.default_backend() != "cpu" else 1
     recipe = CONFIGS / f"{RECIPES.get(depth, 'imagenet_torchvision_v2')}.py"
     config = runpy.run_path(str(recipe))["get_config"](*(() if small else (f"resnet{depth}",)))
     config.data.image_size, config.model.dtype = side, dtype
-    config.train.batch_size, config.train.steps_per_call = size, PER_CALL if small else 1
+    config.train.batch_size, config.train.steps_per_call = size, per_call
 
     rng = np.random.default_rng(0)
     count, classes = (50_000, 10) if small else (2 * size, 1_000)
@@ -209,7 +210,7 @@ def trainer_step(depth, size, side, dtype, alone=contextlib.nullcontext):
     one = np.zeros((1, side, side, 3), np.float32)
     init = functools.partial(model.init, train=False)
     variables, _ = random_values((jax.eval_shape(init, jax.random.key(0), one), {}), rng)
-    batches = program.batches(0, config.train.steps_per_call)
+    batches = program.batches(0, per_call)
     _, batch = next(batches)
     batches.close()
     with alone():
@@ -222,7 +223,6 @@ def trainer_step(depth, size, side, dtype, alone=contextlib.nullcontext):
         state, metrics = program(state, batch)
         return metrics
 
-    per_call = config.train.steps_per_call
     return Step(run, jax.block_until_ready, size * per_call, per_call)
 
 
