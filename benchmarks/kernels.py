@@ -23,19 +23,19 @@ KINDS = (
     "copy",
     "other",
 )
-# The first that occurs in a name decides. PyTorch's compiler names a kernel by its shape, triton_SHAPE,
-# and after that by what is fused in it; cuDNN by the pass: fprop, wgrad or dgrad.
+# The first that occurs in a name decides. PyTorch's compiler names a kernel triton_ and poi, red or
+# per (pointwise, reduction), then by what is fused in it; cuDNN by the pass: fprop, wgrad or dgrad.
 _WORDS = {
     r"^triton_poi.*max_pool|^triton_.*scatter": "pool",
     r"^triton_poi": "elementwise",
     r"^triton_(red|per|mix)": "reduction",
     r"^triton_tem.*convolution": "convolution",
     r"^triton_(tem|mm|bmm|addmm)": "GEMM",
-    r"memcpy|memset|transpose|tonhwc|tonchw|\bcopy|wrapped_(slice|concat|pad)": "copy",
+    r"memcpy|memset|transpose|tonhwc|tonchw|converttensor|\bcopy|wrapped_slice": "copy",
     r"pool|select_and_scatter|scatter|reduce_window": "pool",
     r"wgrad|bw_?-?filter|backwardfilter": "kernel gradient",
     r"dgrad|bw_?-?input|backwardinput|backwarddata": "input gradient",
-    r"fprop|conv(?!ert)|implicit_gemm": "convolution",
+    r"fprop|conv(?!ert)|implicit_?gemm": "convolution",
     r"gemm|cutlass|nvjet|cublas|matmul|splitk|_dot|wgmma": "GEMM",
     r"reduc|softmax|norm|triton_softmax": "reduction",
     r"fusion|wrapped|elementwise|multi_tensor|fused|add|multiply|vectorized": "elementwise",
@@ -47,6 +47,16 @@ _TARGETS = {  # of XLA's custom calls
     "convBackwardInput": "input gradient",
     "cublas": "GEMM",
     "triton_gemm": "GEMM",
+}
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
+_MOVES = {"copy", "transpose", "slice", "concatenate", "pad", "reverse", "gather"}
+_OPERATIONS = {
+    **dict.fromkeys((*_MOVES, "copy-start"), "copy"),
+    **dict.fromkeys(("add", "multiply", "subtract", "select", "maximum", "convert"), "elementwise"),
+    **dict.fromkeys(("reduce-window", "select-and-scatter", "scatter"), "pool"),
+    "reduce": "reduction",
+    "dot": "GEMM",
+    "convolution": "convolution",
 }
 
 
@@ -73,8 +83,7 @@ def kernels_of(profile) -> list[Kernel]:
     for plane in gpus or [plane for plane in planes if plane.name == "/host:CPU"]:
         lines = list(plane.lines)
         # Other lines repeat the kernels of the streams, as modules or instructions.
-        streams = [line for line in lines if line.name.startswith("Stream")] if gpus else lines
-        for line in streams or lines:
+        for line in [line for line in lines if line.name.startswith("Stream")] or lines:
             for event in line.events:
                 operation = ""
                 for name, value in event.stats:
@@ -102,14 +111,14 @@ def breakdown(kernels: list[Kernel], steps: int, programs: dict[str, str] | None
         duration = (kernel.end - kernel.start) / 1e6 / steps
         milliseconds[kind] += duration
         counts[kind] += 1
-        names[kernel.operation or kernel.name] += duration
+        names[_label(kernel)] += duration
         busy += max(0.0, kernel.end - max(kernel.start, reached))
         reached = max(reached, kernel.end)
     first = min((kernel.start for kernel in kernels), default=0.0)
     return {
         "kernels": sum(counts.values()) / steps,
         "kernel_ms": busy / 1e6 / steps,
-        "traced_gaps_ms": (max(reached, first) - first - busy) / 1e6 / steps,
+        "gaps_ms": (max(reached, first) - first - busy) / 1e6 / steps,
         "ms": {kind: round(milliseconds[kind], 4) for kind in KINDS if counts[kind]},
         "count": {kind: counts[kind] / steps for kind in KINDS if counts[kind]},
         "longest": {name[:80]: round(ms, 4) for name, ms in names.most_common(12)},
@@ -126,6 +135,12 @@ def kind_of(kernel: Kernel, programs: dict[str, str]) -> str:
             if re.search(words, name.lower()):
                 return kind
     return "other"
+
+
+def _label(kernel: Kernel) -> str:
+    """The instruction that started a kernel; a command buffer (a CUDA graph) starts many."""
+    in_buffer = kernel.operation.startswith("command_buffer")
+    return kernel.name if in_buffer or not kernel.operation else kernel.operation
 
 
 def _plain(name: str) -> str:
@@ -145,7 +160,7 @@ def program_kinds(text: str) -> dict[str, str]:
     kinds = {}
     for lines in bodies.values():
         for line in lines:
-            if found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(", line):
+            if found := _INSTRUCTION.match(line):
                 kind = _kind_of_instruction(found[2], line, bodies)
                 if kind:
                     kinds[_plain(found[1])] = kind
@@ -156,33 +171,17 @@ def _kind_of_instruction(operation: str, line: str, bodies: dict[str, list[str]]
     if operation == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', line)
         return next((k for words, k in _TARGETS.items() if target and words in target[1]), "")
-    inside = {operation}
-    if operation == "fusion":
-        called = re.search(r"calls=%?([\w.\-]+)", line)
-        lines = bodies.get(called[1], []) if called else []
-        matches = (re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = .*? ([\w\-]+)\(", x) for x in lines)
-        inside = {match[1] for match in matches if match}
-        if not inside - {
-            "parameter",
-            "bitcast",
-            "copy",
-            "transpose",
-            "slice",
-            "concatenate",
-            "pad",
-        }:
-            return "copy"
-    if "convolution" in inside:
-        return "convolution"
-    for kind, operations in {
-        "GEMM": {"dot"},
-        "pool": {"reduce-window", "select-and-scatter", "scatter"},
-        "reduction": {"reduce"},
-        "copy": {"copy", "transpose", "copy-start"} if operation != "fusion" else set(),
-    }.items():
-        if inside & operations:
+    if operation != "fusion":
+        return _OPERATIONS.get(operation, "")
+    called = re.search(r"calls=%?([\w.\-]+)", line)
+    matches = map(_INSTRUCTION.match, bodies.get(called[1] if called else "", []))
+    inside = {match[2] for match in matches if match}
+    kinds = {_OPERATIONS.get(each, "") for each in inside}
+    for kind in ("convolution", "GEMM", "pool", "reduction"):
+        if kind in kinds:
             return kind
-    return "elementwise" if operation in ("fusion", "add", "multiply", "convert", "select") else ""
+    moves = inside <= {*_MOVES, "parameter", "bitcast", "convert", "constant", "tuple"}
+    return "copy" if moves and inside & _MOVES else "elementwise"
 
 
 def main() -> None:

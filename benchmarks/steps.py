@@ -129,13 +129,10 @@ def jax_step(network, depth, size, side, train, dtype="float32", alone=contextli
     labels = rng.integers(0, 10, size).astype(np.int32)
     init, update = make_training(model)
     state = random_values(jax.eval_shape(init, jax.random.key(0), images), rng)
+    if network == "folded":
+        return folded_step(model, state[0], images, alone)
     if not train:
-        variables = state[0]
-        if network == "folded":
-            from resnet_jax.export.fold import fold_batch_norm
-
-            model, variables = fold_batch_norm(model, variables)
-        variables, images = jax.device_put((variables, images))
+        variables, images = jax.device_put((state[0], images))
         infer = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
         lowered = infer.lower(variables, images)
         with alone():
@@ -155,6 +152,29 @@ def jax_step(network, depth, size, side, train, dtype="float32", alone=contextli
         return jax.tree.leaves(state)[0]  # ready when the program has ended, as all others are
 
     return Step(run, jax.block_until_ready, size)
+
+
+def folded_step(model, variables, images, alone):
+    """What predict runs: batch norms folded, and weights that lie as the program reads them."""
+    import jax
+
+    from resnet_jax.distributed import data_parallel
+    from resnet_jax.export.fold import fold_batch_norm
+
+    model, variables = fold_batch_norm(model, variables)
+
+    def infer(variables, images):
+        return model.apply(variables, images, train=False)
+
+    batch = data_parallel.shard_batch(images)
+    shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    with alone():
+        if hasattr(data_parallel, "compile_outputs"):
+            program = data_parallel.compile_outputs(infer, variables, shape)
+        else:
+            program = functools.partial(data_parallel.parallel_outputs(infer), variables)
+        jax.block_until_ready(program(batch))
+    return Step(lambda: program(batch), jax.block_until_ready, len(images))
 
 
 def random_values(shapes, rng):
@@ -215,8 +235,8 @@ def trainer_step(depth, size, side, dtype, alone=contextlib.nullcontext):
     batches.close()
     with alone():
         state = create_state(model, optimizer, config, 3, variables)
-        state, metrics = program(data_parallel.replicate(state), batch)
-        state, metrics = jax.block_until_ready(program(state, batch))
+        state, _ = program(data_parallel.replicate(state), batch)
+        state, _ = jax.block_until_ready(program(state, batch))
 
     def run():
         nonlocal state
@@ -288,6 +308,8 @@ def torch_step(
     with frozen:
         for _ in range(3 if compiled else 1):
             step(model), wait()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     return Step(lambda: step(model), wait, size)
 
 
