@@ -41,7 +41,7 @@ class Network(nn.Module):
     def __call__(self, x, train):
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm = functools.partial(nn.BatchNorm, not train, momentum=0.9, dtype=self.dtype)
-        if self.bottleneck:
+        if self.stage_widths[0] == 64:  # for photos
             x = nn.relu(norm()(conv(64, (7, 7), (2, 2), padding=3)(x)))
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         else:
@@ -55,9 +55,17 @@ class Network(nn.Module):
         return nn.Dense(self.num_classes)(x.mean((1, 2), dtype=jnp.float32))
 
 
-def resnet50(dtype=jnp.float32):
-    return Network((3, 4, 6, 3), (64, 128, 256, 512), True, 1000, dtype)
+def resnet18(dtype=jnp.float32):
+    return Network((2, 2, 2, 2), (64, 128, 256, 512), False, 1000, dtype)
 
 
 def resnet20(dtype=jnp.float32):
     return Network((3, 3, 3), (16, 32, 64), False, 10, dtype)
+
+
+def resnet50(dtype=jnp.float32):
+    return Network((3, 4, 6, 3), (64, 128, 256, 512), True, 1000, dtype)
+
+
+def resnet152(dtype=jnp.float32):
+    return Network((3, 8, 36, 3), (64, 128, 256, 512), True, 1000, dtype)
