@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resnet_jax.errors import ModelError
 from resnet_jax.models.layers import Conv, Dtype, Initializer
 from resnet_jax.ops.batch_norm import (
     ALONE,
@@ -65,6 +66,8 @@ class BatchNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if self._is_folded(train):
+            return self._add_bias(x)
         scale, bias, mean, variance = self._variables(x.shape[-1])
         if train:
             mean, variance = self._group().average(*batch_moments(x, mean))
@@ -75,6 +78,8 @@ class BatchNorm(nn.Module):
 
     def max_pool(self, x: jax.Array, train: bool) -> jax.Array:
         """`max_pool(self(x, train))`, but only the pixels that the pool keeps are normalized."""
+        if self._is_folded(train):
+            return max_pool(self._add_bias(x))
         scale, bias, mean, variance = self._variables(x.shape[-1])
         x, mean, scale, sign = increasing(x, mean, scale)
         if train:
@@ -93,6 +98,21 @@ class BatchNorm(nn.Module):
         )
         self._update(mean, variance, x)
         return y.astype(self.dtype)
+
+    @nn.nowrap
+    def _is_folded(self, train: bool) -> bool:
+        """Whether `fold_batch_norm` has left the norm a bias, and no scale and statistics."""
+        folded = self.has_variable("params", "bias") and not self.has_variable("params", "scale")
+        if folded and train:
+            raise ModelError("train=True: a network with folded norms is for inference only")
+        return folded
+
+    @nn.nowrap
+    def _add_bias(self, x: jax.Array) -> jax.Array:
+        """The folded norm: x + bias in the type of both, or x * factor + bias in float32."""
+        if self.has_variable("params", "factor"):
+            x = x * self.get_variable("params", "factor")
+        return (x + self.get_variable("params", "bias")).astype(self.dtype)
 
     @nn.compact
     def _variables(self, channels: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
