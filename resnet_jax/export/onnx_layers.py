@@ -162,9 +162,7 @@ def _batch_norm(module: BatchNorm, leaves: Mapping[str, Any], shape: Any) -> tup
     return emit, shape
 
 
-def _scale_and_shift(
-    graph: Graph, x: str, name: str, scale: np.ndarray, bias: np.ndarray
-) -> str:
+def _scale_and_shift(graph: Graph, x: str, name: str, scale: np.ndarray, bias: np.ndarray) -> str:
     factor = graph.constant(scale[:, None, None], f"{name}/scale")
     constant = graph.constant(bias[:, None, None], f"{name}/bias")
     return graph.add("Add", graph.add("Mul", x, factor), constant, name=name)

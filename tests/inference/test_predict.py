@@ -90,7 +90,9 @@ def test_agrees_with_apply(classifier, photos):
     def apply(network):
         program = jax.jit(lambda variables, x: network.model.apply(variables, x, train=False))
         # A device's share at a time, normalised outside.
-        parts = [program(network.variables, network.preprocessing.normalize(x)) for x in shard(batch)]
+        parts = [
+            program(network.variables, network.preprocessing.normalize(x)) for x in shard(batch)
+        ]
         return np.concatenate(parts)[: len(crops)]
 
     expected = apply(network.folded())
