@@ -47,9 +47,9 @@ def fold_batch_norm(
       variables: Its {"params", "batch_stats"}.
 
     Returns:
-      (model, variables) to apply instead, by `__call__` or `features`. Kernels have the type in which
-      the network computes. Weight standardization is folded too. Norms other than `BatchNorm` stay
-      as they are; a network without any, or folded before, is returned unchanged.
+      (model, variables) to apply instead, by `__call__` or `features`. Kernels have the type in
+      which the network computes. Weight standardization is folded too. Norms other than `BatchNorm`
+      stay as they are; a network without any, or folded before, is returned unchanged.
 
     Example:
       >>> import resnet_jax as rj
