@@ -36,7 +36,7 @@ _Path = tuple[str, ...]  # of a module, such as ("stage1", "block1", "conv1")
 
 def fold_batch_norm(
     model: ResNet, variables: Mapping[str, Any]
-) -> tuple[ResNet, Mapping[str, Any]]:
+) -> tuple[ResNet, dict[str, Any]]:
     """Folds the batch norms of a network into its convolutions, for `train=False`.
 
     The result computes the same up to rounding in `model.dtype`, and faster. Folding works on
@@ -64,7 +64,7 @@ def fold_batch_norm(
     """
     standardizes = getattr(model, "weight_standardization", False)
     if not (variables.get("batch_stats") or standardizes):
-        return model, variables
+        return model, dict(variables)
     layers = _find_layers(model)
     leaves = traverse_util.flatten_dict(dict(variables))
     kernels = {
