@@ -1,9 +1,10 @@
 """Compares images/s of a network with and without its batch norms folded into convolutions.
 
     python benchmarks/folded.py [--model=resnet50] [--batch=8] [--side=224] [--rounds=9]
+        [--dtype=float32]
 
-Weights are arguments of the program, as in a server that can load others. The networks alternate.
-Prints a table and one JSON line.
+The programs are those of predictions: weights are arguments, which lie as the program reads them.
+The networks alternate. Prints a table and one JSON line.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import resnet_jax as rj
-from resnet_jax.export.fold import fold_batch_norm
+from resnet_jax.distributed.data_parallel import compile_outputs, shard_batch
 
 
 def main() -> None:
@@ -25,13 +26,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
 
-    model = rj.create_model(options.model)
+    model = rj.create_model(options.model, dtype=jnp.dtype(options.dtype))
     shape = (options.batch, options.side, options.side, 3)
     images = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     variables = jax.jit(lambda key: model.init(key, images[:1], train=False))(jax.random.key(0))
-    networks = {"plain": (model, variables), "folded": fold_batch_norm(model, variables)}
+    networks = {"plain": (model, variables), "folded": rj.fold_batch_norm(model, variables)}
     runs = {name: compiled(*network, images) for name, network in networks.items()}
 
     seconds = {name: [] for name in runs}
@@ -52,11 +54,14 @@ def main() -> None:
 
 def compiled(model, variables, images):
     """A function without arguments that runs a compiled network; it has run once."""
-    variables = jax.device_put(variables)
-    function = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
-    program = function.lower(variables, images).compile()
-    program(variables, images).block_until_ready()
-    return lambda: program(variables, images)
+    program = compile_outputs(
+        lambda variables, images: model.apply(variables, images, train=False),
+        jax.device_get(variables),
+        jax.ShapeDtypeStruct(images.shape, images.dtype),
+    )
+    images = shard_batch(np.asarray(images))
+    program(images).block_until_ready()
+    return lambda: program(images)
 
 
 if __name__ == "__main__":

@@ -169,10 +169,7 @@ def folded_step(model, variables, images, alone):
     batch = data_parallel.shard_batch(images)
     shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
     with alone():
-        if hasattr(data_parallel, "compile_outputs"):
-            program = data_parallel.compile_outputs(infer, variables, shape)
-        else:
-            program = functools.partial(data_parallel.parallel_outputs(infer), variables)
+        program = data_parallel.compile_outputs(infer, variables, shape)
         jax.block_until_ready(program(batch))
     return Step(lambda: program(batch), jax.block_until_ready, len(images))
 

@@ -39,6 +39,7 @@ from resnet_jax.models.constructors import (
     ResNet152,
     ResNet1202,
 )
+from resnet_jax.models.folding import fold_batch_norm
 from resnet_jax.models.layers import Conv, StochasticDepth
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.models.registry import (
@@ -104,6 +105,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "create_model",
+    "fold_batch_norm",
     "from_torch",
     "list_models",
     "load_pretrained",

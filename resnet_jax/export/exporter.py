@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.errors import ExportError, ModelError, WeightsError, importing, unknown_name
+from resnet_jax.errors import ExportError, WeightsError, importing, unknown_name
 from resnet_jax.export.agreement import Agreement, compare, on_cpu, predict, source_logits
 from resnet_jax.export.image_sizes import ImageSizes, parse_image_sizes
 from resnet_jax.files import new_folder, sync
+from resnet_jax.models.folding import fold_batch_norm
 from resnet_jax.outputs import output_errors, special_file
 from resnet_jax.weights.network import Network
 
@@ -41,6 +42,16 @@ class _Job:
     @property
     def predict(self) -> Callable[[Any, jax.Array], jax.Array]:
         return functools.partial(predict, self.network.model, self.network.preprocessing)
+
+    @property
+    def predict_folded(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """`predict` with folded batch norms; it takes the variables before folding."""
+
+        def call(variables: Any, images: jax.Array) -> jax.Array:
+            model, variables = fold_batch_norm(self.network.model, variables)
+            return predict(model, self.network.preprocessing, variables, images)
+
+        return call
 
     @property
     def beside(self) -> Path | None:
@@ -128,13 +139,12 @@ def _in_float32(network: Network) -> Network:
 
 
 def _folded(network: Network) -> Network:
-    from resnet_jax.export.fold import fold_batch_norm
-
-    try:
-        model, variables = fold_batch_norm(network.model, network.variables)
-    except ModelError as error:
-        raise ExportError(f"--fold_batch_norm: {error}") from error
-    return dataclasses.replace(network, model=model, variables=variables)
+    if network.model.norm != "batch":
+        raise ExportError(
+            f"--fold_batch_norm: norm = {network.model.norm!r} cannot be folded: its statistics "
+            "are each image's own; only batch norm's are fixed"
+        )
+    return network.folded()
 
 
 def _check_options(
@@ -183,7 +193,7 @@ def _write_stablehlo(job: _Job) -> Callable[[np.ndarray], np.ndarray]:
     platforms = parse_platforms(job.platforms or "cpu,cuda,tpu")
     network, path = job.network, job.files[0]
     write_stablehlo(
-        *(job.predict, network.variables, job.sizes, network.channels),
+        *(job.predict_folded, network.variables, job.sizes, network.channels),
         *(platforms, path, job.beside),
     )
     program = open_stablehlo(path, job.beside)

@@ -19,7 +19,6 @@ import onnx
 from jax.extend import core
 from onnx import helper, numpy_helper
 
-from resnet_jax.export.fold import FoldedNorm
 from resnet_jax.models.layers import Conv, standardize_kernel
 from resnet_jax.models.norms import BatchNorm, GroupNorm
 from resnet_jax.ops.pooling import max_pool
@@ -148,6 +147,12 @@ def _conv(module: Conv, leaves: Mapping[str, np.ndarray], shape: Any) -> tuple[_
 def _batch_norm(module: BatchNorm, leaves: Mapping[str, Any], shape: Any) -> tuple[_Emit, Any]:
     def emit(graph: Graph, x: str) -> str:
         name = "/".join(module.path)
+        if "factor" in leaves:  # folded, but not into a convolution
+            return _scale_and_shift(graph, x, name, leaves["factor"], leaves["bias"])
+        if "scale" not in leaves:  # folded into a convolution, which gets the bias too
+            node = next(node for node in graph.nodes if node.output[0] == x)
+            node.input.append(graph.constant(leaves["bias"], f"{name}/bias"))
+            return x
         inputs = [
             graph.constant(leaves[leaf], f"{name}/{leaf}")
             for leaf in ("scale", "bias", "mean", "var")
@@ -157,23 +162,10 @@ def _batch_norm(module: BatchNorm, leaves: Mapping[str, Any], shape: Any) -> tup
     return emit, shape
 
 
-def _folded_norm(module: FoldedNorm, leaves: Mapping[str, Any], shape: Any) -> tuple[_Emit, Any]:
-    def emit(graph: Graph, x: str) -> str:
-        name = "/".join(module.path)
-        if "scale" not in leaves:  # a convolution took it, and gets the bias too
-            node = next(node for node in graph.nodes if node.output[0] == x)
-            node.input.append(graph.constant(leaves["bias"], f"{name}/bias"))
-            return x
-        return _scale_and_shift(graph, x, name, leaves)
-
-    return emit, shape
-
-
-def _scale_and_shift(graph: Graph, x: str, name: str, leaves: Mapping[str, np.ndarray]) -> str:
-    scale, bias = (
-        graph.constant(leaves[leaf][:, None, None], f"{name}/{leaf}") for leaf in ("scale", "bias")
-    )
-    return graph.add("Add", graph.add("Mul", x, scale), bias, name=name)
+def _scale_and_shift(graph: Graph, x: str, name: str, scale: np.ndarray, bias: np.ndarray) -> str:
+    factor = graph.constant(scale[:, None, None], f"{name}/scale")
+    constant = graph.constant(bias[:, None, None], f"{name}/bias")
+    return graph.add("Add", graph.add("Mul", x, factor), constant, name=name)
 
 
 def _group_norm(module: GroupNorm, leaves: Mapping[str, Any], shape: Any) -> tuple[_Emit, Any]:
@@ -192,7 +184,7 @@ def _group_norm(module: GroupNorm, leaves: Mapping[str, Any], shape: Any) -> tup
         y = graph.add("Reshape", x, graph.constant([0, groups, -1]))
         y = graph.add("InstanceNormalization", y, ones, zeros, epsilon=module.epsilon)
         y = graph.add("Reshape", y, graph.add("Shape", x))
-        return _scale_and_shift(graph, y, name, leaves)
+        return _scale_and_shift(graph, y, name, leaves["scale"], leaves["bias"])
 
     return emit, shape
 
@@ -209,7 +201,6 @@ def _dense(module: nn.Dense, leaves: Mapping[str, Any], shape: Any) -> tuple[_Em
 _LAYERS: dict[type, Callable[..., tuple[_Emit, Any]]] = {
     Conv: _conv,
     BatchNorm: _batch_norm,
-    FoldedNorm: _folded_norm,
     GroupNorm: _group_norm,
     nn.Dense: _dense,
 }

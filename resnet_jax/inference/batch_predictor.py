@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from resnet_jax.config.schema import INTERPOLATIONS
-from resnet_jax.distributed.data_parallel import parallel_outputs, replicate, shard_batch
+from resnet_jax.distributed.data_parallel import compile_outputs, shard_batch
 from resnet_jax.distributed.device_memory import check_batch_memory, explain_out_of_memory
 from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.inference.images import in_threads, name_of, read_crop
@@ -65,16 +66,22 @@ class BatchPredictor:
         self._side = network.preprocessing.image_size
         devices = jax.local_device_count()
         self.batch_size = -(-(batch_size or _fast_batch(self._side)) // devices) * devices
+        self._shape = (self.batch_size, self._side, self._side, network.channels)
         check_batch_memory(
             network.model,
-            (self.batch_size, self._side, self._side, network.channels),
+            self._shape,
             f"--batch_size={self.batch_size} of {self._side}x{self._side} pixels",
         )
-        normalize = network.preprocessing.normalize
-        self._compiled = parallel_outputs(
-            lambda variables, images: function(variables, normalize(images))
+        self._function = function
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[[Any], Any]:
+        network, function = self._network, self._function
+        return compile_outputs(
+            lambda variables, images: function(variables, network.preprocessing.normalize(images)),
+            network.variables,
+            jax.ShapeDtypeStruct(self._shape, np.uint8),
         )
-        self._variables = replicate(network.variables)
 
     def __call__(self, images: Iterable[Any]) -> Iterator[np.ndarray | DataError]:
         what = f"a batch of {self.batch_size} images of {self._side}x{self._side} pixels"
@@ -107,7 +114,7 @@ class BatchPredictor:
         # Fetches one batch while the devices compute the next.
         waiting: collections.deque[tuple[_Entries, Any]] = collections.deque()
         for entries, pixels in self._batches(images):
-            waiting.append((entries, self._compiled(self._variables, shard_batch(pixels))))
+            waiting.append((entries, self._compiled(shard_batch(pixels))))
             if len(waiting) > 1:
                 yield waiting.popleft()
         yield from waiting
@@ -116,9 +123,8 @@ class BatchPredictor:
         return read_crop(image, self._network.channels, self._data)
 
     def _batches(self, images: Iterable[Any]) -> Iterator[tuple[_Entries, np.ndarray]]:
-        shape = (self.batch_size, self._side, self._side, self._network.channels)
         entries: _Entries = []
-        pixels, filled = np.zeros(shape, np.uint8), 0
+        pixels, filled = np.zeros(self._shape, np.uint8), 0
         names: collections.deque[str] = collections.deque()  # images that are being read
         crops = in_threads(self._crop, _noting_names(images, names), ahead=2 * self.batch_size)
         for crop in crops:
@@ -132,7 +138,7 @@ class BatchPredictor:
             if filled == self.batch_size:
                 yield entries, pixels
                 # New memory, because a device may still read from the old array.
-                entries, pixels, filled = [], np.zeros(shape, np.uint8), 0
+                entries, pixels, filled = [], np.zeros(self._shape, np.uint8), 0
         if entries:
             yield entries, pixels
 

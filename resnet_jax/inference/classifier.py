@@ -74,10 +74,10 @@ class Classifier:
     def __init__(self, network: Network, *, batch_size: int = 0) -> None:
         if not network.model.num_classes:
             raise ConfigError(f"{network.source}: the network has no head, and so no classes")
-        model = network.model
-        self.network = network
+        self.network, folded = network, network.folded()
+        model = folded.model
         self.outputs = BatchPredictor(
-            network,
+            folded,
             lambda variables, images: jnp.asarray(model.apply(variables, images, train=False)),
             batch_size,
         )

@@ -62,7 +62,7 @@ def write_features(
     """
     with open_output(output, force) as stream:
         writer_class = _writer_class(output)
-        network = open_network()
+        network = open_network().folded()
         features = feature_function(network.model, layer, maps)
         predictor = BatchPredictor(network, features, batch_size)
         progress = Progress(files)

@@ -31,14 +31,17 @@ def normal_001(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32)
     return nn.initializers.normal(0.01)(key, shape, dtype)
 
 
-def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-8) -> jax.Array:
+STANDARDIZE_EPSILON = 1e-8  # with which BiT's released networks were trained
+
+
+def standardize_kernel(kernel: jax.Array) -> jax.Array:
     """Gives each filter of [kernel, kernel, in / groups, out] mean 0 and variance 1.
 
-    Qiao et al. 2019, section 3; BiT's released networks were trained with this epsilon.
+    Qiao et al. 2019, section 3.
     """
     mean = kernel.mean((0, 1, 2), keepdims=True)
     variance = kernel.var((0, 1, 2), keepdims=True)
-    return (kernel - mean) * lax.rsqrt(variance + epsilon)
+    return (kernel - mean) * lax.rsqrt(variance + STANDARDIZE_EPSILON)
 
 
 class Conv(nn.Module):

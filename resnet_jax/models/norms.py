@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from resnet_jax.errors import ModelError
 from resnet_jax.models.layers import Conv, Dtype, Initializer
 from resnet_jax.ops.activation import relu
 from resnet_jax.ops.batch_norm import (
@@ -71,10 +72,12 @@ class BatchNorm(nn.Module):
 
     def relu(self, x: jax.Array, train: bool) -> jax.Array:
         """`relu(self(x, train))`, of which the backward pass keeps only x."""
-        return self._normalize(x, train, relu=True)
+        return self._normalize(x, train, then_relu=True)
 
     def relu_max_pool(self, x: jax.Array, train: bool) -> jax.Array:
         """`max_pool(self.relu(x, train))`, normalizing only the pixels that the pool keeps."""
+        if self._is_folded(train):
+            return max_pool(relu(self._add_bias(x)))
         scale, bias, mean, variance = self._variables(x.shape[-1])
         if train:
             mean, variance = self._group().average(*batch_moments(x, mean))
@@ -95,13 +98,31 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
     @nn.nowrap
-    def _normalize(self, x: jax.Array, train: bool, relu: bool = False) -> jax.Array:
+    def _normalize(self, x: jax.Array, train: bool, then_relu: bool = False) -> jax.Array:
+        if self._is_folded(train):
+            y = self._add_bias(x)
+            return relu(y) if then_relu else y
         scale, bias, mean, variance = self._variables(x.shape[-1])
         if train:
             mean, variance = self._group().average(*batch_moments(x, mean))
             self._update(mean, variance, x)
-        y = normalize(x, mean, variance, scale, bias, self.epsilon, relu=relu)
+        y = normalize(x, mean, variance, scale, bias, self.epsilon, relu=then_relu)
         return y.astype(self.dtype)
+
+    @nn.nowrap
+    def _is_folded(self, train: bool) -> bool:
+        """Whether `fold_batch_norm` has left the norm a bias, and no scale and statistics."""
+        folded = self.has_variable("params", "bias") and not self.has_variable("params", "scale")
+        if folded and train:
+            raise ModelError("train=True: a network with folded norms is for inference only")
+        return folded
+
+    @nn.nowrap
+    def _add_bias(self, x: jax.Array) -> jax.Array:
+        """The folded norm: x + bias in the type of both, or x * factor + bias in float32."""
+        if self.has_variable("params", "factor"):
+            x = x * self.get_variable("params", "factor")
+        return (x + self.get_variable("params", "bias")).astype(self.dtype)
 
     @nn.compact
     def _variables(self, channels: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

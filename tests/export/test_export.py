@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import load_file
 
 import resnet_jax as rj
 from resnet_jax.cli import parser
@@ -21,9 +22,9 @@ from resnet_jax.config.schema import Config, Data
 from resnet_jax.export import agreement, exporter, hub
 from resnet_jax.export.agreement import sample_images, source_logits
 from resnet_jax.export.exporter import export_network
-from resnet_jax.export.fold import fold_batch_norm
 from resnet_jax.export.image_sizes import ImageSizes, parse_image_sizes
 from resnet_jax.export.stablehlo import open_stablehlo, write_stablehlo
+from resnet_jax.models.folding import fold_batch_norm
 from resnet_jax.weights.network import Network
 from resnet_jax.weights.source import open_network
 from tests.variables import random_variables
@@ -377,29 +378,37 @@ def test_folding_changes_nothing_but_the_norms(kind):
     model, variables, preprocessing, images, logits = case(kind)
     folded, smaller = fold_batch_norm(model, variables)
     assert set(smaller) == {"params"}
-    scales = [path for path in traverse_util.flatten_dict(smaller["params"]) if "scale" in path]
+    leaves = traverse_util.flatten_dict(smaller["params"])
+    assert not any("scale" in path for path in leaves)
     if "pre-activation" in kind:  # what follows a sum keeps its factor
         blocks = ("stage1/block1", "stage1/block2", "stage2/block1")
-        expected = {"final_norm/scale", *(f"{block}/norm1/scale" for block in blocks)}
+        expected = {"final_norm/factor", *(f"{block}/norm1/factor" for block in blocks)}
     else:
         expected = set()
-    assert {"/".join(path) for path in scales} == expected
+    assert {"/".join(path) for path in leaves if "factor" in path} == expected
     close(source_logits(folded, smaller, preprocessing, images), logits)
+    assert fold_batch_norm(folded, smaller) == (folded, smaller)
 
 
-def test_what_cannot_be_folded_is_refused(network):
-    class OwnBlock(rj.BasicBlock):
-        pass
+def test_programs_are_folded(network, tmp_path):
+    """Weights beside a program keep the names of the network's, and it folds them itself."""
+    for weights in ("embedded", "beside"):
+        path = tmp_path / f"{weights}.stablehlo"
+        export_network(network, "stablehlo", path, weights=weights, platforms="cpu")
+        program = jax.export.deserialize(bytearray(path.read_bytes())).mlir_module()
+        # The roots of 19 norms, or none.
+        assert program.count("stablehlo.rsqrt") + program.count("stablehlo.power") == (
+            19 if weights == "beside" else 0
+        )
+    names = set(load_file(tmp_path / "beside.safetensors"))
+    assert "batch_stats/stem/norm1/var" in names
 
-    with pytest.raises(rj.ModelError, match=r"'group' cannot be folded"):
-        fold_batch_norm(GROUP_NORM(), {})
-    with pytest.raises(rj.ModelError, match="OwnBlock on ImageNetStem cannot be folded"):
-        fold_batch_norm(_small(block_cls=OwnBlock), {})
-    folded, variables = fold_batch_norm(network.model, network.variables)
-    with pytest.raises(rj.ModelError, match="folded already"):
-        fold_batch_norm(folded, variables)
-    with pytest.raises(rj.ModelError, match=r"inference only|updates the running"):
-        folded.apply(variables, jnp.zeros((1, SIDE, SIDE, 3)), train=True, mutable=["batch_stats"])
+
+def test_group_norm_is_not_folded(tmp_path):
+    model = GROUP_NORM()
+    network = Network("w.npz", "", model, random_variables(model), rj.Preprocessing(), 3, ())
+    with pytest.raises(rj.ExportError, match=r"--fold_batch_norm: norm = 'group' cannot be folded"):
+        export_network(network, "stablehlo", tmp_path / "x", fold_batch_norm=True)
 
 
 def test_hub_folder_is_read_back_whole(network, tmp_path, monkeypatch):

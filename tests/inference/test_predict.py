@@ -86,13 +86,20 @@ def test_agrees_with_apply(classifier, photos):
     crops = np.stack([eval_crop(file.read_bytes(), network.crop, 3) for file in files_of(photos)])
     batch = np.zeros((BATCH, 32, 32, 3), np.uint8)
     batch[: len(crops)] = crops
-    apply = jax.jit(lambda variables, x: network.model.apply(variables, x, train=False))
-    # A device's share at a time, normalised outside.
-    parts = [apply(network.variables, network.preprocessing.normalize(x)) for x in shard(batch)]
-    expected = np.concatenate(parts)[: len(crops)]
+
+    def apply(network):
+        program = jax.jit(lambda variables, x: network.model.apply(variables, x, train=False))
+        # A device's share at a time, normalised outside.
+        parts = [
+            program(network.variables, network.preprocessing.normalize(x)) for x in shard(batch)
+        ]
+        return np.concatenate(parts)[: len(crops)]
+
+    expected = apply(network.folded())
     logits = classifier.logits(files_of(photos))
     chex.assert_shape(logits, (6, 7))
     np.testing.assert_array_equal(logits, expected)
+    chex.assert_trees_all_close(logits, apply(network), rtol=0, atol=1e-5)
     probabilities = classifier.probabilities(files_of(photos))
     chex.assert_trees_all_close(probabilities, jax.nn.softmax(expected), rtol=1e-6)
     for row, predictions in zip(probabilities, classifier(files_of(photos), top=3)):
