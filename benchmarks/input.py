@@ -92,14 +92,14 @@ def tensorflow_batches(
     return iter(dataset.batch(BATCH).prefetch(tf.data.AUTOTUNE))
 
 
-def rates(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
+def rates(batches: Iterator[Any], seconds: float, size: int = BATCH) -> tuple[float, float]:
     """Images/s by the clock and by processor time, once the buffers are full."""
     for _ in range(8):
         next(batches)
     count, start, busy = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - start < seconds:
         next(batches)
-        count += BATCH
+        count += size
     return count / (time.perf_counter() - start), count / (time.process_time() - busy)
 
 
@@ -117,16 +117,25 @@ def memory_rate(seconds: float) -> float:
 
 
 def scaling(files: list[bytes], seconds: float, rounds: int) -> dict[str, float]:
-    """Images/s by the clock with threads of this process and with worker processes."""
+    """Images/s by the clock with threads of this process and with worker processes.
+
+    With workers, a batch still passes through this process. Images per second of its processor
+    time bound what it can hand on, however many cores its workers have.
+    """
     cases = {f"{n} threads": {"threads": n} for n in (1, 2, 4)}
     cases |= {f"{n} workers": {"threads": 1, "workers": n} for n in (1, 2)}
+    cases |= {"1 workers, batch 1024": {"threads": 1, "workers": 1, "batch": 1024}}
     found: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, options in cases.items():
-            found[name].append(rates(our_batches(files, "bicubic", **options), seconds)[0])
+            size = options.get("batch", BATCH)
+            clock, processor = rates(our_batches(files, "bicubic", **options), seconds, size)
+            found[name].append(clock)
+            if "workers" in options:
+                found.setdefault(f"{name}: bound of this process", []).append(processor)
     result = {name: round(statistics.median(values)) for name, values in found.items()}
     for name, value in result.items():
-        print(f"{name:12}{value:8} images/s")
+        print(f"{name:48}{value:8} images/s")
     return result
 
 

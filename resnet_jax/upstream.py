@@ -35,6 +35,15 @@ def on_cpu(convolution: Callable[..., jax.Array], dtype: Any) -> Callable[..., j
     return lambda x, kernel: lax.optimization_barrier(convolution(x, kernel))
 
 
+def slow_convolutions_on_cpu() -> bool:
+    """Whether XLA's float32 convolutions on a CPU are those before jaxlib 0.11.
+
+    Those that went through YNNPACK ran at half the speed of a matrix product. Can go when the
+    oldest jaxlib allowed is 0.11.
+    """
+    return _JAXLIB < (0, 11)
+
+
 def window_sum(
     x: jax.Array,
     window: Sequence[int],

@@ -2,8 +2,8 @@
 
 All formulas give the same values and gradients up to rounding. On a TPU it is always XLA's
 convolution. On a GPU a strided convolution of few channels, which is the first of a network, runs
-over blocks of pixels (`convolution_of_blocks`). On a CPU XLA's convolution is slow in two places in
-float32, and both become matrix products:
+over blocks of pixels (`convolution_of_blocks`). On a CPU XLA's convolution is slow in three places
+in float32, which become matrix products:
 
 * a 1x1 convolution is one, forwards and backwards;
 * the gradient of a larger kernel is a convolution whose "kernel" is as large as the image. Written
@@ -176,7 +176,10 @@ def _blocks_as_channels(x: jax.Array, side: int) -> jax.Array:
 def convolution_with_product_gradient(
     x: jax.Array, kernel: jax.Array, options: ConvOptions
 ) -> jax.Array:
-    """`convolve` by XLA's operation; only the gradient of the kernel is a matrix product."""
+    """`convolve` by XLA's operation; the gradient of the kernel is a matrix product.
+
+    Where it is differentiated, so are the others for some shapes.
+    """
     return xla_convolution(x, kernel, options)
 
 
@@ -188,9 +191,27 @@ def _tangent(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = primals
     x_tangent, kernel_tangent = tangents
-    by_x = convolution_with_product_gradient(x_tangent, kernel, options)
+    products = _products_are_faster(x.shape, kernel.shape, options)
+    formula = convolution_by_product if products else convolution_with_product_gradient
+    by_x = formula(x_tangent, kernel, options)
     by_kernel = convolution_by_product(x, kernel_tangent, options)
-    return convolution_with_product_gradient(x, kernel, options), by_x + by_kernel
+    return formula(x, kernel, options), by_x + by_kernel
+
+
+def _products_are_faster(
+    shape: tuple[int, ...], kernel_shape: tuple[int, ...], options: ConvOptions
+) -> bool:
+    """Whether training is faster with a convolution and both gradients as products.
+
+    By measurement, of 3x3 kernels: on maps of few pixels; and before jaxlib 0.11, whose
+    convolutions got faster, with few channels or a stride.
+    """
+    _, height, width, channels = shape
+    if kernel_shape[0] != 3 or channels < 16:
+        return False
+    if height * width <= 49:
+        return True
+    return upstream.slow_convolutions_on_cpu() and (channels <= 64 or options.stride > 1)
 
 
 def convolution_by_product(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:

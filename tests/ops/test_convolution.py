@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from resnet_jax import upstream
 from resnet_jax.ops import convolution
 from resnet_jax.ops.convolution import ConvOptions, convolve, xla_convolution
 
@@ -111,6 +112,25 @@ def test_a_strided_convolution_of_few_channels_runs_over_blocks_on_a_gpu(
     height, width, inputs, outputs = sides.split("x")
     shapes = {sides, f"{outputs}x{height}x{width}x{inputs}"}
     assert any(f"tensor<{shape}xf32>" in line for shape in shapes)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["small maps", "few channels and strides"])
+@pytest.mark.parametrize("case", [(3, 7, 7, 1, 1), (3, 9, 8, 1, 1), (3, 9, 8, 2, 1)], ids=str)
+def test_training_by_products_is_training_by_xla(case, slow, monkeypatch):
+    monkeypatch.setattr(upstream, "slow_convolutions_on_cpu", lambda: slow)
+    x, kernel, options, cotangent = draw(case, channels=16)
+
+    def run(function):
+        y, pull_back = jax.vjp(lambda x, k: function(x, k, options), x, kernel)
+        return y, pull_back(cotangent)
+
+    def formula(x, kernel, options):  # not `convolve`, which is traced once for a shape
+        return convolution.convolution_with_product_gradient(x, kernel, options)
+
+    chex.assert_trees_all_close(run(formula), run(xla_convolution), rtol=1e-4, atol=1e-4)
+    text = jax.jit(lambda: run(formula)).lower().as_text()
+    products = slow or case[1:3] == (7, 7)
+    assert text.count("stablehlo.convolution") == (0 if products else 2)
 
 
 @pytest.mark.parametrize("case", [(1, 4, 4, 2, 1), (3, 4, 4, 1, 1), (3, 4, 4, 2, 1)], ids=str)
