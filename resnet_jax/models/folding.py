@@ -34,9 +34,7 @@ from resnet_jax.ops.convolution import bias_type
 _Path = tuple[str, ...]  # of a module, such as ("stage1", "block1", "conv1")
 
 
-def fold_batch_norm(
-    model: ResNet, variables: Mapping[str, Any]
-) -> tuple[ResNet, dict[str, Any]]:
+def fold_batch_norm(model: ResNet, variables: Mapping[str, Any]) -> tuple[ResNet, dict[str, Any]]:
     """Folds the batch norms of a network into its convolutions, for `train=False`.
 
     The result computes the same up to rounding in `model.dtype`, and faster. Folding works on
