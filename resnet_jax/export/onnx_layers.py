@@ -21,7 +21,6 @@ from onnx import helper, numpy_helper
 
 from resnet_jax.models.layers import Conv, standardize_kernel
 from resnet_jax.models.norms import BatchNorm, GroupNorm
-from resnet_jax.ops.pooling import max_pool
 
 NCHW = (0, 3, 1, 2)  # the NHWC axis at each place
 OPSET = 21  # the first with per-channel GroupNormalization
@@ -106,7 +105,7 @@ _layer.def_abstract_eval(
 def record_layer(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Records a layer's call as one operation, for `nn.intercept_methods` while tracing."""
     module, make = context.module, _LAYERS.get(type(context.module))
-    if make is None or context.method_name not in ("__call__", "max_pool"):
+    if make is None or context.method_name != "__call__":
         return call(*args, **kwargs)
     leaves = {
         name: np.asarray(leaf)
@@ -115,8 +114,7 @@ def record_layer(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     }
     x = args[0]
     emit, shape = make(module, leaves, x.shape)
-    y = _layer.bind(x, emit=emit, shape=shape)
-    return max_pool(y) if context.method_name == "max_pool" else y  # of a BatchNorm
+    return _layer.bind(x, emit=emit, shape=shape)
 
 
 def _conv(module: Conv, leaves: Mapping[str, np.ndarray], shape: Any) -> tuple[_Emit, Any]:

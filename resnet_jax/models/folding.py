@@ -124,8 +124,6 @@ class _Layers(NamedTuple):
     before: dict[_Path, _Path]  # norm -> the convolution that it follows, and nothing else does
 
 
-# The methods of `BatchNorm` that a network calls for inference.
-_NORM_METHODS = ("__call__", "relu", "relu_max_pool")
 _CONV, _NORM = "resnet_jax convolution ", "resnet_jax norm "
 
 
@@ -149,7 +147,7 @@ def _find_layers(model: ResNet) -> _Layers:
         if type(module) is BatchNorm:
             calls[path, method] += 1
             norms[path] = module.clone(parent=None)
-            if args and method in _NORM_METHODS:
+            if args and method == "__call__":
                 args = (checkpoint_name(args[0], _NORM + name), *args[1:])
         return call(*args, **kwargs)
 
@@ -163,7 +161,7 @@ def _find_layers(model: ResNet) -> _Layers:
     before = {
         norm: conv
         for norm, conv in _pairs(traced.jaxpr)
-        if conv in once and sum(calls[norm, method] for method in _NORM_METHODS) == 1
+        if conv in once and calls[norm, "__call__"] == 1
     }
     return _Layers(convs, norms, before)
 

@@ -15,6 +15,7 @@ from resnet_jax.models.layers import Conv, Dtype, Initializer
 from resnet_jax.ops.activation import relu
 from resnet_jax.ops.batch_norm import (
     ALONE,
+    Moments,
     SyncGroup,
     batch_moments,
     increasing,
@@ -68,20 +69,23 @@ class BatchNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return self._normalize(x, train)
-
-    def relu(self, x: jax.Array, train: bool) -> jax.Array:
-        """`relu(self(x, train))`, of which the backward pass keeps only x."""
-        return self._normalize(x, train, then_relu=True)
-
-    def relu_max_pool(self, x: jax.Array, train: bool) -> jax.Array:
-        """`max_pool(self.relu(x, train))`, normalizing only the pixels that the pool keeps."""
-        if self._is_folded(train):
-            return max_pool(relu(self._add_bias(x)))
+        if not train and self._is_folded():
+            return self._add_bias(x)
         scale, bias, mean, variance = self._variables(x.shape[-1])
         if train:
-            mean, variance = self._group().average(*batch_moments(x, mean))
-            self._update(mean, variance, x)
+            mean, variance = self._measure(x, mean)
+        return normalize(x, mean, variance, scale, bias, self.epsilon).astype(self.dtype)
+
+    def relu(self, x: jax.Array) -> jax.Array:
+        """`relu(self(x, train=True))`, of which the backward pass keeps only x."""
+        scale, bias, mean, _ = self._variables(x.shape[-1])
+        moments = self._measure(x, mean)
+        return normalize(x, *moments, scale, bias, self.epsilon, relu=True).astype(self.dtype)
+
+    def relu_max_pool(self, x: jax.Array) -> jax.Array:
+        """`max_pool(self.relu(x))`, normalizing only the pixels that the pool keeps."""
+        scale, bias, mean, _ = self._variables(x.shape[-1])
+        mean, variance = self._measure(x, mean)
         x, mean, scale = increasing(x, mean, scale)
         y = normalize(max_pool(x), mean, variance, scale, bias, self.epsilon, relu=True)
         return y.astype(self.dtype)
@@ -98,24 +102,9 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
     @nn.nowrap
-    def _normalize(self, x: jax.Array, train: bool, then_relu: bool = False) -> jax.Array:
-        if self._is_folded(train):
-            y = self._add_bias(x)
-            return relu(y) if then_relu else y
-        scale, bias, mean, variance = self._variables(x.shape[-1])
-        if train:
-            mean, variance = self._group().average(*batch_moments(x, mean))
-            self._update(mean, variance, x)
-        y = normalize(x, mean, variance, scale, bias, self.epsilon, relu=then_relu)
-        return y.astype(self.dtype)
-
-    @nn.nowrap
-    def _is_folded(self, train: bool) -> bool:
+    def _is_folded(self) -> bool:
         """Whether `fold_batch_norm` has left the norm a bias, and no scale and statistics."""
-        folded = self.has_variable("params", "bias") and not self.has_variable("params", "scale")
-        if folded and train:
-            raise ModelError("train=True: a network with folded norms is for inference only")
-        return folded
+        return self.has_variable("params", "bias") and not self.has_variable("params", "scale")
 
     @nn.nowrap
     def _add_bias(self, x: jax.Array) -> jax.Array:
@@ -127,6 +116,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def _variables(self, channels: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Scale, bias, running mean and running variance, each [channels] in float32."""
+        if self._is_folded():
+            raise ModelError("train=True: a network with folded norms is for inference only")
         shape = (channels,)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
@@ -138,6 +129,13 @@ class BatchNorm(nn.Module):
     def _group(self) -> SyncGroup:
         # `init` runs outside of the mapped axis.
         return ALONE if self.is_initializing() else SyncGroup(self.axis_name, self.group_size)
+
+    @nn.nowrap
+    def _measure(self, x: jax.Array, running_mean: jax.Array) -> Moments:
+        """The moments of the batch x, toward which the running statistics move."""
+        mean, variance = self._group().average(*batch_moments(x, running_mean))
+        self._update(mean, variance, x)
+        return mean, variance
 
     @nn.nowrap
     def _update(self, mean: jax.Array, variance: jax.Array, x: jax.Array) -> None:
@@ -210,13 +208,14 @@ def _widens(conv: nn.Module, channels: int) -> TypeGuard[Conv]:
     )
 
 
+# Without training, the compiler makes one pass of these by itself, and folded norms are biases.
 def norm_relu(norm: nn.Module, x: jax.Array, train: bool) -> jax.Array:
     """`relu(norm(x, train))`, as one operation where that saves passes over memory."""
-    return norm.relu(x, train) if isinstance(norm, BatchNorm) else relu(norm(x, train))
+    return norm.relu(x) if train and isinstance(norm, BatchNorm) else relu(norm(x, train))
 
 
 def norm_relu_pool(norm: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-    """`max_pool(relu(norm(x, train)))`, the end of a stem."""
-    if isinstance(norm, BatchNorm):
-        return norm.relu_max_pool(x, train)
+    """`max_pool(relu(norm(x, train)))`, the end of a stem, likewise."""
+    if train and isinstance(norm, BatchNorm):
+        return norm.relu_max_pool(x)
     return max_pool(relu(norm(x, train)))

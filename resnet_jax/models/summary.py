@@ -20,7 +20,6 @@ _COUNTED = (
     *(Conv, ChannelConv, nn.Conv, nn.Dense),
     *(BatchNorm, nn.BatchNorm, GroupNorm, nn.GroupNorm),
 )
-_CALLS = ("__call__", "max_pool")  # the latter of a `BatchNorm` before a pool
 
 # Simonyan & Zisserman 2015, Table 1, column D: 3x3 convolutions, M a 2x2 max pool.
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
@@ -103,7 +102,7 @@ def summary(model: ResNet, shape: Sequence[int]) -> Summary:
     def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
         module = context.module
-        if context.method_name in _CALLS and isinstance(module, _COUNTED):
+        if context.method_name == "__call__" and isinstance(module, _COUNTED):
             parameters = jax.tree.leaves(module.variables["params"])
             # Each output value is a sum over one filter: spatial taps times input channels.
             kernel = module.variables["params"].get("kernel")
