@@ -22,12 +22,21 @@ def test_relu_and_its_gradient_are_those_of_jax(dtype):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_the_gradient_of_relu_reads_the_result():
-    """Not the argument, so that a convolution may end in the ReLU and write only the result."""
-    traced = jax.make_jaxpr(jax.grad(lambda x: relu(x).sum()))(jnp.ones(2))
-    [forward] = [eqn for eqn in traced.eqns if eqn.primitive.name == "custom_jvp_call"]
-    [mask] = [eqn for eqn in traced.eqns if eqn.primitive.name == "ne"]
-    assert mask.invars[0] is forward.outvars[0]
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_on_a_gpu_the_gradient_of_relu_reads_the_result(platform):
+    """There a convolution may end in the ReLU, and write only the result."""
+    traced = jax.jit(jax.grad(lambda x: relu(x).sum())).trace(jnp.ones(2))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    (line,) = (line for line in text.splitlines() if "stablehlo.compare" in line)
+    assert ("NE," in line) == (platform in ("cuda", "rocm"))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_on_a_gpu_a_bias_has_the_type_of_the_convolution(platform):
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    text = jax.jit(add_bias).trace(x, jnp.ones(4)).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.add" in text
+    assert ("tensor<2x4xf32>" in text) == (platform in ("cpu", "tpu"))
 
 
 def test_the_gradient_of_a_bias_is_summed_in_float32():
