@@ -19,6 +19,7 @@ from resnet_jax.ops.batch_norm import (
     SyncGroup,
     batch_moments,
     increasing,
+    increasing_moments,
     normalize,
     product_norm,
 )
@@ -84,10 +85,12 @@ class BatchNorm(nn.Module):
 
     def relu_max_pool(self, x: jax.Array) -> jax.Array:
         """`max_pool(self.relu(x))`, normalizing only the pixels that the pool keeps."""
-        scale, bias, mean, _ = self._variables(x.shape[-1])
-        mean, variance = self._measure(x, mean)
-        x, mean, scale = increasing(x, mean, scale)
-        y = normalize(max_pool(x), mean, variance, scale, bias, self.epsilon, relu=True)
+        scale, bias, running_mean, _ = self._variables(x.shape[-1])
+        flipped, scale, sign = increasing(x, scale)
+        moments = increasing_moments(x, running_mean, sign)
+        mean, variance = self._group().average(*moments)
+        y = normalize(max_pool(flipped), mean, variance, scale, bias, self.epsilon, relu=True)
+        self._update(mean * sign, variance, x)
         return y.astype(self.dtype)
 
     def after_pointwise(self, conv: Conv, x: jax.Array) -> jax.Array:

@@ -168,17 +168,33 @@ def _moments_tangent(
     return (mean, variance), (dmean, 2 * (x * dx).sum((0, 1, 2)) / count - 2 * mean * dmean)
 
 
-def increasing(
-    x: jax.Array, mean: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x, mean, scale) of the same norm, with the sign of decreasing channels moved into x.
+def increasing(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x * sign, scale * sign, sign), where the norm of x with `scale` decreases in x for sign -1.
 
-    A norm with a negative scale decreases in x, and is an increasing norm of -x. With all scales
-    positive, `normalize(max_pool(x), ...)` equals `max_pool(normalize(x, ...))`.
+    A norm with a negative scale is an increasing norm of -x. With all scales positive,
+    `normalize(max_pool(x), ...)` equals `max_pool(normalize(x, ...))`.
     """
     sign = jnp.ones((), jnp.float32)
     sign = jnp.where(scale < 0, -sign, sign)
-    return x * sign.astype(x.dtype), mean * sign, scale * sign
+    return x * sign.astype(x.dtype), scale * sign, sign
+
+
+@once_per_shape
+@over_batch(WHOLE, WHOLE)
+def increasing_moments(x: jax.Array, running_mean: jax.Array, sign: jax.Array) -> Moments:
+    """`batch_moments` of x * sign, where x is [N, H, W, C] and the rest [C]."""
+
+    def of_product(x: jax.Array, running_mean: jax.Array, sign: jax.Array) -> Moments:
+        return batch_moments(x * sign.astype(x.dtype), running_mean * sign)
+
+    def of_x(x: jax.Array, running_mean: jax.Array, sign: jax.Array) -> Moments:
+        mean, variance = batch_moments(x, running_mean)
+        return mean * sign, variance
+
+    # XLA for GPUs would compute running_mean * sign together with what follows from the sum of x,
+    # and then needs a second pass over x for the squares.
+    formulas = {"cuda": of_x, "rocm": of_x}
+    return lax.platform_dependent(x, running_mean, sign, **formulas, default=of_product)
 
 
 @functools.partial(once_per_shape, static_argnames=("epsilon", "group", "options"))
