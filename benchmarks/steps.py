@@ -158,8 +158,8 @@ def folded_step(model, variables, images, alone):
     """What predict runs: batch norms folded, and weights that lie as the program reads them."""
     import jax
 
+    from resnet_jax import fold_batch_norm
     from resnet_jax.distributed import data_parallel
-    from resnet_jax.export.fold import fold_batch_norm
 
     model, variables = fold_batch_norm(model, variables)
 

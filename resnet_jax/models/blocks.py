@@ -140,7 +140,7 @@ class ResidualBlock(nn.Module):
       ...         conv = self.conv_cls(self.width, 3, self.stride, self.dilation, name="conv1")
       ...         y = conv(x)
       ...         y = self.norm_cls(scale_init=self.last_scale_init, name="norm1")(y, train)
-      ...         return relu(self.add_shortcut(y, x, train))
+      ...         return nn.relu(self.add_shortcut(y, x, train))
       >>> x = jnp.zeros((1, 8, 8, 16))
       >>> block = OneConvBlock(width=32, stride=2)
       >>> block.init_with_output(jax.random.key(0), x, train=False)[0].shape

@@ -12,7 +12,7 @@ from jax import lax
 
 from resnet_jax.errors import ModelError
 from resnet_jax.models.layers import Conv, Dtype, Initializer
-from resnet_jax.ops.activation import relu
+from resnet_jax.ops.activation import add_bias, relu
 from resnet_jax.ops.batch_norm import (
     ALONE,
     Moments,
@@ -114,7 +114,7 @@ class BatchNorm(nn.Module):
         """The folded norm: x + bias in the type of both, or x * factor + bias in float32."""
         if self.has_variable("params", "factor"):
             x = x * self.get_variable("params", "factor")
-        return (x + self.get_variable("params", "bias")).astype(self.dtype)
+        return add_bias(x, self.get_variable("params", "bias")).astype(self.dtype)
 
     @nn.compact
     def _variables(self, channels: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

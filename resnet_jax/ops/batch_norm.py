@@ -125,10 +125,10 @@ def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
     """Mean and biased variance [C] of one device's x [N, H, W, C], in one pass.
 
     The squares are summed of deviations from an estimate of the mean. Any estimate gives the exact
-    variance, and a near one keeps it accurate where the mean is large beside the spread. The
-    estimate is the running mean, because the first image's mean takes another pass over x: on a
-    TPU it keeps the sums out of the pass that makes x, on a GPU it is a kernel more. On a CPU the
-    pass is free, and the first image's mean is nearer at the start of training.
+    variance, and a near one keeps it accurate where the mean is large beside the spread. On a CPU
+    the estimate is the first image's mean, which is near from the first step on. Elsewhere it is
+    the running mean, because the first image's mean takes another pass over x: on a TPU that keeps
+    the sums out of the pass that makes x, on a GPU it is one more kernel.
 
     Example:
       >>> x = jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)

@@ -72,7 +72,7 @@ def convolve(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array
     else:
         on_cpu = functools.partial(convolution_with_product_gradient, options=options)
     formulas = {} if on_cpu is default else {"cpu": on_cpu}
-    known_size = all(isinstance(side, int) for side in x.shape)  # no symbol of jax.export
+    known_size = all(isinstance(side, int) for side in x.shape[1:3])  # no symbol of jax.export
     if known_size and _reads_few_channels(x.shape[-1], kernel.shape[0], options):
         formulas["cuda"] = formulas["rocm"] = functools.partial(
             convolution_of_blocks, options=options

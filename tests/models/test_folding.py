@@ -271,3 +271,22 @@ def test_bfloat16_is_no_further_from_float32_than_unfolded(statistics, monkeypat
         )
     folded, unfolded = np.mean(distances, axis=0)
     assert 0 < folded <= unfolded < 0.05
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_folding_inside_a_program_for_a_gpu_adds_biases_in_the_type_of_the_convolution(platform):
+    """Wherever the program is lowered, as an export is: a bias in float32 is a pass of its own."""
+    model = rj.ResNet(
+        stage_sizes=(1,), stage_widths=(8,), stem_cls=rj.CifarStem, dtype=jnp.bfloat16
+    )
+    images = jnp.zeros((2, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+
+    def infer(variables, images):
+        folded, variables = rj.fold_batch_norm(model, variables)
+        return folded.apply(variables, images, train=False)
+
+    text = jax.jit(infer).trace(variables, images).lower(lowering_platforms=(platform,)).as_text()
+    adds = [line for line in text.splitlines() if "stablehlo.add %" in line and "2x8x8x" in line]
+    assert adds
+    assert all("xbf16>" in line for line in adds) == (platform == "cuda")

@@ -35,9 +35,9 @@ def kind_of_zip(data: bytes) -> str | None:
     try:
         with open_zip(data) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as error:
-        if isinstance(error, WeightsError):
-            raise
+    except WeightsError:
+        raise
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError):
         return None
     members = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in members:
