@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from resnet_jax.errors import ModelError
 from resnet_jax.models.attention import EfficientChannelAttention, SqueezeExcite
 from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, StochasticDepth
-from resnet_jax.models.norms import BatchNorm, conv_norm, norm_relu
+from resnet_jax.models.norms import BatchNorm, ConvNorm, conv_norm, conv_norm_sum, norm_relu
 from resnet_jax.ops.activation import relu
 from resnet_jax.ops.convolution import Precision, subsample
 from resnet_jax.ops.pooling import average_pool_2x2
@@ -68,8 +68,13 @@ class Shortcut(nn.Module):
     conv_cls: ModuleDef = Conv
     norm_cls: ModuleDef | None = BatchNorm
 
-    @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        path = self.layers(x)
+        return conv_norm(*path, train) if isinstance(path, ConvNorm) else path
+
+    @nn.compact
+    def layers(self, x: jax.Array) -> jax.Array | ConvNorm:
+        """The path's output, or the convolution and norm that make it."""
         if self.option == "A":
             return self._padded_identity(x)
         same_shape = x.shape[-1] == self.features and not self.halves
@@ -81,7 +86,7 @@ class Shortcut(nn.Module):
         conv = self.conv_cls(self.features, 1, stride=stride, name="conv1")
         if self.norm_cls is None:
             return conv(x)
-        return conv_norm(conv, self.norm_cls(name="norm1"), x, train)  # [N, H/s, W/s, features]
+        return ConvNorm(conv, self.norm_cls(name="norm1"), x)  # [N, H/s, W/s, features]
 
     def _padded_identity(self, x: jax.Array) -> jax.Array:
         """[N, H, W, C] -> [N, H / stride, W / stride, features], C in the middle of the zeros.
@@ -196,7 +201,18 @@ class ResidualBlock(nn.Module):
         if self.stochastic_depth_rate:
             drop = StochasticDepth(self.stochastic_depth_rate, name="stochastic_depth")
             residual = drop(residual, train)
-        shortcut = Shortcut(
+        return residual + self._shortcut()(x, train)
+
+    def add_shortcut_to(self, layers: ConvNorm, x: jax.Array, train: bool) -> jax.Array:
+        """`add_shortcut` to the output of a residual's last layers, as one operation if faster."""
+        changes_residual = self.se_ratio or self.eca or self.stochastic_depth_rate
+        if changes_residual or self.shortcut == "none":
+            return self.add_shortcut(conv_norm(*layers, train), x, train)
+        return conv_norm_sum(layers, self._shortcut().layers(x), train)
+
+    @nn.nowrap
+    def _shortcut(self) -> Shortcut:
+        return Shortcut(
             self.features,
             option=self.shortcut,
             stride=self.stride,
@@ -205,7 +221,6 @@ class ResidualBlock(nn.Module):
             norm_cls=None if self.preactivation else self.norm_cls,
             name="projection",
         )
-        return residual + shortcut(x, train)
 
     def shortcut_input(self, x: jax.Array, activated: jax.Array) -> jax.Array:
         """Where a pre-activation block's shortcut starts (He et al. 2016, section 5).
@@ -283,8 +298,8 @@ class BottleneckBlock(ResidualBlock):
         y = norm_relu(norm(name="norm2"), conv2(y), train)  # [N, H/s, W/s, inner]
         conv3 = conv(self.features, 1, name="conv3")
         norm3 = norm(scale_init=self.last_scale_init, name="norm3")
-        y = conv_norm(conv3, norm3, y, train)  # [N, H/s, W/s, 4 width]
-        return relu(self.add_shortcut(y, x, train))
+        residual = ConvNorm(conv3, norm3, y)  # [N, H/s, W/s, 4 width]
+        return relu(self.add_shortcut_to(residual, x, train))
 
 
 class PreActBasicBlock(ResidualBlock):

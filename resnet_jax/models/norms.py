@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -21,10 +21,10 @@ from resnet_jax.ops.batch_norm import (
     increasing,
     increasing_moments,
     normalize,
-    product_norm,
 )
 from resnet_jax.ops.convolution import ConvOptions
 from resnet_jax.ops.pooling import max_pool
+from resnet_jax.ops.product_norm import ProductNorm, product_norm, product_norm_sum
 
 NormKind = Literal["batch", "group"]
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
@@ -95,14 +95,30 @@ class BatchNorm(nn.Module):
 
     def after_pointwise(self, conv: Conv, x: jax.Array) -> jax.Array:
         """`self(conv(x), train=True)` of a 1x1 convolution, as one operation."""
-        scale, bias, mean, _ = self._variables(conv.features)
-        x, kernel = x.astype(conv.dtype), conv.filters(x.shape[-1])[0, 0]
         options = ConvOptions(stride=conv.stride, precision=conv.precision)
-        y, mean, variance = product_norm(
-            *(x, kernel, mean, scale, bias), self.epsilon, self._group(), options
-        )
+        arrays = self._arrays(conv, x)
+        y, mean, variance = product_norm(*arrays, self.epsilon, self._group(), options)
         self._update(mean, variance, y)
         return y.astype(self.dtype)
+
+    def sum_after_pointwise(self, conv: Conv, x: jax.Array, other: ConvNorm) -> jax.Array:
+        """The sum of this `after_pointwise` and another one, as one operation."""
+        y, mean, variance, other_mean, other_variance = product_norm_sum(
+            *self._arrays(conv, x),
+            *other.norm._arrays(other.conv, other.x),
+            epsilon=self.epsilon,
+            group=self._group(),
+            options=ConvOptions(stride=other.conv.stride, precision=conv.precision),
+        )
+        self._update(mean, variance, y)
+        other.norm._update(other_mean, other_variance, y)
+        return y
+
+    @nn.nowrap
+    def _arrays(self, conv: Conv, x: jax.Array) -> ProductNorm:
+        """What the norm of a 1x1 convolution of x is computed from."""
+        scale, bias, mean, _ = self._variables(conv.features)
+        return ProductNorm(x.astype(conv.dtype), conv.filters(x.shape[-1])[0, 0], mean, scale, bias)
 
     @nn.nowrap
     def _is_folded(self) -> bool:
@@ -195,20 +211,48 @@ class GroupNorm(nn.Module):
         return (normalized.reshape(x.shape) * scale + bias).astype(self.dtype)
 
 
+class ConvNorm(NamedTuple):
+    """A convolution, the norm after it and their input, not yet computed."""
+
+    conv: Any
+    norm: Any
+    x: jax.Array
+
+
 def conv_norm(conv: nn.Module, norm: nn.Module, x: jax.Array, train: bool) -> jax.Array:
     """`norm(conv(x), train)`, as one operation where that saves passes over memory."""
-    if train and isinstance(norm, BatchNorm) and _widens(conv, x.shape[-1]):
+    if train and _widens(ConvNorm(conv, norm, x)):
         return norm.after_pointwise(conv, x)
     return norm(conv(x), train)
 
 
-def _widens(conv: nn.Module, channels: int) -> TypeGuard[Conv]:
-    """Whether a 1x1 convolution has so many outputs that its input's covariance is cheap."""
+def conv_norm_sum(first: ConvNorm, second: jax.Array | ConvNorm, train: bool) -> jax.Array:
+    """The sum of a `conv_norm` and another (or an array), as one operation where that is faster."""
+    if not isinstance(second, ConvNorm):
+        return conv_norm(*first, train) + second
+    if train and _widens(first) and _widens(second) and _are_summed_alike(first, second):
+        return first.norm.sum_after_pointwise(first.conv, first.x, second)
+    return conv_norm(*first, train) + conv_norm(*second, train)
+
+
+def _widens(layers: ConvNorm) -> bool:
+    """Whether a 1x1 convolution has so many outputs that its input's moments are cheap."""
+    conv = layers.conv
     return (
-        isinstance(conv, Conv)
+        isinstance(layers.norm, BatchNorm)
+        and isinstance(conv, Conv)
         and conv.kernel_size == conv.groups == 1
-        and conv.features >= 2 * channels
+        and conv.features >= 2 * layers.x.shape[-1]
     )
+
+
+def _are_summed_alike(first: ConvNorm, second: ConvNorm) -> bool:
+    """Whether the sum of two layers can be one product."""
+    conv1, conv2, norm1, norm2 = first.conv, second.conv, first.norm, second.norm
+    types = conv1.dtype == conv2.dtype == norm1.dtype == norm2.dtype
+    fields = ("epsilon", "axis_name", "group_size")
+    norms = all(getattr(norm1, field) == getattr(norm2, field) for field in fields)
+    return types and norms and conv1.precision == conv2.precision and conv1.stride == 1
 
 
 # Without training, the compiler makes one pass of these by itself, and folded norms are biases.

@@ -1,14 +1,13 @@
 """Batch normalization on arrays, and its fused forms.
 
 Training reads and writes every activation several times, and on an accelerator that memory
-traffic, not arithmetic, takes the time. Two identities save passes over memory; both are exact,
-so results differ from the plain order only by rounding:
+traffic, not arithmetic, takes the time. What saves passes over memory is exact, so results differ
+from the plain order only by rounding:
 
+* Norm and ReLU keep only their input for the backward pass (`normalize`).
 * A max pool commutes with an increasing function, so `relu(norm(x))` is needed only for the pixels
   that a pool after it keeps (`increasing`).
-* The mean and variance of a 1x1 convolution follow from the mean and covariance of its *input*.
-  Where the convolution widens its input fourfold, as at the end of a bottleneck, the norm is known
-  before the convolution is computed, and becomes part of its kernel (`product_norm`).
+* The norm of a 1x1 convolution may be known before the convolution (`product_norm.py`).
 
 docs/performance.md has the measurements.
 """
@@ -17,17 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.ops.activation import add_bias
-from resnet_jax.ops.convolution import ConvOptions, Precision, convolve, once_per_shape, subsample
-from resnet_jax.ops.sharding import BATCH, WHOLE, over_batch
+from resnet_jax.ops.convolution import once_per_shape
+from resnet_jax.ops.sharding import WHOLE, over_batch
 
 # Mean and variance [C], float32.
 Moments = tuple[jax.Array, jax.Array]
@@ -75,7 +72,6 @@ class SyncGroup(NamedTuple):
 
 
 ALONE = SyncGroup()
-POINTWISE = ConvOptions()
 
 
 @functools.partial(once_per_shape, static_argnames=("epsilon", "relu"))
@@ -195,120 +191,3 @@ def increasing_moments(x: jax.Array, running_mean: jax.Array, sign: jax.Array) -
     # and then needs a second pass over x for the squares.
     formulas = {"cuda": of_x, "rocm": of_x}
     return lax.platform_dependent(x, running_mean, sign, **formulas, default=of_product)
-
-
-@functools.partial(once_per_shape, static_argnames=("epsilon", "group", "options"))
-@over_batch(BATCH, WHOLE, WHOLE)
-def product_norm(
-    x: jax.Array,
-    kernel: jax.Array,
-    running_mean: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    epsilon: float,
-    group: SyncGroup = ALONE,
-    options: ConvOptions = POINTWISE,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch norm of a 1x1 convolution, for training, by the platform's faster formula.
-
-    Takes x [N, H, W, C], kernel [C, K] in float32, and [K] of each channel. Returns the normalized
-    product [N, H / stride, W / stride, K] in the type of x with its mean and variance [K].
-    """
-
-    def formula(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(function, epsilon=epsilon, group=group, options=options)
-
-    from_input, from_output = formula(product_norm_from_input), formula(product_norm_from_output)
-    return lax.platform_dependent(
-        *(x, kernel, running_mean, scale, bias),
-        cpu=from_output,
-        # A TPU writes the pixels that the stride keeps to memory before it multiplies them.
-        tpu=from_input if options.stride == 1 else from_output,
-        default=from_input,
-    )
-
-
-def product_norm_from_output(
-    x: jax.Array,
-    kernel: jax.Array,
-    running_mean: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    epsilon: float,
-    group: SyncGroup = ALONE,
-    options: ConvOptions = POINTWISE,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`product_norm` in the plain order: the product, its moments, the norm."""
-    y = pointwise_product(x, kernel, options)
-    mean, variance = group.average(*batch_moments(y, running_mean))
-    return normalize(y, mean, variance, scale, bias, epsilon).astype(x.dtype), mean, variance
-
-
-def product_norm_from_input(
-    x: jax.Array,
-    kernel: jax.Array,
-    running_mean: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    epsilon: float,
-    group: SyncGroup = ALONE,
-    options: ConvOptions = POINTWISE,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`product_norm` with moments from those of x, so that they are known before the product.
-
-    With mean m and covariance V of x, x @ kernel has mean m @ kernel and variance
-    diag(kernel^T V kernel). The norm is then a factor and a constant of each output channel: the
-    factor goes into the kernel, the constant is added where the product is made, and neither pass
-    needs the product before the norm. V has C x C numbers, so C should be less than K.
-
-    Example:
-      >>> keys = jax.random.split(jax.random.key(0))
-      >>> x, kernel = jax.random.normal(keys[0], (2, 4, 4, 3)), jax.random.normal(keys[1], (3, 8))
-      >>> arguments = x, kernel, jnp.zeros(8), jnp.ones(8), jnp.zeros(8), 1e-5
-      >>> y, plain = product_norm_from_input(*arguments)[0], product_norm_from_output(*arguments)[0]
-      >>> bool(jnp.abs(y - plain).max() < 1e-5)
-      True
-    """
-    del running_mean
-    x = subsample(x, options.stride)
-    # Small matrices, but every output depends on them.
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    input_mean = x.mean((0, 1, 2), dtype=jnp.float32)
-    mean = product(input_mean, kernel)
-    mean_of_squares = (product(mean_outer_product(x, options.precision), kernel) * kernel).sum(0)
-    mean, variance = group.average(mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0.0))
-    factor = scale * lax.rsqrt(variance + epsilon)
-    y = pointwise_product(x, kernel * factor, options._replace(stride=1))
-    return add_bias(y, bias - mean * factor), mean, variance
-
-
-def pointwise_product(x: jax.Array, kernel: jax.Array, options: ConvOptions) -> jax.Array:
-    """A 1x1 convolution of x [N, H, W, C] with kernel [C, K], in the type of x."""
-    return convolve(x, kernel.astype(x.dtype)[None, None], options)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def mean_outer_product(x: jax.Array, precision: Precision = None) -> jax.Array:
-    """The mean of v v^T over all pixels v of x: [N, H, W, C] -> [C, C], float32.
-
-    Example:
-      >>> mean_outer_product(jnp.array([1.0, 2.0]).reshape(1, 1, 1, 2)).tolist()
-      [[1.0, 2.0], [2.0, 4.0]]
-    """
-    return _mean_outer_product(x, x, precision)
-
-
-# JAX's own rule makes two products of x; by symmetry one is enough.
-@mean_outer_product.defjvp
-def _mean_outer_product_tangent(
-    precision: Precision, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    (x,), (x_tangent,) = primals, tangents
-    half = _mean_outer_product(x, x_tangent, precision)
-    return mean_outer_product(x, precision), half + half.T
-
-
-def _mean_outer_product(x: jax.Array, y: jax.Array, precision: Precision) -> jax.Array:
-    pixels = (((0, 1, 2), (0, 1, 2)), ((), ()))
-    total = lax.dot_general(x, y, pixels, precision, preferred_element_type=jnp.float32)
-    return total / math.prod(x.shape[:3])

@@ -14,15 +14,17 @@ from jax.test_util import check_grads
 
 import resnet_jax as rj
 from resnet_jax.models.norms import BatchNorm, conv_norm, norm_relu_pool
-from resnet_jax.ops.batch_norm import (
-    batch_moments,
-    mean_outer_product,
-    normalize,
-    product_norm_from_input,
-    product_norm_from_output,
-)
+from resnet_jax.ops.batch_norm import batch_moments, normalize
 from resnet_jax.ops.convolution import ConvOptions
 from resnet_jax.ops.pooling import max_pool
+from resnet_jax.ops.product_norm import (
+    ProductNorm,
+    mean_outer_product,
+    product_norm_from_input,
+    product_norm_from_output,
+    product_norm_sum_as_one,
+    product_norm_sum_of_two,
+)
 from tests.variables import random_variables
 
 
@@ -71,6 +73,26 @@ def test_moments_of_a_product_from_its_input(stride):
 
     chex.assert_trees_all_close(
         run(product_norm_from_input), run(product_norm_from_output), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_sum_of_two_norms_as_one_product(stride):
+    first, second = ProductNorm(**draw(seed=2)), ProductNorm(**draw(channels=4, seed=3))
+    if stride == 2:  # [3, 5, 4, 6] -> [3, 3, 2, 6]
+        first = first._replace(x=first.x[:, :3, :2])
+    shape = (*first.x.shape[:3], first.kernel.shape[1])
+    weights = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+    def run(function):
+        def weighted(terms):
+            y, *moments = function(*terms, epsilon=1e-5, options=ConvOptions(stride=stride))
+            return (y * weights).sum() + sum(jnp.square(each).sum() for each in moments), y
+
+        return jax.jit(jax.value_and_grad(weighted, has_aux=True))((first, second))
+
+    chex.assert_trees_all_close(
+        run(product_norm_sum_as_one), run(product_norm_sum_of_two), rtol=1e-4, atol=1e-4
     )
 
 
