@@ -1,16 +1,18 @@
 """Compares speed on a CPU with a straightforward Flax network and with PyTorch.
 
     pip install torch torchvision
-    python benchmarks/cpu.py [--cases=resnet50-train-32,...] [--rounds=3] [--seconds=6]
+    python benchmarks/cpu.py [--cases=resnet50-train-32,...] [--rounds=10]
 
-Networks alternate for `rounds` rounds, each in a separate process; the best round counts. Prints a
-table and one JSON line per case. All train by SGD with momentum in float32, with one thread per
-core; PyTorch's tensors are channels_last.
+Each network compiles in a process of its own; then the networks take steps in turn, one at a time,
+so that a machine whose speed varies slows them down alike. Prints a table of images/s (the median
+step) with the median ratios of neighboring steps, and one JSON line per case. All train by SGD with
+momentum in float32, with one thread per core; PyTorch's tensors are channels_last.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 
@@ -23,38 +25,67 @@ CASES = {  # name: (depth, batch size, side, train)
     "resnet20-train-128": (20, 128, 32, True),
     "resnet20-inference-128": (20, 128, 32, False),
 }
+# In predictions, "ours" has its batch norms folded, as `predict` and `Classifier` have by default.
 NETWORKS = ("ours", "flax", "torch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6)
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # measures this network in this process
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # runs this network, a step per line
     options = parser.parse_args()
-    if options.one:
-        step, images = steps.make(options.one, *CASES[options.cases])
-        print(steps.rate(step, images, options.seconds))
+    if options.serve:
+        serve(options.serve, options.cases)
         return
 
     print(f"{'images/s':24}{'ours':>9}{'flax':>9}{'torch':>9}{'ours/flax':>11}{'ours/torch':>12}")
     for case in options.cases.split(","):
-        best = dict.fromkeys(NETWORKS, 0.0)
-        for _ in range(options.rounds):
-            for network in NETWORKS:
-                rate = run_in_process(network, case, options.seconds)
-                best[network] = max(best[network], rate)
-        ours, flax, torch = best.values()
-        row = f"{case:24}{ours:9.1f}{flax:9.1f}{torch:9.1f}{ours / flax:11.2f}{ours / torch:12.2f}"
-        print(row, flush=True)
-        print(json.dumps({"benchmark": "cpu", "case": case, "cores": os.cpu_count(), **best}))
+        seconds = alternate(case, options.rounds)
+        ours, flax, torch = (seconds[network] for network in NETWORKS)
+        rates = {name: CASES[case][1] / statistics.median(each) for name, each in seconds.items()}
+        ratios = [
+            statistics.median(b / a for a, b in zip(ours, other, strict=True))
+            for other in (flax, torch)
+        ]
+        row = "".join(f"{rates[network]:9.1f}" for network in NETWORKS)
+        print(f"{case:24}{row}{ratios[0]:11.2f}{ratios[1]:12.2f}", flush=True)
+        record = {"benchmark": "cpu", "case": case, "cores": os.cpu_count(), **rates}
+        print(json.dumps({**record, "ours/flax": ratios[0], "ours/torch": ratios[1]}))
 
 
-def run_in_process(network: str, case: str, seconds: float) -> float:
-    command = [sys.executable, __file__, f"--one={network}", f"--cases={case}"]
-    command.append(f"--seconds={seconds}")
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+def alternate(case: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each network's steps, taken in turn."""
+    processes = {network: start(network, case) for network in NETWORKS}
+    for network, process in processes.items():
+        if not process.stdout.readline():  # a line when it has compiled
+            sys.exit(f"error: {network}, {case}: its process ended, see above")
+    seconds: dict[str, list[float]] = {network: [] for network in NETWORKS}
+    for _ in range(rounds):
+        for network, process in processes.items():
+            print(file=process.stdin, flush=True)
+            seconds[network].append(float(process.stdout.readline()))
+    for process in processes.values():
+        process.communicate()
+    return seconds
+
+
+def start(network: str, case: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, f"--serve={network}", f"--cases={case}"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def serve(network: str, case: str) -> None:
+    """Takes a step for each line of standard input and prints its seconds."""
+    depth, size, side, train = CASES[case]
+    if network == "ours" and not train:
+        network = "folded"
+    framework = steps.torch_step if network == "torch" else steps.jax_step
+    step = framework(network, depth, size, side, train)
+    step.seconds()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(step.seconds(), flush=True)
 
 
 if __name__ == "__main__":

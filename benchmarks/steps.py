@@ -9,7 +9,6 @@ import functools
 import os
 import pathlib
 import runpy
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,26 +31,6 @@ class Step(NamedTuple):
         start = time.perf_counter()
         self.wait(self.run())
         return time.perf_counter() - start
-
-
-def make(network, depth, size, side, train, dtype="float32", compiled=False):
-    """(a function that runs one step and waits for it, images per step)."""
-    if network == "torch":
-        step = torch_step(network, depth, size, side, train, dtype, compiled)
-    else:
-        step = jax_step(network, depth, size, side, train, dtype)
-    return lambda: step.wait(step.run()), size
-
-
-def rate(step, images, seconds):
-    """Images/s: the median of the steps that fit into `seconds`, at least three."""
-    step(), step()
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return images / statistics.median(times)
 
 
 def awaited(step, seconds):
