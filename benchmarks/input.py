@@ -14,10 +14,12 @@ import argparse
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,14 @@ from decode import encode_photos
 from resnet_jax.config.schema import Config, Data, Train
 from resnet_jax.data.pipeline import CorruptImages, IndexSampler, StreamedDataset
 from resnet_jax.data.sources import Source
+from resnet_jax.data.stream import Batches, report_undecodable
+from resnet_jax.data.workers import decode_in_processes
 from resnet_jax.errors import import_failure
 
 SIZE = 224
 BATCH = 64
+GOAL = 48_000  # images/s of eight GPUs that train on 6,000 each
+WORKERS, THREADS = 4, 12  # simulated: as many cores as there are threads in all workers
 # "antialiased" is tf.data with antialiasing, which the crops of this package always have.
 COLUMNS = ("resnet_jax", "tf.data", "antialiased", "ratio", "ratio antialiased")
 
@@ -92,14 +98,14 @@ def tensorflow_batches(
     return iter(dataset.batch(BATCH).prefetch(tf.data.AUTOTUNE))
 
 
-def rates(batches: Iterator[Any], seconds: float, size: int = BATCH) -> tuple[float, float]:
+def rates(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
     """Images/s by the clock and by processor time, once the buffers are full."""
     for _ in range(8):
         next(batches)
     count, start, busy = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - start < seconds:
         next(batches)
-        count += size
+        count += BATCH
     return count / (time.perf_counter() - start), count / (time.process_time() - busy)
 
 
@@ -116,26 +122,90 @@ def memory_rate(seconds: float) -> float:
     return count / (time.perf_counter() - start)
 
 
-def scaling(files: list[bytes], seconds: float, rounds: int) -> dict[str, float]:
-    """Images/s by the clock with threads of this process and with worker processes.
+class Waiting(Batches):
+    """Batches that cost a worker the time of decoding, but no processor.
 
-    With workers, a batch still passes through this process. Images per second of its processor
-    time bound what it can hand on, however many cores its workers have.
+    So any number of cores can be simulated, to see what the processes cost beside the decoding.
     """
-    cases = {f"{n} threads": {"threads": n} for n in (1, 2, 4)}
-    cases |= {f"{n} workers": {"threads": 1, "workers": n} for n in (1, 2)}
-    cases |= {"1 workers, batch 1024": {"threads": 1, "workers": 1, "batch": 1024}}
-    found: dict[str, list[float]] = {name: [] for name in cases}
+
+    def __init__(self, files: list[bytes], data: Data, seconds: float) -> None:
+        super().__init__(Files(files), data, SIZE, BATCH, 10**6)
+        self.seconds = seconds  # per image
+
+    def begin(self, step: int) -> tuple[dict[str, np.ndarray], None]:
+        labels = np.zeros(self.batch_size, np.int32)
+        undecodable = np.full((self.batch_size, 16), -1)
+        return {"labels": labels, "undecodable": undecodable}, None
+
+    def fill(self, batch: dict[str, np.ndarray], images: None, place: int) -> None:
+        time.sleep(self.seconds)
+
+    def make(self, step: int, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        time.sleep(self.seconds * self.batch_size)
+        return {**self.begin(step)[0], "images": pixels}
+
+
+def waiting_batches(files: list[bytes]) -> Iterator[np.ndarray]:
+    """Batches of simulated cores that are just fast enough."""
+    data = Data(workers=WORKERS, threads=THREADS, prefetch=THREADS)
+    batches = Waiting(files, data, seconds=WORKERS * THREADS / GOAL)
+    decoded = report_undecodable(decode_in_processes(batches), batches, CorruptImages(0, print))
+    return (made["images"] for made in decoded)
+
+
+def processor_seconds() -> tuple[float, float]:
+    """Of this process, and of all its workers."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user and in kernel mode
+    return time.process_time(), ticks / os.sysconf("SC_CLK_TCK")
+
+
+def scaling_rates(
+    batches: Iterator[Any], seconds: float, warm_up: int
+) -> tuple[float, float, float]:
+    """Images by second: of the clock, of all processors, and of this process's."""
+    for _ in range(warm_up):
+        next(batches)
+    count, start, (own, others) = 0, time.perf_counter(), processor_seconds()
+    while time.perf_counter() - start < seconds:
+        next(batches)
+        count += BATCH
+    clock, (own_now, others_now) = time.perf_counter() - start, processor_seconds()
+    own, others = own_now - own, others_now - others
+    return count / clock, count / (own + others), count / own
+
+
+def scaling(files: list[bytes], seconds: float, rounds: int) -> dict[str, Any]:
+    """Threads of this process, worker processes, and the cores that eight fast GPUs need.
+
+    With workers, a batch still passes through this process, so the images per second of its
+    processor time bound what it can hand on, however many cores its workers have.
+    """
+    found: dict[str, list[tuple[float, float, float]]] = {}
+
+    def measure(name: str, batches: Iterator[Any], warm_up: int = 8) -> None:
+        rates = scaling_rates(batches, seconds, warm_up)
+        found.setdefault(name, []).append(rates)
+
     for _ in range(rounds):
-        for name, options in cases.items():
-            size = options.get("batch", BATCH)
-            clock, processor = rates(our_batches(files, "bicubic", **options), seconds, size)
-            found[name].append(clock)
-            if "workers" in options:
-                found.setdefault(f"{name}: bound of this process", []).append(processor)
-    result = {name: round(statistics.median(values)) for name, values in found.items()}
-    for name, value in result.items():
-        print(f"{name:48}{value:8} images/s")
+        for n in (1, 2, 4):
+            measure(f"{n} threads", our_batches(files, "bicubic", threads=n))
+        for n in (1, 2):
+            measure(f"{n} workers", our_batches(files, "bicubic", threads=1, workers=n))
+    core = statistics.median(each[1] for each in found["1 threads"])
+    simulated = f"{WORKERS} workers, {WORKERS * THREADS} simulated cores"
+    measure(simulated, waiting_batches(files), warm_up=3 * WORKERS * THREADS)
+    result = {
+        name: [round(statistics.median(column)) for column in zip(*values, strict=True)]
+        for name, values in found.items()
+    }
+    print(f"{'images by second':40}{'of the clock':>14}{'all processors':>16}{'this process':>14}")
+    for name, (clock, everywhere, here) in result.items():
+        print(f"{name:40}{clock:14}{everywhere:16}{here:14}")
+    handed_on = result[simulated][2]
+    print(f"cores for {GOAL} images/s: {GOAL / core:.1f} decode, {GOAL / handed_on:.2f} hand on")
     return result
 
 

@@ -1,7 +1,10 @@
 """Worker processes that decode whole batches.
 
-This process sends step numbers to each worker. The worker writes the images of a batch into a ring
-of buffers in shared memory, and sends back the rest of the batch.
+This process sends each worker the numbers of steps, and of buffers in shared memory. The worker
+writes the images of a batch into its buffer, and sends back the rest of the batch. The images that
+this process hands on are the buffer itself, which is used again when the last reference to them is
+gone. `jax.device_put` keeps such a reference while it copies them, or, on a CPU, while the array
+lives that it makes of them.
 
 The memory has no name in the file system: it is freed with the last process that has it open, even
 after SIGKILL, and the size of /dev/shm (64 MB in many containers) does not limit it.
@@ -10,6 +13,7 @@ after SIGKILL, and the size of /dev/shm (64 MB in many containers) does not limi
 from __future__ import annotations
 
 import atexit
+import collections
 import concurrent.futures
 import math
 import mmap
@@ -21,6 +25,7 @@ import signal
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Generator
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -40,15 +45,15 @@ def decode_in_processes(batches: Batches) -> Generator[Batch, None, None]:
     """The workers make batches in turn; each thread of a worker makes one batch."""
     config = batches.config
     count = min(config.workers, len(batches))
-    ring = config.prefetch + 1  # so that a worker is busy while one of its batches is read
+    ahead = config.prefetch + 1  # so that a worker is busy while one of its batches is read
     workers: list[_Worker] = []
     try:
         for _ in range(count):
-            workers.append(_Worker(batches, ring))
-        for step in range(min(count * ring, len(batches))):
+            workers.append(_Worker(batches, ahead, spare_buffers(config.prefetch, count)))
+        for step in range(min(count * ahead, len(batches))):
             workers[step % count].request(step)
         for step in range(len(batches)):
-            worker, later = workers[step % count], step + count * ring
+            worker, later = workers[step % count], step + count * ahead
             batch = worker.receive()
             if later < len(batches):
                 worker.request(later)
@@ -58,23 +63,34 @@ def decode_in_processes(batches: Batches) -> Generator[Batch, None, None]:
             worker.close()
 
 
+def spare_buffers(prefetch: int, workers: int) -> int:
+    """Buffers of each worker that are left for images in use while it fills the others.
+
+    The trainer holds up to `prefetch` batches in its queue, and three more: the one that it puts
+    there, the one that a step reads, and the one before it.
+    """
+    return -(-(prefetch + 3) // workers)
+
+
 class _Worker:
     """A worker process, seen from its parent."""
 
-    def __init__(self, batches: Batches, ring: int) -> None:
+    def __init__(self, batches: Batches, ahead: int, spare: int) -> None:
         config = batches.config
         self._count = config.workers
-        self._received = 0
+        self._shape = batches.shape
+        self._free = list(range(ahead + spare))  # buffers that nobody reads or writes
+        self._requested: collections.deque[int] = collections.deque()  # their buffers
         context = multiprocessing.get_context("spawn")  # a fork may copy a held lock of JAX
-        shape = (ring, *batches.shape)
+        size = len(self._free) * math.prod(self._shape)
         threads = min(config.threads, config.prefetch)
         memory = -1
         try:
-            memory = _nameless_memory(shape)
-            self._images = _map(memory, shape)
+            memory = _nameless_memory(size)
+            self._memory = mmap.mmap(memory, size)
             self._connection, remote = context.Pipe()
             self._process = context.Process(
-                target=_work, args=(remote, batches, shape, threads), daemon=True
+                target=_work, args=(remote, batches, size, threads), daemon=True
             )
             self._process.start()
             remote.close()
@@ -82,9 +98,8 @@ class _Worker:
             atexit.register(self._process.kill)
             reduction.send_handle(self._connection, memory, self._process.pid)
         except OSError as error:
-            size = math.prod(shape) / 1e6
             raise self._fault(
-                f"a worker process with {size:,.0f} MB of shared memory cannot be started "
+                f"a worker process with {size / 1e6:,.0f} MB of shared memory cannot be started "
                 f"({error.strerror or error}); data.workers = 0 decodes in threads"
             ) from error
         finally:
@@ -93,22 +108,37 @@ class _Worker:
 
     def request(self, step: int) -> None:
         """Asks for the batch of a step; `receive` returns batches in the order of requests."""
+        place = self._free.pop()
+        self._requested.append(place)
         try:
-            self._connection.send(step)
+            self._connection.send((step, place))
         except OSError as error:
             raise self._lost() from error
 
     def receive(self) -> Batch:
-        """Waits for the next batch."""
+        """Waits for the next batch, and leaves at least one buffer for a request."""
         try:
             batch = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._lost() from error
         if isinstance(batch, BaseException):
             raise batch
-        images = self._images[self._received % len(self._images)]
-        self._received += 1
-        return {"images": images.copy(), **batch}  # the worker reuses its buffers
+        place = self._requested.popleft()
+        return {"images": self._lend(place) if self._free else self._copy(place), **batch}
+
+    def _lend(self, place: int) -> np.ndarray:
+        """The images in a buffer, which is free again when no array refers to them any more."""
+        images = _images(self._memory, self._shape, place)
+        # NumPy makes a view refer to the first array of the chain, which is this one.
+        released = weakref.finalize(images, self._free.append, place)
+        released.atexit = False  # a thread may still read them
+        return images
+
+    def _copy(self, place: int) -> np.ndarray:
+        """The images in a buffer, for a consumer that keeps more batches than there are buffers."""
+        images = _images(self._memory, self._shape, place).copy()
+        self._free.append(place)
+        return images
 
     def close(self) -> None:
         """Kills the process, which has nothing to save."""
@@ -131,9 +161,8 @@ class _Worker:
         return field_error("data.workers", self._count, reason)
 
 
-def _nameless_memory(shape: tuple[int, ...]) -> int:
-    """A file descriptor of anonymous memory for a uint8 array."""
-    size = math.prod(shape)
+def _nameless_memory(size: int) -> int:
+    """A file descriptor of anonymous memory."""
     if hasattr(os, "memfd_create"):
         memory = os.memfd_create("resnet_jax")
     else:
@@ -147,33 +176,31 @@ def _nameless_memory(shape: tuple[int, ...]) -> int:
     return memory
 
 
-def _map(memory: int, shape: tuple[int, ...]) -> np.ndarray:
-    size = math.prod(shape)
-    return np.frombuffer(mmap.mmap(memory, size), np.uint8).reshape(shape)
+def _images(memory: mmap.mmap, shape: tuple[int, ...], place: int) -> np.ndarray:
+    """The images in one of the buffers, which lie one after the other."""
+    return np.ndarray(shape, np.uint8, memory, offset=place * math.prod(shape))
 
 
-def _work(connection: Connection, batches: Batches, shape: tuple[int, ...], threads: int) -> None:
+def _work(connection: Connection, batches: Batches, size: int, threads: int) -> None:
     """Makes batches in a worker until its parent kills it, or exits."""
     jax.config.update("jax_platforms", "cpu")  # or JAX would allocate memory on the parent's GPU
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent handles these
         signal.signal(number, signal.SIG_IGN)
-    memory = reduction.recv_handle(connection)
-    images = _map(memory, shape)
-    os.close(memory)
+    handle = reduction.recv_handle(connection)
+    memory = mmap.mmap(handle, size)
+    os.close(handle)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     begun: queue.SimpleQueue[concurrent.futures.Future[Batch]] = queue.SimpleQueue()
 
     def make(step: int, place: int) -> Batch:
-        batch = batches.make(step, images[place])
+        batch = batches.make(step, _images(memory, batches.shape, place))
         del batch["images"]
         return batch
 
     def receive() -> None:
-        requests = 0
         try:
             while True:
-                begun.put(pool.submit(make, connection.recv(), requests % len(images)))
-                requests += 1
+                begun.put(pool.submit(make, *connection.recv()))
         except (EOFError, OSError):  # the parent's end of the pipe is closed
             os._exit(0)
         except RuntimeError as error:  # a thread cannot be started
