@@ -31,6 +31,9 @@ CPU_FLAGS = (
 # Before TFDS is imported.
 os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
 os.environ["XDG_STATE_HOME"] = str(TEMPORARY / "state")
+# Of this process, and of all that it starts.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(TEMPORARY / "jax-cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Where Python writes no bytecode beside its sources, each of a hundred subprocesses would compile
 # all modules that it imports: a few seconds.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
@@ -45,9 +48,6 @@ from resnet_jax.data.sources.tfds import TfdsSource
 from resnet_jax.training import run
 from tests import tiny
 from tests.fake_accelerator import fake_accelerator
-
-jax.config.update("jax_compilation_cache_dir", str(TEMPORARY / "jax-cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_addoption(parser):

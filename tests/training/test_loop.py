@@ -31,6 +31,7 @@ from resnet_jax.training.loop import train
 from resnet_jax.training.metrics import MetricAccumulator
 from resnet_jax.workdirs.checkpoint import load_variables
 from resnet_jax.workdirs.workdir import saved_steps
+from tests.conftest import FAST_COMPILE
 from tests.training.runs import records, state_of, stop_after, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -531,7 +532,7 @@ def test_the_command(tmp_path):
         "assert 'tensorflow' not in sys.modules\n"
         "sys.exit(code)"
     )
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILE}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
     )
