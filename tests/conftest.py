@@ -45,7 +45,8 @@ import jax
 from resnet_jax.data import decode as decoding
 from resnet_jax.data.memory import InMemoryDataset
 from resnet_jax.data.sources.tfds import TfdsSource
-from resnet_jax.training import run
+from resnet_jax.evaluation import evaluator
+from resnet_jax.training import rate_range, run
 from tests import tiny
 from tests.fake_accelerator import fake_accelerator
 
@@ -179,7 +180,8 @@ def _digits_decoded_once():
         return InMemoryDataset(found.images, found.labels, found.indices)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "open_dataset", open_dataset)
+        for module in (run, evaluator, rate_range):
+            patch.setattr(module, "open_dataset", open_dataset)
         yield
 
 
