@@ -58,7 +58,7 @@ def train(config: Config, workdir: str | Path) -> Result:
     Example:
       >>> import tempfile
       >>> from resnet_jax.config.schema import Data, Model, Train
-      >>> model, data = Model(name="resnet8_cifar"), Data(name="digits", image_size=8)
+      >>> model, data = Model(name="resnet20"), Data(name="digits", image_size=8)
       >>> config = Config(model, data, train=Train(steps=2, batch_size=16))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     train(config, folder).steps
