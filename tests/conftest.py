@@ -31,15 +31,24 @@ CPU_FLAGS = (
 # Before TFDS is imported.
 os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
 os.environ["XDG_STATE_HOME"] = str(TEMPORARY / "state")
+# Of this process, and of all that it starts.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(TEMPORARY / "jax-cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Where Python writes no bytecode beside its sources, each of a hundred subprocesses would compile
+# all modules that it imports: a few seconds.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(TEMPORARY / "bytecode"))
 
 import chex
 import jax
 
+from resnet_jax.data import decode as decoding
+from resnet_jax.data.memory import InMemoryDataset
+from resnet_jax.data.sources.tfds import TfdsSource
+from resnet_jax.evaluation import evaluator
+from resnet_jax.training import rate_range, run
 from tests import tiny
 from tests.fake_accelerator import fake_accelerator
-
-jax.config.update("jax_compilation_cache_dir", str(TEMPORARY / "jax-cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_addoption(parser):
@@ -99,6 +108,16 @@ def pytest_collection_modifyitems(config, items):
     items[:] = chosen
 
 
+def pytest_collection_finish(session):
+    """Python's garbage collector need not visit what lives as long as the process.
+
+    It takes a twentieth of the time of tests that trace programs, which make many objects.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
 def pytest_runtest_setup(item):
     marker = item.get_closest_marker("devices")
     if marker and jax.device_count() < marker.args[0]:
@@ -136,6 +155,34 @@ def _room_for_programs():
     if maps.exists() and maps.read_text().count("\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _digits_decoded_once():
+    """Two hundred runs train on the same digits, which take most of a second to decode."""
+    opens, decoded = run.open_dataset, {}
+
+    def open_dataset(source, config, training, corrupt):
+        here = type(source) is TfdsSource and source.name == "digits"
+        if not (here and source._folder.startswith(os.environ["TFDS_DATA_DIR"])):
+            return opens(source, config, training, corrupt)
+        # What a test replaces counts.
+        reading = TfdsSource._read, decoding.train_crop, decoding.eval_crop
+        key = (source._folder, source.split, repr(config), training, *reading)
+        if key not in decoded:
+            dataset = opens(source, config, training, corrupt)
+            if type(dataset) is not InMemoryDataset or len(dataset) < len(source):
+                return dataset
+            for array in (dataset.images, dataset.labels, dataset.indices):
+                array.flags.writeable = False
+            decoded[key] = dataset
+        found = decoded[key]
+        return InMemoryDataset(found.images, found.labels, found.indices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run, evaluator, rate_range):
+            patch.setattr(module, "open_dataset", open_dataset)
+        yield
 
 
 @pytest.fixture(scope="module")

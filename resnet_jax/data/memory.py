@@ -61,18 +61,23 @@ class InMemoryDataset:
         labels = np.empty((len(source), *source.label_shape), label_type(source))
         good = np.ones(len(source), bool)
 
-        def fill(index: int) -> tuple[int, str] | None:
-            try:
-                images[index], labels[index] = crop(index)
-            except DataError as error:
-                good[index] = False
-                return index, str(error)
-            return None
+        def fill(indices: range) -> list[tuple[int, str]]:
+            failures = []
+            for index in indices:
+                try:
+                    images[index], labels[index] = crop(index)
+                except DataError as error:
+                    good[index] = False
+                    failures.append((index, str(error)))
+            return failures
 
+        # A task for every image would take longer than decoding a small one.
+        everything = range(len(source))
+        chunks = [everything[i : i + 64] for i in everything[::64]]
         with concurrent.futures.ThreadPoolExecutor(config.threads) as pool:
-            for failure in pool.map(fill, range(len(source)), chunksize=64):
-                if failure is not None:
-                    corrupt.add(source.image_name(failure[0]), failure[1])
+            for failures in pool.map(fill, chunks):
+                for index, error in failures:
+                    corrupt.add(source.image_name(index), error)
         if not good.all():
             images, labels = images[good], labels[good]
         return cls(images, labels, np.flatnonzero(good))

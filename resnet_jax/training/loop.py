@@ -58,7 +58,8 @@ def train(config: Config, workdir: str | Path) -> Result:
     Example:
       >>> import tempfile
       >>> from resnet_jax.config.schema import Data, Model, Train
-      >>> config = Config(train=Train(steps=2, batch_size=16))  # digits, ResNet-20
+      >>> model, data = Model(name="resnet20"), Data(name="digits", image_size=8)
+      >>> config = Config(model, data, train=Train(steps=2, batch_size=16))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     train(config, folder).steps
       2

@@ -177,7 +177,7 @@ def find_rate(
 
     Example:
       >>> from resnet_jax.config.schema import Data, Model, Train
-      >>> model, data = Model(name="resnet8_cifar"), Data(image_size=8)
+      >>> model, data = Model(name="resnet20"), Data(image_size=8)
       >>> config = Config(model, data, train=Train(batch_size=8))
       >>> curve = find_rate(config, low=1e-4, high=1e-2, steps=20, log=lambda line: None)
       >>> curve.losses.shape

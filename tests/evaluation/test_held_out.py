@@ -35,7 +35,7 @@ def open_digits(*also, **options):
     return HeldOutSets.open(configuration(*also), tiny_network(10).model, DIGITS, 1, **options)
 
 
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("flip", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_numbers_of_the_trainers_evaluation(flip):
     """A dataset has the same numbers as data.eval_split and as one of evaluate.also."""
     network = tiny_network(10, channels=1)

@@ -27,7 +27,7 @@ CLASSES = jnp.array([3, 7])
 def test_integrated_gradients_are_complete():
     """Sundararajan et al. 2017, Proposition 1."""
     model = small()
-    variables, images = network(model)
+    variables, images = network(model, side=16)
     variables["params"]["head"]["kernel"] *= 8  # logits that differ
     found = integrated_gradients(model, variables, images, CLASSES, steps=300)
 

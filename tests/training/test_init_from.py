@@ -56,13 +56,13 @@ def finetune(source, *flags, data="digits"):
 @pytest.fixture
 def hub(tmp_path):
     """A folder in the Hub's form: a CIFAR network trained at 40 / 0.8 = 50 pixels."""
-    model = rj.ResNet20(num_classes=3)
+    model = rj.ResNet8Cifar(num_classes=3)
     folder = tmp_path / "hub"
     folder.mkdir()
     rj.save_weights(folder / "model.safetensors", model, random_variables(model))
     facts = {"input_size": [3, 40, 40], "crop_pct": 0.8, "interpolation": "bicubic"}
     facts |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    config = {"architecture": "resnet20", "num_classes": 3, "pretrained_cfg": facts}
+    config = {"architecture": "resnet8_cifar", "num_classes": 3, "pretrained_cfg": facts}
     config["label_names"] = ["class0", "class1", "class2"]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -71,13 +71,13 @@ def hub(tmp_path):
 def test_fields_that_are_left_come_from_the_weights(hub):
     start = fill_from_weights(finetune(hub))
     data, augment = start.config.data, start.config.augment
-    assert start.config.model.name == "resnet20"
+    assert start.config.model.name == "resnet8_cifar"
     assert (data.channels, data.image_size, data.eval_resize) == (3, 40, 50)
     assert (data.interpolation, data.eval_crop) == ("bicubic", "center")
     assert (augment.mean, augment.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     c.check(start.config)
     assert start.lines[0].startswith(
-        f"from {hub}: model.name = 'resnet20', data.channels = 3, data"
+        f"from {hub}: model.name = 'resnet8_cifar', data.channels = 3, data"
     )
     assert "augment.std = (0.4, 0.5, 0.6)" in start.lines[0]
     assert Start.from_json(start.to_json()) == start
@@ -93,7 +93,7 @@ def test_what_the_user_sets_wins(hub):
     assert "mean" not in start.lines[0]
     start = fill_from_weights(finetune(hub, "--config.data.eval_resize=44"))
     assert (start.config.data.image_size, start.config.data.eval_resize) == (40, 44)
-    with pytest.raises(ConfigError, match=r"model.name = resnet32: .* holds a resnet20"):
+    with pytest.raises(ConfigError, match=r"model.name = resnet32: .* holds a resnet8_cifar"):
         fill_from_weights(finetune(hub, "--config.model.name=resnet32"))
 
 
@@ -145,17 +145,22 @@ def test_fine_tuning_from_a_hub_folder(hub, tmp_path, capsys):
     """The head is kept and evaluated before the first step; a restart needs no weights."""
     for split in ("train", "test"):
         write_folder(tmp_path / "data", [(50, 50)] * 8, classes=3, split=split)
-    flags = ["--config.train.steps=1", "--config.train.batch_size=8", "--config.log.tensorboard=0"]
+    flags = [
+        "--config.train.steps=1",
+        "--config.train.batch_size=8",
+        "--config.log.tensorboard=0",
+        "--config.log.report=0",
+    ]
     flags.append("--config.model.dtype=float32")  # as `evaluate_data` computes
     config = finetune(hub, *flags, data=f"folder:{tmp_path}/data")
     train(config, tmp_path / "run")
     err = capsys.readouterr().err
-    assert err.index(f"from {hub}: model.name = 'resnet20'") < err.index("1 steps of 8")
+    assert err.index(f"from {hub}: model.name = 'resnet8_cifar'") < err.index("1 steps of 8")
     assert "the head of the weights is kept: its classes are those of the data, by name" in err
     found = [each for each in records(tmp_path / "run") if each["split"] == "test"]
     assert [each["step"] for each in found] == [0, 1]
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert stored["model"]["name"] == "resnet20"
+    assert stored["model"]["name"] == "resnet8_cifar"
     assert (stored["data"]["image_size"], stored["data"]["eval_resize"]) == (40, 50)
     assert stored["checkpoint"]["reset_head"] is False
     report = evaluate_data(open_network(hub), config.data.name, "test", batch_size=8)

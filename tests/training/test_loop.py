@@ -31,6 +31,7 @@ from resnet_jax.training.loop import train
 from resnet_jax.training.metrics import MetricAccumulator
 from resnet_jax.workdirs.checkpoint import load_variables
 from resnet_jax.workdirs.workdir import saved_steps
+from tests.conftest import FAST_COMPILE
 from tests.training.runs import records, state_of, stop_after, without_times
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -293,7 +294,7 @@ def fail(_):
 
 
 @pytest.mark.parametrize(
-    "calls", [0, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 2)), 3]
+    "calls", [*(pytest.param(x, marks=pytest.mark.slow) for x in (0, 1, 2)), 3]
 )  # of step 3: weights and average; then of step 6
 def test_a_failed_evaluation_loses_nothing(calls, straight, tmp_path, monkeypatch, capsys):
     """The next start evaluates the state, or what is left of that, and takes no step twice."""
@@ -313,7 +314,7 @@ def test_a_failed_evaluation_loses_nothing(calls, straight, tmp_path, monkeypatc
     assert saved_steps(tmp_path) == saved_steps(straight[0])
 
 
-@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("step", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_signal_during_an_evaluation(step, straight, tmp_path, monkeypatch):
     """The run stops at once: its state is saved, and evaluated by the next start."""
     with monkeypatch.context() as patch:
@@ -469,7 +470,10 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         train(configuration(), tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize(("steps_per_call", "accumulate"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("steps_per_call", "accumulate"),
+    [pytest.param(1, 1, marks=pytest.mark.slow), (2, 1), (1, 2)],
+)
 def test_utilization_where_the_peak_is_known(steps_per_call, accumulate, tmp_path, monkeypatch):
     known = dataclasses.replace(ACCELERATORS["h100"], flops=1e9)
     monkeypatch.setattr(metrics_module, "find_accelerator", lambda kind: known)
@@ -531,7 +535,7 @@ def test_the_command(tmp_path):
         "assert 'tensorflow' not in sys.modules\n"
         "sys.exit(code)"
     )
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILE}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
     )

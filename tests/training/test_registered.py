@@ -36,6 +36,7 @@ def test_a_network_is_trained_by_its_registered_name(tmp_path, monkeypatch, caps
     recipe, run = tmp_path / "recipe.py", tmp_path / "run"
     recipe.write_text(RECIPE)
     flags = [f"--config={recipe}", f"--workdir={run}", "--config.model.name=one_conv"]
+    flags += ["--config.log.tensorboard=false", "--config.log.report=false"]
     assert parser.main(["train", *flags]) == 0
     assert [record["step"] for record in records(run)][-1] == 2
     evaluate = ["evaluate", str(run), "--json=-"]

@@ -13,7 +13,7 @@ from tests.training.runs import state_of, stop_after, without_times
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
-def configuration():
+def configuration(rand_layers):
     """All augmentations that go together, parts of batches, averages, a schedule with a state."""
     return c.Config(
         model=c.Model(name="tiny", stochastic_depth_rate=0.2, dropout_rate=0.1),
@@ -22,7 +22,7 @@ def configuration():
             flip=True,
             pad=1,
             rotate=5.0,
-            rand_layers=1,
+            rand_layers=rand_layers,
             brightness=0.1,
             contrast=0.1,
             saturation=0.1,
@@ -40,21 +40,27 @@ def configuration():
     )
 
 
+# RandAugment takes its random numbers as the others do, and four times as long to compile.
+@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)])
+def rand_layers(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tiny_model):
+def straight(rand_layers, tmp_path_factory, tiny_model):
     workdir = tmp_path_factory.mktemp("straight")
-    train(configuration(), workdir)
+    train(configuration(rand_layers), workdir)
     return workdir
 
 
-def test_a_run_that_is_stopped_again_and_again(straight, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_again_and_again(straight, rand_layers, tmp_path, monkeypatch):
     """Between two records; once more where it was also evaluated."""
     for step in (3, 6):
         with monkeypatch.context() as patch:
             stop_after(patch, step)
             with pytest.raises(StoppedError, match=f"after step {step}"):
-                train(configuration(), tmp_path)
-    train(configuration(), tmp_path)
+                train(configuration(rand_layers), tmp_path)
+    train(configuration(rand_layers), tmp_path)
     found = without_times(tmp_path)
     assert [(r["step"], r["split"]) for r in found if "weights" not in r] == [
         *((4, "train"), (6, "train"), (6, "test"), (8, "train"), (9, "train"), (9, "test"))
@@ -64,9 +70,9 @@ def test_a_run_that_is_stopped_again_and_again(straight, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_saving_changes_no_record(straight, tmp_path):
+def test_saving_changes_no_record(straight, rand_layers, tmp_path):
     """Checkpoints between records, and a start from one that is not the newest."""
-    config = configuration()
+    config = configuration(rand_layers)
     config.checkpoint.every_steps, config.checkpoint.keep = 1, 9
     train(config, tmp_path)
     assert without_times(tmp_path) == without_times(straight)
@@ -80,13 +86,13 @@ def test_saving_changes_no_record(straight, tmp_path):
     chex.assert_trees_all_equal(state_of(tmp_path), state_of(straight))
 
 
-def test_where_no_state_is_whole_nothing_is_touched(straight):
+def test_where_no_state_is_whole_nothing_is_touched(straight, rand_layers):
     steps = sorted(path for path in straight.glob("checkpoints/*") if path.name.isdecimal())
     for step in steps:
         (step / "more").touch()
     before = (straight / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=r"no state .* is intact .*more does not belong"):
-        train(configuration(), straight)
+        train(configuration(rand_layers), straight)
     assert (straight / "metrics.jsonl").read_bytes() == before
     for step in steps:
         (step / "more").unlink()
@@ -98,9 +104,9 @@ def fails(*_):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics", "state"])
-def test_a_disk_that_fills_up_in_the_middle(name, straight, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_in_the_middle(name, straight, rand_layers, tmp_path, monkeypatch):
     """One line, the last good state stays, and the same command resumes and ends the same."""
-    config = configuration()
+    config = configuration(rand_layers)
     config.checkpoint.every_steps = 2
     with monkeypatch.context() as patch:
         write, seal = MetricsFile.write, "resnet_jax.workdirs.checksums.seal"
