@@ -7,9 +7,11 @@ that JAX does not have (ops/sharding.py).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -136,8 +138,29 @@ def import_tfds() -> ModuleType:
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
     try:
-        import tensorflow_datasets as tfds
-        import tensorflow_datasets.public_api
+        with _any_protobuf():
+            import tensorflow_datasets as tfds
+            import tensorflow_datasets.public_api
     finally:
         logger.disabled = before
     return tfds
+
+
+@contextlib.contextmanager
+def _any_protobuf() -> Iterator[None]:
+    """Lets generated code load under an older protobuf than the one that generated it.
+
+    tensorflow-metadata 1.21 declares protobuf >= 4.25 and refuses any before 6.31, such as the 5.29
+    that TensorFlow and Colab have. TFDS needs only its message types, which older versions read,
+    too. The variable is protobuf's own. Can go when tensorflow-metadata declares what it needs.
+    """
+    name = "TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -190,12 +189,12 @@ def _descent(config: Config, schedule: optax.Schedule) -> optax.GradientTransfor
     return optax.chain(momentum, add_decay, scale)
 
 
-def _decayed(params: chex.ArrayTree) -> chex.ArrayTree:
+def _decayed(params: optax.Params) -> optax.Params:
     """Kernels, but no biases and no parameters of norms (Goyal et al. 2017, section 5.1)."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-def _all(params: chex.ArrayTree) -> chex.ArrayTree:
+def _all(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda x: True, params)
 
 
