@@ -84,10 +84,10 @@ class ResNet(nn.Module):
     """A residual network; the members of the family differ only in these fields.
 
     Images are NHWC, with any number of channels and of any size from `output_stride` pixels a side
-    up. `train` chooses between batch statistics (True, with `mutable=["batch_stats"]` if the network
-    has any) and running statistics (False): a backbone applied with `train=False` has frozen BatchNorm. Training with
-    stochastic depth or dropout also needs `rngs={"dropout": key}`. `init` needs neither that key
-    nor the mapped axis of `axis_name`.
+    up. `train` chooses between batch statistics (True, with `mutable=["batch_stats"]` if the
+    network has any) and running statistics (False): a backbone applied with `train=False` has
+    frozen BatchNorm. Training with stochastic depth or dropout also needs
+    `rngs={"dropout": key}`. `init` needs neither that key nor the mapped axis of `axis_name`.
 
     Args:
       stage_sizes: Blocks in each stage. Default: those of ResNet-50.

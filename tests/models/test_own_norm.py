@@ -87,9 +87,7 @@ def test_running_statistics_of_another_batch_norm():
     with pytest.raises(rj.ModelError, match=r'mutable=\["batch_stats"\]'):
         model.apply(variables, IMAGES, train=True)
     _, updates = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
-    before, after = (
-        each["batch_stats"]["stem"]["norm1"]["mean"] for each in (variables, updates)
-    )
+    before, after = (each["batch_stats"]["stem"]["norm1"]["mean"] for each in (variables, updates))
     assert np.abs(after - before).max() > 1e-3
     folded, kept = rj.fold_batch_norm(model, variables)  # another batch norm is left as it is
     logits = model.apply(variables, IMAGES, train=False)
