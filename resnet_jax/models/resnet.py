@@ -19,6 +19,7 @@ from resnet_jax.models.layers import (
     Dtype,
     Initializer,
     ModuleDef,
+    ShortHelp,
     he_fan_out,
     normal_001,
 )
@@ -35,7 +36,7 @@ class FeatureInfo(NamedTuple):
     stride: int  # image pixels per pixel of the map
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, metaclass=ShortHelp):
     """Blocks of one width at one resolution; the first of them may halve it (conv2_x ... conv5_x).
 
     Args:
@@ -80,7 +81,7 @@ class Stage(nn.Module):
         return x
 
 
-class ResNet(nn.Module):
+class ResNet(nn.Module, metaclass=ShortHelp):
     """A residual network; the members of the family differ only in these fields.
 
     Images are NHWC, with any number of channels and of any size from `output_stride` pixels a side
@@ -88,6 +89,7 @@ class ResNet(nn.Module):
     network has any) and running statistics (False): a backbone applied with `train=False` has
     frozen BatchNorm. Training with stochastic depth or dropout also needs
     `rngs={"dropout": key}`. `init` needs neither that key nor the mapped axis of `axis_name`.
+    These and the other methods of every Flax module are described by `help(flax.linen.Module)`.
 
     Args:
       stage_sizes: Blocks in each stage. Default: those of ResNet-50.

@@ -1,12 +1,15 @@
 """What type checkers and editors know about the constructors."""
 
+import abc
 import ast
 import inspect
+import pydoc
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import pytest
 
 import resnet_jax as rj
@@ -69,3 +72,29 @@ def test_constructors_that_are_made_on_demand_say_what_they_are():
     assert fields["num_classes"].default == 1000
     assert constructor.__doc__.startswith("The network 'seresnet50' (Hu et al. 2018")
     assert constructor is rj.SEResNet50
+
+
+@pytest.mark.parametrize(
+    "name", ["ResNet", "ResidualBlock", "BottleneckBlock", "Conv", "BatchNorm"]
+)
+def test_help_leaves_out_what_flax_adds(name):
+    module_cls = getattr(rj, name)
+    lines = pydoc.plain(pydoc.render_doc(module_cls)).splitlines()
+    assert len(lines) < 170
+    text = "\n".join(lines)
+    assert inspect.getdoc(module_cls).splitlines()[-1] in text
+    assert "__call__(self, " in text
+    assert "inherited from flax" not in text
+
+
+def test_modules_keep_what_flax_adds():
+    model = rj.ResNet20()
+    assert {"init", "apply", "tabulate", "features", "num_classes"} <= set(dir(model))
+    assert rj.ResNet.apply is nn.Module.apply
+
+    class Block(rj.ResidualBlock, abc.ABC):  # no conflict of metaclasses
+        @abc.abstractmethod
+        def own(self): ...
+
+    assert "own" in dir(Block)
+    assert isinstance(rj.BasicBlock(width=8), rj.ResidualBlock)
