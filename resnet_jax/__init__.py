@@ -15,6 +15,8 @@ from resnet_jax.errors import (
     StoppedError,
     WeightsError,
 )
+from resnet_jax.errors import importing as _importing
+from resnet_jax.errors import is_installed as _is_installed
 from resnet_jax.models.architectures import CONSTRUCTORS as _CONSTRUCTORS
 from resnet_jax.models.attention import SqueezeExcite
 from resnet_jax.models.blocks import (
@@ -166,11 +168,12 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of these
             return _constructor_named(name)
         # It reads images, which takes more than jax and flax. Not in __all__, for the same reason.
         if name == "Classifier":
-            from resnet_jax.inference.classifier import Classifier
+            with _importing("resnet_jax.Classifier", ConfigError):
+                from resnet_jax.inference.classifier import Classifier
 
             return Classifier
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_CONSTRUCTORS, "Classifier"])
+    return sorted([*globals(), *_CONSTRUCTORS, *(["Classifier"] if _is_installed("PIL") else [])])
