@@ -121,6 +121,7 @@ def last_records(workdir):
     found = {(r["step"], r["split"], r.get("weights")): r for r in records(workdir)}
     for record in found.values():
         record.pop("images_per_second")
+        record.pop("time")
         record.pop("mfu", None)
     return found
 
