@@ -26,6 +26,7 @@ from resnet_jax.planning.plan import floors, largest_batch, make_plan, plan_tabl
 from resnet_jax.planning.topology import parse_topology
 from resnet_jax.planning.tpu import memory_shortage
 from resnet_jax.planning.traffic import Traffic, count_traffic
+from tests import speed
 
 GIB = 2**30
 IMAGENET = c.Data(name="tfds:imagenet2012", image_size=224, crop="random_resized")
@@ -562,7 +563,12 @@ def test_compiles_for_a_tpu():
     command += ["--config.model.name=resnet8_cifar", "--batch_per_chip=8"]
     environment = {**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     result = subprocess.run(
-        command, env=environment, timeout=500, capture_output=True, text=True, check=False
+        command,
+        env=environment,
+        timeout=speed.seconds(500),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
