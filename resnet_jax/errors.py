@@ -202,7 +202,7 @@ def import_failure(error: ImportError, purpose: str = "") -> str:
     root = known[0] if known else module.partition(".")[0]
     is_missing = isinstance(error, ModuleNotFoundError) and module
     # Otherwise the package is installed, but it is damaged or of another version.
-    if is_missing and (module == root or not _is_installed(root)):
+    if is_missing and (module == root or not is_installed(root)):
         package = _PACKAGES.get(root, root.replace("_", "-"))
         extra = _extra_with(package)
         fault = f"is not installed: pip install {package}"
@@ -224,7 +224,8 @@ def _first_failure(error: ImportError) -> ImportError:
     return cause if not error.name and isinstance(cause, ImportError) else error
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests import speed
 from tests.conftest import FAST_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,7 +44,7 @@ def copy(tmp_path):
             env=environment,
             text=True,
             capture_output=True,
-            timeout=300,
+            timeout=speed.seconds(300),
             **options,
         )
 

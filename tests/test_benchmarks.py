@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from resnet_jax.models.registry import model_info
+from tests import speed
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
@@ -30,11 +31,16 @@ SMALLEST = {
 }
 
 
-def run(name, *arguments, timeout=600, **variables):
+def run(name, *arguments, limit=600, **variables):
     command = [sys.executable, f"benchmarks/{name}.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **variables}
     process = subprocess.run(
-        command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        timeout=speed.seconds(limit),
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()

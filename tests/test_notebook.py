@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell
 from PIL import Image
 
 import resnet_jax as rj
+from tests import speed
 from tests.variables import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -78,7 +79,9 @@ def execute(folder):
     notebook.cells.insert(tagged(notebook)[0] + 1, new_code_cell(SMALL))
     features = find(notebook, "load_pretrained").source
     notebook.cells += [new_code_cell(f"{HUB}\n{features}"), new_code_cell(WORKERS)]
-    client = Client(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client = Client(
+        notebook, timeout=speed.seconds(300), resources={"metadata": {"path": str(folder)}}
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests import speed
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Loaded before the rest, which is to find the modules and names that Windows has. The libraries'
@@ -41,7 +43,7 @@ def _run(code):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=300,
+        timeout=speed.seconds(300),
     )
 
 

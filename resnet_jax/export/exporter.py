@@ -139,11 +139,11 @@ def _in_float32(network: Network) -> Network:
 
 
 def _folded(network: Network) -> Network:
-    if network.model.norm != "batch":
-        raise ExportError(
-            f"--fold_batch_norm: norm = {network.model.norm!r} cannot be folded: its statistics "
-            "are each image's own; only batch norm's are fixed"
-        )
+    if (norm := network.model.norm) != "batch":
+        reason = "its statistics are each image's own; only batch norm's are fixed"
+        if not isinstance(norm, str):
+            reason = "only norm = 'batch' is"
+        raise ExportError(f"--fold_batch_norm: norm = {norm!r} cannot be folded: {reason}")
     return network.folded()
 
 

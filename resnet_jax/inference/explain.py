@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from resnet_jax.errors import ModelError
 from resnet_jax.models.layers import Conv
-from resnet_jax.models.norms import BatchNorm, GroupNorm
+from resnet_jax.models.norms import BatchNorm, GroupNorm, OwnNorm
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.convert import Variables
 from resnet_jax.weights.naming import unknown_layer
@@ -178,7 +178,7 @@ def responses(model: ResNet, variables: Variables, images: jax.Array) -> dict[st
 @functools.partial(jax.jit, static_argnums=0)
 def _deviations(model: ResNet, variables: Variables, images: jax.Array) -> Any:
     """Standard deviations of the norms' outputs, or of the convolutions' in pre-activation nets."""
-    wanted = Conv if model.block_cls.preactivation else (BatchNorm, GroupNorm)
+    wanted = Conv if model.block_cls.preactivation else (BatchNorm, GroupNorm, OwnNorm)
     captured: Any
     _, captured = model.apply(
         variables,

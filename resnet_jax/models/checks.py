@@ -11,7 +11,7 @@ from jax import lax
 from resnet_jax.errors import ModelError
 from resnet_jax.limits import MAX_CLASSES
 from resnet_jax.models.blocks import SHORTCUT_OPTIONS, ResidualBlock
-from resnet_jax.models.norms import NORM_KINDS
+from resnet_jax.models.norms import NORM_KINDS, is_norm
 from resnet_jax.ops.convolution import PRECISIONS
 
 if TYPE_CHECKING:
@@ -37,9 +37,18 @@ def check_fields(model: ResNet) -> None:
         "dtype": (_is_floating(model.dtype), "a floating-point type such as jnp.bfloat16"),
         "precision": (_is_precision(model.precision), f"None or one of {PRECISIONS}"),
         "shortcut": (model.shortcut in SHORTCUT_OPTIONS, f"one of {SHORTCUT_OPTIONS}"),
-        "norm": (model.norm in NORM_KINDS, f"one of {NORM_KINDS}"),
+        "norm": (
+            is_norm(model.norm),
+            f"one of {NORM_KINDS}, or a Flax module's class (or functools.partial of it) that "
+            "makes a norm",
+        ),
+        "axis_name": (
+            isinstance(model.norm, str) or model.axis_name is None,
+            "None with a norm of your own, which may have it as a field; "
+            "model.bn_sync = 'none' in a configuration",
+        ),
         "weight_standardization": (
-            model.norm == "group" or not model.weight_standardization,
+            model.norm != "batch" or not model.weight_standardization,
             "False with norm = 'batch'",
         ),
         "cardinality": (
@@ -76,7 +85,8 @@ def check_fields(model: ResNet) -> None:
     }
     for field, (holds, allowed) in rules.items():
         if not holds:
-            raise ModelError(f"{field} = {getattr(model, field)!r} is not allowed: {allowed}")
+            value = " ".join(repr(getattr(model, field)).split())  # a module's takes many lines
+            raise ModelError(f"{field} = {value:.200} is not allowed: {allowed}")
 
 
 def _is_count(value: Any) -> bool:

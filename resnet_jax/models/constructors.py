@@ -8,10 +8,12 @@ stride_in_1x1=True. Those for CIFAR have 6n + 2 layers for 32x32 images (section
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
+from resnet_jax.models.architectures import CONSTRUCTORS
 from resnet_jax.models.registry import construct, model_info
 from resnet_jax.models.resnet import ResNet
 
@@ -19,11 +21,13 @@ _P = ParamSpec("_P")
 _Constructor = Callable[..., ResNet]
 
 
-def _with_fields(_: Callable[_P, ResNet]) -> Callable[[_Constructor], Callable[_P, ResNet]]:
+def _with_fields(
+    _: Callable[_P, ResNet], name: str = ""
+) -> Callable[[_Constructor], Callable[_P, ResNet]]:
     """Gives a constructor the fields of `ResNet` as keywords, for editors and notebooks."""
 
     def decorate(constructor: _Constructor) -> Callable[_P, ResNet]:
-        registered = model_info(constructor.__name__.lower()).fields
+        registered = model_info(name or constructor.__name__.lower()).fields
         parameters = [
             each.replace(
                 kind=inspect.Parameter.KEYWORD_ONLY,
@@ -35,6 +39,21 @@ def _with_fields(_: Callable[_P, ResNet]) -> Callable[[_Constructor], Callable[_
         return constructor
 
     return decorate
+
+
+@functools.cache  # pickle wants the object that the name leads to
+def constructor_named(name: str) -> _Constructor:
+    """The constructor of a name in `CONSTRUCTORS`, such as "SEResNet50", as `resnet_jax` has it."""
+    registered = CONSTRUCTORS[name]
+
+    def constructor(**fields: Any) -> ResNet:
+        return construct(registered, **fields)
+
+    paper = model_info(registered).paper
+    constructor.__doc__ = f"The network {registered!r} ({paper}). Takes the fields of `ResNet`."
+    constructor.__name__ = constructor.__qualname__ = name
+    constructor.__module__ = __name__.partition(".")[0]
+    return _with_fields(ResNet, registered)(constructor)
 
 
 @_with_fields(ResNet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,19 @@ from resnet_jax.ops.convolution import ConvOptions, Precision, convolve
 Dtype = Any
 Initializer = Callable[..., jax.Array]
 ModuleDef = Callable[..., Any]
+
+
+class ShortHelp(abc.ABCMeta):
+    """Metaclass of modules whose `help` shows what they add to `flax.linen.Module`.
+
+    Flax's own methods take a thousand lines, and the fields are described by the docstring. The
+    base is that of abstract classes, with which a user's subclass may be combined.
+    """
+
+    def __dir__(cls) -> list[str]:
+        names = {name for base in cls.__mro__ for name in vars(base) if not name.startswith("__")}
+        fields = getattr(cls, "__dataclass_fields__", ())
+        return sorted(names.difference(dir(nn.Module), fields, ["scope"]) | {"__call__"})
 
 
 # Functions of this module, because those that Flax makes cannot be pickled, nor a model with them.
@@ -44,7 +58,7 @@ def standardize_kernel(kernel: jax.Array) -> jax.Array:
     return (kernel - mean) * lax.rsqrt(variance + STANDARDIZE_EPSILON)
 
 
-class Conv(nn.Module):
+class Conv(nn.Module, metaclass=ShortHelp):
     """A square convolution without bias (the norm after it has one).
 
     Padding is explicit and symmetric, (kernel - 1) / 2 on every side. "SAME" would pad a strided
@@ -94,7 +108,7 @@ class Conv(nn.Module):
         return standardize_kernel(kernel) if self.standardize else kernel
 
 
-class StochasticDepth(nn.Module):
+class StochasticDepth(nn.Module, metaclass=ShortHelp):
     """Drops the residual of some images during training (Huang et al. 2016).
 
     The residuals that are kept are divided by the probability of keeping them, so evaluation

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.models.layers import Conv, Dtype, Initializer
+from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, ShortHelp
 from resnet_jax.ops.activation import add_bias, relu
 from resnet_jax.ops.batch_norm import (
     ALONE,
@@ -30,7 +32,7 @@ NormKind = Literal["batch", "group"]
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(nn.Module, metaclass=ShortHelp):
     """Batch normalization (Ioffe & Szegedy 2015, Algorithm 1) with the statistics of PyTorch.
 
     The running variance is the unbiased one (n / (n - 1)), where `flax.linen.BatchNorm` keeps the
@@ -137,6 +139,13 @@ class BatchNorm(nn.Module):
         """Scale, bias, running mean and running variance, each [channels] in float32."""
         if self._is_folded():
             raise ModelError("train=True: a network with folded norms is for inference only")
+        if not (
+            self.has_variable("batch_stats", "mean") or self.is_mutable_collection("batch_stats")
+        ):
+            raise ModelError(
+                "the variables have no batch_stats, which this network's norms need: apply with "
+                '{"params": ..., "batch_stats": ...}'
+            )
         shape = (channels,)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
@@ -172,7 +181,7 @@ class BatchNorm(nn.Module):
         self.put_variable("batch_stats", name, blended)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.Module, metaclass=ShortHelp):
     """Group normalization (Wu & He 2018) over 32 groups: no batch statistics, any batch size.
 
     Where 32 does not divide the number of channels, the number of groups is their greatest common
@@ -209,6 +218,58 @@ class GroupNorm(nn.Module):
         variance = grouped.var((1, 2, 4), keepdims=True)
         normalized = (grouped - mean) * lax.rsqrt(variance + self.epsilon)
         return (normalized.reshape(x.shape) * scale + bias).astype(self.dtype)
+
+
+class OwnNorm(nn.Module):
+    """A norm of another package or of a user, called as those of this file are.
+
+    Its variables are at the path of this module: the norm adds no level to their names.
+    """
+
+    make: ModuleDef
+    scale_init: Initializer = nn.initializers.ones
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        # Ones are what a norm starts with by itself, or what the user has replaced.
+        starts_at_ones = self.scale_init is nn.initializers.ones
+        fields = {"dtype": self.dtype} | ({} if starts_at_ones else {"scale_init": self.scale_init})
+        takes = _parameters(self.make)
+        if not starts_at_ones and not _accepts(takes, "scale_init"):
+            raise ModelError(
+                f"zero_init_residual: norm = {self.make!r} has no field `scale_init`, by which a "
+                "residual starts at zero; add it, or take zero_init_residual=False"
+            )
+        if "dtype" in getattr(self.make, "keywords", {}):
+            del fields["dtype"]
+        norm = self.make(**{name: x for name, x in fields.items() if _accepts(takes, name)})
+        if not isinstance(norm, nn.Module):
+            raise ModelError(f"norm = {self.make!r} makes a {type(norm).__name__}, no Flax module")
+        self.norm = norm
+        nn.share_scope(self, self.norm)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        takes = _parameters(type(self.norm).__call__)
+        if "train" in takes:
+            return jnp.asarray(self.norm(x, train=train))
+        if "use_running_average" in takes:  # as flax.linen.BatchNorm calls it
+            return jnp.asarray(self.norm(x, use_running_average=not train))
+        return jnp.asarray(self.norm(x))
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def _accepts(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    kinds = {each.kind for each in parameters.values()}
+    return name in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def is_norm(norm: Any) -> bool:
+    """Whether `norm` is a value of the field `ResNet.norm`: a name, or what makes a module."""
+    made = norm in NORM_KINDS if isinstance(norm, str) else callable(norm)
+    return made and not isinstance(norm, nn.Module)
 
 
 class ConvNorm(NamedTuple):

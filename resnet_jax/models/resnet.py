@@ -19,10 +19,11 @@ from resnet_jax.models.layers import (
     Dtype,
     Initializer,
     ModuleDef,
+    ShortHelp,
     he_fan_out,
     normal_001,
 )
-from resnet_jax.models.norms import BatchNorm, GroupNorm, NormKind, norm_relu
+from resnet_jax.models.norms import BatchNorm, GroupNorm, NormKind, OwnNorm, norm_relu
 from resnet_jax.models.stem import ImageNetStem
 from resnet_jax.ops.convolution import Precision
 from resnet_jax.ops.sharding import dot_general
@@ -35,7 +36,7 @@ class FeatureInfo(NamedTuple):
     stride: int  # image pixels per pixel of the map
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, metaclass=ShortHelp):
     """Blocks of one width at one resolution; the first of them may halve it (conv2_x ... conv5_x).
 
     Args:
@@ -80,14 +81,15 @@ class Stage(nn.Module):
         return x
 
 
-class ResNet(nn.Module):
+class ResNet(nn.Module, metaclass=ShortHelp):
     """A residual network; the members of the family differ only in these fields.
 
     Images are NHWC, with any number of channels and of any size from `output_stride` pixels a side
-    up. `train` chooses between batch statistics (True, with `mutable=["batch_stats"]`) and running
-    statistics (False): a backbone applied with `train=False` has frozen BatchNorm. Training with
-    stochastic depth or dropout also needs `rngs={"dropout": key}`. `init` needs neither that key
-    nor the mapped axis of `axis_name`.
+    up. `train` chooses between batch statistics (True, with `mutable=["batch_stats"]` if the
+    network has any) and running statistics (False): a backbone applied with `train=False` has
+    frozen BatchNorm. Training with stochastic depth or dropout also needs
+    `rngs={"dropout": key}`. `init` needs neither that key nor the mapped axis of `axis_name`.
+    These and the other methods of every Flax module are described by `help(flax.linen.Module)`.
 
     Args:
       stage_sizes: Blocks in each stage. Default: those of ResNet-50.
@@ -108,10 +110,15 @@ class ResNet(nn.Module):
       base_width: Channels of a bottleneck's group in 64ths of the stage's width.
       se_ratio: Reduction of squeeze-and-excitation (1/16 in SE-ResNet). 0: none.
       eca: Efficient channel attention in every block (ECA-Net), in place of se_ratio.
-      norm: "batch" or "group".
-      weight_standardization: Standardize every kernel; goes with norm="group".
-      bn_momentum: Weight of the old running statistics in each step.
-      bn_epsilon: Added to the variance in every norm.
+      norm: "batch", "group", or a norm of your own: a Flax module's class, or a `functools.partial`
+        of it, such as `functools.partial(nn.LayerNorm, epsilon=1e-6)`. Every norm of the network
+        is made by calling it with those of `dtype` and `scale_init` that are fields of it and that
+        the partial leaves open. It is called with x, and with `train=train` or
+        `use_running_average=not train` if its `__call__` takes one of them. Running statistics
+        are kept in "batch_stats".
+      weight_standardization: Standardize every kernel; does not go with norm="batch".
+      bn_momentum: Weight of the old running statistics in each step, for norm="batch".
+      bn_epsilon: Added to the variance, for norm="batch" and "group".
       axis_name: The mapped axis over which devices share batch statistics. None: each has its own.
       bn_group_size: Number of neighboring devices that share statistics. None: all.
       zero_init_residual: Every residual function starts as 0, and so every block without a
@@ -155,7 +162,7 @@ class ResNet(nn.Module):
     base_width: int = 64
     se_ratio: float = 0.0
     eca: bool = False
-    norm: NormKind = "batch"
+    norm: NormKind | ModuleDef = "batch"
     weight_standardization: bool = False
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -206,7 +213,9 @@ class ResNet(nn.Module):
             )
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        if train and self.norm == "batch" and not self.is_mutable_collection("batch_stats"):
+        # Networks without running statistics have none to update.
+        updates = train and bool(self.variables.get("batch_stats"))
+        if updates and not self.is_mutable_collection("batch_stats"):
             raise ModelError(
                 'train=True updates the running statistics: apply with mutable=["batch_stats"]'
             )
@@ -270,6 +279,8 @@ class ResNet(nn.Module):
     def _norm_cls(self) -> ModuleDef:
         if self.norm == "group":
             return functools.partial(GroupNorm, epsilon=self.bn_epsilon, dtype=self.dtype)
+        if self.norm != "batch":
+            return functools.partial(OwnNorm, self.norm, dtype=self.dtype)
         return functools.partial(
             BatchNorm,
             momentum=self.bn_momentum,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,13 +13,11 @@ import jax.numpy as jnp
 
 from resnet_jax.models.attention import ChannelConv
 from resnet_jax.models.layers import Conv
-from resnet_jax.models.norms import BatchNorm, GroupNorm
+from resnet_jax.models.norms import BatchNorm, GroupNorm, OwnNorm
 from resnet_jax.models.resnet import ResNet
 
-_COUNTED = (
-    *(Conv, ChannelConv, nn.Conv, nn.Dense),
-    *(BatchNorm, nn.BatchNorm, GroupNorm, nn.GroupNorm),
-)
+# Listed even where they have no parameters.
+_LAYERS = (Conv, ChannelConv, nn.Conv, nn.Dense, BatchNorm, GroupNorm)
 
 # Simonyan & Zisserman 2015, Table 1, column D: 3x3 convolutions, M a 2x2 max pool.
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
@@ -102,10 +100,13 @@ def summary(model: ResNet, shape: Sequence[int]) -> Summary:
     def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
         module = context.module
-        if context.method_name == "__call__" and isinstance(module, _COUNTED):
-            parameters = jax.tree.leaves(module.variables["params"])
+        # A layer is what has parameters of its own, beside those of the modules inside it.
+        variables = module.variables.get("params", {})
+        parameters = [leaf for leaf in variables.values() if not isinstance(leaf, Mapping)]
+        is_layer = (parameters or isinstance(module, _LAYERS)) and not isinstance(module, OwnNorm)
+        if context.method_name == "__call__" and is_layer:
             # Each output value is a sum over one filter: spatial taps times input channels.
-            kernel = module.variables["params"].get("kernel")
+            kernel = variables.get("kernel")
             sums = 0 if kernel is None else output.size * math.prod(kernel.shape[:-1])
             layers.append(
                 Layer(

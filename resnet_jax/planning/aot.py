@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from resnet_jax.models.summary import training_flops
 from resnet_jax.planning import gpu, tpu
 from resnet_jax.planning.topology import Topology
 from resnet_jax.planning.traffic import Traffic, count_traffic
+from resnet_jax.terminal import log
 from resnet_jax.training.class_balance import class_weights
 from resnet_jax.training.inputs import channels_of
 from resnet_jax.training.optimizer import RunLength, make_optimizer
@@ -55,13 +56,14 @@ def step_compiler(topology: Topology, source: Source) -> Callable[[Config], Comp
     options = gpu.COMPILER_OPTIONS if on_gpu else None
     limit = gpu.memory_pool(topology) if on_gpu else topology.accelerator.memory
 
-    print(f"compiling for {topology.name}: minutes for a large network", file=sys.stderr)
-
     def compile_step(config: Config) -> CompiledStep:
         start = time.monotonic()
-        lowered = lower_step(config, devices, source)
+        images = config.train.batch_size // len(devices)
+        step = f"the training step of {images:,} images a device for {topology.name}"
         try:
-            compiled = _with_deep_stack(lambda: lowered.compile(options))
+            with _progress(f"compiling {step}, which takes minutes for a large network"):
+                lowered = lower_step(config, devices, source)
+                compiled = _with_deep_stack(lambda: lowered.compile(options))
         except jax.errors.JaxRuntimeError as error:
             # The compiler for GPUs accepts programs of any size, so there this is another error.
             if on_gpu or "RESOURCE_EXHAUSTED" not in str(error):
@@ -83,6 +85,32 @@ def step_compiler(topology: Topology, source: Source) -> Callable[[Config], Comp
         )
 
     return compile_step
+
+
+_REPORT_SECONDS = 20.0  # between lines about a compilation that still runs
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Logs that the block begins, now and then that it still runs, and how long it took."""
+    start, done = time.monotonic(), threading.Event()
+
+    def seconds() -> str:
+        return f"{time.monotonic() - start:.0f} s"
+
+    def report() -> None:
+        while not done.wait(_REPORT_SECONDS):
+            log(f"still compiling after {seconds()}")
+
+    log(what)
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    log(f"compiled in {seconds()}")
 
 
 def _with_deep_stack(function: Callable[[], Any]) -> Any:

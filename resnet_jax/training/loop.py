@@ -92,9 +92,14 @@ def train_loop(run: Run) -> dict[str, float]:
         stack.callback(trace.close)
         batches = run.program.batches(done, steps, run.pauses_at)
         stack.callback(batches.close)
+        compiled = set[int]()  # numbers of steps for which there is a program
         for count, batch in batches:
             trace.before(done)
-            run.state, step_metrics = run.program(run.state, batch)
+            name = "the training step" if count == 1 else f"a loop of {count} training steps"
+            new = count not in compiled
+            with run.writers.compiling(name) if new else contextlib.nullcontext():
+                run.state, step_metrics = run.program(run.state, batch)
+            compiled.add(count)
             done += count
             trace.after(done, step_metrics)
 

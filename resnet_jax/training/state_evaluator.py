@@ -46,6 +46,7 @@ class StateEvaluator:
     history: Evaluations
     writers: MetricWriters
     checkpoints: Checkpoints | None  # of the first process
+    compiled: bool = False  # whether an evaluation has run
 
     def due(self, done: int) -> bool:
         """Whether the state after `done` steps is evaluated."""
@@ -130,7 +131,16 @@ class StateEvaluator:
         batches = self._until_stopped(done, self.data.eval_batches(size, shard))
         what = f"an evaluation batch of {size} images"
         with explain_out_of_memory(what, "take a smaller evaluate.batch_size"):
-            return evaluate(self.step, variables, batches, self.config.evaluate.threshold)
+            return evaluate(self._step, variables, batches, self.config.evaluate.threshold)
+
+    def _step(self, *arguments: Any) -> Any:
+        """`step`, which is compiled by the first call."""
+        if self.compiled:
+            return self.step(*arguments)
+        with self.writers.compiling("the evaluation"):
+            sums = self.step(*arguments)
+        self.compiled = True
+        return sums
 
     def _until_stopped(
         self, done: int, batches: Generator[Batch, None, None]

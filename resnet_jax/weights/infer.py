@@ -94,7 +94,7 @@ class _Traits:
     grouping: tuple[int, int]  # (cardinality, base_width)
     reduced: int  # channels inside the last stage's squeeze-and-excitation; 0 without it
     eca: bool
-    norm: str
+    norm: Any  # "batch" or "group"; a registered network may have another
 
     def differing(self, other: _Traits) -> list[str]:
         """Names of the attributes in which another network differs."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import hashlib
 import os
+import re
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
+import jax
 from tqdm import tqdm
 
 from resnet_jax.config.schema import Config
@@ -181,13 +184,15 @@ class MetricWriters:
             self._bar.set_postfix_str(text, refresh=False)
 
     def record(self, record: Record) -> None:
-        """Writes a record and shows it.
+        """Writes a record with the time, and shows it.
 
         Raises:
           ConfigError: metrics.jsonl cannot be written.
         """
         if self._file is None:
             return
+        now = datetime.datetime.now(datetime.UTC)
+        record = {**record, "time": now.isoformat(timespec="seconds")}
         self._file.write(record)
         for copy in [*self._copies]:
             try:
@@ -199,23 +204,35 @@ class MetricWriters:
                     copy.close()
         if not is_training(record):
             self.log(_evaluation_line(record))
-        elif self._bar is not None:
+            return
+        self.log(self._progress_line(record))
+        if self._bar is not None:
             self._recorded = True
             epoch = record["step"] / self._steps_per_epoch
             self._bar.set_description(f"epoch {epoch:.1f}", refresh=False)
             self._bar.set_postfix_str(_values(record))
-        else:
-            self.log(self._progress_line(record))
 
     def log(self, line: str) -> None:
-        """Logs a line for people; a stream that cannot be written is ignored."""
+        """Logs a line for people, after the time and, of several processes, the host.
+
+        A stream that cannot be written is ignored.
+        """
         if self._file is None:
             return
+        line = f"{_origin()}  {line}"
         with contextlib.suppress(OSError):  # it may be a file on the same full disk
             if self._bar is not None:
                 self._bar.write(visible(line), file=self._stream)
             else:
                 log(line, self._stream)
+
+    @contextlib.contextmanager
+    def compiling(self, program: str) -> Iterator[None]:
+        """Logs that the block compiles a program, and how long it took."""
+        self.log(f"compiling {program}")
+        start = time.monotonic()
+        yield
+        self.log(f"compiled {program} in {duration(time.monotonic() - start)}")
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
@@ -242,6 +259,12 @@ class MetricWriters:
             f"step {step}/{self._total}  epoch {step / self._steps_per_epoch:.1f}  "
             f"{_values(record)}  {duration(left)} left"
         )
+
+
+def _origin() -> str:
+    """The local time of a line, and the host where a run has several processes."""
+    now = time.strftime("%m-%d %H:%M:%S")
+    return f"{now} {socket.gethostname()}" if jax.process_count() > 1 else now
 
 
 def _values(record: Record) -> str:
@@ -284,10 +307,11 @@ class _Copy(Protocol):
 
 
 class _TensorBoard:
-    """An event file that is written synchronously.
+    """Event files that are written synchronously, one in a folder for each curve.
 
-    The writer of tensorboardX has a thread that dies when the disk is full, and a queue that then
-    blocks the run.
+    TensorBoard draws the same name in several folders, such as "loss" in train and test, into one
+    chart. The writer of tensorboardX has a thread that dies when the disk is full, and a queue that
+    then blocks the run.
     """
 
     name: ClassVar[str] = "TensorBoard"
@@ -299,31 +323,65 @@ class _TensorBoard:
             from tensorboardX.summary import scalar
 
         self._scalar, self._checksum = scalar, masked_crc32c
+        self._event, self._session = Event, SessionLog
+        self._folder, self._completed = folder, completed_steps
+        self._files: dict[str, Appender] = {}
         with write_errors(folder):
             make_folder(folder)
-        name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
-        self._file = Appender(folder / name)
-        self._event = Event
-        self._write(file_version="brain.Event:2")
-        # Hides records of an earlier start from this step on, which the run repeats.
-        start = SessionLog(status=SessionLog.START)
-        self._write(step=completed_steps + 1, session_log=start)
+            found = sorted(folder.iterdir())
+        for each in found:  # of an earlier start
+            if each.is_dir() and not each.is_symlink():
+                self._open(each.name)
+            elif each.name.startswith(_EVENTS):  # of the version before, all curves in one file
+                self._open("")
 
     def write(self, record: Record) -> None:
-        name = series(record)
+        file = self._open(_folder_name(series(record)))
         for key, value in record.items():
             if isinstance(value, float):
-                self._write(step=record["step"], summary=self._scalar(f"{name}/{key}", value))
+                self._write(file, step=record["step"], summary=self._scalar(key, value))
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
 
-    def _write(self, **content: Any) -> None:
+    def _open(self, name: str) -> Appender:
+        """The file of this start in a folder."""
+        if name not in self._files:
+            folder = self._folder / name
+            with write_errors(folder):
+                make_folder(folder)
+            unique = f"{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
+            self._files[name] = file = Appender(folder / f"{_EVENTS}.{unique}")
+            self._write(file, file_version="brain.Event:2")
+            # Hides records of an earlier start from this step on, which the run repeats.
+            start = self._session(status=self._session.START)
+            self._write(file, step=self._completed + 1, session_log=start)
+        return self._files[name]
+
+    def _write(self, file: Appender, **content: Any) -> None:
         """Writes a TFRecord: length and content, each with its checksum."""
         event = self._event(wall_time=time.time(), **content).SerializeToString()
         length = struct.pack("<Q", len(event))
         check = struct.pack("<I", self._checksum(length))
-        self._file.write(length + check + event + struct.pack("<I", self._checksum(event)))
+        file.write(length + check + event + struct.pack("<I", self._checksum(event)))
+
+
+_EVENTS = "events.out.tfevents"  # how the names of TensorBoard's files begin
+
+
+def _folder_name(curve: str) -> str:
+    """A folder for a curve, whose name may be that of any dataset.
+
+    Example:
+      >>> _folder_name("test_ema"), _folder_name("../x")
+      ('test_ema', '_x-d6b96a')
+    """
+    safe = re.sub(r"[^\w-]+", "_", curve, flags=re.ASCII)[:100]
+    if safe == curve:
+        return curve
+    digest = hashlib.sha256(curve.encode(errors="surrogateescape")).hexdigest()
+    return f"{safe}-{digest[:6]}"
 
 
 class _WeightsAndBiases:

@@ -19,6 +19,7 @@ from resnet_jax.cli import parser
 from resnet_jax.distributed import launch, local_gpus
 from resnet_jax.distributed.local_gpus import View, divide, unused
 from resnet_jax.errors import MISTAKE, ConfigError
+from tests import speed
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXPLICIT = ["--coordinator_address=127.0.0.1:29500", "--num_processes=2", "--process_id=0"]
@@ -558,7 +559,7 @@ def test_real_processes_divide_their_gpus(seen, flags, expected):
         for index, gpus in enumerate(seen)
     ]
     try:
-        output = [process.communicate(timeout=120)[0] for process in processes]
+        output = [process.communicate(timeout=speed.seconds(120))[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

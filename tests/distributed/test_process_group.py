@@ -17,6 +17,7 @@ from resnet_jax.distributed import heartbeat
 from resnet_jax.distributed.heartbeat import Heartbeat
 from resnet_jax.distributed.process_group import first_difference, process_group
 from resnet_jax.errors import LOST, MISTAKE, STOPPED, ConfigError, PeerError
+from tests import speed
 from tests.conftest import FAST_COMPILE
 from tests.training.runs import records, state_of
 
@@ -91,12 +92,12 @@ def several(count, *flags):
 
 
 def ends(processes):
-    until = time.monotonic() + LIMIT
+    until = time.monotonic() + speed.seconds(LIMIT)
     return [process.wait(max(until - time.monotonic(), 1)) for process in processes]
 
 
 def wait_for(condition, processes):
-    until = time.monotonic() + LIMIT
+    until = time.monotonic() + speed.seconds(LIMIT)
     while not condition():
         assert time.monotonic() < until
         assert all(process.poll() is None for process in processes)
@@ -119,6 +120,7 @@ def last_records(workdir):
     found = {(r["step"], r["split"], r.get("weights")): r for r in records(workdir)}
     for record in found.values():
         record.pop("images_per_second")
+        record.pop("time")
         record.pop("mfu", None)
     return found
 
@@ -178,7 +180,7 @@ def test_a_process_that_is_stopped_is_as_good_as_lost(stopped, tmp_path):
         wait_for((workdir / "checkpoints" / "4").exists, processes)
         processes[stopped].send_signal(signal.SIGSTOP)
         begin = time.monotonic()
-        assert processes[1 - stopped].wait(LIMIT) == LOST
+        assert processes[1 - stopped].wait(speed.seconds(LIMIT)) == LOST
         taken = time.monotonic() - begin
         (line,) = errors(tmp_path, 1 - stopped)
         print(f"{taken:.0f} s: {line}")

@@ -27,6 +27,7 @@ from resnet_jax.export.stablehlo import open_stablehlo, write_stablehlo
 from resnet_jax.models.folding import fold_batch_norm
 from resnet_jax.weights.network import Network
 from resnet_jax.weights.source import open_network
+from tests import speed
 from tests.variables import random_variables
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,9 @@ os.chdir("beside")
 {beside_lines}
 np.save("beside.npy", logits)
 """
-    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=speed.seconds(300)
+    )
     close(np.load(tmp_path / "embedded.npy"), logits)
     close(np.load(beside.parent / "beside.npy"), logits)
 

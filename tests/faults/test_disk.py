@@ -98,7 +98,7 @@ def test_tensorboard_is_left_out(harm, words, tmp_path, monkeypatch):
     stream = io.StringIO()
     told = writers(tmp_path, stream)
     told.record({"step": 1, "split": "train", **NUMBERS})
-    events = told._copies[0]._file
+    events = told._copies[0]._files["train"]
     file = events._file
     harm(events, tmp_path, monkeypatch)
     for step in (2, 3):
@@ -139,7 +139,8 @@ def test_a_copy_that_cannot_begin_is_left_out(tmp_path, monkeypatch):
     told.close()
     assert len(records(tmp_path)) == 1
     lines = stream.getvalue().splitlines()
-    found = [line.partition(":")[0] for line in lines if "is disabled" in line]
+    told_of = [line.partition("  ")[2] for line in lines]  # after the time
+    found = [line.partition(":")[0] for line in told_of if "is disabled" in line]
     assert found == ["TensorBoard is disabled", "Weights & Biases is disabled"]
 
 

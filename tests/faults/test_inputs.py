@@ -24,6 +24,7 @@ from resnet_jax.evaluation.metrics import evaluate
 from resnet_jax.training import inputs
 from resnet_jax.training.loop import train
 from resnet_jax.training.metrics import MetricAccumulator
+from tests import speed
 from tests.conftest import FAST_COMPILE
 from tests.data.photos import Photos, batches_of
 from tests.training.runs import state_of
@@ -192,7 +193,7 @@ def is_running(pid):
 
 
 def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
+    end = time.monotonic() + speed.seconds(seconds)
     while not condition() and time.monotonic() < end:
         time.sleep(0.1)
     return condition()
@@ -253,7 +254,7 @@ def test_a_signal_to_all_processes_saves_without_a_traceback(number, tmp_path):
         records = tmp_path / "metrics.jsonl"
         assert wait_for(lambda: records.exists() and records.read_text(), 150)
         os.killpg(run.pid, number)
-        output, _ = run.communicate(timeout=60)
+        output, _ = run.communicate(timeout=speed.seconds(60))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)

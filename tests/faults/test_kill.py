@@ -15,6 +15,7 @@ import chex
 import pytest
 
 from resnet_jax.workdirs import checksums
+from tests import speed
 from tests.conftest import FAST_COMPILE, TEMPORARY
 from tests.training.runs import state_of, without_times
 
@@ -62,7 +63,7 @@ def said(workdir):
 def finish(workdir):
     process = start(workdir)
     try:
-        assert process.wait(LIMIT) == 0, said(workdir)
+        assert process.wait(speed.seconds(LIMIT)) == 0, said(workdir)
     finally:
         process.kill()
         process.wait()
@@ -77,7 +78,7 @@ def killed(workdir, moment):
     """Runs until the random moment; returns the step it can go on from; None: it was done."""
     before = newest(workdir)
     process = start(workdir)
-    limit = time.monotonic() + LIMIT
+    limit = time.monotonic() + speed.seconds(LIMIT)
     try:
         # A quarter on the way to the first step, the others while states are being written.
         if moment.random() < 0.75:

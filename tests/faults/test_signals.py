@@ -19,6 +19,7 @@ import resnet_jax as rj
 from resnet_jax.cli import commands, parser
 from resnet_jax.data.sources import open_source
 from resnet_jax.distributed import signals
+from tests import speed
 from tests.conftest import FAST_COMPILE, TEMPORARY
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def started(command, **options):
 
 
 def await_records(workdir, seconds=150):
-    records, end = workdir / "metrics.jsonl", time.monotonic() + seconds
+    records, end = workdir / "metrics.jsonl", time.monotonic() + speed.seconds(seconds)
     while not (records.exists() and records.read_text()):
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -119,7 +120,7 @@ def test_a_signal_while_the_report_is_written(number, tmp_path):
                 break
         time.sleep(0.5)
         run.send_signal(number)
-        output, errors = run.communicate(timeout=100)
+        output, errors = run.communicate(timeout=speed.seconds(100))
     assert errors == "no report.html: interrupted\n"
     assert output.startswith("top-1 ")
     assert run.returncode == 0
@@ -141,7 +142,7 @@ def test_a_signal_in_other_commands(number, wait, tmp_path):
             time.sleep(0.02)
         time.sleep(wait)
         run.send_signal(number)
-        output, errors = run.communicate(timeout=100)
+        output, errors = run.communicate(timeout=speed.seconds(100))
     assert (output, errors) == ("", "stopped: interrupted; run the command again\n")
     assert run.returncode == 75
     assert os.listdir(tmp_path) == ["resnet20.safetensors"]
@@ -217,7 +218,7 @@ def test_a_second_request_ends_the_process():
 def shell(line, *arguments, **options):
     command = ["bash", "-c", line, sys.executable, *map(str, arguments)]
     options = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True, **options}
-    return subprocess.run(command, timeout=200, **options)
+    return subprocess.run(command, timeout=speed.seconds(200), **options)
 
 
 CLOSED = "<&- >&- 2>&-"
@@ -270,7 +271,7 @@ def as_another_user(*command, **environment):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=speed.seconds(200),
     )
 
 

@@ -30,6 +30,7 @@ from resnet_jax.inference.classifier import Prediction
 from resnet_jax.inference.images import ImageFile
 from resnet_jax.terminal import columns
 from resnet_jax.weights.source import open_network
+from tests import speed
 from tests.conftest import FAST_COMPILE
 from tests.variables import random_variables
 
@@ -298,7 +299,12 @@ def test_a_broken_file_among_good_ones(weights, photos, tmp_path):
     arguments += ["--model=resnet8_cifar", "--format=jsonl", "--top=2", "--batch_size=4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILE}
     result = subprocess.run(
-        arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+        arguments,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=speed.seconds(120),
     )
     assert result.returncode == 1
     # JAX may have something to say of the machine, before.
@@ -514,7 +520,7 @@ def test_a_closed_pipe_is_no_error(weights, photos):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=speed.seconds(120),
     )
     assert result.returncode == 0
     assert "Error" not in result.stderr

@@ -293,6 +293,8 @@ def test_lists_are_fine_and_modules_hash():
         ({"dtype": "bf16"}, "dtype = 'bf16'.*bfloat16"),
         ({"shortcut": "E"}, "shortcut = 'E'.*'A'"),
         ({"norm": "layer"}, "norm = 'layer'.*'group'"),
+        ({"norm": nn.LayerNorm()}, "^norm = LayerNorm[^\n]*'group'"),
+        ({"norm": nn.LayerNorm, "axis_name": "batch"}, "axis_name = 'batch'.*norm of your own"),
         ({"cardinality": 2, "block_cls": rj.BasicBlock}, "cardinality = 2"),
         ({"base_width": 128, "block_cls": rj.BasicBlock}, "base_width = 128"),
         ({"se_ratio": -0.5}, "se_ratio"),

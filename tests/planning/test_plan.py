@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -14,6 +15,7 @@ from jaxlib import xla_client
 from resnet_jax import config as c
 from resnet_jax.cli import parser
 from resnet_jax.data.sources.known_sizes import KNOWN_SIZES, training_size
+from resnet_jax.data.sources.opening import open_split
 from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor.reasons import explain
@@ -24,6 +26,7 @@ from resnet_jax.planning.plan import floors, largest_batch, make_plan, plan_tabl
 from resnet_jax.planning.topology import parse_topology
 from resnet_jax.planning.tpu import memory_shortage
 from resnet_jax.planning.traffic import Traffic, count_traffic
+from tests import speed
 
 GIB = 2**30
 IMAGENET = c.Data(name="tfds:imagenet2012", image_size=224, crop="random_resized")
@@ -394,6 +397,26 @@ class TestDataSets:
         unknown = training_size(c.Data(name="tfds:mine"), images=10, classes=3)
         assert (len(unknown), unknown.num_classes, unknown.channels) == (10, 3, 3)
 
+    @pytest.mark.parametrize(
+        ("split", "images"),
+        [("train[:90%]", 45_000), ("train[90%:]", 5_000), ("train[:1%]+train[-1%:]", 1_000)],
+    )
+    def test_parts_of_a_known_set(self, split, images, tmp_path):
+        data = c.Data(name="tfds:cifar10", train_split=split, data_dir=str(tmp_path))
+        assert len(training_size(data)) == images
+
+    @pytest.mark.parametrize("split", ["test[:50%]", "train+test", "train[:1000]"])
+    def test_parts_that_are_not_known(self, split, tmp_path):
+        data = c.Data(name="tfds:cifar10", train_split=split, data_dir=str(tmp_path))
+        with pytest.raises(DataError, match="give --images"):
+            training_size(data)
+
+    def test_known_parts_are_those_of_the_data(self):
+        """Rounded alike: digits have 1,437 training images."""
+        for split in ("train[:50%]", "train[33%:66%]", "train[:1%]"):
+            data = c.Data(name="digits", train_split=split)
+            assert len(training_size(data)) == len(open_split(data, split))
+
     def test_part_of_a_prepared_set(self):
         assert len(training_size(c.Data(name="digits", train_split="train[:50%]"))) == 718
 
@@ -402,6 +425,16 @@ class TestDataSets:
             training_size(c.Data(name="tfds:mine", data_dir=str(tmp_path)))
         assert all(name in str(error.value) for name in KNOWN_SIZES)
         assert "\n" not in str(error.value)
+
+
+def test_a_long_compilation_says_that_it_runs(monkeypatch, capsys):
+    monkeypatch.setattr(aot, "_REPORT_SECONDS", 0.01)
+    with aot._progress("compiling a step"):
+        time.sleep(0.2)
+    first, *still, last = capsys.readouterr().err.splitlines()
+    assert first == "compiling a step"
+    assert set(still) == {"still compiling after 0 s"}
+    assert last == "compiled in 0 s"
 
 
 class TestStep:
@@ -530,7 +563,12 @@ def test_compiles_for_a_tpu():
     command += ["--config.model.name=resnet8_cifar", "--batch_per_chip=8"]
     environment = {**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     result = subprocess.run(
-        command, env=environment, timeout=500, capture_output=True, text=True, check=False
+        command,
+        env=environment,
+        timeout=speed.seconds(500),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)

@@ -23,6 +23,7 @@ from resnet_jax.report.predictions import HeldOutData, predict_split
 from resnet_jax.report.runs import read_run
 from resnet_jax.training.loop import train
 from resnet_jax.workdirs.description import read_class_names
+from tests import speed
 from tests.evaluation.settings import photo, prepare_sets, tiny_network
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
@@ -407,7 +408,7 @@ def test_in_a_browser(workdir, tmp_path):
     command += ["--disable-background-networking", "--enable-logging=stderr", "--hide-scrollbars"]
     command += [f"--user-data-dir={tmp_path}/profile", "--window-size=900,3600"]
     command += [f"--screenshot={tmp_path}/page.png", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=speed.seconds(120))
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr  # errors of the page
     shown = np.asarray(Image.open(tmp_path / "page.png").convert("L"))

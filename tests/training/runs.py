@@ -13,9 +13,9 @@ def records(workdir):
 
 
 def without_times(workdir):
-    """The records without their rates, which no two runs share."""
-    rates = ("images_per_second", "mfu")
-    return [{k: v for k, v in x.items() if k not in rates} for x in records(workdir)]
+    """The records without times and rates, which no two runs share."""
+    times = ("time", "images_per_second", "mfu")
+    return [{k: v for k, v in x.items() if k not in times} for x in records(workdir)]
 
 
 def state_of(workdir):

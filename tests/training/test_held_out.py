@@ -27,6 +27,7 @@ def evaluations(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     for record in lines:
         record.pop("images_per_second", None)
+        del record["time"]
         if record["kind"] == "evaluation":
             yield record
 

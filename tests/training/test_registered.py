@@ -22,7 +22,7 @@ class OneConvBlock(rj.ResidualBlock):
 
 rj.register_model(
     "one_conv", stage_sizes=(1,), stage_widths=(16,), block_cls=OneConvBlock,
-    stem_cls=rj.CifarStem, image_size=8, replace=True,
+    stem_cls=rj.CifarStem, image_size=8, replace=True, norm=nn.LayerNorm,
 )
 
 
@@ -43,6 +43,7 @@ def test_a_network_is_trained_by_its_registered_name(tmp_path, monkeypatch, caps
     assert parser.main(evaluate) == 0
     model = rj.create_model("one_conv", num_classes=10)
     variables = rj.load_weights(model, run)
+    assert set(variables) == {"params"}
     assert set(variables["params"]["stage1"]["block1"]) == {"conv1", "norm1"}
 
     capsys.readouterr()

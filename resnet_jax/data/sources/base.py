@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import hashlib
 import operator
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -143,6 +144,20 @@ def field_error(field: str, value: object, reason: object) -> DataError:
       "data.name = 'cifar': must be digits"
     """
     return DataError(f"{field} = {value!r}: {one_line(reason)}")
+
+
+def check_local(field: str, value: str, address: str) -> None:
+    """Raises DataError for an address in a bucket: datasets are read as files of this machine."""
+    found = re.match(r"(\w+)://([^/]*)/*(.*)", address)
+    if not found or found[1] == "file":
+        return
+    scheme, bucket, path = found.groups()
+    mount = f"mount it (gcsfuse {bucket} /mnt/{bucket})" if scheme in ("gs", "gcs") else "mount it"
+    reason = (
+        "datasets are read from folders, not from a bucket, and a package such as gcsfs does not "
+        f"change that; {mount} and give /mnt/{bucket}/{path}, or copy it to a disk"
+    )
+    raise field_error(field, value, reason)
 
 
 def digest(parts: Sequence[object]) -> str:

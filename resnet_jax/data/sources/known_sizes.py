@@ -5,6 +5,7 @@ from __future__ import annotations
 from resnet_jax.config.schema import Data
 from resnet_jax.data.sources.base import Source, field_error
 from resnet_jax.data.sources.opening import open_split
+from resnet_jax.data.sources.splits import parse_split
 from resnet_jax.errors import DataError
 
 # Training images, classes and channels, by the name in TFDS; and the embedded digits.
@@ -68,13 +69,25 @@ def training_size(config: Data, images: int = 0, classes: int = 0) -> Source:
     if images and classes:
         channels = KNOWN_SIZES.get(name, (0, 0, 3))[2]
         return SizeOnlySource(images, classes, config.channels or channels)
-    if name in KNOWN_SIZES and config.train_split == "train":
-        found: Source = SizeOnlySource(*KNOWN_SIZES[name])
+    if known := _part_of_train(name, config.train_split):
+        found: Source = SizeOnlySource(known, *KNOWN_SIZES[name][1:])
     else:
         found = _prepared(config)
     if images or classes:
         return SizeOnlySource(images or len(found), classes or found.num_classes, found.channels)
     return found
+
+
+def _part_of_train(name: str, split: str) -> int:
+    """Images in percentages of a known training split, as TFDS rounds them; 0 if not known."""
+    try:
+        parts = parse_split(split, "data.train_split")
+    except DataError:  # such as train[:1000]
+        return 0
+    if name not in KNOWN_SIZES or set(parts) != {"train"}:
+        return 0
+    images = KNOWN_SIZES[name][0]
+    return sum(round(images * last) - round(images * first) for first, last in parts["train"])
 
 
 def _prepared(config: Data) -> Source:
@@ -85,6 +98,7 @@ def _prepared(config: Data) -> Source:
             "data.name",
             config.name,
             f"the size of its split {config.train_split!r} is not known; give --images and "
-            f"--num_classes, or prepare it. Known without: train of {', '.join(KNOWN_SIZES)} "
+            f"--num_classes, or prepare it. Known without: train, and percentages of it, of "
+            f"{', '.join(KNOWN_SIZES)} "
             f"({error})",
         ) from error

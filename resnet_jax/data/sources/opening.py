@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.config.schema import DATA_NAMES, DATA_PLACES, Data
-from resnet_jax.data.sources.base import Source, field_error
+from resnet_jax.data.sources.base import Source, check_local, field_error
 from resnet_jax.data.sources.folders import FolderSource, folder_splits
 from resnet_jax.data.sources.lists import ListSource, list_splits
 from resnet_jax.data.sources.splits import SplitSpec
@@ -118,6 +118,7 @@ def _parse_name(name: str) -> tuple[str, str]:
     kind, _, place = name.partition(":")
     if name != "digits" and not (place and kind in ("tfds", *DATA_PLACES)):
         raise field_error("data.name", name, f"must be {DATA_NAMES}")
+    check_local("data.name", name, place)
     return kind, place
 
 

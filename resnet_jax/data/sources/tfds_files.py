@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax import upstream
-from resnet_jax.data.sources.base import field_error
+from resnet_jax.data.sources.base import check_local, field_error
 from resnet_jax.errors import DataError, importing, library_errors, one_line
 from resnet_jax.files import MIB, open_regular
 from resnet_jax.limits import MAX_CLASSES
@@ -36,10 +36,13 @@ def import_tfds() -> Any:
 
 
 def tfds_root(data_dir: str) -> Path:
-    """The folder of TFDS datasets: an absolute path, or an etils path in a bucket.
+    """The folder of TFDS datasets, as an absolute path.
 
     Args:
       data_dir: As in `data.data_dir`; "": TFDS's own default.
+
+    Raises:
+      DataError: It is the address of a bucket, or begins with ~ where there is no home directory.
 
     Example:
       >>> str(tfds_root("/data"))
@@ -50,6 +53,7 @@ def tfds_root(data_dir: str) -> Path:
         from etils import epath
 
         default = tfds.core.constants.DATA_DIR  # TFDS imports its parts on first use
+    check_local("data.data_dir", data_dir or default, data_dir or default)
     path = epath.Path(data_dir or default).expanduser()
     if path.parts[:1] == ("~",):  # etils did not expand it
         raise field_error(
@@ -202,16 +206,13 @@ def open_prepared(folder: Path, name: str) -> Any:
 
 def _check_files(folder: Path) -> None:
     """Raises OSError unless the files that TFDS reads in one piece are regular and small."""
-    if "://" in str(folder):  # in a bucket, whose objects are always regular
-        return
     for name in os.listdir(folder):
         if not any(kind in name for kind in _RECORD_FORMATS):  # those are read in pieces
             open_regular(folder / name, _MAX_DESCRIPTION_BYTES).close()
 
 
 def _parent(path: Any) -> str:
-    folder = str(path.parent)
-    return folder if "://" in folder else os.path.realpath(folder)
+    return os.path.realpath(path.parent)
 
 
 def _unsafe_entry(description: Any) -> str:

@@ -344,6 +344,22 @@ def test_tfds_default_folder(prepared, monkeypatch):
     assert len(open_source("tfds:photos", "train")) == 12
 
 
+@pytest.mark.parametrize("name", ["digits", "tfds:cifar10"])
+def test_buckets_are_mounted(name, monkeypatch):
+    message = (
+        "^data.data_dir = 'gs://photos/tfds': datasets are read from folders, not from a bucket, "
+        "and a package such as gcsfs does not change that; mount it "
+        r"\(gcsfuse photos /mnt/photos\) and give /mnt/photos/tfds, or copy it to a disk$"
+    )
+    with pytest.raises(DataError, match=message):
+        open_source(name, "train", "gs://photos/tfds")
+    with pytest.raises(DataError, match=r"^data.name = 'folder:s3://a/b': .*give /mnt/a/b, "):
+        open_source("folder:s3://a/b", "train")
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", "gs://photos/tfds")  # of TFDS_DATA_DIR
+    with pytest.raises(DataError, match=message):
+        open_source(name, "train")
+
+
 def test_tfds_folder_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     open_source("digits", "train", "here")
