@@ -53,7 +53,7 @@ def main(members: int = 5, steps: int = 60) -> tuple[np.ndarray, float]:
     train_images, train_labels = images[~test], labels[~test]
 
     keys = jax.random.split(jax.random.key(0), members)
-    state = jax.jit(jax.vmap(init, in_axes=(0, None)))(keys, images[:1])
+    state = jax.vmap(init, in_axes=(0, None))(keys, images[:1])
     step = jax.jit(jax.vmap(train_step, in_axes=(0, None, None)), donate_argnums=0)
     order = np.random.default_rng(0)
     for _ in range(steps):

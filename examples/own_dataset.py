@@ -19,6 +19,8 @@ import resnet_jax as rj
 from resnet_jax.config import Augment, Config, Data, Model, Optimizer, Schedule, Train
 from resnet_jax.training.loop import train
 
+NETWORK = "resnet20"
+
 
 def measure(digit: np.ndarray) -> np.ndarray:
     """[8, 8] with values from 0 to 16 -> uint8 [8, 8, 3]: brightness and its two derivatives."""
@@ -46,7 +48,7 @@ def main(folder: str = "runs/own_dataset", epochs: float = 10.0) -> float:
     """Trains on the list, and returns the accuracy on its test split."""
     file = write_dataset(Path(folder, "data"))
     config = Config(
-        model=Model(name="resnet20"),
+        model=Model(name=NETWORK),
         data=Data(name=f"jsonl:{file}", image_size=8),  # classes and channels follow from the data
         augment=Augment(pad=1, mean=(0.3, 0.5, 0.5), std=(0.38, 0.2, 0.2)),
         optimizer=Optimizer(learning_rate=0.05, nesterov=True),
