@@ -54,7 +54,8 @@ def main(epochs: int = 5) -> float:
     train_images, train_labels = images[~test], labels[~test]
 
     model = nnx.bridge.ToNNX(LINEN, rngs=nnx.Rngs(0)).lazy_init(images[:1], train=False)
-    optimizer = nnx.Optimizer(model, optax.sgd(0.05, momentum=0.9), wrt=nnx.Param)
+    rate = optax.cosine_decay_schedule(0.1, epochs * (len(train_labels) // 64))
+    optimizer = nnx.Optimizer(model, optax.sgd(rate, momentum=0.9), wrt=nnx.Param)
     order = np.random.default_rng(0)
     for epoch in range(epochs):
         shuffled = order.permutation(len(train_labels) // 64 * 64)
