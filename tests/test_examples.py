@@ -163,7 +163,7 @@ def test_own_block_is_a_recipe(own_block, tmp_path):
 def test_own_dataset(monkeypatch, tmp_path, tiny_model, capsys):
     example = load("own_dataset")
     monkeypatch.setattr(example, "NETWORK", tiny_model)
-    assert 0 <= example.main(tmp_path, epochs=0.05) <= 1
+    assert 0 <= example.main(tmp_path, epochs=1.0) <= 1
     assert "the first example: digit" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "run" / "classes.json").read_text())) == {
         f"digit {number}" for number in range(10)
