@@ -6,6 +6,7 @@ takes a few steps only. A block under `<!-- not run by the tests: WHY -->` needs
 have; its commands are parsed, so that their flags and recipes exist.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import resnet_jax as rj
 from resnet_jax.cli.parser import _parse, main
 from resnet_jax.config.flags import parse_train_flags
 from resnet_jax.models import registry
+from tests import tiny
 from tests.variables import random_variables
 
 PAGES = sorted((pathlib.Path(__file__).parents[1] / "docs" / "tutorials").glob("*.md"))
@@ -27,23 +29,23 @@ BLOCK = re.compile(
     r"^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-FEW_STEPS = ("train.steps=2", "train.batch_size=8", "evaluate.batch_size=8", "log.report=false")
+FEW_STEPS = ("train.steps=2", "train.batch_size=16", "evaluate.batch_size=16", "log.report=false")
 
 
 def _pretrained_network():
     """A small network in the Hub's format, in the place of ImageNet's ResNet-50."""
     folder = pathlib.Path("timm", "resnet50.a1_in1k")
     folder.mkdir(parents=True)
-    model = rj.ResNet20(num_classes=1000)
+    model = rj.create_model(tiny.NAME, num_classes=1000)
     rj.save_weights(folder / "model.safetensors", model, random_variables(model))
     facts = {"input_size": [3, 32, 32], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    config = {"architecture": "resnet20", "num_classes": 1000, "pretrained_cfg": facts}
+    config = {"architecture": tiny.NAME, "num_classes": 1000, "pretrained_cfg": facts}
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def _colleagues_file():
     """A small network under a PyTorch suffix: the content of a file counts, not its suffix."""
-    model = rj.ResNet20(num_classes=5)
+    model = rj.create_model("resnet8_cifar", num_classes=5)
     rj.save_weights("weights.safetensors", model, random_variables(model))
     os.replace("weights.safetensors", "colleague.pth")
 
@@ -52,9 +54,12 @@ BEFORE = {"train-on-your-photos": _pretrained_network, "fine-tune-from-pth": _co
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: page.stem)
-def page(request, tmp_path, monkeypatch):
+def page(request, tmp_path, monkeypatch, tiny_model):
+    """A page, in an empty folder. ResNet-18 has one block in each stage here: the same shapes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+    small = functools.partial(rj.ResNet18, stage_sizes=(1, 1, 1, 1))
+    monkeypatch.setattr(rj, "ResNet18", small)
     BEFORE.get(request.param.stem, lambda: None)()
     return request.param
 
@@ -86,8 +91,10 @@ def _commands(text):
 
 
 def _runs(command):
-    if command[0] == "train" and "--help" not in command:
+    if command[0] == "train":
         command = [*command, *(f"--config.{field}" for field in FEW_STEPS)]
+        if not any("init_from" in flag or "finetune" in flag or ".py" in flag for flag in command):
+            command.append(f"--config.model.name={tiny.NAME}")
     assert main(command) == 0, command
 
 
