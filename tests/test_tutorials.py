@@ -2,8 +2,8 @@
 
 A Python block shares its names with the blocks above it; a block that starts with the comment
 `# FILE.py` is also written to that file. Commands of the package run in this process, and `train`
-takes a few steps only. A block under `<!-- not run by the tests: WHY -->` needs what the tests do not
-have; its commands are parsed, so that their flags and recipes exist.
+takes a few steps only. A block under `<!-- not run by the tests: WHY -->` needs what the tests do
+not have; its commands are parsed, so that their flags and recipes exist.
 """
 
 import functools
