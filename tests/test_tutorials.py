@@ -19,6 +19,7 @@ import pytest
 import resnet_jax as rj
 from resnet_jax.cli.parser import _parse, main
 from resnet_jax.config.flags import parse_train_flags
+from resnet_jax.distributed.launch import FLAGS
 from resnet_jax.models import registry
 from tests import tiny
 from tests.variables import random_variables
@@ -29,6 +30,7 @@ BLOCK = re.compile(
     r"^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+COMMAND = re.compile(r"(?:python -m resnet_jax|python train\.py)(?= )[^|;&\n]*")
 FEW_STEPS = ("train.steps=2", "train.batch_size=16", "evaluate.batch_size=16", "log.report=false")
 
 
@@ -53,7 +55,15 @@ def _colleagues_file():
 BEFORE = {"train-on-your-photos": _pretrained_network, "fine-tune-from-pth": _colleagues_file}
 
 
-@pytest.fixture(params=PAGES, ids=lambda page: page.stem)
+# These compile several programs of a whole ResNet-18.
+SLOW = ("features-for-detection", "from-pytorch")
+
+
+def _page(path):
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
+
+
+@pytest.fixture(params=map(_page, PAGES))
 def page(request, tmp_path, monkeypatch, tiny_model):
     """A page, in an empty folder. ResNet-18 has one block in each stage here: the same shapes."""
     monkeypatch.chdir(tmp_path)
@@ -82,12 +92,12 @@ def test_a_page(page):
 
 
 def _commands(text):
-    """The words of each command of this package in a block of shell lines."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        for start in (["python", "-m", "resnet_jax"], ["python", "train.py"]):
-            if words[: len(start)] == start:
-                yield (["train"] if "train.py" in start else []) + words[len(start) :]
+    """The arguments of each command of this package in a block of shell lines."""
+    for found in COMMAND.findall(text.replace("\\\n", " ")):
+        if found.count('"') % 2:  # the end of --command="..."
+            found = found.rpartition('"')[0]
+        words = shlex.split(found, comments=True)
+        yield ["train", *words[2:]] if words[1] == "train.py" else words[3:]
 
 
 def _runs(command):
@@ -101,8 +111,8 @@ def _runs(command):
 def _parses(command):
     options = _parse(command)
     if command[0] in ("train", "plan", "find_rate"):
-        rest = [word for word in options.rest if not word.startswith(("--coordinator", "--help"))]
-        parse_train_flags(rest)
+        launch = tuple(re.findall(r"--\w+", FLAGS))
+        parse_train_flags([word for word in options.rest if not word.startswith(launch)])
 
 
 def test_the_marks_are_found():
