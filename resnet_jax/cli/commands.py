@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.cli.startup import start_backend
-from resnet_jax.config.flags import import_recipe, parse_train_flags, train_help
+from resnet_jax.config.flags import import_recipe, parse_train_flags
+from resnet_jax.config.help import train_help
 from resnet_jax.errors import (
     SKIPPED,
     ConfigError,
@@ -32,13 +33,14 @@ def train(options: argparse.Namespace) -> None:
     """Trains a network, or resumes a run."""
     from resnet_jax.distributed.launch import FLAGS, start
 
-    wanted = [each for each in options.rest if each not in ("-h", "--help")]
-    if wanted != options.rest:
+    helps = [each for each in options.rest if re.fullmatch(r"-h|--?help(=.*)?", each)]
+    if helps:
+        wanted = [each for each in options.rest if each not in helps]
         with printing():
-            print(train_help(wanted, FLAGS))
+            print(train_help(wanted, FLAGS, topic=helps[-1].partition("=")[2]))
         return
     try:
-        _train(start(wanted))
+        _train(start(options.rest))
     except KeyboardInterrupt as error:  # the training loop handles signals itself
         raise StoppedError("interrupted before the first step") from error
 

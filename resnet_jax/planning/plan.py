@@ -355,6 +355,7 @@ def _digits(number: float) -> str:
 
 
 _NOTE = (
-    "Floors are bounds, not predictions: each assumes one part of the hardware at its peak and the "
-    "rest free.\nReal steps are slower; evaluation, checkpoints and start-up are not included."
+    "Floors are bounds, not predictions: each assumes one part of the hardware at its\n"
+    "peak and the rest free. Real steps are slower; evaluation, checkpoints and\n"
+    "start-up are not included."
 )
