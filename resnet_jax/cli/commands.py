@@ -58,6 +58,8 @@ def _train(wanted: list[str]) -> None:
             result = loop.train(config, workdir)
             # The other processes wait inside the group, however long this takes. JAX's own exit
             # barrier gives up after 30 seconds and aborts every process.
+            if group.is_first:
+                _record_command(result.workdir, wanted)
             if config.log.report and group.is_first:
                 _report_at_the_end(result.workdir)
     except (StoppedError, DivergedError):  # all processes end at the same step
@@ -70,6 +72,17 @@ def _train(wanted: list[str]) -> None:
     names = {"map": "mAP", "f1": "F1", "top1": "top-1"}
     found = [f"{names[x]} {result.metrics[x]:.2%}" for x in names if x in result.metrics]
     print_copy(f"{', '.join(found)} after {result.steps} steps; everything is in {result.workdir}")
+
+
+def _record_command(workdir: Path, arguments: list[str]) -> None:
+    """Writes the recipe and the other flags of a run to command.json, for its report."""
+    from resnet_jax.files import atomic_write
+    from resnet_jax.report.runs import COMMAND_FILE
+
+    recipes = re.findall(r"^--?config[= ](\S+)", "\n".join(arguments), re.MULTILINE)
+    command = {"recipe": recipes[-1] if recipes else "digits", "arguments": arguments}
+    with contextlib.suppress(OSError):  # the run itself is saved
+        atomic_write(workdir / COMMAND_FILE, json_text(command, indent=2) + "\n")
 
 
 def _report_at_the_end(workdir: Path) -> None:

@@ -155,6 +155,17 @@ def _recipe_path(name: str) -> str:
     return str(path) if not Path(name).is_file() and inside and path.is_file() else name
 
 
+def packaged_recipe(name: str) -> Path | None:
+    """The file of a recipe of this package, such as "cifar:resnet56"; None for any other name.
+
+    The name may come from a stranger's run, so the file is in the folder of recipes or nowhere.
+    """
+    stem = name.partition(":")[0].removeprefix("configs/").removesuffix(".py")
+    path = _recipe_folder() / f"{stem}.py"
+    known = bool(re.fullmatch(r"\w+(/\w+)?", stem)) and path.is_file()
+    return path if known else None
+
+
 def _recipe_folder() -> Path:
     """The folder of the recipes, in the installed package or in a checkout."""
     installed = _PACKAGE / "configs"
