@@ -91,8 +91,8 @@ def _draw_runs(
         axes.plot(*held_out(run.evaluations), linewidth=2.2, marker=marker, color=color)
         if run.ema_evaluations:
             marker = "s" if len(run.ema_evaluations) == 1 else None
-            line = {"linewidth": 1.6, "linestyle": "--", "marker": marker}
-            axes.plot(*held_out(run.ema_evaluations), color=color, **line)
+            steps, values = held_out(run.ema_evaluations)
+            axes.plot(steps, values, "--", linewidth=1.6, marker=marker, color=color)
         for step in run.rate_drops():
             axes.axvline(step, color="0.55", linewidth=0.9, linestyle=":", zorder=0)
 
@@ -285,7 +285,7 @@ def saliency_pngs(image: np.ndarray, cam: np.ndarray, attribution: np.ndarray) -
     by_pixel = attribution.sum(-1)  # [H, W]
     limit = max(np.percentile(np.abs(by_pixel), 99.5), 1e-12)
     signed = matplotlib.colormaps["PuOr_r"](0.5 + 0.5 * by_pixel / limit)[..., :3]
-    pictures = [image, *(np.uint8(255 * each) for each in (overlay, signed))]
+    pictures = [image, *((255 * each).astype(np.uint8) for each in (overlay, signed))]
     return [pixels_png(each) for each in pictures]
 
 
