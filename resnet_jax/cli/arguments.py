@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m resnet_jax",
         description=_DESCRIPTION,
-        usage="%(prog)s COMMAND [--FLAG=VALUE ...]",
+        usage="%(prog)s COMMAND [FLAGS]",
         formatter_class=_DescriptionFormatter,
         epilog="%(prog)s COMMAND --help explains a command.",
     )
@@ -147,10 +147,10 @@ def _shorten_usage(parser: argparse.ArgumentParser) -> None:
         if not each.option_strings:
             name = each.metavar or each.dest.upper()
             each.metavar = name
-            words.append(f"{name} [{name} ...]" if each.nargs == "+" else f"{name}")
+            words.append(f"{name} ..." if each.nargs == "+" else name)
         elif each.required:
             words.append(f"{each.option_strings[-1]}={each.metavar or each.dest.upper()}")
-    parser.usage = " ".join(["%(prog)s", *words, "[--FLAG=VALUE ...]"])
+    parser.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
 
 
 def _count(text: str) -> int:
@@ -272,7 +272,7 @@ def _add_export(parsers: Any) -> None:
     _add_network(parser)
     add = parser.add_argument
     add("--format", required=True, help="stablehlo, onnx or hub")
-    add("--output", required=True, help="file to write; for hub, a folder")
+    add("--output", required=True, metavar="PATH", help="file to write; for hub, a folder")
     add("--platforms", default="", help="platforms of a StableHLO program (default: cpu,cuda,tpu)")
     add("--fold_batch_norm", action="store_true", help="fold batch norm into the convolutions")
     add("--weights", default="", help="embedded (default), or beside the program or graph")

@@ -48,7 +48,6 @@ _OTHER_NAMES = {
     "val_split": "data.eval_split",
     "warmup": "schedule.warmup_epochs",
     "weights": "checkpoint.init_from",
-    "workers": "data.workers",
 }
 _MOST = 3
 

@@ -178,5 +178,6 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     for row in rows:
         left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3])]
         right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:])]
-        aligned.append("  ".join([*left, *right]).rstrip())
+        # Numbers are one space apart where they are longest, so that 80 columns are enough.
+        aligned.append(" ".join(["  ".join(left), *right]).rstrip())
     return aligned

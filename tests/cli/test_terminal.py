@@ -42,8 +42,8 @@ def test_flags_of_numbers_have_short_names(capsys):
     text = "\n".join(print_help(["evaluate"], capsys))
     assert "--image_size N " in text
     assert "--crop_fraction X " in text
-    assert "evaluate SOURCE [--FLAG=VALUE ...]" in text
-    assert "export SOURCE --format=FORMAT --output=OUTPUT [" in "\n".join(
+    assert "evaluate SOURCE [FLAGS]" in text
+    assert "export SOURCE --format=FORMAT --output=PATH [" in "\n".join(
         print_help(["export"], capsys)
     )
 

@@ -293,7 +293,6 @@ def test_bad_flags_end_with_one_line(flag, message, capsys):
         ("model", "model.name"),
         ("data", "data.name"),
         ("model.depth", "model.name"),
-        ("ls", "loss.label_smoothing"),
         ("aug.mixup", "augment.mixup"),
         ("augment.cutmixx", "augment.cutmix"),
         ("trian.epochs", "train.epochs"),
