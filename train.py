@@ -3,7 +3,8 @@
     python train.py                                          handwritten digits, in a minute
     python train.py --config=configs/cifar.py:resnet56 --workdir=runs/cifar10
     python train.py --config=configs/cifar.py --config.optimizer.learning_rate=0.2
-    python train.py --help                                   every field
+    python train.py --help                                   flags and common fields
+    python train.py --help=all                               every field
 
 The flags describe a configuration for `resnet_jax.training.loop.train(config, workdir)`, which
 notebooks call directly.

@@ -48,7 +48,7 @@ def test_memory_of_a_batch(images, training, gigabytes, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["summary"], "the following arguments are required: model; see python -m resnet_jax summ"),
+        (["summary"], "the following arguments are required: MODEL; see python -m resnet_jax summ"),
         (["summary", "resnet20", "--channels=x"], "--channels: 'x': must be a whole number"),
         (["summary", "resnet20", "--image_size", "9" * 5000], "--image_size: '999"),
         (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
+import shutil
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from resnet_jax.cli import commands
 from resnet_jax.config.schema import DATA_NAMES
-from resnet_jax.errors import ConfigError
+from resnet_jax.errors import ConfigError, unknown_name
 from resnet_jax.limits import MAX_COUNT
 
 _DESCRIPTION = """ResNets in JAX: training, evaluation, prediction and export.
@@ -23,14 +26,74 @@ exit codes:
 """
 
 
+# Commands that leave flags which their parsers do not know to others: `train` reads those of a
+# configuration itself, `plan` and `find_rate` too, and `doctor` those that connect processes.
+_PASS_ON = ("train", "plan", "find_rate", "doctor")
+_TRAIN_FLAGS = (
+    "The flags of train are accepted too: --config (a file that is run as Python code) and "
+    "--config.FIELD=X; see train --help."
+)
+_WIDEST = 100  # columns of a help text
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses a command and its flags; `rest` has the flags that the command itself reads.
+
+    Raises:
+      ConfigError: The command or a flag is unknown, missing or invalid.
+    """
+    parser = build_parser()
+    names = [*commands_of(parser)]
+    if not arguments:
+        raise ConfigError(f"no command; one of {', '.join(names)}; see {parser.prog} --help")
+    command = arguments[0]
+    if not command.startswith("-") and command not in names:
+        raise ConfigError(unknown_name("command", command, names))
+    if command == "train":  # even its --help
+        options, rest = parser.parse_args([command]), [*arguments[1:]]
+    else:
+        options, rest = parser.parse_known_args(arguments)
+    if rest and command not in _PASS_ON:
+        raise ConfigError(_explain_rest(rest, commands_of(parser)[command]))
+    options.rest = rest
+    return options
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands by their names."""
+    [found] = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    return dict(found.choices)
+
+
+def _explain_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """Explains the first word that a command does not know, with the most similar flag."""
+    word = next((each for each in rest if each.startswith("-")), rest[0])
+    flag = word.partition("=")[0][:100]
+    close = difflib.get_close_matches(flag.replace("_", "-"), _spellings(parser), n=1, cutoff=0.7)
+    hint = f"did you mean {_spellings(parser)[close[0]]}?" if close else f"see {parser.prog} --help"
+    kind = "flag" if word.startswith("-") else "argument"
+    return f"unknown {kind} {flag!r}; {hint}"
+
+
+def _spellings(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The long flags of a parser, by their names with hyphens only."""
+    return {
+        each.replace("_", "-"): each for each in parser._option_string_actions if each[:2] == "--"
+    }
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="python -m resnet_jax",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s COMMAND [FLAGS]",
+        formatter_class=_DescriptionFormatter,
+        epilog="%(prog)s COMMAND --help explains a command.",
     )
-    parsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parsers = parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", prog=parser.prog
+    )
     # Its own --help lists the fields of the configuration.
     train = parsers.add_parser("train", help="train a network", add_help=False)
     train.set_defaults(command=commands.train)
@@ -44,14 +107,50 @@ def build_parser() -> argparse.ArgumentParser:
     _add_features(parsers)
     _add_evaluate(parsers)
     _add_doctor(parsers)
+    for each in commands_of(parser).values():
+        _shorten_usage(each)
     return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Fits the terminal, up to a width that is easy to read."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        width = min(_WIDEST, shutil.get_terminal_size().columns) - 2
+        super().__init__(prog, **{**settings, "width": width, "max_help_position": 28})
+
+
+class _DescriptionFormatter(_Formatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and has all commands in one column."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, **settings)
+        self._action_max_length = 13  # of "find_rate"; argparse forgets how far it is indented
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line instead of after the usage."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, **settings})
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def _shorten_usage(parser: argparse.ArgumentParser) -> None:
+    """Gives a command a usage of one line, and numbers short names: every flag is listed below."""
+    words = []
+    for each in parser._actions:
+        if each.metavar is None and each.type in (_count, _images, float):
+            each.metavar = "X" if each.type is float else "N"
+        if not each.option_strings:
+            name = each.metavar or each.dest.upper()
+            each.metavar = name
+            words.append(f"{name} ..." if each.nargs == "+" else name)
+        elif each.required:
+            words.append(f"{each.option_strings[-1]}={each.metavar or each.dest.upper()}")
+    parser.usage = " ".join(["%(prog)s", *words, "[FLAGS]"])
 
 
 def _count(text: str) -> int:
@@ -87,7 +186,7 @@ def _add_summary(parsers: Any) -> None:
     add("model", help="one of resnet_jax.list_models()")
     add("--num_classes", type=_count, help="classes of the head")
     add("--image_size", type=_count, help="side of the images in pixels")
-    add("--channels", type=_count, default=3, help="channels of the images (default: 3)")
+    add("--channels", type=_count, default=3, help="channels of the images (default: %(default)s)")
     parser.set_defaults(command=commands.summary)
 
 
@@ -97,8 +196,7 @@ def _add_plan(parsers: Any) -> None:
         help="plan a run on TPUs or GPUs that this machine does not have",
         description="Compiles a run's training step for TPUs or GPUs on a machine without them, "
         "and prints the memory and work of a step and bounds of its speed. A large network takes "
-        "minutes. The flags of train are accepted too: --config (a file that is run as Python "
-        "code) and --config.FIELD=X. TPUs need the package's extra 'plan', GPUs 'plan-gpu'.",
+        f"minutes. TPUs need the package's extra 'plan', GPUs 'plan-gpu'. {_TRAIN_FLAGS}",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -106,7 +204,7 @@ def _add_plan(parsers: Any) -> None:
         "--topology",
         default="v5e:2x2",
         help="a TPU slice, CHIP:AxB[xC] such as v5e:4x4, or GPUs, NAME:GPUS on one host or "
-        "NAME:HOSTSxGPUS, such as h100:8 or a100-40:2x8 (default: v5e:2x2)",
+        "NAME:HOSTSxGPUS, such as h100:8 or a100-40:2x8 (default: %(default)s)",
     )
     add(
         "--batch_per_chip",
@@ -139,20 +237,29 @@ def _add_find_rate(parsers: Any) -> None:
         help="suggest a learning rate by a learning rate range test",
         description="Trains a new network for some steps while optimizer.learning_rate rises "
         "exponentially, and plots the loss. The suggested rate is where the loss falls fastest. "
-        "The flags of train are accepted too: --config (a file that is run as Python code) and "
-        "--config.FIELD=X. Data, network, batch size and optimizer are those of the run; no "
-        "workdir is read or written. docs/learning_rate.md explains the plot.",
+        "Data, network, batch size and optimizer are those of the run; no workdir is read or "
+        f"written. docs/learning_rate.md explains the plot. {_TRAIN_FLAGS}",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--low", type=float, default=1e-5, help="learning rate of the first step (default: 1e-5)")
-    add("--high", type=float, default=10.0, help="learning rate of the last step (default: 10)")
-    add("--steps", type=_count, default=200, help="number of training steps (default: 200)")
+    add(
+        "--low",
+        type=float,
+        default=1e-5,
+        help="first learning rate (default: %(default)g)",
+    )
+    add(
+        "--high",
+        type=float,
+        default=10.0,
+        help="last learning rate (default: %(default)g)",
+    )
+    add("--steps", type=_count, default=200, help="number of training steps (default: %(default)s)")
     add(
         "--output",
         default="rate.png",
         help="a .png file, with the numbers in a .csv file beside it, or a .csv file only "
-        "(default: rate.png)",
+        "(default: %(default)s)",
     )
     add("--force", action="store_true", help="replace existing files")
     parser.set_defaults(command=commands.find_rate)
@@ -165,7 +272,7 @@ def _add_export(parsers: Any) -> None:
     _add_network(parser)
     add = parser.add_argument
     add("--format", required=True, help="stablehlo, onnx or hub")
-    add("--output", required=True, help="file to write; for hub, a folder")
+    add("--output", required=True, metavar="PATH", help="file to write; for hub, a folder")
     add("--platforms", default="", help="platforms of a StableHLO program (default: cpu,cuda,tpu)")
     add("--fold_batch_norm", action="store_true", help="fold batch norm into the convolutions")
     add("--weights", default="", help="embedded (default), or beside the program or graph")
@@ -308,13 +415,14 @@ def _add_doctor(parsers: Any) -> None:
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of all commands that open a trained network."""
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "source",
         help="a workdir, a weight file, a folder in the Hub's format, or OWNER/NAME on the Hub",
     )
+    network = parser.add_argument_group("network and preprocessing")
+    add = network.add_argument
     add("--model", default="", help="name of the network (default: inferred from the weights)")
-    _add_recipe(parser)
+    _add_recipe(network)
     add(
         "--state",
         choices=("best", "newest"),
@@ -370,7 +478,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--recipe",
         default="",

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from resnet_jax.cli.startup import start_backend
-from resnet_jax.config.flags import import_recipe, parse_train_flags, train_help
+from resnet_jax.config.flags import import_recipe, parse_train_flags
+from resnet_jax.config.help import train_help
 from resnet_jax.errors import (
     SKIPPED,
     ConfigError,
@@ -32,13 +33,14 @@ def train(options: argparse.Namespace) -> None:
     """Trains a network, or resumes a run."""
     from resnet_jax.distributed.launch import FLAGS, start
 
-    wanted = [each for each in options.rest if each not in ("-h", "--help")]
-    if wanted != options.rest:
+    helps = [each for each in options.rest if re.fullmatch(r"-h|--?help(=.*)?", each)]
+    if helps:
+        wanted = [each for each in options.rest if each not in helps]
         with printing():
-            print(train_help(wanted, FLAGS))
+            print(train_help(wanted, FLAGS, topic=helps[-1].partition("=")[2]))
         return
     try:
-        _train(start(wanted))
+        _train(start(options.rest))
     except KeyboardInterrupt as error:  # the training loop handles signals itself
         raise StoppedError("interrupted before the first step") from error
 
@@ -56,6 +58,8 @@ def _train(wanted: list[str]) -> None:
             result = loop.train(config, workdir)
             # The other processes wait inside the group, however long this takes. JAX's own exit
             # barrier gives up after 30 seconds and aborts every process.
+            if group.is_first:
+                _record_command(result.workdir, wanted)
             if config.log.report and group.is_first:
                 _report_at_the_end(result.workdir)
     except (StoppedError, DivergedError):  # all processes end at the same step
@@ -68,6 +72,17 @@ def _train(wanted: list[str]) -> None:
     names = {"map": "mAP", "f1": "F1", "top1": "top-1"}
     found = [f"{names[x]} {result.metrics[x]:.2%}" for x in names if x in result.metrics]
     print_copy(f"{', '.join(found)} after {result.steps} steps; everything is in {result.workdir}")
+
+
+def _record_command(workdir: Path, arguments: list[str]) -> None:
+    """Writes the recipe and the other flags of a run to command.json, for its report."""
+    from resnet_jax.files import atomic_write
+    from resnet_jax.report.runs import COMMAND_FILE
+
+    recipes = re.findall(r"^--?config[= ](\S+)", "\n".join(arguments), re.MULTILINE)
+    command = {"recipe": recipes[-1] if recipes else "digits", "arguments": arguments}
+    with contextlib.suppress(OSError):  # the run itself is saved
+        atomic_write(workdir / COMMAND_FILE, json_text(command, indent=2) + "\n")
 
 
 def _report_at_the_end(workdir: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from resnet_jax.cli.arguments import build_parser
+from resnet_jax.cli.arguments import parse
 from resnet_jax.config.flags import parse_train_flags
 from resnet_jax.distributed.signals import interrupts
 from resnet_jax.errors import (
@@ -84,16 +84,7 @@ def _open_closed_streams() -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     if any("\0" in each for each in arguments):  # impossible in a shell, but not from Python
         raise ConfigError("an argument contains the character NUL, which names cannot have")
-    parser = build_parser()
-    # `train` parses all of its flags itself, `plan` and `find_rate` those of --config, and `doctor`
-    # those that connect processes.
-    if arguments[:1] in (["plan"], ["find_rate"], ["doctor"]):
-        options, rest = parser.parse_known_args(arguments)
-    else:
-        known = arguments[:1] if arguments[:1] == ["train"] else arguments
-        options, rest = parser.parse_args(known), arguments[1:]
-    options.rest = rest
-    return options
+    return parse(arguments)
 
 
 def _fail(error: Exception, code: int, word: str = "error") -> int:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
-import inspect
 import io
 import re
 import runpy
-import sys
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from resnet_jax.config.suggestions import likely_fields
 from resnet_jax.errors import ConfigError, import_failure, one_line
 
 _PACKAGE = Path(__file__).parents[1]
@@ -28,20 +25,15 @@ _FORMER_NAMES = {
     "imagenet_timm_a3": "imagenet_timm:a3",
 }
 
+_FLAGS = ("config", "workdir")  # besides the fields of --config
+# What other programs call them.
+_OTHER_FLAGS = {
+    **{"recipe": "config", "cfg": "config", "config_file": "config", "preset": "config"},
+    **{"dir": "workdir", "output": "workdir", "output_dir": "workdir", "log_dir": "workdir"},
+}
+
 # The largest ratio of data.eval_resize to the crop in any recipe is 256 / 224 = 1.14.
 _MAX_RESIZE_RATIO = 1.5
-
-_HELP = """usage: {program} [--config=RECIPE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]
-
-Trains the network that a configuration describes. To resume a run, repeat its command.
-
-  --config   the name of a recipe of this package, such as cifar:resnet56 (default: digits), or a
-             file with get_config(), such as mine.py; the file is run as Python code, so read one
-             from a stranger before you use it
-  --workdir  folder of the run (default: runs/ and the name of the configuration)
-{launch_flags}
-Fields of this configuration:
-"""
 
 
 def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
@@ -81,7 +73,7 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
     except Exception as error:  # a configuration file is a program, and may raise anything
         raise ConfigError(_explain_flag_error(error, arguments)) from error
     if len(left) > 1:
-        raise ConfigError(f"{left[1]!r} is not a flag; write --config.FIELD=VALUE")
+        raise ConfigError(_explain_word(left[1]))
     if not isinstance(config, Config):
         path = file.partition(":")[0]
         raise ConfigError(f"--config={path}: {_explain_file(Path(path))}")
@@ -128,6 +120,8 @@ def _resolve_recipes(arguments: Sequence[str]) -> tuple[list[str], dict[str, str
             each = f"--config={next(rest, '')}"
         if each.startswith("--config="):
             name, _, argument = each.removeprefix("--config=").partition(":")
+            if not name:
+                raise ConfigError(f"--config=: must name a recipe; {_explain_file(Path())}")
             run_name = "-".join(part for part in (Path(name).stem, argument) if part)
             path = _recipe_path(name)
             former = _FORMER_NAMES.get(Path(name).stem)
@@ -161,6 +155,17 @@ def _recipe_path(name: str) -> str:
     return str(path) if not Path(name).is_file() and inside and path.is_file() else name
 
 
+def packaged_recipe(name: str) -> Path | None:
+    """The file of a recipe of this package, such as "cifar:resnet56"; None for any other name.
+
+    The name may come from a stranger's run, so the file is in the folder of recipes or nowhere.
+    """
+    stem = name.partition(":")[0].removeprefix("configs/").removesuffix(".py")
+    path = _recipe_folder() / f"{stem}.py"
+    known = bool(re.fullmatch(r"\w+(/\w+)?", stem)) and path.is_file()
+    return path if known else None
+
+
 def _recipe_folder() -> Path:
     """The folder of the recipes, in the installed package or in a checkout."""
     installed = _PACKAGE / "configs"
@@ -170,8 +175,10 @@ def _recipe_folder() -> Path:
 def _explain_file(file: Path) -> str:
     if file.is_file():
         return "its get_config() does not return a resnet_jax.config.Config"
-    recipes = sorted(_recipe_folder().glob("*.py"))
-    return f"no such file; there are {', '.join(f'configs/{path.name}' for path in recipes)}"
+    recipes = {path.stem: f"configs/{path.name}" for path in sorted(_recipe_folder().glob("*.py"))}
+    if close := difflib.get_close_matches(file.stem, recipes, n=1):
+        return f"no such file; did you mean {recipes[close[0]]}?"
+    return f"no such file; there are {', '.join(recipes.values())}"
 
 
 def _explain_flag_error(error: Exception, arguments: Sequence[str]) -> str:
@@ -183,13 +190,8 @@ def _explain_flag_error(error: Exception, arguments: Sequence[str]) -> str:
 
     fields = to_flat(Config())
     for argument in arguments:
-        name = argument.lstrip("-").partition("=")[0]
-        field = name.removeprefix("config.")
-        if name.startswith("config.") and field not in fields:
-            close = [each for each in fields if each.partition(".")[2] == field]
-            close = close or difflib.get_close_matches(field, fields)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see --help"
-            return f"unknown field {field!r}; {hint}"
+        if unknown := _explain_name(argument, fields):
+            return unknown
     text = str(error).strip()
     last = text.splitlines()[-1].strip() if text else ""  # a bare `assert` has no message
     if explanation := _explain_value(str(error), fields):
@@ -203,43 +205,45 @@ def _explain_flag_error(error: Exception, arguments: Sequence[str]) -> str:
     return ": ".join([file, *kind, last]).rstrip(": ")
 
 
+def _explain_name(argument: str, fields: Mapping[str, Any]) -> str:
+    """Explains a flag that does not exist, with the field that it may mean; "" for other words."""
+    dashes, name = re.match(r"(-*)([^=]*)", argument).groups()  # type: ignore[union-attr]
+    name = name[:100]
+    if not dashes or name in ("", *_FLAGS):
+        return ""
+    shown = f"{dashes}{name}"
+    if name == "resume":
+        return f"{shown} is not a flag: to resume a run, repeat its command"
+    if name.startswith("config."):
+        field = name.removeprefix("config.")
+        if field in fields:
+            return ""
+        if any(each.startswith(f"{field}.") for each in fields) and f"{field}.name" not in fields:
+            return f"{field!r} is a section of fields; --help={field} lists them"
+        text, close = f"unknown field {field!r}", likely_fields(field, fields)
+    else:
+        near = [_OTHER_FLAGS[name]] if name in _OTHER_FLAGS else []
+        near = near or difflib.get_close_matches(name, _FLAGS, n=1)
+        found = [f"config.{each}" for each in likely_fields(name, fields)]
+        text, close = f"unknown flag {shown!r}", [f"--{each}" for each in near or found]
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see --help=all"
+    return f"{text}; {hint}"
+
+
+def _explain_word(word: str) -> str:
+    """Explains a word that is no flag, such as epochs=3."""
+    from resnet_jax.config.schema import Config
+    from resnet_jax.config.serialization import to_flat
+
+    name, equals, value = word[:100].partition("=")
+    found = likely_fields(name, to_flat(Config())) if equals else []
+    flag = f"--config.{found[0]}={value}" if found else "--config.FIELD=VALUE"
+    return f"{word[:100]!r} is not a flag; write {flag}"
+
+
 def _explain_value(text: str, fields: dict[str, Any]) -> str:
     """Explains "flag --config.FIELD=VALUE: ..." by the field's type; "" for other messages."""
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", text, re.DOTALL)
     kinds = {bool: "true or false", int: "a whole number", float: "a number"}
     kind = kinds.get(type(fields.get(found[1]))) if found else None
     return one_line(f"{found[1]} = {found[2]!r}: must be {kind}") if found and kind else ""
-
-
-def train_help(arguments: Sequence[str], launch_flags: str = "") -> str:
-    """The text of `train --help`, with the values of the configuration that `arguments` name.
-
-    Raises:
-      ConfigError: As `parse_train_flags`.
-
-    Example:
-      >>> "--config.train.batch_size=64" in train_help([])
-      True
-    """
-    config, _ = parse_train_flags(arguments)
-    is_script = Path(sys.argv[0]).name == "train.py"
-    program = "python train.py" if is_script else "python -m resnet_jax train"
-    return _HELP.format(program=program, launch_flags=launch_flags) + _fields_help(config)
-
-
-def _fields_help(config: Any) -> str:
-    """Every field with its value, and its entry in the docstring of its section."""
-    lines = []
-    for part in dataclasses.fields(config):
-        section = getattr(config, part.name)
-        text = inspect.getdoc(type(section)) or ""
-        meanings = dict(re.findall(r"^  (\w+): (.*(?:\n    .*)*)", text, re.MULTILINE))
-        for field in dataclasses.fields(section):
-            lines.append(f"\n  --config.{part.name}.{field.name}={getattr(section, field.name)}")
-            lines += textwrap.wrap(
-                " ".join(meanings[field.name].split()),
-                88,
-                initial_indent=" " * 6,
-                subsequent_indent=" " * 6,
-            )
-    return "\n".join(lines)

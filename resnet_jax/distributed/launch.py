@@ -142,8 +142,23 @@ def _join(
 
 def _why_not_joined(error: Exception, explicit: tuple[str, int, int] | None) -> str:
     reason = one_line(error)[:300]
+    if "before any JAX" in reason:
+        flag = "--coordinator_address" if explicit else "--distributed"
+        return (
+            f"{flag}: JAX has already started in this process, as in a notebook after a first "
+            "computation, and can no longer be connected. Start the run as a command of its own "
+            "(in a notebook: !python -m resnet_jax train ...), or without the flag: one process "
+            "uses all devices of its host"
+        )
     if explicit:
         return f"--coordinator_address={explicit[0]}: the processes cannot be joined ({reason})"
+    if "coordinator_address should be defined" in reason:
+        return (
+            "--distributed: found no other processes; JAX finds those of a TPU pod with libtpu, of "
+            "GKE, Slurm and Open MPI 4. On one host (a notebook, too), leave the flag out: one "
+            "process uses all devices. Elsewhere pass --coordinator_address, --num_processes and "
+            "--process_id"
+        )
     return (
         f"the processes cannot be joined ({reason}); JAX finds them on a TPU pod with libtpu, on "
         "GKE, in Slurm and in Open MPI 4. Elsewhere pass --coordinator_address, --num_processes "

@@ -56,11 +56,11 @@ class Summary:
         return sum(layer.multiply_adds for layer in self.layers)
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "output shape", "parameters", "multiply-adds")
+        header = ("layer", "kind", "output", "parameters", "multiply-adds")
         rows = [_row("/".join(each.path), each) for each in self.layers]
         total = ("total", "", "", f"{self.parameters:,}", f"{self.multiply_adds:,}")
         vgg_parameters, vgg_multiply_adds = vgg16_counts()
-        vgg = ("VGG-16, one 224x224 image", "", "", f"{vgg_parameters:,}", f"{vgg_multiply_adds:,}")
+        vgg = ("VGG-16 at 224x224", "", "", f"{vgg_parameters:,}", f"{vgg_multiply_adds:,}")
         lines = _align([header, *rows, total, vgg])
         rule = "-" * len(lines[0])
         images = self.input_shape[0]
@@ -70,7 +70,7 @@ class Summary:
         )
         note = (
             f"input {list(self.input_shape)}: {self.multiply_adds / images / 1e9:.2f} G "
-            f"multiply-adds an image; {shares[0]:.0f}% of VGG-16's parameters, "
+            f"multiply-adds an image;\n{shares[0]:.0f}% of VGG-16's parameters, "
             f"{shares[1]:.0f}% of its multiply-adds"
         )
         return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], "", note])
@@ -168,7 +168,7 @@ def vgg16_counts(image_size: int = 224, num_classes: int = 1000) -> tuple[int, i
 
 
 def _row(name: str, layer: Layer) -> tuple[str, ...]:
-    shape = "x".join(map(str, layer.output_shape))
+    shape = "x".join(map(str, layer.output_shape[1:]))
     multiply_adds = f"{layer.multiply_adds:,}" if layer.multiply_adds else ""
     return name, layer.kind, shape, f"{layer.parameters:,}", multiply_adds
 
@@ -179,5 +179,6 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     for row in rows:
         left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3])]
         right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:])]
-        aligned.append("  ".join([*left, *right]))
+        # Numbers are one space apart where they are longest, so that 80 columns are enough.
+        aligned.append(" ".join(["  ".join(left), *right]).rstrip())
     return aligned

@@ -298,19 +298,19 @@ def plan_table(plan: dict[str, Any]) -> str:
         (f"{chips}, hosts", f"{p['chips']:,}, {p['hosts']:,}"),
         (f"batch per {chip}, total", f"{p['batch_per_chip']:,}, {p['batch_size']:,}"),
         (f"{memory} per {chip}, GiB", f"{needed} of {p['hbm'] / gib:.2f}"),
-        ("", "fits" if p["fits"] else "does not fit: use a smaller batch, or --find_batch"),
+        ("", "fits" if p["fits"] else "does not fit: try --find_batch"),
     ]
     if len(p["tried"]) > 1:
         tried = [f"{x['batch_per_chip']:,} {'fits' if x['fits'] else 'not'}" for x in p["tried"]]
         rows.append((f"batches per {chip} tried", ", ".join(tried)))
         if p["batch_size"] + 8 * p["chips"] > p["images"]:
-            rows.append(("", "a larger batch would have more images than the training split"))
+            rows.append(("", "a larger one would exceed the training split"))
     if p["fits"]:
         rows += _bound_rows(p)
     width = max(len(name) for name, _ in rows)
     title = (
-        f"{p['model']}, {p['dtype']}, {p['image_size']} pixels, {p['data']} "
-        f"({p['images']:,} images, {p['classes']:,} classes) on {p['topology']}"
+        f"{p['model']}, {p['dtype']}, {p['image_size']} pixels on {p['topology']}\n"
+        f"{p['data']}: {p['images']:,} images, {p['classes']:,} classes"
     )
     lines = [f"  {name:<{width}}  {value}".rstrip() for name, value in rows]
     notes = [_NOTE] if p["fits"] else []
@@ -355,6 +355,7 @@ def _digits(number: float) -> str:
 
 
 _NOTE = (
-    "Floors are bounds, not predictions: each assumes one part of the hardware at its peak and the "
-    "rest free.\nReal steps are slower; evaluation, checkpoints and start-up are not included."
+    "Floors are bounds, not predictions: each assumes one part of the hardware at its\n"
+    "peak and the rest free. Real steps are slower; evaluation, checkpoints and\n"
+    "start-up are not included."
 )

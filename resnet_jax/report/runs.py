@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from resnet_jax.config.schema import Config
 from resnet_jax.config.serialization import to_flat
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import read_json
+from resnet_jax.training.optimizer import RunLength
 from resnet_jax.workdirs.description import read_class_counts, read_config
 from resnet_jax.workdirs.records import Record, is_training, read_records
+
+# What a run was started with: {"recipe": ..., "arguments": [...]}.
+COMMAND_FILE = "command.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +33,18 @@ class Run:
     ema_evaluations: list[Record]  # of their moving average
     bad_lines: int  # lines of metrics.jsonl that are not records
     environment: dict[str, str]  # versions and devices; {} if the run did not record them
+    recipe: str  # such as "cifar:resnet56"; "" if the run did not record it
     class_counts: dict[str, np.ndarray]  # images of each class in "train" and "eval", if counted
 
     @property
     def final(self) -> Record:
         """The last evaluation, of the moving average if there is one."""
-        return (self.ema_evaluations or self.evaluations or [{}])[-1]
+        return (self.ranked or [{}])[-1]
+
+    @property
+    def ranked(self) -> list[Record]:
+        """The evaluations that rank states: of the moving average if there is one."""
+        return self.ema_evaluations or self.evaluations
 
     @property
     def seconds(self) -> float:
@@ -57,12 +68,37 @@ class Run:
         default = to_flat(Config())
         return {k: v for k, v in to_flat(self.config).items() if v != default[k]}
 
+    @property
+    def length(self) -> RunLength | None:
+        """Steps of the whole run and of an epoch; None where no record tells the latter."""
+        epochs = [each for each in self.training if each.get("epoch")]
+        if not epochs:
+            return None
+        images = epochs[-1]["step"] / epochs[-1]["epoch"] * self.config.train.batch_size
+        return RunLength.of(self.config, round(images))
+
     def rate_drops(self) -> list[int]:
-        """First recorded steps after each drop of a "step" or "plateau" schedule."""
-        if self.config.schedule.name not in ("step", "plateau"):
+        """Steps after which a "step" or "plateau" schedule has lowered the learning rate.
+
+        Drops of a "step" schedule follow from the configuration. One of a "plateau" schedule comes
+        at the end of an epoch between two records; where the records do not tell which, it is the
+        first one.
+        """
+        length, schedule = self.length, self.config.schedule
+        if not self.training or schedule.name not in ("step", "plateau") or length is None:
             return []
-        pairs = zip(self.training, self.training[1:])
-        return [b["step"] for a, b in pairs if b["learning_rate"] < a["learning_rate"] * 0.67]
+        last = self.training[-1]["step"]
+        if schedule.name == "step":
+            planned = {max(round(share * length.steps), 1) for share in schedule.boundaries}
+            return sorted(step for step in planned if step < last)
+        epoch = max(1, math.ceil(length.steps_per_epoch))  # as the optimizer counts it
+        drops = []
+        for before, after in zip(self.training, self.training[1:]):
+            if after["learning_rate"] < before["learning_rate"] * (1 + schedule.factor) / 2:
+                # The rate of a record is that of its last step, so the drop is before that.
+                end = -(-before["step"] // epoch) * epoch
+                drops.append(min(end, after["step"] - 1))
+        return drops
 
 
 def read_run(workdir: str | Path) -> Run:
@@ -91,6 +127,7 @@ def read_run(workdir: str | Path) -> Run:
         ema_evaluations=[record for record in evaluations if record.get("weights") == "ema"],
         bad_lines=bad,
         environment=_read_environment(workdir / "environment.json"),
+        recipe=_read_recipe(workdir / COMMAND_FILE),
         class_counts=read_class_counts(workdir),
     )
 
@@ -100,3 +137,10 @@ def _read_environment(path: Path) -> dict[str, str]:
         return {str(k): str(v) for k, v in read_json(path).items()}
     except (OSError, ValueError, AttributeError):  # runs of older versions have none
         return {}
+
+
+def _read_recipe(path: Path) -> str:
+    try:
+        return str(read_json(path)["recipe"])[:200]
+    except (OSError, ValueError, TypeError, KeyError):  # a run from Python has none
+        return ""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from resnet_jax.config.flags import packaged_recipe
+from resnet_jax.config.schema import Augment, Config
 from resnet_jax.config.serialization import to_flat
 from resnet_jax.data.decode import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
@@ -32,24 +35,67 @@ MAX_IMAGES, NUM_ERRORS, NUM_SALIENCY, NUM_RESPONSES = 10_000, 24, 6, 64
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A PNG file of a report."""
+    """A PNG file of a report.
+
+    The page shows it, in its dark form on a dark page, unless its section has tiles of the same
+    images.
+    """
 
     name: str  # of its file, without ".png"
     png: bytes
     alt: str
     caption: str
+    dark: bytes = b""
 
     @property
     def uri(self) -> str:
         """The file as a data URI, which embeds it in the page."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+        return _uri(self.png)
+
+    @property
+    def dark_uri(self) -> str:
+        """The form for a dark page; "" if it has none."""
+        return _uri(self.dark) if self.dark else ""
+
+    @property
+    def width(self) -> int:
+        """The width on a large page, in CSS pixels."""
+        # Bytes 16 to 19 of a PNG file are its width. Figures have twice the resolution or less.
+        return round(int.from_bytes(self.png[16:20]) * 0.6)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a phone shows a part that is scrolled, because all of it would be illegible."""
+        return self.width > 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One image or several beside each other, above a line of text."""
+
+    pngs: Sequence[bytes]
+    alt: str
+    title: str
+    text: str = ""
+
+    @property
+    def uris(self) -> list[str]:
+        """The images as data URIs."""
+        return [*map(_uri, self.pngs)]
+
+
+class Link(NamedTuple):
+    """A cell of a table that is a link; `target` is our own text, not a stranger's."""
+
+    text: str
+    target: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Rows of text, collapsed below a line `collapsed` unless that is empty."""
 
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Link]]
     header: Sequence[str] = ()
     collapsed: str = ""
 
@@ -63,6 +109,17 @@ class Section:
     text: str = ""
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
+    tiles: Sequence[Tile] = ()
+    source: str = ""  # of a program
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _figure(name: str, draw: Callable[..., bytes], alt: str, caption: str) -> Picture:
+    """A figure for light and for dark pages; `draw` takes the theme."""
+    return Picture(name, draw(theme=figures.LIGHT), alt, caption, draw(theme=figures.DARK))
 
 
 def single_run_sections(run: Run, images: Sequence[str | Path], data: HeldOutData) -> list[Section]:
@@ -141,7 +198,10 @@ def _percent(record: dict[str, Any], name: str) -> str:
 
 
 def _comparison(runs: Sequence[Run]) -> Section:
-    header = ("run", "network", "training error", "held-out error", "loss", "steps", "time")
+    header = (
+        *("run", "network", "held-out error", "best", "training error", "held-out loss"),
+        *("steps", "time", "images/s"),
+    )
     rows = []
     for run in runs:
         final, last = run.final, run.training[-1] if run.training else {}
@@ -149,37 +209,100 @@ def _comparison(runs: Sequence[Run]) -> Section:
             (
                 run.title,
                 run.config.model.name,
-                f"{1 - last['top1']:.2%}" if last else "",
                 f"{1 - final['top1']:.2%}" if final else "",
+                f"{1 - max(each['top1'] for each in run.ranked):.2%}" if final else "",
+                f"{1 - last['top1']:.2%}" if last else "",
                 f"{final['loss']:.4f}" if final else "",
                 f"{last.get('step', 0):,}",
                 duration(run.seconds),
+                f"{run.images_per_second:,.0f}",
             )
         )
+    tables = [Table(rows, header)]
+    if differing := _differing_fields(runs):
+        titles = tuple(run.title for run in runs)
+        tables.append(Table(differing, ("field", *titles), collapsed="Fields that differ"))
     text = (
-        "Training errors are means over the steps of the last record, with training augmentation."
+        "Held-out errors are those of the last evaluation and the best one; training errors are "
+        "means over the steps of the last record."
     )
-    return Section("runs", "Runs", text, tables=[Table(rows, header)])
+    return Section("runs", "Runs", text, tables=tables)
+
+
+def _differing_fields(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The fields of the configuration that differ, with the value in each run."""
+    fields = [to_flat(run.config) for run in runs]
+    return [
+        (name, *(repr(each[name]) for each in fields))
+        for name in fields[0]
+        if any(each[name] != fields[0][name] for each in fields)
+    ]
 
 
 def _curves(runs: Sequence[Run]) -> Section:
-    picture = Picture(
-        "curves",
-        figures.learning_curves(runs),
-        "Top-1 error over training steps, with the learning rate below",
-        "As in He et al. 2015, Figures 4 and 6. Dotted lines: drops of the learning rate.",
-    )
-    pictures = [picture]
+    drops = any(run.rate_drops() for run in runs)
+    pictures = [
+        _figure(
+            "curves",
+            functools.partial(figures.learning_curves, runs),
+            "Top-1 error over training steps, with the learning rate below",
+            "Top-1 error, as in He et al. 2015, Figures 4 and 6."
+            + " Dotted lines: drops of the learning rate." * drops,
+        ),
+        _figure(
+            "loss",
+            functools.partial(figures.loss_curves, runs),
+            "Loss over training steps",
+            "Loss on training batches and on held-out images.",
+        ),
+    ]
     if any("map" in record for run in runs for record in run.evaluations):
         pictures.append(
-            Picture(
+            _figure(
                 "multi_label",
-                figures.multi_label_curves(runs),
+                functools.partial(figures.multi_label_curves, runs),
                 "Mean average precision and macro F1 over training steps",
                 "Mean average precision, and F1 at the threshold of each run, on held-out images.",
             )
         )
-    return Section("curves", "Learning curves", pictures=pictures)
+    return Section("curves", "Learning curves", training_text(runs), pictures=pictures)
+
+
+def training_text(runs: Sequence[Run]) -> str:
+    """Why training curves may be above held-out ones, from the configurations of runs."""
+    configs = [run.config for run in runs]
+
+    def used(*names: str) -> list[str]:
+        """The names of fields that any run sets, as text."""
+        fields = [to_flat(config) for config in configs]
+        words = {each: each.partition(".")[2].replace("_", " ") for each in names}
+        return [words[each] for each in names if any(flat[each] for flat in fields)]
+
+    text = "Training values are means over the steps of a record, whose parameters still change"
+    text += ", on augmented images" * any(_is_augmented(config) for config in configs) + "."
+    reasons = []
+    if mixed := used("augment.mixup", "augment.cutmix"):
+        names = " and ".join(mixed)
+        reasons.append(f"{names} (of a mixed image only the class with the larger share counts)")
+    if smoothing := used("loss.label_smoothing"):
+        reasons.append(f"{smoothing[0]} (the training loss cannot reach 0)")
+    if dropped := used("model.dropout_rate", "model.stochastic_depth_rate"):
+        names = " and ".join(each.removesuffix(" rate") for each in dropped)
+        reasons.append(f"{names} (off in evaluation)")
+    if used("loss.class_weights"):
+        reasons.append("class weights (in the training loss only)")
+    if reasons:
+        text += f" What also raises training error or loss here: {', '.join(reasons)}."
+        text += " A training curve above the held-out one is expected."
+    return text
+
+
+def _is_augmented(config: Config) -> bool:
+    plain = Augment(mean=config.augment.mean, std=config.augment.std)
+    # Fields that need others to take effect.
+    names = ("rand_magnitude", "rand_magnitude_std")
+    plain = dataclasses.replace(plain, **{each: getattr(config.augment, each) for each in names})
+    return config.augment != plain or config.data.crop != "center"
 
 
 def _class_sizes(run: Run, result: EvaluationResult | None = None) -> list[Section]:
@@ -205,9 +328,10 @@ def _class_sizes(run: Run, result: EvaluationResult | None = None) -> list[Secti
         columns["accuracy"] = ["" if each is None else f"{each:.1%}" for each in accuracies]
     rows = [(names[index], *(column[index] for column in columns.values())) for index in order]
     by_class = Table(rows, ("class", *columns), collapsed="All classes, largest first")
-    picture = Picture(
+    shown = [visible(name) for name in names]
+    picture = _figure(
         "classes",
-        figures.class_sizes([visible(name) for name in names], counts, accuracies),
+        functools.partial(figures.class_sizes, shown, counts, accuracies),
         "Training images of each class, and accuracy on its held-out images",
         "Classes by decreasing number of training images.",
     )
@@ -225,9 +349,9 @@ def _confusion(result: EvaluationResult) -> Section:
     names, counts = result.class_names, result.confusion
     if counts is not None and len(names) <= 200:  # a larger one is illegible
         pictures.append(
-            Picture(
+            _figure(
                 "confusion",
-                figures.confusion_matrix(counts, [visible(name) for name in names]),
+                functools.partial(figures.confusion_matrix, counts, [*map(visible, names)]),
                 "Confusion matrix: true classes in rows, predicted classes in columns",
                 f"{result.images:,} held-out images, classified by the best state of the run.",
             )
@@ -270,9 +394,14 @@ def _confident_errors(predictions: Predictions) -> Section:
         "mistakes",
         figures.image_grid([each.pixels for each in shown], titles, columns=6),
         "Wrongly classified images with the highest predicted probability",
-        f"Above each image: its {truth}, then the predicted class with its probability.",
+        f"Of each image: its {truth}, then the predicted class with its probability.",
     )
-    return Section("errors", heading, pictures=[picture])
+    tiles = []
+    for each in shown:
+        right = ", ".join(names[label] for label in each.labels) or "none"
+        guess = f"→ {names[each.predicted]} {each.probability:.0%}"
+        tiles.append(Tile([figures.pixels_png(each.pixels)], f"{right} {guess}", right, guess))
+    return Section("errors", heading, pictures=[picture], tiles=tiles)
 
 
 def _saliency(network: Network, examples: Sequence[Example]) -> Section:
@@ -292,7 +421,11 @@ def _saliency(network: Network, examples: Sequence[Example]) -> Section:
         "integrated gradients (Sundararajan et al. 2017; orange raises its logit, purple lowers "
         "it).",
     )
-    return Section("saliency", "Saliency maps", pictures=[picture])
+    tiles = [
+        Tile(figures.saliency_pngs(*each), title, title)
+        for *each, title in zip(pixels, np.asarray(cams), np.asarray(attributions), titles)
+    ]
+    return Section("saliency", "Saliency", pictures=[picture], tiles=tiles)
 
 
 def _filters(network: Network) -> Section:
@@ -312,9 +445,9 @@ def _responses(networks: dict[str, tuple[Network, np.ndarray]]) -> Section:
     for title, (network, pixels) in networks.items():
         images = network.preprocessing.normalize(pixels)
         deviations[title] = responses(network.model, network.variables, images)
-    picture = Picture(
+    picture = _figure(
         "responses",
-        figures.response_curves(deviations),
+        functools.partial(figures.response_curves, deviations),
         "Standard deviation of each layer's response",
         "As in He et al. 2015, Figure 7: after each convolution and its norm, before ReLU or "
         "addition. In the paper, residual networks have smaller responses than plain ones.",
@@ -340,15 +473,27 @@ def _recipe(run: Run, channels: int = 0) -> list[Section]:
         network = [("network", config.model.name)]
     changed = [(name, repr(value)) for name, value in run.changed_fields.items()]
     every_field = [(name, repr(value)) for name, value in to_flat(config).items()]
+    source = packaged_recipe(run.recipe)
+    origin = Link(run.recipe, "#source") if source else run.recipe
     recipe = Section(
         "recipe",
         "Recipe",
         "Fields that differ from their defaults; config.json has all of them.",
-        tables=[Table(network + changed), Table(every_field, collapsed="All fields")],
+        tables=[
+            Table([*([("recipe", origin)] if origin else []), *network, *changed]),
+            Table(every_field, collapsed="All fields"),
+        ],
     )
-    if not run.environment:
-        return [recipe]
-    return [recipe, Section("machine", "Machine", tables=[Table([*run.environment.items()])])]
+    sections = [recipe]
+    if source:
+        text = source.read_text(encoding="utf-8")
+        heading = f"Source of {source.name}"
+        about = "The recipe as it is in the installed package; flags may have changed fields."
+        sections.append(Section("source", heading, about, source=text))
+    if run.environment:
+        machine = Section("machine", "Machine", tables=[Table([*run.environment.items()])])
+        sections.append(machine)
+    return sections
 
 
 def _read_images(paths: Sequence[str | Path], network: Network) -> list[Example]:

@@ -157,7 +157,8 @@ class MetricWriters:
             self._bar = tqdm(
                 total=total_steps,
                 initial=completed_steps,
-                unit="step",
+                # Without percentage and steps/s, all values fit into 80 columns.
+                bar_format="{desc}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
                 dynamic_ncols=True,
                 leave=False,
                 file=self._stream,

@@ -15,8 +15,9 @@ import pytest
 import resnet_jax as rj
 from resnet_jax import config as c
 from resnet_jax.cli import parser
-from resnet_jax.config import schema
+from resnet_jax.config import schema, suggestions
 from resnet_jax.config.serialization import differences
+from resnet_jax.config.suggestions import likely_fields
 from resnet_jax.errors import STOPPED, ConfigError, StoppedError
 from resnet_jax.models import blocks
 from resnet_jax.ops import convolution
@@ -256,8 +257,14 @@ def test_the_wheel_trains_from_any_folder(tmp_path):
         ("--config.train.epochs=abc", "train.epochs = 'abc': must be a number"),
         ("--config.train.batch_size=1.5", r"train.batch_size = '1\.5': must be a whole number"),
         ("--config.augment.flip=maybe", "augment.flip = 'maybe': must be true or false"),
-        ("--wrkdir=x", "workdir"),
-        ("epochs=3", "--config.FIELD=VALUE"),
+        ("--wrkdir=x", r"unknown flag '--wrkdir'; did you mean '--workdir'\?"),
+        ("--recipe=cifar", "did you mean '--config'"),
+        ("--resume", "to resume a run, repeat its command"),
+        ("--config=", "must name a recipe; .*configs/digits.py"),
+        ("--config=cifra", r"no such file; did you mean configs/cifar.py\?"),
+        ("--config.train=3", "a section of fields; --help=train lists them"),
+        ("epochs=3", "write --config.train.epochs=3"),
+        ("somewhere", "write --config.FIELD=VALUE"),
     ],
 )
 def test_bad_flags_end_with_one_line(flag, message, capsys):
@@ -266,6 +273,46 @@ def test_bad_flags_end_with_one_line(flag, message, capsys):
     assert re.search(rf"^error: .*{message}", captured.err)
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("lr", "optimizer.learning_rate"),
+        ("train.lr", "optimizer.learning_rate"),
+        ("optim.lr", "optimizer.learning_rate"),
+        ("train.learning_rate", "optimizer.learning_rate"),
+        ("learning-rate", "optimizer.learning_rate"),
+        ("bs", "train.batch_size"),
+        ("train.bs", "train.batch_size"),
+        ("wd", "optimizer.weight_decay"),
+        ("optimizer.wd", "optimizer.weight_decay"),
+        ("epochs", "train.epochs"),
+        ("num_epochs", "train.epochs"),
+        ("model", "model.name"),
+        ("data", "data.name"),
+        ("model.depth", "model.name"),
+        ("aug.mixup", "augment.mixup"),
+        ("augment.cutmixx", "augment.cutmix"),
+        ("trian.epochs", "train.epochs"),
+        ("seed", "train.seed"),
+    ],
+)
+def test_a_wrong_name_suggests_the_field_that_is_meant(name, meant, capsys):
+    assert likely_fields(name, c.to_flat(c.Config())) == [meant]
+    assert parser.main(["train", f"--config.{name}=3"]) == 2
+    assert f"unknown field {name!r}; did you mean {meant!r}?" in capsys.readouterr().err
+    if "." not in name:
+        assert parser.main(["train", f"--{name}=3"]) == 2
+        assert f"'--{name}'; did you mean '--config.{meant}'?" in capsys.readouterr().err
+
+
+def test_names_that_suggestions_know_exist():
+    fields = c.to_flat(c.Config())
+    assert set(suggestions._OTHER_NAMES.values()) <= fields.keys()
+    assert not set(suggestions._OTHER_NAMES) & {name.partition(".")[2] for name in fields}
+    assert likely_fields("xyzzy", fields) == likely_fields("", fields) == []
 
 
 def test_flags_come_in_any_order():
@@ -305,10 +352,37 @@ def test_shortcut_as_help_shows_it():
     assert config.model.shortcut is None
 
 
-def test_help_lists_every_field(capsys):
-    assert parser.main(["train", "--help"]) == 0
+def test_help_lists_every_field_if_asked(capsys):
+    assert parser.main(["train", "--help=all", "--config=cifar"]) == 0
     printed = capsys.readouterr().out
     assert all(f"--config.{name}=" in printed for name in c.to_flat(c.Config()))
+    assert "--config.model.name=resnet20" in printed
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_is_short_and_fits(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert parser.main(["train", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 80
+    assert max(map(len, lines)) <= min(columns, 100)
+    for text in ("--config.optimizer.learning_rate=0.1", "--help=all", "--process_id", "schedule "):
+        assert any(text in line for line in lines)
+    assert any("Zhang et al. 2018" in line for line in lines) or columns == 80
+    assert parser.main(["train", "--help=all"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= min(columns, 100)
+
+
+def test_help_about_a_section_or_a_field(capsys):
+    assert parser.main(["train", "--help=optimizer"]) == 0
+    printed = capsys.readouterr().out
+    assert "--config.optimizer.clip_norm=0.0" in printed
+    assert printed.count("--config.") == len(dataclasses.fields(c.Optimizer))
+    assert parser.main(["train", "--help=train.seed"]) == 0
+    assert "Seed of initial parameters, order of images, crops" in capsys.readouterr().out
+    assert parser.main(["train", "--help=lr"]) == 2
+    error = capsys.readouterr().err
+    assert "--help=lr: no such section or field; did you mean optimizer.learning_rate?" in error
 
 
 def test_errors_hold_no_codes_for_a_terminal(capsys):

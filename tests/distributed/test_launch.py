@@ -317,8 +317,17 @@ def test_processes_that_cannot_be_found_say_what_to_pass(monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     # Tests before this one have started JAX, and it would say that first.
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
-    with pytest.raises(ConfigError, match=r"coordinator_address should be defined.*--process_id"):
+    with pytest.raises(ConfigError, match=r"found no other processes.*leave the flag out.*--proce"):
         launch.start(["--distributed"])
+
+
+@pytest.mark.parametrize("flags", [["--distributed"], EXPLICIT])
+def test_a_notebook_that_has_started_jax(flags, monkeypatch):
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: True)
+    pattern = rf"^{flags[0].partition('=')[0]}: JAX has already started .* !python -m resnet_jax"
+    with pytest.raises(ConfigError, match=pattern):
+        launch.start(flags)
 
 
 def test_hosts_of_a_slurm_job_that_stay_idle(monkeypatch, joined, capsys):

@@ -334,6 +334,8 @@ class TestPlan:
         assert "does not fit" in plan_table(fails)
         assert "bounds, not predictions" in plan_table(fits)
         assert "6.00 of 16.00" in plan_table(fits)
+        for plan in (fits, fails):
+            assert max(map(len, plan_table(plan).splitlines())) <= 80
 
     def test_two_devices_a_chip(self):
         plan = make_plan(recipe(), "v3:2x2", batch_per_chip=64, compiler=compiler())
@@ -351,6 +353,7 @@ class TestPlan:
         assert "GPUs, hosts" in table
         assert "kernels per step" in table
         assert "chip" not in table
+        assert max(map(len, table.splitlines())) <= 80
         tpus = make_plan(recipe(epochs=90.0), "v5e:2x2", compiler=compiler())
         assert plan.keys() == tpus.keys()
         assert "kernels" not in plan_table(tpus)

@@ -5,12 +5,15 @@ import dataclasses
 import html.parser
 import io
 import json
+import re
 import shutil
 import subprocess
+import types
 
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from resnet_jax import config as c
@@ -27,7 +30,8 @@ from tests import speed
 from tests.evaluation.settings import photo, prepare_sets, tiny_network
 
 pytestmark = pytest.mark.usefixtures("tiny_model")
-VOID = {"meta", "img", "br", "link", "input"}
+VOID = {"meta", "img", "br", "link", "input", "source"}
+DARK_PLOTS = ["curves", "loss", "classes", "confusion", "responses"]
 
 
 def configuration():
@@ -54,7 +58,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.images, self.tags = [], [], set()
+        self.open, self.images, self.dark, self.tags = [], [], [], set()
         self.text = text
         self.feed(text)
         self.close()
@@ -64,6 +68,10 @@ class Page(html.parser.HTMLParser):
         self.tags.add(tag)
         found = dict(attributes)
         assert not {"src", "href"} & found.keys() or tag in ("img", "a")
+        if tag == "source":
+            assert found["srcset"].startswith("data:image/png;base64,")
+            assert found["media"] == "(prefers-color-scheme: dark)"
+            self.dark.append({"src": found["srcset"]})
         if tag == "a":
             assert f'id="{found["href"].removeprefix("#")}"' in self.text
         if tag == "img":
@@ -88,12 +96,25 @@ def written(workdir, tmp_path_factory):
 
 def test_one_run(workdir, written):
     page = Page(written.read_text())
-    names = ["curves", "classes", "confusion", "mistakes", "explanations", "filters", "responses"]
+    names = [*DARK_PLOTS, "mistakes", "explanations", "filters"]
     assert sorted(path.stem for path in written.with_suffix("").iterdir()) == sorted(names)
-    assert len(page.images) == len(names)
+    plots = [each for each in page.images if "width" in each]
+    assert len(plots) == len(DARK_PLOTS) + 1  # and the filters
+    assert len(page.images) > len(plots) + 3 * sections.NUM_SALIENCY  # and wrong predictions
     for image in page.images:
         assert image["alt"]
-        assert np.ptp(pixels(image)) > 100  # not blank
+        assert np.ptp(pixels(image)) > (100 if image in plots else 10)  # not blank
+    assert len(page.dark) == len(DARK_PLOTS)
+    with_text = [each for each in plots if "filters" not in each["alt"]]
+    for light, dark in zip(with_text, page.dark, strict=True):
+        assert np.median(pixels(light)) > 200 or "Confusion" in light["alt"]
+        assert np.median(pixels(dark)) < 60  # a dark ground
+        assert pixels(dark).max() > 180  # and light text
+    assert re.findall("<h2>(.*)</h2>", page.text) == [
+        *("Result", "Learning curves", "Class sizes", "Confusion matrix"),
+        *("Most confident errors", "Saliency", "First-layer filters", "Layer responses"),
+        *("Recipe", "Machine"),
+    ]
     assert "script" not in page.tags
     final = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
     for text in (f"{final['top1']:.2%}", "optimizer.learning_rate", "schedule.name", "jaxlib"):
@@ -120,7 +141,8 @@ def test_several_runs(workdir, tmp_path):
     output = tmp_path / "page.html"
     write_report([workdir, tmp_path / "other" / "digits", tmp_path / "third"], output)
     page = Page(output.read_text())
-    assert len(page.images) == 2
+    assert len(page.images) == len(page.dark) == 3
+    assert "Fields that differ" not in page.text
     for title in (str(workdir), str(tmp_path / "other" / "digits"), "<td>third</td>"):
         assert title in page.text  # two folders have the same name
 
@@ -275,12 +297,12 @@ def multi_label_run(tmp_path_factory, tiny_model):
 def test_multi_label(multi_label_run):
     """A multi-label report has metrics by class and curves of mAP and F1, no confusion matrix."""
     text = write_report([multi_label_run]).read_text()
-    page = Page(text)
+    Page(text)
     folder = multi_label_run / "report"
     names = {path.stem for path in folder.glob("*.png")}
     assert {"curves", "multi_label", "explanations"} <= names
     assert "confusion" not in names
-    assert len(page.images) == len(names)
+    assert {"Learning", "Metrics", "Saliency"} <= {*re.findall(r"<h2>(\w+)", text)}
     assert "average precision" in text
     assert "&lt;i&gt;dog" in text
     assert "Classes without images are left out: 1." in text
@@ -342,9 +364,94 @@ def test_a_data_set_that_lost_classes():
 
 def test_drops_and_times(workdir):
     run = read_run(workdir)
-    assert run.rate_drops() == [3]  # of four steps, the learning rate drops after two
+    assert run.rate_drops() == [2]  # of four steps, the learning rate drops after two
     rates = [record["images_per_second"] for record in run.training]
     assert run.seconds == pytest.approx(sum(48 / rate for rate in rates))
+
+
+def run_with(schedule, rates, every, epoch, workdir, steps=100):
+    """A run whose records, `every` steps apart, have learning rates."""
+    config = configuration()
+    config.schedule, config.train.steps = schedule, steps
+    speed = {"images_per_second": 1.0, "loss": 1.0, "top1": 0.5}
+    records = [
+        {"step": n * every, "epoch": n * every / epoch, "learning_rate": rate, **speed}
+        for n, rate in enumerate(rates, 1)
+    ]
+    return dataclasses.replace(read_run(workdir), config=config, training=records)
+
+
+def test_dotted_lines_are_where_the_learning_rate_drops(workdir):
+    """Not at the next record, which may be many steps later."""
+    schedule = c.Schedule(name="step", boundaries=(0.33, 0.5, 0.99), factor=0.5)
+    run = run_with(schedule, [0.1, 0.05, 0.025], 25, 10.0, workdir)
+    assert run.rate_drops() == [33, 50]  # the last one is still to come
+    schedule = c.Schedule(name="plateau", factor=0.7)
+    run = run_with(schedule, [0.1, 0.1, 0.07, 0.07, 0.049], 25, 30.0, workdir, steps=500)
+    assert run.rate_drops() == [60, 120]  # ends of epochs in (50, 75) and (100, 125)
+    assert run_with(c.Schedule(), [0.1, 0.01], 25, 30.0, workdir).rate_drops() == []
+
+
+def test_why_training_looks_worse_than_held_out():
+    """Only by what a run does."""
+    plain, mixed = configuration(), configuration()
+    plain.augment.pad = 0
+    mixed.augment.mixup, mixed.loss.label_smoothing, mixed.model.dropout_rate = 0.2, 0.1, 0.5
+
+    def text(*configs):
+        return sections.training_text([types.SimpleNamespace(config=each) for each in configs])
+
+    assert "augmented" not in text(plain)
+    assert "expected" not in text(plain)
+    assert "on augmented images." in text(configuration())
+    for part in ("mixup (of a mixed image", "label smoothing (", "dropout (off in evaluation)"):
+        assert part in text(mixed)
+        assert part in text(plain, mixed)
+    assert "above the held-out one is expected" in text(mixed)
+    assert "cutmix" not in text(mixed)
+
+
+def test_the_recipe_is_linked(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    command = tmp_path / "run/command.json"
+    for recipe in ("../../secret", "/etc/passwd", "mine.py", "<b>cifar", ["digits"], "x" * 9999):
+        command.write_text(json.dumps({"recipe": recipe}))
+        found = sections._recipe(read_run(tmp_path / "run"))
+        assert [each.id for each in found] == ["recipe", "machine"]
+    command.write_text('{"recipe": "configs/cifar.py:resnet56"}')
+    page = Page(write_report([tmp_path / "run"]).read_text())
+    assert '<a href="#source">configs/cifar.py:resnet56</a>' in page.text
+    assert "def get_config(" in page.text
+
+
+def test_runs_are_compared_field_by_field(workdir):
+    run = read_run(workdir)
+    other = dataclasses.replace(run, title="b", config=configuration())
+    other.config.optimizer.learning_rate = 0.25
+    runs, fields = sections._comparison([run, other]).tables
+    assert fields.rows == [("optimizer.learning_rate", "0.1", "0.25")]
+    assert len(runs.rows) == 2
+    assert all(len(row) == len(runs.header) for row in runs.rows)
+
+
+def test_names_take_the_room_there_is():
+    assert figures._name_size(10, 4.6) == 9
+    assert figures._name_size(40, 4.6) == 6.5
+    axes = Figure().subplots()
+    assert figures._name_ticks(axes, ["cat", "dog"], 4.6) == ["cat", "dog"]
+    assert axes.get_xticklabels()[0].get_rotation() == 0
+    names = ["a rather long name of a class"] * 10
+    [*shown] = figures._name_ticks(axes, names, 4.6)
+    assert axes.get_xticklabels()[0].get_rotation() == 90
+    assert 15 < len(shown[0]) < len(names[0])
+
+
+def test_large_images_are_reduced():
+    image = np.random.default_rng(0).integers(0, 256, (448, 224, 3), np.uint8)
+    with Image.open(io.BytesIO(figures.pixels_png(image))) as found:
+        assert found.size == (80, 160)
+    with Image.open(io.BytesIO(figures.pixels_png(image[:8, :8, :1]))) as found:
+        assert (found.size, found.mode) == ((8, 8), "L")
 
 
 def test_short_records_are_averaged():
@@ -399,19 +506,51 @@ def test_full_disk(workdir, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
-def test_in_a_browser(workdir, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not browser:
+@pytest.fixture
+def browser(tmp_path):
+    """A function that starts Chromium with flags and returns its standard output."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not program:
         pytest.skip("needs Chromium")
-    page = write_report([workdir], tmp_path / "page.html")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     command += ["--disable-background-networking", "--enable-logging=stderr", "--hide-scrollbars"]
-    command += [f"--user-data-dir={tmp_path}/profile", "--window-size=900,3600"]
-    command += [f"--screenshot={tmp_path}/page.png", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=speed.seconds(120))
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr  # errors of the page
-    shown = np.asarray(Image.open(tmp_path / "page.png").convert("L"))
-    assert shown.shape == (3600, 900)
-    blocks = shown[:3000].reshape(10, 300, 900)
+    command += [f"--user-data-dir={tmp_path}/profile"]
+
+    def run(*flags):
+        done = subprocess.run(
+            [*command, *flags], capture_output=True, text=True, timeout=speed.seconds(120)
+        )
+        assert done.returncode == 0, done.stderr
+        assert "CONSOLE" not in done.stderr  # errors of the page
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(scheme, written, tmp_path, browser):
+    flags = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    shot = tmp_path / "page.png"
+    browser(*flags, "--window-size=900,4200", f"--screenshot={shot}", written.as_uri())
+    shown = np.asarray(Image.open(shot).convert("L"))
+    assert shown.shape == (4200, 900)
+    blocks = shown[:3600].reshape(9, 400, 900)
     assert all(np.ptp(block) > 100 for block in blocks)  # no part is empty
+    assert (np.median(shown) > 200) == (scheme == "light")
+
+
+def test_on_a_phone(written, tmp_path, browser):
+    """Nothing is wider than a phone, and text in plots is not smaller than 7 pixels."""
+    frame = tmp_path / "frame.html"
+    frame.write_text(f"""<iframe id="phone" width="360" height="700" src="{written.as_uri()}">
+      </iframe><script>onload = () => {{
+        const page = document.getElementById("phone").contentDocument;
+        const widths = [...page.querySelectorAll("picture img")].map(each => each.width);
+        document.title = JSON.stringify([page.documentElement.scrollWidth, widths]);
+      }}</script>""")
+    dom = browser("--allow-file-access-from-files", "--dump-dom", frame.as_uri())
+    scrolled, widths = json.loads(re.search("<title>(.*)</title>", dom)[1])
+    assert scrolled == 360
+    assert len(widths) == len(DARK_PLOTS) + 1
+    assert all(300 < each <= 360 for each in widths)
+    assert 8 / 72 * min(widths) / figures._WIDTH > 7
