@@ -1,28 +1,36 @@
-"""What the site changes in the sources: links to the repository, and docstrings."""
+"""What the site changes in the sources: the home page, links to the repository, docstrings."""
 
 import logging
+import os.path
 import re
 from pathlib import Path
 
-from griffe import Extension, Function, Object, Parameter, ParameterKind, Parameters
+from griffe import Extension, Function, Parameter, ParameterKind, Parameters
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"(?<=\]\()(?P<path>(?:\.\./)+[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
+DOCS = ROOT / "docs"
+# A link or an image with a relative path.
+LINK = re.compile(r"(?<=\]\()(?P<path>(?!\w+:|#|/)[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
+BADGES = re.compile(r"^\[!\[.*\n", re.MULTILINE)
 log = logging.getLogger("mkdocs.hooks")
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Points relative links that leave docs/ to the files of the repository."""
+    """Takes the home page from the README, and points links that leave docs/ to the repository."""
+    source = Path(page.file.abs_src_path)
+    if page.file.src_uri == "index.md":
+        source = ROOT / "README.md"
+        markdown = BADGES.sub("", source.read_text(encoding="utf-8"))
 
     def replace(link):
-        target = (Path(page.file.abs_src_path).parent / link["path"]).resolve()
-        if target.is_relative_to(ROOT / "docs"):
-            return link[0]
+        target = Path(os.path.normpath(source.parent / link["path"]))
+        anchor = link["anchor"] or ""
+        if target.is_relative_to(DOCS) and target.suffix:
+            return os.path.relpath(target, Path(page.file.abs_src_path).parent) + anchor
         if not target.exists():
-            log.warning("%s: %s does not exist", page.file.src_uri, link["path"])
+            log.warning("%s: the link %s leads nowhere", page.file.src_uri, link["path"])
         kind = "tree" if target.is_dir() else "blob"
-        path = target.relative_to(ROOT).as_posix()
-        return f"{config.repo_url}/{kind}/main/{path}{link['anchor'] or ''}"
+        return f"{config.repo_url}/{kind}/main/{target.relative_to(ROOT).as_posix()}{anchor}"
 
     return LINK.sub(replace, markdown)
 
@@ -30,15 +38,15 @@ def on_page_markdown(markdown, page, config, files):
 class Docstrings(Extension):
     """Makes griffe read "Example:" as a section, and fields of linen modules as parameters."""
 
-    def on_object(self, *, obj: Object, **kwargs) -> None:
-        """Renames the section."""
+    def on_object(self, *, obj, **kwargs):
+        """Renames the section to the name that griffe knows."""
         if obj.docstring:
             obj.docstring.value = re.sub(
                 r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
             )
 
-    def on_class(self, *, cls, **kwargs) -> None:
-        """Gives a linen module, which is a dataclass in all but its decorator, its `__init__`."""
+    def on_class(self, *, cls, **kwargs):
+        """Gives a linen module, a dataclass in all but the decorator, its `__init__`."""
         bases = {str(base).rpartition(".")[2] for base in cls.bases}
         if not bases & {"Module", "ResidualBlock"} or "__init__" in cls.members:
             return
@@ -50,7 +58,9 @@ class Docstrings(Extension):
                 default=member.value,
             )
             for name, member in cls.members.items()
-            if member.is_attribute and member.annotation and "ClassVar" not in str(member.annotation)
+            if member.is_attribute
+            and member.annotation
+            and not str(member.annotation).startswith("ClassVar")
         ]
         if fields:
             first = Parameter("self", kind=ParameterKind.positional_or_keyword)
