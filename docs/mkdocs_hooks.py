@@ -9,8 +9,10 @@ from griffe import Extension, Function, Parameter, ParameterKind, Parameters
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# A link or an image with a relative path.
-LINK = re.compile(r"(?<=\]\()(?P<path>(?!\w+:|#|/)[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
+# The relative path of a link or of an image, in Markdown or HTML.
+LINK = re.compile(
+    r"""(?:(?<=\]\()|(?<=src="))(?P<path>(?!\w+:|#|/)[^)#\s"]+)(?P<anchor>#[^)\s"]*)?(?=[)"])"""
+)
 BADGES = re.compile(r"^\[!\[.*\n", re.MULTILINE)
 log = logging.getLogger("mkdocs.hooks")
 
@@ -21,6 +23,8 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri == "index.md":
         source = ROOT / "README.md"
         markdown = BADGES.sub("", source.read_text(encoding="utf-8"))
+        page.meta["hide"] = ["navigation"]
+        page.edit_url = f"{config.repo_url}/edit/main/README.md"
 
     def replace(link):
         target = Path(os.path.normpath(source.parent / link["path"]))
