@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from resnet_jax.cli.parser import _parse, main
+from resnet_jax.config import Config, to_flat
 from resnet_jax.config.flags import parse_train_flags
 from resnet_jax.distributed.launch import FLAGS
 from resnet_jax.models import registry
@@ -38,7 +39,7 @@ BLOCK = re.compile(
 )
 LINK = re.compile(r"""(?:\]\(|src=")(?P<path>(?!\w+:|/)[^)#\s"]*)(?:#(?P<anchor>[^)\s"]*))?[)"]""")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-COMMAND = re.compile(r"python (?:-m resnet_jax|train\.py|benchmarks/)[^|;&`\n]*")
+COMMAND = re.compile(r"(?:python -m resnet_jax|resnet-jax|python train\.py)(?= )[^|;&`\n]*")
 # Words that stand for something in a command.
 EXAMPLES = {"RECIPE": "digits", "BATCH": "8", "$model": "plain20", "$seed": "0"}
 LAUNCH_FLAGS = tuple(re.findall(r"--\w+", FLAGS))
@@ -100,18 +101,19 @@ def test_blocks_that_are_not_run():
 def commands(text):
     """The arguments of each command of this package in a text."""
     for found in COMMAND.findall(text.replace("\\\n", " ")):
-        if found.startswith("python benchmarks"):
-            continue
         found = re.sub(r"\[(.*?)\]", r"\1", found) if "'" not in found else found
         for quote in "'\"":  # the end of bash -c '...'
             if found.count(quote) % 2:
                 found = found.rpartition(quote)[0]
         words = [
             re.sub(r"\b[A-Z]+\b|\$\w+", lambda word: EXAMPLES.get(word[0], word[0]), word)
-            for word in shlex.split(found, comments=True)[1:]
+            for word in shlex.split(found, comments=True)
             if word != "..." and "FIELD" not in word
         ]
-        yield ["train", *words[1:]] if words[0] == "train.py" else words[2:]
+        if words[0] == "resnet-jax":
+            yield words[1:]
+        else:
+            yield ["train", *words[2:]] if words[1] == "train.py" else words[3:]
 
 
 def code(page):
@@ -127,9 +129,7 @@ def test_commands(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in commands(code(page)):
         own_recipe = any(word.endswith(("my_recipe.py", "mine.py")) for word in command)
-        if command[1:] in ([], ["..."]) or own_recipe or command[0].isupper():
-            continue
-        if command[0] == "models":  # the example of architecture.md
+        if not command[1:] or own_recipe or command[0].isupper():
             continue
         options = _parse([word for word in command if word != "--help"])  # which would end here
         if command[0] in ("train", "plan", "find_rate"):
@@ -150,6 +150,17 @@ def test_names_of_files_and_extras(page):
         assert (ROOT / path).exists(), path
     for names in re.findall(r"'\.\[([\w,-]+)\]'", page.read_text()):
         assert set(names.split(",")) <= set(EXTRAS), names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_fields(page):
+    """Inline code such as `data.workers` or `train.steps = 3` names a field of `Config`."""
+    fields = to_flat(Config())
+    inline = re.findall(r"(?<!`)`(\w+\.\w+)(?:\s?=[^`]*)?`", BLOCK.sub("", page.read_text()))
+    suffixes = ("py", "json", "jsonl", "npz", "safetensors", "apply", "init", "feature_info")
+    for section, name in (each.split(".") for each in inline):
+        if any(field.startswith(f"{section}.") for field in fields) and name not in suffixes:
+            assert f"{section}.{name}" in fields
 
 
 def slugs(page):
