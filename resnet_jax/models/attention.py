@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_jax.models.layers import Dtype, ShortHelp
+from resnet_jax.models.layers import Dtype
 from resnet_jax.ops.convolution import Precision
 from resnet_jax.ops.sharding import dot_general
 
 
-class SqueezeExcite(nn.Module, metaclass=ShortHelp):
+class SqueezeExcite(nn.Module):
     """Scales each channel by a gate computed from all channels' means (Hu et al. 2018).
 
     Args:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from resnet_jax.errors import ModelError
 from resnet_jax.models.attention import EfficientChannelAttention, SqueezeExcite
-from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, ShortHelp, StochasticDepth
+from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, StochasticDepth
 from resnet_jax.models.norms import BatchNorm, ConvNorm, conv_norm, conv_norm_sum, norm_relu
 from resnet_jax.ops.activation import relu
 from resnet_jax.ops.convolution import Precision, subsample
@@ -30,7 +30,7 @@ ShortcutOption = Literal["A", "B", "C", "D", "none"]
 SHORTCUT_OPTIONS: tuple[str, ...] = get_args(ShortcutOption)
 
 
-class Shortcut(nn.Module, metaclass=ShortHelp):
+class Shortcut(nn.Module):
     """The path around a block, with the options of He et al. 2015, section 3.3 and Table 3.
 
     * A: no parameters: a strided identity, new channels filled with zeros;
@@ -105,7 +105,7 @@ class Shortcut(nn.Module, metaclass=ShortHelp):
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
-class ResidualBlock(nn.Module, metaclass=ShortHelp):
+class ResidualBlock(nn.Module):
     """Fields and the sum that all blocks share; a subclass adds the residual function.
 
     A block of your own defines `__call__(x, train)`, builds its layers with `conv_cls` and

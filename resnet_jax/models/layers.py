@@ -19,7 +19,7 @@ ModuleDef = Callable[..., Any]
 
 
 class ShortHelp(abc.ABCMeta):
-    """Metaclass of modules whose `help` shows what they add to `flax.linen.Module`.
+    """Metaclass of a module whose `help` shows what they add to `flax.linen.Module`.
 
     Flax's own methods take a thousand lines, and the fields are described by the docstring. The
     base is that of abstract classes, with which a user's subclass may be combined.
@@ -58,7 +58,7 @@ def standardize_kernel(kernel: jax.Array) -> jax.Array:
     return (kernel - mean) * lax.rsqrt(variance + STANDARDIZE_EPSILON)
 
 
-class Conv(nn.Module, metaclass=ShortHelp):
+class Conv(nn.Module):
     """A square convolution without bias (the norm after it has one).
 
     Padding is explicit and symmetric, (kernel - 1) / 2 on every side. "SAME" would pad a strided
@@ -108,7 +108,7 @@ class Conv(nn.Module, metaclass=ShortHelp):
         return standardize_kernel(kernel) if self.standardize else kernel
 
 
-class StochasticDepth(nn.Module, metaclass=ShortHelp):
+class StochasticDepth(nn.Module):
     """Drops the residual of some images during training (Huang et al. 2016).
 
     The residuals that are kept are divided by the probability of keeping them, so evaluation

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.errors import ModelError
-from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef, ShortHelp
+from resnet_jax.models.layers import Conv, Dtype, Initializer, ModuleDef
 from resnet_jax.ops.activation import add_bias, relu
 from resnet_jax.ops.batch_norm import (
     ALONE,
@@ -32,7 +32,7 @@ NormKind = Literal["batch", "group"]
 NORM_KINDS: tuple[str, ...] = get_args(NormKind)
 
 
-class BatchNorm(nn.Module, metaclass=ShortHelp):
+class BatchNorm(nn.Module):
     """Batch normalization (Ioffe & Szegedy 2015, Algorithm 1) with the statistics of PyTorch.
 
     The running variance is the unbiased one (n / (n - 1)), where `flax.linen.BatchNorm` keeps the
@@ -181,7 +181,7 @@ class BatchNorm(nn.Module, metaclass=ShortHelp):
         self.put_variable("batch_stats", name, blended)
 
 
-class GroupNorm(nn.Module, metaclass=ShortHelp):
+class GroupNorm(nn.Module):
     """Group normalization (Wu & He 2018) over 32 groups: no batch statistics, any batch size.
 
     Where 32 does not divide the number of channels, the number of groups is their greatest common

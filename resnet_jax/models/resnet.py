@@ -36,7 +36,7 @@ class FeatureInfo(NamedTuple):
     stride: int  # image pixels per pixel of the map
 
 
-class Stage(nn.Module, metaclass=ShortHelp):
+class Stage(nn.Module):
     """Blocks of one width at one resolution; the first of them may halve it (conv2_x ... conv5_x).
 
     Args:

@@ -8,12 +8,12 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
-from resnet_jax.models.layers import Conv, ModuleDef, ShortHelp
+from resnet_jax.models.layers import Conv, ModuleDef
 from resnet_jax.models.norms import BatchNorm, norm_relu, norm_relu_pool
 from resnet_jax.ops.pooling import max_pool
 
 
-class ImageNetStem(nn.Module, metaclass=ShortHelp):
+class ImageNetStem(nn.Module):
     """7x7 convolution with stride 2, then a 3x3 max pool with stride 2 (He et al. 2015, Table 1).
 
     Args:
@@ -53,7 +53,7 @@ class ImageNetStem(nn.Module, metaclass=ShortHelp):
         return norm_relu_pool(norm, x, train)  # [N, H/4, W/4, 64]
 
 
-class DeepStem(nn.Module, metaclass=ShortHelp):
+class DeepStem(nn.Module):
     """Three 3x3 convolutions in place of the 7x7: ResNet-C, D and T (He et al. 2018, Figure 2b).
 
     Args:
@@ -99,7 +99,7 @@ class DeepStem(nn.Module, metaclass=ShortHelp):
         return norm_relu(self.norm_cls(name="pool_norm"), x, train)
 
 
-class CifarStem(nn.Module, metaclass=ShortHelp):
+class CifarStem(nn.Module):
     """One 3x3 convolution that keeps the 32x32 resolution (He et al. 2015, section 4.2).
 
     Args:

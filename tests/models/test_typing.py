@@ -74,15 +74,11 @@ def test_constructors_that_are_made_on_demand_say_what_they_are():
     assert constructor is rj.SEResNet50
 
 
-@pytest.mark.parametrize(
-    "name", ["ResNet", "ResidualBlock", "BottleneckBlock", "Conv", "BatchNorm"]
-)
-def test_help_leaves_out_what_flax_adds(name):
-    module_cls = getattr(rj, name)
-    lines = pydoc.plain(pydoc.render_doc(module_cls)).splitlines()
+def test_help_leaves_out_what_flax_adds():
+    lines = pydoc.plain(pydoc.render_doc(rj.ResNet)).splitlines()
     assert len(lines) < 170
     text = "\n".join(lines)
-    assert inspect.getdoc(module_cls).splitlines()[-1] in text
+    assert inspect.getdoc(rj.ResNet).splitlines()[-1] in text
     assert "__call__(self, " in text
     assert "inherited from flax" not in text
 
@@ -92,9 +88,8 @@ def test_modules_keep_what_flax_adds():
     assert {"init", "apply", "tabulate", "features", "num_classes"} <= set(dir(model))
     assert rj.ResNet.apply is nn.Module.apply
 
-    class Block(rj.ResidualBlock, abc.ABC):  # no conflict of metaclasses
+    class Network(rj.ResNet, abc.ABC):  # no conflict of metaclasses
         @abc.abstractmethod
         def own(self): ...
 
-    assert "own" in dir(Block)
-    assert isinstance(rj.BasicBlock(width=8), rj.ResidualBlock)
+    assert "own" in dir(Network)
