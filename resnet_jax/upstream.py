@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +92,29 @@ def distributed_state() -> Any:
     from jax._src import distributed
 
     return distributed.global_state
+
+
+def keep_sigterm() -> None:
+    """Lets the processes of a group handle SIGTERM themselves, as the training step does.
+
+    JAX's preemption service would consume the signal. JAX 0.7 has no setting for it, only a method
+    that starts it. Can go, but for the setting, when the oldest jax allowed has that.
+    """
+    setting = "jax_enable_preemption_service"
+    if setting in jax.config.values:
+        jax.config.update(setting, False)
+    else:
+        distributed_state().initialize_preemption_sync_manager = lambda: None
+
+
+def shutdown_timeout(seconds: int) -> dict[str, int]:
+    """The argument of `jax.distributed.initialize` for how long a process waits for the others.
+
+    JAX 0.7 has none, and waits for five minutes. Can go when the oldest jax allowed has it.
+    """
+    known = inspect.signature(jax.distributed.initialize).parameters
+    name = "shutdown_timeout_seconds"
+    return {name: seconds} if name in known else {}
 
 
 def cuda_versions() -> Any:

@@ -5,9 +5,12 @@ import io
 import json
 import os
 import pathlib
+import re
 
+import jax
 import nbformat
 import numpy as np
+import PIL
 import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
@@ -78,7 +81,9 @@ def execute(folder):
     notebook = nbformat.read(NOTEBOOK, 4)
     notebook.cells.insert(tagged(notebook)[0] + 1, new_code_cell(SMALL))
     features = find(notebook, "load_pretrained").source
-    notebook.cells += [new_code_cell(f"{HUB}\n{features}"), new_code_cell(WORKERS)]
+    maps = find(notebook, "Show feature maps").source
+    added = [f"{HUB}\n{features}", maps, WORKERS]
+    notebook.cells += [new_code_cell(each) for each in added]
     client = Client(
         notebook, timeout=speed.seconds(300), resources={"metadata": {"path": str(folder)}}
     )
@@ -104,10 +109,40 @@ def _save_as_on_the_hub(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_is_committed_without_outputs(notebook):
+def test_is_committed_as_it_ran(notebook):
+    """From top to bottom, with what it showed, and small enough for a viewer."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs for cell in code)
-    assert not any(cell.execution_count for cell in code)
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert not [x for cell in code for x in cell.outputs if x.output_type == "error"]
+    assert sum(map(pictures, code)) == 5
+    assert NOTEBOOK.stat().st_size < 2**20
+
+
+def test_what_a_reader_skips_is_folded(notebook):
+    """Cells of plots and of the installation start with a title that Colab shows instead."""
+    folded = [cell for cell in notebook.cells if cell.metadata.get("cellView") == "form"]
+    assert len(folded) == 7
+    assert all(cell.source.startswith("# @title ") for cell in folded)
+
+
+def test_is_opened_and_installed_from_one_address(notebook):
+    """The address of the badge and that of pip name the same account and project."""
+    (badge,) = re.findall(r"research\.google\.com/github/(\S+?)\)", notebook.cells[0].source)
+    owner, _, path = badge.partition("/blob/main/")
+    assert ROOT / path == NOTEBOOK
+    assert f'repository = "https://github.com/{owner}"' in find(notebook, "repository =").source
+
+
+def test_installing_keeps_what_is_loaded(notebook):
+    """Otherwise Colab would ask for a restart, and JAX would lose its chip."""
+    cell = {"repository": "https://github.com/OWNER/resnet_jax"}
+    exec(find(notebook, "def install").source, cell)  # noqa: S102
+    versions = dict(line.split("==") for line in cell["kept"]())
+    assert versions["jax"] == jax.__version__
+    assert versions["numpy"] == np.__version__
+    assert versions["pillow"] == PIL.__version__
+    with pytest.raises(RuntimeError, match="must be the address of this project"):
+        cell["install"]()
 
 
 def test_has_one_cell_of_parameters(notebook):
@@ -139,7 +174,8 @@ def shows_the_curve_while_training(notebook, client, folder):
 
 
 def agrees_with_the_evaluation_of_the_run(notebook):
-    here, there = [x for x in printed(find(notebook, "most confident errors")).split() if "%" in x]
+    text = printed(find(notebook, "in the run's evaluation"))
+    here, there = [word for word in text.split() if "%" in word]
     assert here == there
 
 
@@ -148,7 +184,7 @@ def shows_pictures(notebook):
         "def show_images",
         "most confident errors",
         'title="confusion matrix',
-        "load_pretrained",
+        "Show feature maps",
     ):
         for cell in notebook.cells:
             if cell.cell_type == "code" and text in cell.source:
@@ -167,13 +203,16 @@ def resumes_a_stopped_run(notebook):
     text = printed(find(notebook, "def press_stop"))
     assert "stopped by a signal" in text
     assert "resuming after step" in text
+    assert "is from checkpoint.copy_to" in text
     assert "largest difference of any weight: 0.0" in text
 
 
 def saves_the_run(notebook, folder):
     assert "the weights read back are equal" in printed(find(notebook, "save_weights"))
-    (saved,) = (folder / "saved").iterdir()
-    assert {"config.json", "metrics.jsonl", "tiny.safetensors"} <= set(os.listdir(saved))
+    assert {*os.listdir(folder / "resnet_jax")} == {"notebook", "notebook-tiny.safetensors"}
+    copy, run = folder / "resnet_jax" / "notebook", folder / "runs" / "notebook"
+    assert {"config.json", "checkpoints"} < {*os.listdir(copy)}
+    assert (copy / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
 
 
 def reads_images_in_other_processes(notebook):

@@ -114,8 +114,7 @@ def _join(
 ) -> tuple[list[int], str]:
     """Returns local device ids, and a message about idle GPUs or ""."""
     own = _look(flags)
-    # JAX's SIGTERM handler would consume the signal; ours tells the others through the step.
-    jax.config.update("jax_enable_preemption_service", False)
+    upstream.keep_sigterm()
     timer = threading.Timer(flags.start_timeout, _give_up, [flags])
     timer.daemon = True
     timer.start()
@@ -127,7 +126,7 @@ def _join(
             count,
             index,
             initialization_timeout=flags.start_timeout + 60,
-            shutdown_timeout_seconds=30,
+            **upstream.shutdown_timeout(30),
         )
         end_when_aborted(upstream.distributed_state().coordinator_address or "")
         return _share_gpus(own, flags.start_timeout)

@@ -1,6 +1,6 @@
-"""Batches that are split over a mesh with explicit axes, as `jax.make_mesh` makes them.
+"""Batches that are split over a mesh with explicit axes, which newer `jax.make_mesh` makes.
 
-On such a mesh an array's sharding is part of its type, and JAX (0.10 to 0.12) has no rule for some
+On such a mesh an array's sharding is part of its type, and JAX (0.7 to 0.12) has no rule for some
 operations of a network: for the derivatives of a convolution, for windows, for a slice of the
 split batch. Functions of images therefore hand these axes to the compiler, which shards by its own
 rules, and state the sharding of what they return.
@@ -33,7 +33,7 @@ def over_batch(*outputs: bool) -> Callable[[Callable[..., Any]], Callable[..., A
       >>> @over_batch(BATCH)
       ... def first_row(images):
       ...     return images[:, 0]
-      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
       >>> split = jax.NamedSharding(mesh, jax.P("data"))
       >>> images = jax.device_put(jax.numpy.ones((2, 4, 4, 3)), split)
       >>> jax.typeof(jax.jit(first_row)(images))

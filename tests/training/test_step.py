@@ -135,9 +135,9 @@ def test_other_platforms_loop_over_the_parts():
         one = make_train_step(model, optimizer, config, LENGTH, platform)
         step = data_parallel.parallel_step(one, jax.devices()[:1])
         arguments = state, data_parallel.shard(batch(), 1)
-        programs[platform] = "stablehlo.while" in step.lower(*arguments).as_text()
+        programs[platform] = step.lower(*arguments).as_text().count("stablehlo.while")
         results[platform] = jax.device_get(step(*arguments))
-    assert programs == {"cpu": False, "tpu": True}
+    assert programs["cpu"] == programs["tpu"] - 1  # JAX 0.7 draws random numbers in loops, too
     chex.assert_trees_all_close(results["tpu"], results["cpu"], rtol=1e-5, atol=1e-6)
 
 

@@ -820,7 +820,11 @@ def test_a_state_that_is_not_what_was_saved_is_not_sealed(tmp_path, monkeypatch)
     saved = ocp.Checkpointer.save
 
     def changed(self, path, args):
-        saved(self, path, args=ocp.args.StandardSave(jax.tree.map(lambda x: x + 1, args.item)))
+        saved(
+            self,
+            path,
+            args=ocp.args.StandardSave(jax.tree.map(lambda x: np.asarray(x + 1), args.item)),
+        )
 
     monkeypatch.setattr(ocp.Checkpointer, "save", changed)
     checkpoints = Checkpoints(tmp_path)
