@@ -1,0 +1,42 @@
+"""A small ResNet from scratch on a few hundred to a few thousand small images.
+
+Command: python train.py --config=configs/few_images.py:folder:PATH --config.data.eval_split=val
+         python train.py --config=configs/few_images.py --config.data.train_split="train[:33%]"
+Hardware: 2 CPU cores, minutes. Expected: see docs/recipes.md.
+
+So few images give few steps in an epoch: 480 of them take 8 steps of 64 images, and the usual
+number of epochs ends before the network has learned. Here batches are small and epochs are many;
+every image is seen differently each time. Where a pretrained network exists for such images,
+configs/finetune.py is better still.
+"""
+
+from resnet_jax.config import (
+    Augment,
+    Config,
+    Data,
+    Evaluate,
+    Log,
+    Loss,
+    Model,
+    Optimizer,
+    Schedule,
+    Train,
+)
+
+
+def get_config(data: str = "digits") -> Config:
+    """Sixty epochs in batches of 32, with images moved, turned and mixed."""
+    digits = data == "digits"  # 8x8 pixels, and mirrored digits are none
+    return Config(
+        model=Model(name="resnet20"),
+        data=Data(name=data, image_size=16 if digits else 32),
+        augment=Augment(
+            flip=not digits, pad=2 if digits else 4, rotate=12.0, mixup=0.2, mean=(0.5,), std=(0.25,)
+        ),
+        optimizer=Optimizer(learning_rate=0.05, nesterov=True, weight_decay=1e-3),
+        schedule=Schedule(name="cosine", warmup_epochs=3.0),
+        loss=Loss(label_smoothing=0.1),
+        train=Train(epochs=60.0, batch_size=32),
+        evaluate=Evaluate(every_epochs=10.0),
+        log=Log(every_steps=50),
+    )
