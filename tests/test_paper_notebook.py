@@ -13,28 +13,29 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 from PIL import Image
 
+from tests.conftest import FAST_COMPILE
+
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "paper.ipynb"
-# As papermill does: a cell after the one that is tagged "parameters". The kernel computes in one
-# thread with code that compiles fast, because other tests run beside it.
+# As papermill does: a cell after the one that is tagged "parameters". Compiling takes most of the
+# time, so the networks have two stages.
 SMALL = """
 import resnet_jax as rj
 
 for blocks in (1, 2):
     for kind, shortcut in (("plain", "none"), ("resnet", "A")):
         rj.register_model(
-            f"{kind}{6 * blocks + 2}",
-            stage_sizes=(blocks, blocks, blocks),
-            stage_widths=(16, 32, 64),
+            f"{kind}{4 * blocks + 2}",
+            stage_sizes=(blocks, blocks),
+            stage_widths=(16, 32),
             block_cls=rj.BasicBlock,
             stem_cls=rj.CifarStem,
             shortcut=shortcut,
             num_classes=10,
             image_size=32,
         )
-depths, epochs = (8, 14), 2
+depths, epochs = (6, 10), 2
 """
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_shows_every_figure(saved, executed):
 
 def test_trains_all_networks(executed):
     for text, names in (
-        ("def run(model)", ("plain8", "plain14", "resnet8", "resnet14")),
+        ("def run(model)", ("plain6", "plain10", "resnet6", "resnet10")),
         ('for option in ("B", "C")', ("none", "option A", "option B", "option C")),
     ):
         lines = printed(find(executed, text)).splitlines()
