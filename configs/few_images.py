@@ -31,7 +31,12 @@ def get_config(data: str = "digits") -> Config:
         model=Model(name="resnet20"),
         data=Data(name=data, image_size=16 if digits else 32),
         augment=Augment(
-            flip=not digits, pad=2 if digits else 4, rotate=12.0, mixup=0.2, mean=(0.5,), std=(0.25,)
+            flip=not digits,
+            pad=2 if digits else 4,
+            rotate=12.0,
+            mixup=0.2,
+            mean=(0.5,),
+            std=(0.25,),
         ),
         optimizer=Optimizer(learning_rate=0.05, nesterov=True, weight_decay=1e-3),
         schedule=Schedule(name="cosine", warmup_epochs=3.0),
