@@ -33,7 +33,8 @@ data_set, network, image_size, epochs, resume_steps = "digits", tiny.NAME, 8, 2.
 HUB = "pretrained = 'hub'"
 WORKERS = """
 data = dataclasses.replace(config.data, crop="random_resized", workers=1)
-print(train(dataclasses.replace(config, data=data), "streamed").steps, "steps")
+streamed = dataclasses.replace(config, data=data, checkpoint=Checkpoint())
+print(train(streamed, "streamed").steps, "steps")
 """
 
 
@@ -130,7 +131,8 @@ def test_is_opened_and_installed_from_one_address(notebook):
     (badge,) = re.findall(r"research\.google\.com/github/(\S+?)\)", notebook.cells[0].source)
     owner, _, path = badge.partition("/blob/main/")
     assert ROOT / path == NOTEBOOK
-    assert f'repository = "https://github.com/{owner}"' in find(notebook, "repository =").source
+    (parameters,) = tagged(notebook)
+    assert f'"https://github.com/{owner}"' in notebook.cells[parameters].source
 
 
 def test_installing_keeps_what_is_loaded(notebook):

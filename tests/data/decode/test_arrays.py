@@ -6,6 +6,7 @@ import pathlib
 import struct
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -59,6 +60,8 @@ def _encoded(image, kind):
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_tiffs_are_what_tifffile_wrote(path):
+    if path.stem.startswith("zstd") and int(PIL.__version__.split(".")[0]) < 12:
+        pytest.skip("Pillow 11 comes without zstd")
     channels, dtype = path.stem.split("_")[-2:]
     expected = _pattern(int(channels), dtype)
     expected = expected if dtype == "u1" else (expected >> 8).astype(np.uint8)
@@ -175,9 +178,9 @@ def test_floating_point_values_lie_between_0_and_1(value):
 
 
 def test_color_and_grey_are_converted_as_in_other_files():
-    for channels, mode in ((1, "L"), (3, "RGB")):
+    for channels in (1, 3):
         pixels = _pixels(channels)
-        png = _encoded(Image.fromarray(pixels.squeeze(), mode), "PNG")
+        png = _encoded(Image.fromarray(pixels.squeeze()), "PNG")
         for needed in (1, 3):
             expected = decode(png, needed)
             np.testing.assert_array_equal(decode(_npy(pixels), needed), expected)
@@ -208,7 +211,7 @@ def test_other_channels_are_not_converted():
 def test_transparency_is_a_channel_where_four_are_asked_for(kind):
     pixels = _pixels(4)
     file = io.BytesIO()
-    Image.fromarray(pixels, "RGBA").save(file, kind, **({"lossless": True, "exact": True}))
+    Image.fromarray(pixels).save(file, kind, **({"lossless": True, "exact": True}))
     np.testing.assert_array_equal(decode(file.getvalue(), 4), pixels)
     np.testing.assert_array_equal(decode(file.getvalue(), 3), pixels[:, :, :3])
     file.seek(0)
