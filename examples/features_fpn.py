@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 
 import resnet_jax as rj
 
-BACKBONE = rj.create_model("resnet10t", num_classes=0)
+# Small, for small digits; for photos rj.ResNet50(num_classes=0), with weights.
+BACKBONE = rj.ResNet18(stage_sizes=(1, 1, 1, 1), stage_widths=(16, 32, 64, 128), num_classes=0)
 SIDE, DIGITS, NOTHING = 64, 6, 10
 
 
@@ -26,7 +27,7 @@ class Detector(nn.Module):
     """Images [N, H, W, 1] -> logits [N, H/4, W/4, 11] of ten digits and "nothing"."""
 
     backbone: rj.ResNet
-    width: int = 64
+    width: int = 32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -58,7 +59,7 @@ def main(steps: int = 300, batch_size: int = 16) -> float:
     digits = load_digits()
     held_out = np.arange(len(digits.target)) % 5 == 0
     random = np.random.default_rng(0)
-    model, optimizer = Detector(BACKBONE), optax.adam(1e-3)
+    model, optimizer = Detector(BACKBONE), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     variables = model.init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 1)), train=False)
     opt_state = optimizer.init(variables["params"])
 

@@ -62,7 +62,7 @@ class Explainer:
 
 def _heat(evidence: np.ndarray) -> np.ndarray:
     """[H, W] in [0, 1] -> uint8 [H, W, 4]: orange, more opaque where there is more evidence."""
-    opacity = np.uint8(200 * evidence)
+    opacity = np.uint8(170 * evidence)
     return np.stack([np.full_like(opacity, value) for value in (255, 90, 0)] + [opacity], axis=-1)
 
 
