@@ -8,6 +8,7 @@ import pytest
 from resnet_jax.config.flags import parse_train_flags
 from resnet_jax.config.serialization import json_fields, to_flat
 from resnet_jax.errors import ConfigError
+from resnet_jax.training.optimizer import RunLength
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -245,3 +246,17 @@ def test_a_file_of_one_s_own_comes_before_a_former_name(tmp_path, monkeypatch):
 def test_a_procedure_that_does_not_exist():
     with pytest.raises(ConfigError, match=r"'resnet50' is not a procedure .* a1, a2 or a3"):
         parse_train_flags(["--config=imagenet_timm:resnet50"])
+
+
+def test_few_images_are_seen_often_enough():
+    """480 images, of which eight epochs in batches of 64 are 60 steps."""
+    digits, _ = parse_train_flags(["--config=few_images"])
+    photos, _ = parse_train_flags(["--config=few_images:folder:photos"])
+    assert (photos.data.name, photos.data.image_size, photos.augment.flip) == (
+        "folder:photos",
+        32,
+        True,
+    )
+    assert (digits.data.name, digits.data.image_size, digits.augment.flip) == ("digits", 16, False)
+    for config in (digits, photos):
+        assert RunLength.of(config, 480).steps >= 800
