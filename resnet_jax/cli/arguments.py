@@ -145,7 +145,7 @@ def _shorten_usage(parser: argparse.ArgumentParser) -> None:
         if each.metavar is None and each.type in (_count, _images, float):
             each.metavar = "X" if each.type is float else "N"
         if not each.option_strings:
-            name = each.metavar or each.dest.upper()
+            name = str(each.metavar or each.dest.upper())
             each.metavar = name
             words.append(f"{name} ..." if each.nargs == "+" else name)
         elif each.required:
