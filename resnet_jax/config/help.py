@@ -67,8 +67,9 @@ def train_help(arguments: Sequence[str], launch_flags: str = "", topic: str = ""
         lines = [_fill(_usage(), width, indent=7), "", _fill(_PURPOSE, width), ""]
         lines += [*_entries(_FLAGS, width), ""]
         lines += [] if topic else [*_short_help(config, width), ""]
-        lines += ["flags of processes and devices:"]
-        lines += _entries(_parse_entries(launch_flags), width)
+        if launch_flags:
+            lines += ["flags of processes and devices:"]
+            lines += _entries(_parse_entries(launch_flags), width)
         lines += ["", *_fields_help(config, [*fields], width)] if topic else []
         return "\n".join(lines).rstrip()
     chosen = [each for each in fields if each == topic or each.startswith(f"{topic}.")]
