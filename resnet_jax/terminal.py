@@ -124,6 +124,12 @@ def _expressible(value: Any) -> Any:
     return value
 
 
+def program() -> str:
+    """The words that start the command line, as the user has called it."""
+    name = os.path.basename(sys.argv[0])
+    return name if name == "resnet-jax" else "python -m resnet_jax"
+
+
 def show(text: object) -> None:
     """Prints a result on standard output, line breaks included, with `visible`.
 

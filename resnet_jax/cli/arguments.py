@@ -13,6 +13,7 @@ from resnet_jax.cli import commands
 from resnet_jax.config.schema import DATA_NAMES
 from resnet_jax.errors import ConfigError, unknown_name
 from resnet_jax.limits import MAX_COUNT
+from resnet_jax.terminal import program
 
 _DESCRIPTION = """ResNets in JAX: training, evaluation, prediction and export.
 
@@ -85,7 +86,7 @@ def _spellings(parser: argparse.ArgumentParser) -> dict[str, str]:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
-        prog="python -m resnet_jax",
+        prog=program(),
         description=_DESCRIPTION,
         usage="%(prog)s COMMAND [FLAGS]",
         formatter_class=_DescriptionFormatter,
@@ -145,7 +146,7 @@ def _shorten_usage(parser: argparse.ArgumentParser) -> None:
         if each.metavar is None and each.type in (_count, _images, float):
             each.metavar = "X" if each.type is float else "N"
         if not each.option_strings:
-            name = each.metavar or each.dest.upper()
+            name = str(each.metavar or each.dest.upper())
             each.metavar = name
             words.append(f"{name} ..." if each.nargs == "+" else name)
         elif each.required:

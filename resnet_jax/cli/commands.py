@@ -79,7 +79,7 @@ def _record_command(workdir: Path, arguments: list[str]) -> None:
     from resnet_jax.files import atomic_write
     from resnet_jax.report.runs import COMMAND_FILE
 
-    recipes = re.findall(r"^--?config[= ](\S+)", "\n".join(arguments), re.MULTILINE)
+    recipes = re.findall(r"^--?config[=\n](.+)", "\n".join(arguments), re.MULTILINE)
     command = {"recipe": recipes[-1] if recipes else "digits", "arguments": arguments}
     with contextlib.suppress(OSError):  # the run itself is saved
         atomic_write(workdir / COMMAND_FILE, json_text(command, indent=2) + "\n")

@@ -16,6 +16,7 @@ from resnet_jax.config.flags import parse_train_flags
 from resnet_jax.config.serialization import to_flat
 from resnet_jax.config.suggestions import likely_fields
 from resnet_jax.errors import ConfigError
+from resnet_jax.terminal import program
 
 _USAGE = "usage: {program} [--config=RECIPE[:ARG]] [--workdir=DIR] [--config.FIELD=X ...]"
 _PURPOSE = "Trains the network that a configuration describes. To resume a run, repeat its command."
@@ -66,8 +67,9 @@ def train_help(arguments: Sequence[str], launch_flags: str = "", topic: str = ""
         lines = [_fill(_usage(), width, indent=7), "", _fill(_PURPOSE, width), ""]
         lines += [*_entries(_FLAGS, width), ""]
         lines += [] if topic else [*_short_help(config, width), ""]
-        lines += ["flags of processes and devices:"]
-        lines += _entries(_parse_entries(launch_flags), width)
+        if launch_flags:
+            lines += ["flags of processes and devices:"]
+            lines += _entries(_parse_entries(launch_flags), width)
         lines += ["", *_fields_help(config, [*fields], width)] if topic else []
         return "\n".join(lines).rstrip()
     chosen = [each for each in fields if each == topic or each.startswith(f"{topic}.")]
@@ -81,7 +83,7 @@ def train_help(arguments: Sequence[str], launch_flags: str = "", topic: str = ""
 
 def _usage() -> str:
     is_script = Path(sys.argv[0]).name == "train.py"
-    return _USAGE.format(program="python train.py" if is_script else "python -m resnet_jax train")
+    return _USAGE.format(program="python train.py" if is_script else f"{program()} train")
 
 
 def _short_help(config: Any, width: int) -> Iterable[str]:

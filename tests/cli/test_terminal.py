@@ -1,6 +1,7 @@
 """What the commands print: in terminals of any width, in pipes, and after mistakes."""
 
 import fcntl
+import json
 import os
 import re
 import struct
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import resnet_jax as rj
-from resnet_jax.cli import arguments, parser
+from resnet_jax.cli import arguments, commands, parser
 from resnet_jax.config.schema import Config, Log
 from resnet_jax.terminal import columns
 from resnet_jax.workdirs.metric_writers import MetricWriters
@@ -124,3 +125,18 @@ def test_a_narrow_terminal_has_lines(tmp_path):
     lines = run_of_records(60, tmp_path).splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("step 539/539  epoch 24.5  loss 0.907")
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [
+        ([], "digits"),
+        (["--config=cifar:resnet56", "--workdir=x"], "cifar:resnet56"),
+        (["--workdir=x", "--config", "my recipe.py"], "my recipe.py"),
+        (["--config.train.seed=3"], "digits"),
+    ],
+)
+def test_a_run_records_its_command(flags, recipe, tmp_path):
+    commands._record_command(tmp_path, flags)
+    found = json.loads((tmp_path / "command.json").read_text())
+    assert found == {"recipe": recipe, "arguments": flags}

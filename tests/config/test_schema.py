@@ -397,7 +397,11 @@ def test_help_says_that_a_configuration_is_a_program(capsys):
 
 @pytest.mark.parametrize(
     ("script", "usage"),
-    [("train.py", "python train.py"), ("/x/__main__.py", "python -m resnet_jax train")],
+    [
+        ("train.py", "python train.py"),
+        ("/x/__main__.py", "python -m resnet_jax train"),
+        ("/x/bin/resnet-jax", "resnet-jax train"),
+    ],
 )
 def test_help_names_the_command_that_was_called(script, usage, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script])
