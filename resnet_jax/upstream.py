@@ -107,7 +107,7 @@ def keep_sigterm() -> None:
         distributed_state().initialize_preemption_sync_manager = lambda: None
 
 
-def shutdown_timeout(seconds: int) -> dict[str, int]:
+def shutdown_timeout(seconds: int) -> dict[str, Any]:
     """The argument of `jax.distributed.initialize` for how long a process waits for the others.
 
     JAX 0.7 has none, and waits for five minutes. Can go when the oldest jax allowed has it.
