@@ -9,7 +9,7 @@ from the plain order only by rounding:
   that a pool after it keeps (`increasing`).
 * The norm of a 1x1 convolution may be known before the convolution (`product_norm.py`).
 
-docs/performance.md has the measurements.
+docs/notes has the measurements.
 """
 
 from __future__ import annotations

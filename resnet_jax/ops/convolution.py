@@ -11,7 +11,7 @@ in float32, which become matrix products:
   kernel's columns), it is faster for most shapes of this family, up to three times.
 
 The choice is made when a program is lowered, so that one traced function can be compiled for
-several platforms. docs/performance.md has the measurements.
+several platforms. docs/notes has the measurements.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ diag(kernel^T M kernel). Where the convolution widens its input fourfold, as at 
 bottleneck, M is small, and the norm is known before the convolution is computed: it becomes part of
 the kernel, and a bias. That is exact, so results differ from the plain order only by rounding.
 
-docs/performance.md has the measurements.
+docs/notes has the measurements.
 """
 
 from __future__ import annotations
