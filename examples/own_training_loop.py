@@ -47,7 +47,8 @@ def main(epochs: int = EPOCHS) -> float:
 
     images, labels = load_data()["train"]
     steps_per_epoch = len(images) // BATCH
-    rate = optax.warmup_cosine_decay_schedule(0.01, 0.1, steps_per_epoch, epochs * steps_per_epoch)
+    steps = epochs * steps_per_epoch
+    rate = optax.warmup_cosine_decay_schedule(0.01, 0.1, steps_per_epoch // 2, steps)
     optimizer = optax.sgd(rate, momentum=0.9, nesterov=True)
     variables = MODEL.init(jax.random.key(0), images[:1], train=False)
     state = State(**variables, opt_state=optimizer.init(variables["params"]))

@@ -69,6 +69,7 @@ def test_own_training_loop(monkeypatch):
     assert example.main(epochs=3) > 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.devices(2)
 def test_own_training_loop_is_the_same_on_any_number_of_devices(monkeypatch):
     example = load("own_training_loop")
