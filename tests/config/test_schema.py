@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
-import zipfile
 from typing import get_type_hints
 
 import pytest
@@ -221,32 +218,6 @@ def test_a_recipe_in_a_folder():
 def test_a_name_that_is_no_recipe(name, capsys):
     assert parser.main(["train", f"--config={name}"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_the_wheel_trains_from_any_folder(tmp_path):
-    """As after `pip install resnet_jax`: no checkout, and nothing but the package."""
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={tmp_path}"]
-    if subprocess.run([*pip, str(ROOT)], capture_output=True).returncode:
-        pytest.skip("pip cannot build a wheel here; it needs hatchling")
-    [wheel] = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    (tmp_path / "here").mkdir()
-    flags = ["--config=digits", "--config.train.steps=2", "--config.log.report=false"]
-    for command in (
-        ["train", "--help"],
-        ["train", "--config=cifar10", "--help"],
-        ["train", *flags],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "resnet_jax", *command],
-            cwd=tmp_path / "here",
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "here/runs/digits/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
