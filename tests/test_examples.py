@@ -22,7 +22,7 @@ from PIL import Image
 import resnet_jax as rj
 from resnet_jax.config import Log, Train
 from resnet_jax.models import registry
-from tests import tiny
+from tests import speed, tiny
 from tests.variables import random_variables
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
@@ -74,12 +74,12 @@ def test_own_training_loop(monkeypatch):
 def test_own_training_loop_is_the_same_on_any_number_of_devices(monkeypatch):
     example = load("own_training_loop")
     monkeypatch.setattr(example, "MODEL", SMALL)
-    on_all = example.main(epochs=1)
+    on_all = example.main(epochs=2)
     monkeypatch.setattr(
         jax, "make_mesh", functools.partial(jax.make_mesh, devices=jax.devices()[:1])
     )
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert abs(example.main(epochs=1) - on_all) < 0.03
+    assert abs(example.main(epochs=2) - on_all) < 0.03
 
 
 def test_ensemble_vmap():
@@ -235,7 +235,9 @@ def server(serve, tiny_model, tmp_path_factory):
 
 def ask(server, method, path, body=None, headers=None):
     """(status, body) of a request."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection = http.client.HTTPConnection(
+        "127.0.0.1", server.server_port, timeout=speed.seconds(30)
+    )
     connection.request(method, path, body, headers or {})
     response = connection.getresponse()
     return response.status, response.read()
@@ -293,7 +295,9 @@ def test_refuses_a_photo_that_is_too_large(server, serve, monkeypatch):
 
 @pytest.mark.parametrize("length", ["", "-1", "many", "\u00b2"])
 def test_needs_to_know_the_length(server, length):
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as client:
+    with socket.create_connection(
+        ("127.0.0.1", server.server_port), timeout=speed.seconds(30)
+    ) as client:
         header = f"Content-Length: {length}\r\n" if length else ""
         client.sendall(f"POST /predict HTTP/1.1\r\n{header}\r\n".encode("latin-1"))
         assert client.recv(100).split()[1] == b"411"

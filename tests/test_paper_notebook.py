@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 from PIL import Image
 
+from tests import speed
 from tests.conftest import FAST_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,7 +62,9 @@ def executed(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / "tmp" / "jax-cache"),
         "XLA_FLAGS": FAST_COMPILE,
     }
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=speed.seconds(200), resources={"metadata": {"path": str(folder)}}
+    )
     client.execute(env=environment)
     return notebook
 

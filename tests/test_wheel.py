@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests import speed
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
@@ -40,7 +42,12 @@ def run(scripts, tmp_path_factory):
     def start(program, *arguments):
         command = [scripts / program, *arguments]
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=speed.seconds(600),
         )
         return done.returncode, done.stdout, done.stderr
 

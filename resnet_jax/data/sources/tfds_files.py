@@ -53,8 +53,9 @@ def tfds_root(data_dir: str) -> Path:
         from etils import epath
 
         default = tfds.core.constants.DATA_DIR  # TFDS imports its parts on first use
-    check_local("data.data_dir", data_dir or default, data_dir or default)
-    path = epath.Path(data_dir or default).expanduser()
+    folder = os.fspath(data_dir or default)
+    check_local("data.data_dir", folder, folder)
+    path = epath.Path(folder).expanduser()
     if path.parts[:1] == ("~",):  # etils did not expand it
         raise field_error(
             "data.data_dir", data_dir, f"{path}: there is no home directory; name a folder"
