@@ -183,11 +183,13 @@ def fit_variables(
 ) -> Variables:
     """Returns a model's variables as float32 NumPy arrays, with a new head if `reset_head`.
 
+    A model without a head takes those of a network that has one, as from a file.
+
     Raises:
       WeightsError: They are another model's.
     """
     leaves = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(variables)))
-    if reset_head:
+    if reset_head or not model.num_classes:
         leaves = {path: leaf for path, leaf in leaves.items() if path[1:2] != ("head",)}
         leaves |= {
             path: _initial_head(model, path, shape)

@@ -20,9 +20,10 @@ import pytest
 import safetensors.numpy
 
 import resnet_jax as rj
-from resnet_jax.weights.convert import variable_shapes
+from resnet_jax.weights.convert import fit_variables, variable_shapes
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.naming import schemes_for
+from tests.variables import random_variables
 
 SUFFIXES = [".safetensors", ".npz", ".pth"]
 
@@ -568,3 +569,12 @@ def test_a_file_is_no_repository(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"PK")
     with pytest.raises(rj.WeightsError, match="is a file, not a folder: read it with"):
         rj.load_pretrained(tmp_path / "w.pth")
+
+
+def test_a_network_without_a_head_takes_the_variables_of_one_with_a_head():
+    variables = random_variables(rj.ResNet8Cifar(num_classes=3), (8, 8, 3))
+    fitted = fit_variables(rj.ResNet8Cifar(num_classes=0), variables)
+    assert "head" not in fitted["params"]
+    chex.assert_trees_all_equal(fitted["params"]["stem"], variables["params"]["stem"])
+    with pytest.raises(rj.WeightsError, match="head"):
+        fit_variables(rj.ResNet8Cifar(num_classes=4), variables)
