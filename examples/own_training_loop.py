@@ -42,7 +42,9 @@ def load_data() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def main(epochs: int = EPOCHS) -> float:
     """Trains, and returns the accuracy on the held-out images."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    # Auto: `jax.jit` derives the shardings of all other arrays.
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(auto,))
     replicated, split = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("data"))
 
     images, labels = load_data()["train"]

@@ -92,12 +92,18 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
       known: All known names.
 
     Example:
-      >>> unknown_name("model", "resnet5O", ["resnet50", "plain34"])
-      "unknown model 'resnet5O'; did you mean 'resnet50'?"
+      >>> unknown_name("model", "resnet21", ["plain34", "resnet32", "resnet20"])
+      "unknown model 'resnet21'; did you mean 'resnet20' or 'resnet32'?"
     """
     known = sorted(known)
     shown = name if len(str(name)) <= 100 else f"{str(name)[:100]}..."
-    close = difflib.get_close_matches(str(shown), known, n=3, cutoff=0.6)
+
+    def distance(each: str) -> tuple[float, int, str]:
+        ratio = difflib.SequenceMatcher(None, each, str(shown)).ratio()
+        in_place = sum(a == b for a, b in zip(str(shown), each, strict=False))
+        return -ratio, -in_place, each
+
+    close = sorted(difflib.get_close_matches(str(shown), known, n=10), key=distance)[:3]
     if close:
         return f"unknown {kind} {shown!r}; did you mean {' or '.join(map(repr, close))}?"
     listed = known if len(known) <= 30 else [*known[:10], "..."]

@@ -272,7 +272,10 @@ def test_images_that_cannot_be_decoded(views, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"views": "five_crop"}, "--views: unknown view 'five_crop'; did you mean 'ten_crop'"),
+        (
+            {"views": "five_crop"},
+            "--views: unknown view 'five_crop'; did you mean 'one_crop' or 'ten_crop'",
+        ),
         ({"views": "flip", "scales": (8,)}, "--scales=8: goes with --views=multi_scale only"),
         ({"views": "multi_scale", "scales": (0,)}, "--scales=0: tiny needs at least 1 pixel"),
         ({"batch_size": 12}, "--batch_size = 12: must be a multiple of 8 devices"),
