@@ -255,14 +255,14 @@ class MetricWriters:
             self._first = step, time.monotonic()
         elif step > self._first[0]:  # includes evaluations, but nothing before the first record
             seconds = (time.monotonic() - self._first[1]) / (step - self._first[0])
-        left = "" if self._bar else f"  {duration(seconds * (self._total - step))} left"
+        left = "" if self._bar is not None else f"  {duration(seconds * (self._total - step))} left"
         epoch = step / self._steps_per_epoch
         return f"step {step}/{self._total}  epoch {epoch:.1f}  {_values(record)}{left}"
 
     def _origin(self) -> str:
         """The local time of a line, and the host where a run has several processes."""
         # Above a bar, a line fits into 80 columns.
-        now = time.strftime("%H:%M:%S" if self._bar else "%m-%d %H:%M:%S")
+        now = time.strftime("%H:%M:%S" if self._bar is not None else "%m-%d %H:%M:%S")
         return f"{now} {socket.gethostname()}" if jax.process_count() > 1 else now
 
 
