@@ -98,8 +98,10 @@ class BatchNorm(nn.Module):
     def after_pointwise(self, conv: Conv, x: jax.Array) -> jax.Array:
         """`self(conv(x), train=True)` of a 1x1 convolution, as one operation."""
         options = ConvOptions(stride=conv.stride, precision=conv.precision)
-        arrays = self._arrays(conv, x)
-        y, mean, variance = product_norm(*arrays, self.epsilon, self._group(), options)
+        arrays, group = self._arrays(conv, x), self._group()
+        y, mean, variance = product_norm(
+            *arrays, epsilon=self.epsilon, group=group, options=options
+        )
         self._update(mean, variance, y)
         return y.astype(self.dtype)
 

@@ -26,24 +26,33 @@ from resnet_jax.ops.convolution import ConvOptions, Precision, convolve, once_pe
 from resnet_jax.ops.sharding import BATCH, WHOLE, over_batch
 
 POINTWISE = ConvOptions()
+# The normalized product [N, H, W, K], with its mean and variance.
+_Normalized = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class ProductNorm(NamedTuple):
+    """The arrays of a `product_norm`: x [N, H, W, C], kernel [C, K], and [K] of each channel."""
+
+    x: jax.Array
+    kernel: jax.Array
+    running_mean: jax.Array
+    scale: jax.Array
+    bias: jax.Array
 
 
 @functools.partial(once_per_shape, static_argnames=("epsilon", "group", "options"))
 @over_batch(BATCH, WHOLE, WHOLE)
 def product_norm(
     x: jax.Array,
-    kernel: jax.Array,
-    running_mean: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    *arrays: jax.Array,
     epsilon: float,
     group: SyncGroup = ALONE,
     options: ConvOptions = POINTWISE,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> _Normalized:
     """Batch norm of a 1x1 convolution, for training, by the platform's faster formula.
 
-    Takes x [N, H, W, C], kernel [C, K] in float32, and [K] of each channel. Returns the normalized
-    product [N, H / stride, W / stride, K] in the type of x with its mean and variance [K].
+    Takes the arrays of a `ProductNorm`, the kernel in float32. Returns the normalized product
+    [N, H / stride, W / stride, K] in the type of x with its mean and variance [K].
     """
 
     def formula(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +60,7 @@ def product_norm(
 
     from_input, from_output = formula(product_norm_from_input), formula(product_norm_from_output)
     return lax.platform_dependent(
-        *(x, kernel, running_mean, scale, bias),
+        ProductNorm(x, *arrays),
         cpu=from_output,
         # A TPU writes the pixels that the stride keeps to memory before it multiplies them.
         tpu=from_input if options.stride == 1 else from_output,
@@ -60,31 +69,24 @@ def product_norm(
 
 
 def product_norm_from_output(
-    x: jax.Array,
-    kernel: jax.Array,
-    running_mean: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    product: ProductNorm,
     epsilon: float,
     group: SyncGroup = ALONE,
     options: ConvOptions = POINTWISE,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> _Normalized:
     """`product_norm` in the plain order: the product, its moments, the norm."""
+    x, kernel, running_mean, scale, bias = product
     y = pointwise_product(x, kernel, options)
     mean, variance = group.average(*batch_moments(y, running_mean))
     return normalize(y, mean, variance, scale, bias, epsilon).astype(x.dtype), mean, variance
 
 
 def product_norm_from_input(
-    x: jax.Array,
-    kernel: jax.Array,
-    running_mean: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    product: ProductNorm,
     epsilon: float,
     group: SyncGroup = ALONE,
     options: ConvOptions = POINTWISE,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> _Normalized:
     """`product_norm` with moments from those of x, so that they are known before the product.
 
     The norm is then a factor and a constant of each output channel: the factor goes into the
@@ -94,12 +96,13 @@ def product_norm_from_input(
     Example:
       >>> keys = jax.random.split(jax.random.key(0))
       >>> x, kernel = jax.random.normal(keys[0], (2, 4, 4, 3)), jax.random.normal(keys[1], (3, 8))
-      >>> arguments = x, kernel, jnp.zeros(8), jnp.ones(8), jnp.zeros(8), 1e-5
-      >>> y, plain = product_norm_from_input(*arguments)[0], product_norm_from_output(*arguments)[0]
+      >>> product = ProductNorm(x, kernel, jnp.zeros(8), jnp.ones(8), jnp.zeros(8))
+      >>> y, *_ = product_norm_from_input(product, 1e-5)
+      >>> plain, *_ = product_norm_from_output(product, 1e-5)
       >>> bool(jnp.abs(y - plain).max() < 1e-5)
       True
     """
-    del running_mean
+    x, kernel, _, scale, bias = product
     x = subsample(x, options.stride)
     mean, variance = _product_moments(x, kernel, group, options.precision)
     factor = scale * lax.rsqrt(variance + epsilon)
@@ -116,16 +119,6 @@ def _product_moments(
     mean = product(x.mean((0, 1, 2), dtype=jnp.float32), kernel)
     mean_of_squares = (product(mean_outer_product(x, precision), kernel) * kernel).sum(0)
     return group.average(mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0.0))
-
-
-class ProductNorm(NamedTuple):
-    """The arrays of a `product_norm`: x [N, H, W, C], kernel [C, K], and [K] of each channel."""
-
-    x: jax.Array
-    kernel: jax.Array
-    running_mean: jax.Array
-    scale: jax.Array
-    bias: jax.Array
 
 
 # A sum [N, H, W, K], with the mean and variance of its first term and those of its second.
@@ -167,8 +160,9 @@ def product_norm_sum_of_two(
     options: ConvOptions = POINTWISE,
 ) -> _Sum:
     """`product_norm_sum` in the plain order: two norms, then their sum."""
-    y1, *moments1 = product_norm(*first, epsilon, group, options._replace(stride=1))
-    y2, *moments2 = product_norm(*second, epsilon, group, options)
+    alone = options._replace(stride=1)
+    y1, *moments1 = product_norm(*first, epsilon=epsilon, group=group, options=alone)
+    y2, *moments2 = product_norm(*second, epsilon=epsilon, group=group, options=options)
     return y1 + y2, *moments1, *moments2
 
 

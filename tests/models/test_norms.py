@@ -55,21 +55,21 @@ def draw(seed=0, channels=4, features=12):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_moments_of_a_product_from_its_input(stride):
-    arguments = draw()
+    product = ProductNorm(**draw())
     rows, columns = -(-5 // stride), -(-4 // stride)
     weights = np.random.default_rng(1).normal(size=(3, rows, columns, 12)).astype(np.float32)
 
     def run(function):
-        def weighted(arguments):
+        def weighted(product):
             options = ConvOptions(stride=stride)
-            y, mean, variance = function(**arguments, epsilon=1e-5, options=options)
+            y, mean, variance = function(product, epsilon=1e-5, options=options)
             return (y * weights).sum() + mean.sum() + jnp.square(variance).sum(), (
                 y,
                 mean,
                 variance,
             )
 
-        return jax.jit(jax.value_and_grad(weighted, has_aux=True))(arguments)
+        return jax.jit(jax.value_and_grad(weighted, has_aux=True))(product)
 
     chex.assert_trees_all_close(
         run(product_norm_from_input), run(product_norm_from_output), rtol=1e-4, atol=1e-4
