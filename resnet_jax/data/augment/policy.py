@@ -11,6 +11,7 @@ the nearest value, where Pillow cuts off the fraction.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -145,6 +146,7 @@ def _select_edit(
     return lax.switch(index, branches, image, level, sign)
 
 
+@functools.partial(jax.jit, static_argnames="nearest")
 def _apply(images: jax.Array, edits: Edit, fill: jax.typing.ArrayLike, nearest: bool) -> jax.Array:
     """Edits images [N, H, W, C], each by its own edit."""
     identity = _identity(images[0])
