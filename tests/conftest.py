@@ -20,7 +20,10 @@ TEMPORARY = pathlib.Path(
 )
 
 # Compiling takes most of the tests' time, and what it makes runs a few steps of tiny networks.
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 CPU_FLAGS = "--xla_force_host_platform_device_count=8 "
 _JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 if _JAXLIB <= (0, 10):  # XLA ends the process at a flag that it does not know

@@ -5,6 +5,7 @@ Python and import JAX.
 """
 
 import functools
+import math
 import subprocess
 import sys
 import time
@@ -22,6 +23,6 @@ def slowness() -> float:
     return max(1.0, (time.monotonic() - start) / _USUAL_SECONDS)
 
 
-def seconds(usual: float) -> float:
-    """A limit that is `usual` seconds on an idle machine."""
-    return usual * slowness()
+def seconds(usual: int) -> int:
+    """A limit that is `usual` seconds on an idle machine; whole, as notebooks want it."""
+    return math.ceil(usual * slowness())

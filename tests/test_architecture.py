@@ -52,6 +52,7 @@ def copy(tmp_path):
     return run
 
 
+@pytest.mark.slow  # the tutorial about blocks trains one, too
 def test_a_block_in_a_recipe(copy):
     (recipe,) = blocks("python")
     (copy.folder / "my_recipe.py").write_text(recipe)

@@ -229,7 +229,10 @@ def everything(model, **optimizer):
     )
 
 
-@pytest.mark.parametrize(("optimizer", "platform"), [("lamb", "tpu"), ("lars", "cuda")])
+@pytest.mark.parametrize(
+    ("optimizer", "platform"),
+    [pytest.param("lamb", "tpu", marks=pytest.mark.slow), ("lars", "cuda")],
+)
 def test_highest_reaches_the_whole_training_step(optimizer, platform, tiny_model):
     """With augmentation, statistics of all devices, clipping, and the norms of lamb and lars."""
     config = everything(tiny_model, name=optimizer)

@@ -37,7 +37,9 @@ def open_folder(root):
 # --- The trainer's numbers ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["memory", "stream and flip"])
+@pytest.fixture(
+    scope="module", params=["stream and flip", pytest.param("memory", marks=pytest.mark.slow)]
+)
 def run(request, tmp_path_factory, tiny_model):
     """A real short run; its last batch of evaluation is padded."""
     streams = request.param != "memory"

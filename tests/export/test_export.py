@@ -92,6 +92,7 @@ def noise(height, width):
 
 # What a graph or program of any size is tried at, from sides of 8 up: odd and even maps.
 SIZES = [(17, 17), (8, 24)]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 ANY_SIZE = ImageSizes(17, 17, least=8, is_open=True)
 
 
@@ -176,7 +177,9 @@ def test_one_platform_and_any_number_of_images(network, images, logits, tmp_path
         close(open_stablehlo(path, None)(images[:count]), logits[:count])
 
 
-@pytest.mark.parametrize("kind", ["basic A", "deep D, gates, dilated", "deep D", "group norm"])
+@pytest.mark.parametrize(
+    "kind", ["basic A", "deep D, gates, dilated", *map(slow, ("deep D", "group norm"))]
+)
 def test_stablehlo_of_any_size(kind, tmp_path):
     model, variables, preprocessing, *_ = case(kind)
     path = tmp_path / "network"
@@ -227,7 +230,7 @@ def test_onnx_is_a_graph_of_layers(network, images, logits, tmp_path, onnx):
     assert "BatchNormalization" not in operators
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "group norm"])
+@pytest.mark.parametrize("kind", [*list(KINDS)[::2], *map(slow, list(KINDS)[1::2]), "group norm"])
 def test_onnx_knows_every_kind_of_network_at_any_size(kind, tmp_path, onnx):
     from resnet_jax.export.onnx import open_onnx, write_onnx
 
@@ -242,7 +245,9 @@ def test_onnx_knows_every_kind_of_network_at_any_size(kind, tmp_path, onnx):
             close(run(noise(*size)), case_logits(kind, size))
 
 
-@pytest.mark.parametrize("kind", ["basic A", "deep D, gates, dilated", "deep D", "group norm"])
+@pytest.mark.parametrize(
+    "kind", ["basic A", "deep D, gates, dilated", *map(slow, ("deep D", "group norm"))]
+)
 def test_onnx_of_every_opset(kind, tmp_path, onnx):
     from resnet_jax.export.onnx import OLDEST_OPSET, open_onnx, write_onnx
 

@@ -18,7 +18,11 @@ from resnet_jax.training.step import make_train_step
 LENGTH = RunLength(steps=100, steps_per_epoch=10.0)
 MODES = pytest.mark.parametrize(
     ("x64", "promotion"),
-    [(True, "standard"), pytest.param(False, "strict", marks=pytest.mark.slow), (True, "strict")],
+    [
+        pytest.param(True, "standard", marks=pytest.mark.slow),
+        pytest.param(False, "strict", marks=pytest.mark.slow),
+        (True, "strict"),
+    ],
 )
 NETWORKS = {
     "imagenet": {"stem_cls": functools.partial(rj.ImageNetStem, features=8)},

@@ -276,7 +276,7 @@ def example():
     return random_variables(bottlenecks()), images
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_a_network_as_on_an_accelerator_equals_the_plain_one(platform, monkeypatch):
     variables, images = example()
     plain = train_once(bottlenecks(), variables, images)
@@ -285,7 +285,7 @@ def test_a_network_as_on_an_accelerator_equals_the_plain_one(platform, monkeypat
     assert max(distance(ours, plain).values()) < 1e-4
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", [pytest.param("tpu", marks=pytest.mark.slow), "cuda"])
 def test_bfloat16_is_as_near_to_float32_as_the_plain_network(platform, monkeypatch):
     variables, images = example()
     exact = train_once(bottlenecks(), variables, images)

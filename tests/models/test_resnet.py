@@ -64,11 +64,16 @@ def test_features_have_the_promised_strides(name):
     "fields",
     [
         {},
-        {"stride_in_1x1": True},
-        {"block_cls": rj.BasicBlock},
         {"block_cls": rj.BasicBlock, "shortcut": "A"},
-        {"shortcut": "C"},
         {"block_cls": rj.PreActBottleneckBlock},
+        *(
+            pytest.param(fields, marks=pytest.mark.slow)
+            for fields in (
+                {"stride_in_1x1": True},
+                {"block_cls": rj.BasicBlock},
+                {"shortcut": "C"},
+            )
+        ),
     ],
     ids=str,
 )

@@ -42,7 +42,9 @@ def test_pool_and_gradient_are_those_of_xla(size, zero_padding):
 # What a window may hold: equal pixels, no pixel above the border, bfloat16.
 @pytest.mark.parametrize("values", ["whole numbers", "infinities", "negative"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [(8, 8), (7, 6), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "size", [pytest.param((8, 8), marks=pytest.mark.slow), (7, 6), (1, 1)], ids=str
+)
 def test_values_and_derivatives_by_places_are_those_of_flax(size, dtype, values):
     """A tangent and a cotangent of whole numbers, which both formulas add exactly."""
     rng = np.random.default_rng(0)

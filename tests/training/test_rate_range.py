@@ -60,10 +60,13 @@ def losses_at_one_rate(tmp_path_factory, tiny_model):
     "unused",
     [
         {"schedule": c.Schedule(name="plateau", patience=1)},
-        {
-            "schedule": c.Schedule(name="step", boundaries=(0.1, 0.2), warmup_epochs=3.0),
-            "train": c.Train(batch_size=48, steps=2, steps_per_call=2, ema_decay=0.9),
-        },
+        pytest.param(
+            {
+                "schedule": c.Schedule(name="step", boundaries=(0.1, 0.2), warmup_epochs=3.0),
+                "train": c.Train(batch_size=48, steps=2, steps_per_call=2, ema_decay=0.9),
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_it_takes_the_steps_of_a_training(unused, losses_at_one_rate):

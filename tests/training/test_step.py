@@ -19,6 +19,7 @@ from resnet_jax.training.state import LossScale, TrainState, create_state
 from resnet_jax.training.step import _average, loss_per_image, make_train_step, top_k_hits
 
 LENGTH = RunLength(steps=100, steps_per_epoch=10.0)
+SLOW = pytest.mark.slow
 
 
 def tiny(**fields):
@@ -186,7 +187,7 @@ def test_a_frozen_backbone_keeps_everything_but_the_head():
     chex.assert_trees_all_equal(state.batch_stats, start.batch_stats)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=SLOW), "float16"])
 def test_half_precision(dtype):
     config = configuration(model=c.Model(dtype=dtype))
     exact, _ = run(tiny(), configuration())
@@ -269,7 +270,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("what", ["loss", "gradients", "statistics"])
+@pytest.mark.parametrize(
+    "what",
+    ["loss", pytest.param("gradients", marks=SLOW), pytest.param("statistics", marks=SLOW)],
+)
 @pytest.mark.devices(8)
 def test_a_step_with_nan_on_one_device_is_skipped_on_all(what):
     """Whatever it is that is not a number; the steps before and after it are taken."""
@@ -290,7 +294,9 @@ def test_a_step_with_nan_on_one_device_is_skipped_on_all(what):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((after.params, after.ema)))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", ["lars", pytest.param("lamb", marks=SLOW), pytest.param("adamw", marks=SLOW)]
+)
 def test_every_optimizer_skips(name):
     """Adam's second moment would be infinite, and the parameters for ever as they are."""
     config = configuration(optimizer=OPTIMIZERS[name])
@@ -301,7 +307,7 @@ def test_every_optimizer_skips(name):
     check_skipped(found, before, metrics)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=SLOW), "gpu"])
 def test_an_infinite_update_is_skipped(platform):
     config = configuration(optimizer=c.Optimizer(learning_rate=1e38))
     state, take = steps_of(poisonable(""), config, platform=platform)
@@ -417,7 +423,7 @@ def hard_binary(targets, weights, p):
 
 
 @pytest.mark.devices(2)
-@pytest.mark.parametrize("name", ["softmax", "bce"])
+@pytest.mark.parametrize("name", ["softmax", pytest.param("bce", marks=SLOW)])
 def test_class_weights_of_a_step(name):
     """The same on two devices; of softmax as if images stood as often in it as weights say."""
     weights = np.array([0, 1, 2, 3, 2, 1, 0, 1, 2, 3], np.float32)

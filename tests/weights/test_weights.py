@@ -50,7 +50,11 @@ def renamed(model, state_dict, scheme_index):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet20", "resnet50d", "resnetrs50", "resnetv2_50", "ecaresnet26t"]
+    "name",
+    [
+        *("resnet20", "resnetv2_50", "ecaresnet26t"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50d", "resnetrs50")),
+    ],
 )
 def test_round_trip_is_exact(name):
     model, variables = network(name)
