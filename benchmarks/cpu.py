@@ -1,7 +1,7 @@
 """Compares speed on a CPU with a straightforward Flax network and with PyTorch.
 
     pip install torch torchvision
-    python benchmarks/cpu.py [--cases=resnet50-train-32,...] [--rounds=10]
+    python benchmarks/cpu.py [--cases=resnet50-train-32,...] [--networks=ours,flax] [--rounds=10]
 
 Each network compiles in a process of its own; then the networks take steps in turn, one at a time,
 so that a machine whose speed varies slows them down alike. Prints a table of images/s (the median
@@ -32,6 +32,7 @@ NETWORKS = ("ours", "flax", "torch")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="ours, and others")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # runs this network, a step per line
     options = parser.parse_args()
@@ -39,28 +40,26 @@ def main() -> None:
         serve(options.serve, options.cases)
         return
 
-    print(f"{'images/s':24}{'ours':>9}{'flax':>9}{'torch':>9}{'ours/flax':>11}{'ours/torch':>12}")
+    networks = options.networks.split(",")
+    columns = [*networks, *(f"ours/{name}" for name in networks[1:])]
+    print(f"{'images/s':24}" + "".join(f"{column:>12}" for column in columns))
     for case in options.cases.split(","):
-        seconds = alternate(case, options.rounds)
-        ours, flax, torch = (seconds[network] for network in NETWORKS)
-        rates = {name: CASES[case][1] / statistics.median(each) for name, each in seconds.items()}
-        ratios = [
-            statistics.median(b / a for a, b in zip(ours, other, strict=True))
-            for other in (flax, torch)
-        ]
-        row = "".join(f"{rates[network]:9.1f}" for network in NETWORKS)
-        print(f"{case:24}{row}{ratios[0]:11.2f}{ratios[1]:12.2f}", flush=True)
-        record = {"benchmark": "cpu", "case": case, "cores": os.cpu_count(), **rates}
-        print(json.dumps({**record, "ours/flax": ratios[0], "ours/torch": ratios[1]}))
+        seconds = alternate(case, networks, options.rounds)
+        found = {name: CASES[case][1] / statistics.median(each) for name, each in seconds.items()}
+        for name in networks[1:]:
+            pairs = zip(seconds["ours"], seconds[name], strict=True)
+            found[f"ours/{name}"] = statistics.median(other / ours for ours, other in pairs)
+        print(f"{case:24}" + "".join(f"{found[column]:12.2f}" for column in columns), flush=True)
+        print(json.dumps({"benchmark": "cpu", "case": case, "cores": os.cpu_count(), **found}))
 
 
-def alternate(case: str, rounds: int) -> dict[str, list[float]]:
+def alternate(case: str, networks: list[str], rounds: int) -> dict[str, list[float]]:
     """Seconds of each network's steps, taken in turn."""
-    processes = {network: start(network, case) for network in NETWORKS}
+    processes = {network: start(network, case) for network in networks}
     for network, process in processes.items():
         if not process.stdout.readline():  # a line when it has compiled
             sys.exit(f"error: {network}, {case}: its process ended, see above")
-    seconds: dict[str, list[float]] = {network: [] for network in NETWORKS}
+    seconds: dict[str, list[float]] = {network: [] for network in networks}
     for _ in range(rounds):
         for network, process in processes.items():
             print(file=process.stdin, flush=True)

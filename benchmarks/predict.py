@@ -63,10 +63,7 @@ def read(classifier: Classifier, files: list[ImageFile]) -> None:
 def run_network(classifier: Classifier, files: list[ImageFile]) -> None:
     predictor, side = classifier.outputs, classifier.network.preprocessing.image_size
     batch = shard_batch(np.zeros((predictor.batch_size, side, side, 3), np.uint8))
-    outputs = [
-        predictor._compiled(predictor._variables, batch)
-        for _ in range(0, len(files), predictor.batch_size)
-    ]
+    outputs = [predictor._compiled(batch) for _ in range(0, len(files), predictor.batch_size)]
     jax.block_until_ready(outputs)
 
 

@@ -26,7 +26,7 @@ from replacing import replace_everywhere
 TIMED = {
     "open_sources": "opening the dataset",
     "create_state": "initial parameters",
-    "load_memory": "loading images",
+    "open_dataset": "loading images",
 }
 ROOT = Path(__file__).parents[1]
 IMPORTS = ("flax.linen", "resnet_jax", "resnet_jax.training.loop")

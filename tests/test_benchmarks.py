@@ -20,10 +20,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 # Each prints a JSON line at its end; {photos} is a folder of JPEGs.
 SMALLEST = {
-    "cpu": ["--cases=resnet20-inference-128", "--one=ours", "--seconds=0.1"],
+    "cpu": ["--cases=resnet20-inference-128", "--networks=ours,flax", "--rounds=1"],
     "decode": ["{photos}", "--rounds=1"],
     "dispatch": ["--batch=16", "--steps=300", "--per_call=25"],
-    "folded": ["--model=resnet8_cifar", "--batch=2", "--side=16", "--rounds=1"],
+    "folded": ["--model=resnet8_cifar", "--batch=8", "--side=16", "--rounds=1"],
     "input": ["{photos}", "--seconds=0.1", "--rounds=1"],
     "loop": ["--config=configs/digits.py", "--steps=10", "--rounds=1"],
     "predict": ["{photos}", "--network=resnet20", "--images=8", "--batch_size=4", "--rounds=1"],

@@ -23,7 +23,7 @@ from resnet_jax.training.step import make_train_step
 from tests.variables import random_variables
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-CLASSES = 11  # no other array has a side of eleven
+CLASSES = 29  # no other array has a side of 29
 SMALL = {"stage_sizes": (1, 1), "stage_widths": (8, 16), "num_classes": CLASSES}
 SIDE = 16
 TINY = {

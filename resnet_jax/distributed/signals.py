@@ -39,19 +39,26 @@ class Signals:
             os.write(2, b"stopping after this step; everything will be saved\n")
 
 
+class _Interrupt(KeyboardInterrupt):
+    """Python's own may not pass through `exec` of a text, as in the making of a dataclass.
+
+    Although it is handled later, CPython then ends the process by SIGINT instead of its exit code.
+    """
+
+
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
     """In the block, the first signal to stop raises KeyboardInterrupt."""
 
     def interrupt() -> None:
-        raise KeyboardInterrupt
+        raise _Interrupt
 
     with _on_first_signal(interrupt) as first, contextlib.ExitStack() as stack:
         previous = sys.unraisablehook
 
         def raise_again(unraisable: sys.UnraisableHookArgs) -> None:
             """Sends the signal again if Python drops the exception, as in garbage collection."""
-            if unraisable.exc_type is not KeyboardInterrupt:
+            if unraisable.exc_type is not _Interrupt:
                 previous(unraisable)
                 return
             first.clear()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from resnet_jax.ops.convolution import ConvOptions, Precision, convolve
+from resnet_jax.ops.sharding import BATCH, over_batch
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -131,5 +132,16 @@ class StochasticDepth(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         # One draw for each image: the mask is [N, 1, 1, 1].
-        drop = nn.Dropout(self.rate, broadcast_dims=(1, 2, 3), deterministic=not train)
-        return drop(x)
+        return dropout(nn.Dropout(self.rate, broadcast_dims=(1, 2, 3)), x, train)
+
+
+def dropout(drop: nn.Dropout, x: jax.Array, train: bool) -> jax.Array:
+    """Flax's dropout of x [N, ...], on a mesh with explicit axes too: its mask is not split."""
+    if not train or not drop.rate:
+        return x
+
+    @over_batch(BATCH)
+    def masked(x: jax.Array, key: jax.Array) -> jax.Array:
+        return drop(x, deterministic=False, rng=key)
+
+    return masked(x, drop.make_rng(drop.rng_collection))

@@ -20,6 +20,7 @@ from resnet_jax.models.layers import (
     Initializer,
     ModuleDef,
     ShortHelp,
+    dropout,
     he_fan_out,
     normal_001,
 )
@@ -223,7 +224,7 @@ class ResNet(nn.Module, metaclass=ShortHelp):
         if self.block_cls.preactivation:
             x = norm_relu(self.final_norm, x, train)
         x = x.mean((1, 2), dtype=jnp.float32)  # [N, C]
-        x = self.dropout(x, deterministic=not train)
+        x = dropout(self.dropout, x, train)
         return self.head(x) if self.num_classes else x
 
     def features(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:

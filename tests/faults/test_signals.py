@@ -224,6 +224,19 @@ def shell(line, *arguments, **options):
 CLOSED = "<&- >&- 2>&-"
 
 
+def test_an_interrupted_exec_leaves_the_exit_code():
+    code = (
+        "from resnet_jax.distributed.signals import interrupts\n"
+        "try:\n"
+        "    with interrupts():\n"
+        "        exec('import signal; signal.raise_signal(2)')\n"
+        "except KeyboardInterrupt:\n"
+        "    raise SystemExit(75) from None"
+    )
+    with started(["-c", code]) as run:
+        assert run.wait(speed.seconds(60)) == 75
+
+
 def test_a_closed_stream_gets_no_file_of_the_run(tmp_path):
     code = (
         "import os, sys\nfrom resnet_jax.cli import parser\n"
@@ -263,7 +276,7 @@ def as_another_user(*command, **environment):
     caps = [f"--{name}={value}" for name, value in zip(names, reading)]
     drop = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", *caps]
     environment = {**ENVIRONMENT, **environment, "PYTHONDONTWRITEBYTECODE": "1"}
-    for name in ("HOME", "TFDS_DATA_DIR"):
+    for name in ("HOME", "TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR"):
         environment.pop(name, None)
     return subprocess.run(
         [*drop, "bash", "-c", *map(str, command)],
@@ -290,7 +303,10 @@ def test_a_limit_of_processes_that_is_too_low_for_threads():
     ("flags", "line"),
     [
         ([], r"error: data\.data_dir = '': ~/tensorflow_datasets: there is no home directory.*"),
-        (["--workdir=~/run", "--config.data.data_dir=DATA"], "error: a path begins with ~ .*"),
+        (
+            ["--workdir=~/run", "--config.data.data_dir=DATA"],
+            "error: a path begins with ~, but there is no home directory.*",
+        ),
         (["--workdir=FOLDER/run", "--config.data.data_dir=DATA"], ""),
     ],
 )
@@ -304,7 +320,7 @@ def test_without_a_home_directory(flags, line, tmp_path):
     for each in ["--workdir=FOLDER/first", "--config.train.steps=2", *flags]:
         command.append(each.replace("FOLDER", str(tmp_path)).replace("DATA", f"{tmp_path}/data"))
     run = as_another_user('exec "$0" "$@"', sys.executable, *command)
-    said = [each for each in run.stderr.splitlines() if "programs are not kept" not in each]
+    said = [each for each in run.stderr.splitlines() if "programs are not stored" not in each]
     if line:
         assert run.returncode == 2
         assert re.fullmatch(line, *said)
