@@ -81,8 +81,11 @@ def from_json(text: str) -> Config:
     """
     try:
         stored = json.loads(text)
-        fields = {f"{name}.{k}": v for name, part in stored.items() for k, v in part.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+        sections = stored.items() if isinstance(stored, dict) else []
+        if not sections or not all(isinstance(part, dict) for _, part in sections):
+            raise ValueError("it has no sections of fields")
+        fields = {f"{name}.{k}": v for name, part in sections for k, v in part.items()}
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"config.json is not a configuration that a run writes ({error}); restore it"
         ) from error
