@@ -300,6 +300,12 @@ def _describe(inputs: Inputs, saved: _Saved, data: _RunData, workdir: Path) -> I
         f"{inputs.model.num_classes} classes; {length.steps} steps of "
         f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {workdir}"
     )
+    half = config.model.dtype != "float32"
+    if half and jax.default_backend() == "cpu" and not saved.done:  # a run that resumes keeps it
+        yield (
+            f"model.dtype = {config.model.dtype} is slower than float32 on most CPUs: "
+            "--config.model.dtype=float32"
+        )
     if line := describe_cut_warmup(config, length):
         yield line
     splits = config.data.train_split, config.data.eval_split
