@@ -62,7 +62,7 @@ def test_flags_of_numbers_have_short_names(capsys):
         ("summary resnet50 --zzz", "unknown flag '--zzz'; see python -m resnet_jax summary --help"),
         ("summary resnet50 other", "unknown argument 'other'; see "),
         ("evaluate x --state=worst", "--state: invalid choice: 'worst'"),
-        ("plan --bogus=1", "unknown flag '--bogus'; see --help=all"),
+        ("plan --bogus=1", "unknown flag '--bogus'; see train --help=all"),
         (
             "find_rate --epochs=3",
             r"unknown flag '--epochs'; did you mean '--config.train.epochs'\?",
