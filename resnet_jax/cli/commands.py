@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,7 @@ def _check_is_network(name: str) -> None:
     """Explains that a file, a folder or a recipe is not the name of a network."""
     from resnet_jax.models.registry import list_models
 
-    path = Path(name)
-    kind = "a folder" if path.is_dir() else "a file" if path.exists() else ""
+    kind = "a folder" if os.path.isdir(name) else "a file" if os.path.exists(name) else ""
     kind = kind or ("a recipe" if packaged_recipe(name) else "")
     if kind and name not in list_models():
         raise ConfigError(

@@ -81,10 +81,10 @@ def from_json(text: str) -> Config:
     """
     try:
         stored = json.loads(text)
-        sections = stored.items() if isinstance(stored, dict) else []
-        if not sections or not all(isinstance(part, dict) for _, part in sections):
-            raise ValueError("it has no sections of fields")
-        fields = {f"{name}.{k}": v for name, part in sections for k, v in part.items()}
+        is_object = isinstance(stored, dict)
+        if not is_object or not all(isinstance(part, dict) for part in stored.values()):
+            raise ValueError("it does not consist of sections of fields")
+        fields = {f"{name}.{k}": v for name, part in stored.items() for k, v in part.items()}
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"config.json is not a configuration that a run writes ({error}); restore it"

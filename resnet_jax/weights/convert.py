@@ -174,10 +174,10 @@ def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int:
     """
     tensors = find_network(state_dict).tensors
     if has_own_names(tensors):
-        bias = tensors.get("params/head/bias", ())
-        return len(bias)
-    tensors = translate(tensors).tensors
-    name = f"{_closest_scheme(model, tensors).head}.weight"
+        name = "params/head/bias"
+    else:
+        tensors = translate(tensors).tensors
+        name = f"{_closest_scheme(model, tensors).head}.weight"
     shape = check_readable(name, tensors[name]).shape if name in tensors else ()
     return int(shape[0]) if shape else 0
 

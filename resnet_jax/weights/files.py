@@ -112,7 +112,8 @@ def load_weights(
         if prefix:
             raise WeightsError(f"{path} is a workdir, whose network has no prefix={prefix!r}")
         return with_channels(_from_workdir(model, path, reset_head, weights), channels)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in WEIGHT_SUFFIXES
+    if hub_name and not os.path.exists(path):
         raise WeightsError(
             f"{path}: there is no such file or folder; read a repository on the Hub with "
             "rj.load_pretrained"
@@ -139,9 +140,11 @@ def is_workdir(path: Path) -> bool:
 
 def no_network(folder: Path) -> str:
     """A message about a folder that is not a workdir, with what to pass instead."""
-    found = sorted(
-        path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHT_SUFFIXES
-    )
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        return f"cannot read {folder}: {error.strerror}"
+    found = [path for path in inside if path.is_file() and path.suffix in WEIGHT_SUFFIXES]
     if (folder / "config.json").exists() and found:
         return (
             f"{folder} is not a workdir (it has no checkpoints/); pass its file of weights, "

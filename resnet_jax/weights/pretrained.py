@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -241,7 +242,9 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
 
 def _similar(path: Path) -> str:
     """The most similar name beside a path that does not exist, as the end of a message."""
-    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError):  # there is no such folder either
+        names = os.listdir(path.parent)
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 

@@ -83,6 +83,7 @@ UNREACHED = (
     f"^runs/digit: {MISSING}, and the Hub cannot be reached .HF_HUB_OFFLINE is set.; "
     "did you mean runs/digits.$"
 )
+HUB = f"timm/a.b_c: {MISSING}, and the Hub cannot be reached .HF_HUB_OFFLINE is set.$"
 IMAGE = "1.png: an image, not a file of weights"
 TORCH = "w.pth"  # empty, or without torch
 # What each entry says to each kind of source; None: it works.
@@ -102,6 +103,7 @@ TABLE = {
     "started": ("started/config.json cannot be read", *["is not a workdir: it has no config"] * 3),
     "nowhere": (MISSING, "cannot read nowhere: No such file", MISSING, MISSING),
     "runs/digit": (UNREACHED, "rj.load_pretrained", UNREACHED, UNREACHED[1:]),
+    "timm/a.b_c": (HUB, "rj.load_pretrained", HUB, HUB),
     "a/b/c": (MISSING, "cannot read a/b/c: No such file", MISSING, MISSING),
     "none.npz": (MISSING, *["cannot read none.npz: No such file"] * 3),
 }
