@@ -225,7 +225,8 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
             folder = download(*_WEIGHTS[1:], revision=folder.name)
         return folder
     except hub.errors.RevisionNotFoundError as error:
-        raise WeightsError(f"{repository}: the Hub has no revision {revision or 'main'} of it") from error
+        wanted = revision or "main"
+        raise WeightsError(f"{repository}: the Hub has no revision {wanted!r} of it") from error
     except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
         errors = hub.errors
         if type(error) is errors.RepositoryNotFoundError:
