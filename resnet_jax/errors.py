@@ -20,6 +20,8 @@ SKIPPED, MISTAKE, LOST, DIVERGED, STOPPED = 1, 2, 69, 70, 75
 
 # The end of messages about a run that could not continue.
 RETRY = "fix this and run the same command again to resume"
+# The end of messages about an unknown network, to which commands add their flag for it.
+UNREGISTERED = "a network of your own needs rj.register_model first, as in a recipe's file"
 
 NO_WINDOWS = (
     "Windows supports models and their weights only, not training and the commands; use Linux or "

@@ -46,12 +46,14 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 import chex
 import jax
 
+from resnet_jax.cli import parser as command_line
 from resnet_jax.data import decode as decoding
 from resnet_jax.data.memory import InMemoryDataset
 from resnet_jax.data.sources.tfds import TfdsSource
 from resnet_jax.evaluation import evaluator
 from resnet_jax.training import rate_range, run
 from tests import tiny
+from tests.advice import foreign_flags
 from tests.fake_accelerator import fake_accelerator
 
 
@@ -186,6 +188,25 @@ def _digits_decoded_once():
     with pytest.MonkeyPatch.context() as patch:
         for module in (run, evaluator, rate_range):
             patch.setattr(module, "open_dataset", open_dataset)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _errors_name_flags_of_their_command():
+    """In all tests: an error of a command advises no flag that the command does not have."""
+    parse, fail, words = command_line._parse, command_line._fail, []
+
+    def remember(arguments):
+        words[:] = arguments
+        return parse(arguments)
+
+    def check(error, *others):
+        assert not foreign_flags(words, str(error)), f"{words}: {error}"
+        return fail(error, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "_parse", remember)
+        patch.setattr(command_line, "_fail", check)
         yield
 
 

@@ -56,6 +56,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options, rest = parser.parse_known_args(arguments)
     if rest and command not in _PASS_ON:
         raise ConfigError(_explain_rest(rest, commands_of(parser)[command]))
+    for word in rest if command != "train" else ():
+        others = not word.startswith("--") or word.startswith(("--config", "--workdir"))
+        if not others and (close := _similar_flag(word, commands_of(parser)[command])):
+            raise ConfigError(f"unknown flag {word.partition('=')[0]!r}; did you mean {close}?")
     options.rest = rest
     return options
 
@@ -69,11 +73,17 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 def _explain_rest(rest: Sequence[str], parser: argparse.ArgumentParser) -> str:
     """Explains the first word that a command does not know, with the most similar flag."""
     word = next((each for each in rest if each.startswith("-")), rest[0])
-    flag = word.partition("=")[0][:100]
-    close = difflib.get_close_matches(flag.replace("_", "-"), _spellings(parser), n=1, cutoff=0.7)
-    hint = f"did you mean {_spellings(parser)[close[0]]}?" if close else f"see {parser.prog} --help"
+    flag, close = word.partition("=")[0][:100], _similar_flag(word, parser)
+    hint = f"did you mean {close}?" if close else f"see {parser.prog} --help"
     kind = "flag" if word.startswith("-") else "argument"
     return f"unknown {kind} {flag!r}; {hint}"
+
+
+def _similar_flag(word: str, parser: argparse.ArgumentParser) -> str:
+    """The most similar flag of a command; "" if none is."""
+    flag, known = word.partition("=")[0][:100].replace("_", "-"), _spellings(parser)
+    close = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+    return known[close[0]] if close else ""
 
 
 def _spellings(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -188,6 +198,7 @@ def _add_summary(parsers: Any) -> None:
     add("--num_classes", type=_count, help="classes of the head")
     add("--image_size", type=_count, help="side of the images in pixels")
     add("--channels", type=_count, default=3, help="channels of the images (default: %(default)s)")
+    _add_recipe(parser)
     parser.set_defaults(command=commands.summary)
 
 

@@ -9,12 +9,13 @@ import argparse
 import contextlib
 import functools
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from resnet_jax.cli.startup import start_backend
-from resnet_jax.config.flags import import_recipe, parse_train_flags
+from resnet_jax.config.flags import import_recipe, packaged_recipe, parse_train_flags
 from resnet_jax.config.help import train_help
 from resnet_jax.errors import (
     SKIPPED,
@@ -131,6 +132,8 @@ def summary(options: argparse.Namespace) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
+    import_recipe(options.recipe)
+    _check_is_network(options.model)
     from resnet_jax.models.registry import create_model, model_info
     from resnet_jax.models.summary import summary
 
@@ -147,6 +150,19 @@ def summary(options: argparse.Namespace) -> None:
         show(summary(model, (1, side, side, options.channels)))
 
 
+def _check_is_network(name: str) -> None:
+    """Explains that a file, a folder or a recipe is not the name of a network."""
+    from resnet_jax.models.registry import list_models
+
+    kind = "a folder" if os.path.isdir(name) else "a file" if os.path.exists(name) else ""
+    kind = kind or ("a recipe" if packaged_recipe(name) else "")
+    if kind and name not in list_models():
+        raise ConfigError(
+            f"{name} is {kind}; give the name of a network, such as resnet50 (rj.list_models() has "
+            "all of them)"
+        )
+
+
 def plan(options: argparse.Namespace) -> None:
     """Plans a run on TPUs or GPUs that this machine does not have."""
     import jax
@@ -156,7 +172,7 @@ def plan(options: argparse.Namespace) -> None:
     from resnet_jax.planning.plan import make_plan, plan_table
 
     plan = make_plan(
-        parse_train_flags(options.rest)[0],
+        parse_train_flags(options.rest, help_flag="train --help")[0],
         options.topology,
         batch_per_chip=options.batch_per_chip,
         find_batch=options.find_batch,
@@ -184,7 +200,7 @@ def find_rate(options: argparse.Namespace) -> None:
             numbers = f"for the numbers only, use --output={path.with_suffix('.csv')}"
             raise ConfigError(f"{import_failure(error, flag)}; {numbers}") from error
     start_backend()
-    config, _ = parse_train_flags(options.rest)
+    config, _ = parse_train_flags(options.rest, help_flag="train --help")
     with contextlib.ExitStack() as stack:
         opened = {
             suffix: stack.enter_context(open_output(path.with_suffix(suffix), options.force))

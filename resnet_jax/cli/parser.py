@@ -16,6 +16,7 @@ from resnet_jax.errors import (
     DIVERGED,
     MISTAKE,
     STOPPED,
+    UNREGISTERED,
     ConfigError,
     DivergedError,
     ResNetJaxError,
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    options = argparse.Namespace()
     try:
         with interrupts():
             options = _parse(arguments)
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # incomplete files have been removed
         return _fail(Exception("interrupted; run the command again"), STOPPED, "stopped")
     except ResNetJaxError as error:
+        if hasattr(options, "recipe"):  # the library cannot know which commands have the flag
+            text = str(error).replace(UNREGISTERED, f"{UNREGISTERED} (--recipe=FILE)")
+            return _fail(Exception(text), MISTAKE)
         return _fail(error, MISTAKE)
     except ImportError as error:
         return _fail(Exception(import_failure(error)), MISTAKE)

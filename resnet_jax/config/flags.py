@@ -36,11 +36,12 @@ _OTHER_FLAGS = {
 _MAX_RESIZE_RATIO = 1.5
 
 
-def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
+def parse_train_flags(arguments: Sequence[str], *, help_flag: str = "--help") -> tuple[Any, Path]:
     """Parses the flags of `train`.
 
     Args:
       arguments: Such as ["--config=cifar:resnet56", "--config.train.epochs=3"].
+      help_flag: How messages name the flag that lists all fields.
 
     Returns:
       (Config, workdir).
@@ -71,7 +72,7 @@ def parse_train_flags(arguments: Sequence[str]) -> tuple[Any, Path]:
         config = values.config
         file = config_flags.get_config_filename(values["config"])
     except Exception as error:  # a configuration file is a program, and may raise anything
-        raise ConfigError(_explain_flag_error(error, arguments)) from error
+        raise ConfigError(_explain_flag_error(error, arguments, help_flag)) from error
     if len(left) > 1:
         raise ConfigError(_explain_word(left[1]))
     if not isinstance(config, Config):
@@ -181,7 +182,7 @@ def _explain_file(file: Path) -> str:
     return f"no such file; there are {', '.join(recipes.values())}"
 
 
-def _explain_flag_error(error: Exception, arguments: Sequence[str]) -> str:
+def _explain_flag_error(error: Exception, arguments: Sequence[str], help_flag: str) -> str:
     """One line about a wrong flag; the library's own messages suggest no alternatives."""
     from absl import flags
 
@@ -190,7 +191,7 @@ def _explain_flag_error(error: Exception, arguments: Sequence[str]) -> str:
 
     fields = to_flat(Config())
     for argument in arguments:
-        if unknown := _explain_name(argument, fields):
+        if unknown := _explain_name(argument, fields, help_flag):
             return unknown
     text = str(error).strip()
     last = text.splitlines()[-1].strip() if text else ""  # a bare `assert` has no message
@@ -205,7 +206,7 @@ def _explain_flag_error(error: Exception, arguments: Sequence[str]) -> str:
     return ": ".join([file, *kind, last]).rstrip(": ")
 
 
-def _explain_name(argument: str, fields: Mapping[str, Any]) -> str:
+def _explain_name(argument: str, fields: Mapping[str, Any], help_flag: str) -> str:
     """Explains a flag that does not exist, with the field that it may mean; "" for other words."""
     dashes, name = re.match(r"(-*)([^=]*)", argument).groups()  # type: ignore[union-attr]
     name = name[:100]
@@ -219,14 +220,14 @@ def _explain_name(argument: str, fields: Mapping[str, Any]) -> str:
         if field in fields:
             return ""
         if any(each.startswith(f"{field}.") for each in fields) and f"{field}.name" not in fields:
-            return f"{field!r} is a section of fields; --help={field} lists them"
+            return f"{field!r} is a section of fields; {help_flag}={field} lists them"
         text, close = f"unknown field {field!r}", likely_fields(field, fields)
     else:
         near = [_OTHER_FLAGS[name]] if name in _OTHER_FLAGS else []
         near = near or difflib.get_close_matches(name, _FLAGS, n=1)
         found = [f"config.{each}" for each in likely_fields(name, fields)]
         text, close = f"unknown flag {shown!r}", [f"--{each}" for each in near or found]
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see --help=all"
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"see {help_flag}=all"
     return f"{text}; {hint}"
 
 

@@ -81,8 +81,11 @@ def from_json(text: str) -> Config:
     """
     try:
         stored = json.loads(text)
+        is_object = isinstance(stored, dict)
+        if not is_object or not all(isinstance(part, dict) for part in stored.values()):
+            raise ValueError("it does not consist of sections of fields")
         fields = {f"{name}.{k}": v for name, part in stored.items() for k, v in part.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"config.json is not a configuration that a run writes ({error}); restore it"
         ) from error

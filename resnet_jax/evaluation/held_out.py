@@ -15,6 +15,8 @@ from resnet_jax.config.schema import DATA_PLACES, DATA_SPLIT, Config, Data
 from resnet_jax.config.serialization import absolute_data_name
 from resnet_jax.data.preprocessing import Preprocessing
 from resnet_jax.data.sources import Source, open_source, split_names
+from resnet_jax.data.sources.folders import are_classes
+from resnet_jax.data.sources.splits import HELD_OUT
 from resnet_jax.data.sources.tfds_files import prepared_configs
 from resnet_jax.errors import ConfigError, DataError, WeightsError
 from resnet_jax.evaluation.evaluator import Evaluator, evaluate_network
@@ -29,8 +31,6 @@ from resnet_jax.evaluation.result import CorruptionResult, EvaluationResult
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.network import Network, evaluated_data, require_head
 from resnet_jax.workdirs.description import read_class_names, read_json
-
-_HELD_OUT = ("test", "val", "valid", "validation")  # names of splits
 
 
 def evaluate_data(
@@ -133,11 +133,17 @@ def _log_assumed(network: Network, log: Callable[[str], Any]) -> None:
 def _held_out_split(data: str, data_dir: str) -> str:
     """The only split of a dataset that is named as a held-out one; else a ConfigError."""
     splits = split_names(data, data_dir)
-    held_out = [split for split in splits if split in _HELD_OUT]
+    held_out = [split for split in splits if split in HELD_OUT]
     if len(held_out) == 1:
         return held_out[0]
     shown = ", ".join(splits[:8]) + (", ..." if len(splits) > 8 else "")
-    raise ConfigError(f"--split: name the split of {data} to evaluate; it has: {shown or 'none'}")
+    kind, _, place = data.partition(":")
+    folder, hint = Path(place).expanduser().absolute(), ""
+    if kind == "folder" and splits and are_classes(folder, splits):
+        hint = f"; if these are classes: --data=folder:{folder.parent} --split={folder.name}"
+    raise ConfigError(
+        f"--split: name the split of {data} to evaluate; it has: {shown or 'none'}{hint}"
+    )
 
 
 def open_held_out(

@@ -181,7 +181,7 @@ class EvaluationResult:
                 **{"threshold": found.threshold, "absent_classes": found.absent},
                 **metrics,
             }
-        counts = {"images": self.images, "skipped": self.skipped, "unlabelled": self.unlabeled}
+        counts = {"images": self.images, "skipped": self.skipped, "unlabeled": self.unlabeled}
         return {**metrics, **counts}
 
     def to_json(self) -> dict[str, Any]:

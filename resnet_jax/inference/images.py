@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -58,7 +59,8 @@ def list_images(inputs: Sequence[str | os.PathLike[str]]) -> list[ImageFile]:
     """The images that a command line names: files, folders, or "-" for standard input.
 
     Standard input is either one encoded image or, if it is text, a list of files and folders, one
-    per line. Folders are searched recursively, sorted by name, without hidden files.
+    per line. Folders are searched recursively, sorted by name, without hidden files. A path that is
+    named twice, or that a named folder contains, is listed once, where it comes first.
 
     Example:
       >>> import pathlib, tempfile
@@ -75,14 +77,16 @@ def list_images(inputs: Sequence[str | os.PathLike[str]]) -> list[ImageFile]:
     for name in names:
         if name != STDIN and not os.path.exists(name):
             raise DataError(f"{name}: there is no such file or folder")
-    found: list[ImageFile] = []
+    found: dict[object, ImageFile] = {}
     for name in names:
-        found += (
+        files = (
             _from_stdin(sys.stdin.buffer.read(MAX_IMAGE_BYTES + 1))
             if name == STDIN
             else _expand(name)
         )
-    return found
+        for file in files:
+            found.setdefault(STDIN if file.data is not None else Path(file.name).absolute(), file)
+    return [*found.values()]
 
 
 def _from_stdin(data: bytes) -> list[ImageFile]:

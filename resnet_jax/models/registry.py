@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from resnet_jax.errors import ModelError, unknown_name
+from resnet_jax.errors import UNREGISTERED, ModelError, unknown_name
 from resnet_jax.limits import MAX_SIDE
 from resnet_jax.models.architectures import TABLE
 from resnet_jax.models.resnet import ResNet
@@ -189,7 +189,5 @@ def model_info(name: str) -> Architecture:
     """
     if name not in _ARCHITECTURES:
         message = unknown_name("model", name, _ARCHITECTURES)
-        raise ModelError(
-            f"{message}; a network of your own needs rj.register_model first (or --recipe=FILE)"
-        )
+        raise ModelError(f"{message}; {UNREGISTERED}")
     return _ARCHITECTURES[name]

@@ -59,21 +59,19 @@ class Summary:
         header = ("layer", "kind", "output", "parameters", "multiply-adds")
         rows = [_row("/".join(each.path), each) for each in self.layers]
         total = ("total", "", "", f"{self.parameters:,}", f"{self.multiply_adds:,}")
-        vgg_parameters, vgg_multiply_adds = vgg16_counts()
-        vgg = ("VGG-16 at 224x224", "", "", f"{vgg_parameters:,}", f"{vgg_multiply_adds:,}")
-        lines = _align([header, *rows, total, vgg])
+        lines = _align([header, *rows, total])
         rule = "-" * len(lines[0])
-        images = self.input_shape[0]
-        shares = (
-            100 * self.parameters / vgg_parameters,
-            100 * self.multiply_adds / images / vgg_multiply_adds,
-        )
-        note = (
-            f"input {list(self.input_shape)}: {self.multiply_adds / images / 1e9:.2f} G "
-            f"multiply-adds an image;\n{shares[0]:.0f}% of VGG-16's parameters, "
-            f"{shares[1]:.0f}% of its multiply-adds"
-        )
-        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], "", note])
+        each = self.multiply_adds / self.input_shape[0]
+        notes = [f"input {list(self.input_shape)}: {each / 1e9:.2f} G multiply-adds an image"]
+        if self.input_shape[1:3] == (224, 224):
+            parameters, multiply_adds = vgg16_counts()
+            notes += [
+                f"VGG-16, which the ResNet paper compares with, has {parameters / 1e6:.0f} M "
+                f"parameters and {multiply_adds / 1e9:.1f} G:",
+                f"this network has {self.parameters / parameters:.0%} and "
+                f"{each / multiply_adds:.0%} of them",
+            ]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *notes])
 
 
 def summary(model: ResNet, shape: Sequence[int]) -> Summary:

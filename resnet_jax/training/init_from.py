@@ -47,6 +47,14 @@ _OPEN_VALUES: dict[str, Any] = {
 # same as image_size.
 _OPENED_WITH_OTHERS = ("data.channels", "data.eval_size", "data.eval_resize")
 _HEADLESS = ("",)  # class names of weights without a head
+# Flags of the commands that open a network, in messages, and what a run has instead.
+_FLAGS = {
+    "--model=": "model.name = ",
+    "with --model": "in model.name",
+    "--interpolation": "data.interpolation",
+    "--prefix= or --no-ema": "--prefix=",
+    "--prefix=": "rj.load_weights(..., prefix=...), and save it with rj.save_weights",
+}
 # Fields of `ResNet` that a configuration has too, and that change what weights mean.
 _MODEL_FIELDS = ("shortcut", "stride_in_1x1")
 # Fields of `ResNet` that do not change what the network computes for given weights.
@@ -162,11 +170,17 @@ def _replaced(config: Config, values: dict[str, Any]) -> Config:
 
 def _open(config: Config) -> Network:
     """Opens the network that checkpoint.init_from names."""
-    source, name = config.checkpoint.init_from, config.model.name
+    source = config.checkpoint.init_from
     try:
-        return open_network(Path(source).expanduser() if _is_path(source) else source, model=name)
+        return open_network(
+            Path(source).expanduser() if _is_path(source) else source,
+            model=config.model.name,
+            interpolation=config.data.interpolation,
+        )
     except (WeightsError, ModelError, ConfigError) as error:
-        reason = str(error).replace("--model=", "model.name = ")
+        reason = str(error)
+        for flag, here in _FLAGS.items():
+            reason = reason.replace(flag, here)
         raise ConfigError(f"checkpoint.init_from = {source!r}: {one_line(reason)}") from error
 
 

@@ -23,6 +23,7 @@ from resnet_jax.distributed.process_group import ProcessGroup
 from resnet_jax.distributed.signals import Signals
 from resnet_jax.errors import ConfigError, StoppedError
 from resnet_jax.evaluation.metrics import make_evaluation_step
+from resnet_jax.models.resnet import ResNet
 from resnet_jax.training import class_balance
 from resnet_jax.training.init_from import initial_variables
 from resnet_jax.training.inputs import Inputs
@@ -300,6 +301,11 @@ def _describe(inputs: Inputs, saved: _Saved, data: _RunData, workdir: Path) -> I
         f"{inputs.model.num_classes} classes; {length.steps} steps of "
         f"{config.train.batch_size} on {computes_on(jax.devices())}; workdir {workdir}"
     )
+    if not saved.done and _is_slow_on_cpu(config, inputs.model):  # a run that resumes keeps it
+        yield (
+            f"model.dtype = {config.model.dtype} is slower than float32 on a CPU: "
+            "--config.model.dtype=float32"
+        )
     if line := describe_cut_warmup(config, length):
         yield line
     splits = config.data.train_split, config.data.eval_split
@@ -315,3 +321,9 @@ def _describe(inputs: Inputs, saved: _Saved, data: _RunData, workdir: Path) -> I
         yield f"resuming after step {saved.done}"
     names, counts = inputs.class_names, data.class_counts["train"]
     yield from class_balance.describe(config, names, counts, data.class_weights)
+
+
+def _is_slow_on_cpu(config: Config, model: ResNet) -> bool:
+    """Whether the devices are CPUs, which have fast 1x1 convolutions in float32 only."""
+    half = config.model.dtype != "float32"
+    return half and model.block_cls.bottleneck and jax.default_backend() == "cpu"

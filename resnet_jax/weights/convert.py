@@ -86,7 +86,7 @@ def from_torch(
     check_model(model)
     contents = find_network(state_dict, prefix=prefix, weights=weights)
     new_head = reset_head or not model.num_classes
-    if any(name.startswith(_OWN) for name in contents.tensors):
+    if has_own_names(contents.tensors):
         own = fit_variables(model, _unflattened(contents.tensors), reset_head=new_head)
         return with_channels(own, channels)
     translated = translate(contents.tensors)
@@ -172,10 +172,19 @@ def head_classes(model: ResNet, state_dict: Mapping[str, Any]) -> int:
       >>> head_classes(rj.ResNet20(), rj.to_torch(model, variables))
       7
     """
-    tensors = translate(find_network(state_dict).tensors).tensors
-    name = f"{_closest_scheme(model, tensors).head}.weight"
+    tensors = find_network(state_dict).tensors
+    if has_own_names(tensors):
+        name = "params/head/bias"
+    else:
+        tensors = translate(tensors).tensors
+        name = f"{_closest_scheme(model, tensors).head}.weight"
     shape = check_readable(name, tensors[name]).shape if name in tensors else ()
     return int(shape[0]) if shape else 0
+
+
+def has_own_names(tensors: Mapping[str, Any]) -> bool:
+    """Whether tensors have the names of this package's variables, as in a msgpack file."""
+    return any(name.startswith(_OWN) for name in tensors)
 
 
 def fit_variables(

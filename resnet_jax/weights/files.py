@@ -50,12 +50,14 @@ _WRITERS = {
     **dict.fromkeys([".pth", ".pt", ".th", ".bin", ".ckpt"], write_torch),
 }
 # First bytes of other files that users pass as weights.
+_IMAGE = "an image, not a file of weights; commands take the network before the images"
 _NOT_WEIGHTS = {
     b"\4\0\0\0\1\0\0\0": "a Lua Torch file (.t7), which PyTorch does not read any more",
     b"\3\0\0\0\1\0\0\0": "a Lua Torch file (.t7), which PyTorch does not read any more",
     b"version https://git-lfs": "Git LFS's pointer to a file, not the file; run git lfs pull",
     b"<!DOCTYPE": "a web page, not a file of weights; download the file again",
     b"<html": "a web page, not a file of weights; download the file again",
+    **dict.fromkeys([b"\x89PNG", b"\xff\xd8\xff", b"GIF8"], _IMAGE),
 }
 
 
@@ -105,9 +107,17 @@ def load_weights(
     check_model(model)
     path = Path(os.path.expanduser(path))
     if path.is_dir():
+        if not is_workdir(path):
+            raise WeightsError(no_network(path))
         if prefix:
             raise WeightsError(f"{path} is a workdir, whose network has no prefix={prefix!r}")
         return with_channels(_from_workdir(model, path, reset_head, weights), channels)
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in WEIGHT_SUFFIXES
+    if hub_name and not os.path.exists(path):
+        raise WeightsError(
+            f"{path}: there is no such file or folder; read a repository on the Hub with "
+            "rj.load_pretrained"
+        )
     state_dict = read_state_dict(path, sha256=sha256)
     try:
         return from_torch(
@@ -121,6 +131,30 @@ def load_weights(
         )
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+
+
+def is_workdir(path: Path) -> bool:
+    """Whether a path is the folder of a run."""
+    return (path / "checkpoints").is_dir()
+
+
+def no_network(folder: Path) -> str:
+    """A message about a folder that is not a workdir, with what to pass instead."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        return f"cannot read {folder}: {error.strerror}"
+    found = [path for path in inside if path.is_file() and path.suffix in WEIGHT_SUFFIXES]
+    if (folder / "config.json").exists() and found:
+        return (
+            f"{folder} is not a workdir (it has no checkpoints/); pass its file of weights, "
+            f"{found[0]}, or read the folder with rj.load_pretrained"
+        )
+    hint = f"to open a weight file in it, pass the file: {found[0]}" if found else "pass another"
+    return (
+        f"{folder} is neither a workdir (it has no checkpoints/) nor a folder in the Hub's form "
+        f"(it has no config.json); {hint}"
+    )
 
 
 def _from_workdir(model: ResNet, workdir: Path, reset_head: bool, weights: str | None) -> Variables:
@@ -242,6 +276,8 @@ def _format_of(path: Path, data: bytes) -> str:
     # msgpack has no signature, only a first byte that starts a dictionary.
     if suffix is None and data[:1] and (0x80 < data[0] < 0x90 or data[0] in (0xDE, 0xDF)):
         return "msgpack"
+    if path.suffix in (".stablehlo", ".onnx"):
+        raise WeightsError("an exported program; open what it was exported from")
     if suffix is None:
         raise WeightsError(
             "its content is none of PyTorch's (torch.save), safetensors, NumPy's (.npz), Keras's "

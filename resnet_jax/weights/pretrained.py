@@ -1,22 +1,26 @@
-"""Pretrained networks from the Hugging Face Hub, or from a folder in its form."""
+"""Pretrained networks from the Hugging Face Hub, a folder in its form, or a workdir."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from resnet_jax.data.preprocessing import Preprocessing
-from resnet_jax.errors import ModelError, WeightsError, importing, reason_of
+from resnet_jax.errors import ModelError, ResNetJaxError, WeightsError, importing, reason_of
 from resnet_jax.files import MIB, read_json
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.channels import colors_for
+from resnet_jax.weights.class_names import complete_names
 from resnet_jax.weights.convert import Variables
 from resnet_jax.weights.description import Description
-from resnet_jax.weights.files import WEIGHT_SUFFIXES, load_weights
+from resnet_jax.weights.files import is_workdir, load_weights, no_network
 from resnet_jax.weights.timm_config import timm_description
 from resnet_jax.weights.transformers_config import (
     processor_preprocessing,
@@ -64,14 +68,15 @@ def load_pretrained(
     use_test_size: bool = False,
     **overrides: Any,
 ) -> Pretrained:
-    """Loads a network from a repository of the Hugging Face Hub, or from a folder in its form.
+    """Loads a network from the Hugging Face Hub, a folder in its form, or a run's workdir.
 
     The repository holds `config.json` as timm or Hugging Face transformers writes it, and
     `model.safetensors` or `pytorch_model.bin`; from transformers also `preprocessor_config.json`.
-    Offline, the Hub's local cache is used.
+    Offline, the Hub's local cache is used. Of a workdir, the best state is read, and its moving
+    average if it has one.
 
     Args:
-      repository: "owner/name" on the Hub, or a folder with those files.
+      repository: "owner/name" on the Hub, a folder with those files, or a workdir.
       revision: Branch, tag or commit on the Hub. Only a commit always means the same weights.
       reset_head: Leave the head out and initialize a new one; set num_classes with it.
       channels: Adapt the first convolution to images with this number of channels, as `from_torch`
@@ -85,7 +90,7 @@ def load_pretrained(
 
     Raises:
       WeightsError: The repository is not reachable and not in the cache, is not a network of
-        this family, or its weights do not fit.
+        this family, or its weights do not fit; the workdir has no intact state.
 
     Example:
       >>> import tempfile, json, pathlib, jax, jax.numpy as jnp, resnet_jax as rj
@@ -125,9 +130,11 @@ def load_pretrained(
 
 def read_description(folder: Path, *, use_test_size: bool = False) -> Description:
     """Reads config.json of a folder and, for transformers, preprocessor_config.json."""
+    if is_workdir(folder):
+        return _describe_run(folder)
     path = folder / CONFIG
     if folder.is_dir() and not path.exists():
-        raise WeightsError(_not_a_repository(folder))
+        raise WeightsError(no_network(folder))
     config = _read(path)
     if isinstance(config, dict) and "architecture" not in config and "model_type" in config:
         described = _checked(path, "transformers", lambda: transformers_description(config))
@@ -139,15 +146,28 @@ def read_description(folder: Path, *, use_test_size: bool = False) -> Descriptio
     return _checked(path, "timm", lambda: timm_description(config, use_test_size))
 
 
-def _not_a_repository(folder: Path) -> str:
-    """Says what to pass instead of a folder without config.json."""
-    files = sorted(
-        path for path in folder.iterdir() if path.is_file() and path.suffix in WEIGHT_SUFFIXES
-    )
-    hint = f"to open a weight file in it, pass the file: {files[0]}" if files else "pass another"
-    return (
-        f"{folder} is neither a workdir (it has no checkpoints/) nor a folder in the Hub's form "
-        f"(it has no {CONFIG}); {hint}"
+def _describe_run(workdir: Path) -> Description:
+    """The network of a run, by its configuration and the names of its classes."""
+    # Imported here, because a repository of the Hub needs none of it.
+    with importing(f"{workdir} is a workdir, and reading it", WeightsError):
+        from resnet_jax.config.model import make_model, model_overrides
+        from resnet_jax.workdirs.description import read_class_names, read_config
+    try:
+        config, names = read_config(workdir), read_class_names(workdir)
+        model = make_model(config, len(names))
+    except ResNetJaxError as error:
+        raise WeightsError(str(error)) from error
+    classes = model.num_classes
+    return Description(
+        name=config.model.name,
+        fields={
+            "num_classes": classes,
+            "dtype": model.dtype,
+            **model_overrides(config.model),
+        },
+        preprocessing=Preprocessing.from_config(config),
+        class_names=complete_names(names, classes),
+        threshold=config.evaluate.threshold if config.data.multi_label else None,
     )
 
 
@@ -186,9 +206,10 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
             f"{repository} is a file, not a folder: read it with rj.load_weights(model, path), or "
             "rj.Classifier.load(path)"
         )
-    with importing(
-        f"{repository}: there is no such file or folder here; as a name on the Hub it", WeightsError
-    ):
+    missing = f"{repository}: there is no such file or folder"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(repository)):
+        raise WeightsError(f"{missing}{_similar(local)}")
+    with importing(f"{missing} here; as a name on the Hub it", WeightsError):
         import huggingface_hub as hub
 
     def download(*files: str, revision: str | None) -> Path:
@@ -203,14 +224,36 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
         if not (folder / _WEIGHTS[0]).exists() and (folder / CONFIG).exists():
             folder = download(*_WEIGHTS[1:], revision=folder.name)
         return folder
+    except hub.errors.RevisionNotFoundError as error:
+        wanted = revision or "main"
+        raise WeightsError(f"{repository}: the Hub has no revision {wanted!r} of it") from error
     except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
-        raise WeightsError(
-            f"{repository} (revision {revision or 'main'}) is no folder here, is not in the local "
-            f"cache, and cannot be downloaded from the Hub ({reason_of(error)})"
-        ) from error
+        errors = hub.errors
+        if type(error) is errors.RepositoryNotFoundError:
+            reason = "the Hub has no repository of this name, or it is private"
+        elif type(error) is errors.LocalEntryNotFoundError and error.__cause__ is not None:
+            cause = cast(Exception, error.__cause__)
+            offline = isinstance(cause, errors.OfflineModeIsEnabled)
+            why = "HF_HUB_OFFLINE is set" if offline else reason_of(cause)
+            reason = f"the Hub cannot be reached ({why})"
+        else:
+            reason = f"the Hub does not give it ({reason_of(error)})"
+        raise WeightsError(f"{missing}, and {reason}{_similar(local)}") from error
+
+
+def _similar(path: Path) -> str:
+    """The most similar name beside a path that does not exist, as the end of a message."""
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError):  # there is no such folder either
+        names = os.listdir(path.parent)
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _weight_file(folder: Path) -> Path:
+    """The file to read the weights from, or the workdir itself."""
+    if is_workdir(folder):
+        return folder
     found = [folder / name for name in _WEIGHTS if (folder / name).exists()]
     if not found:
         raise WeightsError(f"{folder} has no file of weights ({' or '.join(_WEIGHTS)})")

@@ -21,7 +21,7 @@ from resnet_jax.errors import ConfigError, ResNetJaxError, WeightsError
 from resnet_jax.models.registry import model_info
 from resnet_jax.weights.class_names import IMAGENET_CLASSES, class_names_from, complete_names
 from resnet_jax.weights.convert import Variables, fit_variables
-from resnet_jax.weights.files import WEIGHT_SUFFIXES
+from resnet_jax.weights.files import WEIGHT_SUFFIXES, is_workdir
 from resnet_jax.weights.network import Network
 from resnet_jax.weights.overrides import Overrides
 from resnet_jax.weights.pretrained import load_pretrained
@@ -100,9 +100,9 @@ def open_network(
         raise ConfigError(f"weights={weights[:100]!r}: must be 'ema' or 'raw'")
     # Unlike Path.expanduser, this one leaves ~ alone where the user has no home.
     path = Path(os.path.expanduser(source))
-    is_workdir = (path / "checkpoints").is_dir()
+    from_run = is_workdir(path)
     is_file = path.is_file() or path.suffix in WEIGHT_SUFFIXES
-    if is_workdir:
+    if from_run:
         _check_no_options(path, "a workdir", prefix=prefix, classes=classes)
     elif not is_file:
         _check_no_options(source, "in the Hub's form", prefix=prefix, weights=weights)
@@ -118,7 +118,7 @@ def open_network(
         *class_names_from(classes),
     )
     overrides.check()
-    if is_workdir:
+    if from_run:
         network = _from_workdir(path, best, ema and weights != "raw")
         if weights == "ema" and not network.ema:
             raise ConfigError(f"weights='ema': {source} has no moving average")

@@ -19,7 +19,7 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.channels import colors_for
 from resnet_jax.weights.class_names import complete_names
 from resnet_jax.weights.contents import find_network
-from resnet_jax.weights.convert import Variables, from_torch, head_classes
+from resnet_jax.weights.convert import Variables, from_torch, has_own_names, head_classes
 from resnet_jax.weights.files import read_state_dict
 from resnet_jax.weights.infer import infer_model
 from resnet_jax.weights.network import Network
@@ -29,10 +29,11 @@ _SMALL = 32  # pixels a side up to which images are like CIFAR's
 _ENCODER = r"(?i)encoder_q|query|online"
 # Arguments of the library in errors, and their replacement where a network is only opened.
 _ARGUMENTS = {
-    r"pass reset_head=True": "fine-tune it with --config.checkpoint.reset_head=true",
+    r"pass reset_head=True": "fine-tune it (train --config.checkpoint.reset_head=true)",
     r"pass strict=False to leave that out": "rj.load_weights(..., strict=False) leaves that out",
     r"weights=(['\"])raw\1": "--no-ema",
-    r"\bprefix=(['\"])": r"--prefix=\1",
+    r"prefix= or weights=": "--prefix= or --no-ema",
+    r"(?<!--)\bprefix=": "--prefix=",
 }
 
 
@@ -88,6 +89,8 @@ class _Built(NamedTuple):
 
 
 def _inferred(tensors: Mapping[str, Any]) -> _Built:
+    if has_own_names(tensors):
+        raise WeightsError("the names are this package's own; say which network it is with --model")
     found = infer_model(tensors)
     model = create_model(found.name, **found.fields)
     # The width of the head is not an assumption.

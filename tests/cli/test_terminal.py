@@ -62,7 +62,7 @@ def test_flags_of_numbers_have_short_names(capsys):
         ("summary resnet50 --zzz", "unknown flag '--zzz'; see python -m resnet_jax summary --help"),
         ("summary resnet50 other", "unknown argument 'other'; see "),
         ("evaluate x --state=worst", "--state: invalid choice: 'worst'"),
-        ("plan --bogus=1", "unknown flag '--bogus'; see --help=all"),
+        ("plan --bogus=1", "unknown flag '--bogus'; see train --help=all"),
         (
             "find_rate --epochs=3",
             r"unknown flag '--epochs'; did you mean '--config.train.epochs'\?",
@@ -85,6 +85,9 @@ def test_the_table_of_a_network_fits_80_columns():
     assert not any(line.endswith(" ") for line in text.splitlines())
     assert "112x112x64" in text
     assert "4.09 G multiply-adds an image" in text
+    assert "VGG-16, which the ResNet paper compares with, has 138 M parameters and 15.5 G" in text
+    assert "this network has 18% and 26% of them" in text
+    assert "VGG" not in str(rj.summary(rj.ResNet20(), (1, 32, 32, 3)))
 
 
 def run_of_records(width, tmp_path):

@@ -156,6 +156,9 @@ def test_the_only_held_out_split_is_the_default(place, tmp_path, capsys):
     assert main([*command, f"--data=folder:{tmp_path}/data"]) == 2
     assert "--split: name the split of folder:" in (err := capsys.readouterr().err)
     assert err.endswith("to evaluate; it has: test, val\n")
+    assert main([*command, f"--data=folder:{tmp_path}/data/val"]) == 2
+    hint = f"; if these are classes: --data=folder:{tmp_path}/data --split=val\n"
+    assert capsys.readouterr().err.endswith(hint)
     (tmp_path / "list.csv").write_text("path,label\na.png,a\nb.png,b\n")
     assert main([*command, f"--data=csv:{tmp_path}/list.csv"]) == 2
     assert capsys.readouterr().err.endswith("to evaluate; it has: train\n")

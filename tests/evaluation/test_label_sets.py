@@ -104,7 +104,7 @@ def test_real_labels(prepared):
     assert (report.images, report.unlabeled, report.skipped) == (len(top1), 1, 0)
     assert (report.loss, report.labels, report.confusion, report.per_class) == (None,) * 4
     record = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert record["unlabelled"] == 1
+    assert record["unlabeled"] == 1
     assert record["ece"] == report.ece
     assert "1 more have no label" in report.table(per_class=True)
     assert f"top-5   {report.top5:.2%}" in report.table()

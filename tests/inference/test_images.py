@@ -259,6 +259,25 @@ def test_folders_in_order_with_labels(folder):
 
 
 @pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (["c.gif", "c.gif"], ["c.gif"]),
+        (["c.gif", "./c.gif", "{folder}/c.gif"], ["c.gif"]),
+        (["b/2.png", "b"], ["b/2.png", "b/10.JPG"]),
+        (["b", "b/2.png", "b/"], ["b/10.JPG", "b/2.png"]),
+        (["b/2.png", "linked/2.png"], ["b/2.png", "linked/2.png"]),  # a link is another path
+        (["b/2.png", "-"], ["b/2.png", "c.gif"]),
+    ],
+)
+def test_a_path_is_listed_once(inputs, expected, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    text = io.TextIOWrapper(io.BytesIO(b"c.gif\nb/2.png\nc.gif\n"))
+    monkeypatch.setattr(module.sys, "stdin", text)
+    found = list_images([each.format(folder=folder) for each in inputs])
+    assert [file.name for file in found] == expected
+
+
+@pytest.mark.parametrize(
     ("inputs", "message"),
     [
         (["none"], "none: there is no such file"),

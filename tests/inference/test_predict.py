@@ -423,7 +423,7 @@ def test_a_table_stays_in_line():
 MISTAKES = {
     "missing": ("predict", ["none.png"], "none.png: there is no such file"),
     "foreign": ("predict", ["notes.txt"], "notes.txt: not a whole image"),
-    "all broken": ("predict", ["notes.txt", "notes.txt"], "no image could be read; notes.txt"),
+    "all broken": ("predict", ["notes.txt", "old.npz"], "no image could be read; notes.txt"),
     "empty folder": ("predict", ["empty"], "empty: the folder has no images"),
     "existing": ("predict", ["a.png", "--output=notes.txt"], "exists; give --force"),
     "unwritable": ("predict", ["a.png", "--output=no/x.csv"], "cannot be written (No such"),

@@ -97,6 +97,26 @@ def test_what_the_user_sets_wins(hub):
         fill_from_weights(finetune(hub, "--config.model.name=resnet32"))
 
 
+def test_another_filter_than_that_of_the_weights(hub):
+    stored = json.loads((hub / "config.json").read_text())
+    stored["pretrained_cfg"]["interpolation"] = "lanczos"
+    (hub / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"'lanczos', .*; data.interpolation chooses one of the"):
+        fill_from_weights(finetune(hub))
+    start = fill_from_weights(finetune(hub, "--config.data.interpolation=bilinear"))
+    assert start.config.data.interpolation == "bilinear"
+
+
+def test_several_networks_in_a_file(tmp_path):
+    tensors = rj.to_torch(rj.ResNet8Cifar(), random_variables(rj.ResNet8Cifar()))
+    both = {f"{name}.{key}": x for name in ("a", "b") for key, x in tensors.items()}
+    np.savez(tmp_path / "w.npz", **both)
+    with pytest.raises(ConfigError, match=r"choose one by rj.load_weights\(..., prefix=...\), and"):
+        fill_from_weights(finetune(tmp_path / "w.npz"))
+    with pytest.raises(rj.WeightsError, match=r"several networks, choose one by --prefix=: there"):
+        open_network(tmp_path / "w.npz")
+
+
 def test_a_configuration_that_leaves_nothing_reads_no_weights():
     config = Config(checkpoint=Checkpoint(init_from="/none.npz"))
     assert fill_from_weights(config) == Start(config)

@@ -26,6 +26,7 @@ from resnet_jax.distributed.accelerators import ACCELERATORS
 from resnet_jax.errors import ConfigError, DataError, DivergedError, StoppedError
 from resnet_jax.report.runs import read_run
 from resnet_jax.training import metrics as metrics_module
+from resnet_jax.training import run as run_module
 from resnet_jax.training import state_evaluator
 from resnet_jax.training import step as step_module
 from resnet_jax.training.loop import train
@@ -488,6 +489,22 @@ def test_utilization_where_the_peak_is_known(steps_per_call, accumulate, tmp_pat
     operations = 6 * rj.summary(rj.create_model("tiny"), (1, 8, 8, 1)).multiply_adds
     expected = record["images_per_second"] * operations / (jax.device_count() * 1e9)
     assert record["mfu"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "backend", "slow"),
+    [
+        ("resnet50", "bfloat16", "cpu", True),
+        ("resnetv2_50", "float16", "cpu", True),
+        ("resnet50", "bfloat16", "gpu", False),
+        ("resnet50", "float32", "cpu", False),
+        ("resnet18", "bfloat16", "cpu", False),  # as fast as float32
+    ],
+)
+def test_half_precision_is_slow_on_a_cpu(name, dtype, backend, slow, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = c.Config(model=c.Model(name=name, dtype=dtype))
+    assert run_module._is_slow_on_cpu(config, rj.create_model(name)) == slow
 
 
 def test_weights_and_biases(tmp_path, monkeypatch):

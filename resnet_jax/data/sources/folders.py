@@ -7,6 +7,7 @@ import collections
 import itertools
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from resnet_jax.data.sources.splits import (
     SplitSpec,
     parse_split,
     select_images,
+    split_hint,
 )
 from resnet_jax.errors import DataError
 from resnet_jax.files import open_regular
@@ -133,13 +135,25 @@ def _missing_split(root: Path, split: str, spec: SplitSpec) -> DataError:
         return field_error("data.name", spec.name, reason)
     shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
     reason = f"{root} has no folder {split!r}; it has: {shown}"
-    if any(each.lower().endswith(IMAGE_SUFFIXES) for each in _scan(root / found[0], "", split)):
+    if are_classes(root, found):
         reason += (
             f". If these are classes, {root.name} is the split: data.name = "
             f"'folder:{root.parent}', data.train_split = '{root.name}[:90%]' and "
             f"data.eval_split = '{root.name}[90%:]'"
         )
+    elif hint := split_hint(split, found, spec.field):
+        reason += hint
+    elif len(found) == 1 and spec.train_split.partition("[")[0] in ("", found[0]):
+        reason += (
+            f"; to divide it, set data.train_split = '{found[0]}[:90%]' and data.eval_split = "
+            f"'{found[0]}[90%:]'"
+        )
     return spec.error(reason)
+
+
+def are_classes(root: Path, folders: Sequence[str]) -> bool:
+    """Whether folders in `root` look like classes instead of splits: the first one has images."""
+    return any(each.lower().endswith(IMAGE_SUFFIXES) for each in _scan(root / folders[0], "", ""))
 
 
 def _training_classes(

@@ -19,6 +19,7 @@ from resnet_jax.data.sources.splits import (
     SplitSpec,
     parse_split,
     select_images,
+    split_hint,
 )
 
 # Names for the whole of a list without splits: the default of data.train_split, and what reads
@@ -106,7 +107,8 @@ def _find_parts(
             if has_splits:
                 shown = [f"{each} ({len(rows):,} images)" for each, rows in rows_by_split.items()]
                 more = ", ..." if len(shown) > 8 else ""
-                reason = f"the list has no split {name!r}, only {', '.join(shown[:8])}{more}"
+                hint = split_hint(name, rows_by_split, spec.field)
+                reason = f"the list has no split {name!r}, only {', '.join(shown[:8])}{more}{hint}"
             else:
                 reason = (
                     "the list has no 'split' in its lines, so all of it is 'train'; use parts of "

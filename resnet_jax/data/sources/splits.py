@@ -8,6 +8,7 @@ its class across each boundary.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import itertools
 import os
@@ -23,6 +24,8 @@ Span = tuple[Fraction, Fraction]  # from and to, as fractions of a split
 WHOLE_SPLIT: tuple[Span, ...] = ((Fraction(0), Fraction(1)),)
 _TERM = re.compile(r"(?P<name>[^\[\]+]+)(\[(?P<first>[^\[\]:]*):(?P<last>[^\[\]:]*)\])?")
 _PERCENT = re.compile(r"-?\d{1,3}(\.\d{1,9})?%")
+HELD_OUT = ("test", "val", "valid", "validation")  # usual names of splits for evaluation
+_USUAL = {"data.train_split": ("train", "training"), "data.eval_split": HELD_OUT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,31 @@ def _fraction(text: str, whole: str, field: str) -> Fraction:
     if not -1 <= fraction <= 1:
         raise field_error(field, whole, f"{position} must be between -100% and 100%")
     return fraction + 1 if fraction < 0 else fraction
+
+
+def split_hint(split: str, known: Collection[str], field: str) -> str:
+    """Which splits a missing one may mean, to append to a message; "" if there is no guess.
+
+    Args:
+      split: A split that does not exist, or an expression with one.
+      known: The splits that exist.
+      field: The configuration's field that names it.
+
+    Example:
+      >>> split_hint("trian[:90%]", ["train", "val"], "data.train_split")
+      "; did you mean 'train'?"
+      >>> split_hint("test", ["train", "val"], "data.eval_split")
+      "; did you mean 'val'?"
+    """
+    names = [term.partition("[")[0].strip() for term in split.split("+")]
+    wrong = next((name for name in names if name and name not in known), "")
+    if not wrong:
+        return ""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(wrong[:100].lower(), by_lower, n=1)
+    # Otherwise the split that has the same purpose under another usual name.
+    found = close or [name for name in by_lower if name in _USUAL.get(field, ())]
+    return f"; did you mean {' or '.join(repr(by_lower[x]) for x in found)}?" if found else ""
 
 
 def overlap(first: str, second: str) -> bool:

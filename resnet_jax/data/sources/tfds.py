@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.data.sources.base import Label, Source, digest, field_error
+from resnet_jax.data.sources.splits import split_hint
 from resnet_jax.data.sources.tfds_files import import_tfds, missing_shards, open_prepared
 from resnet_jax.errors import DataError, library_errors, one_line
 
@@ -174,7 +175,8 @@ def _find_features(name: str, info: Any, multi_label: bool | None) -> tuple[str,
 def _check_split(name: str, info: Any, split: str, field: str) -> int:
     """The number of images in a split; raises DataError unless it exists and is whole."""
     known = ", ".join(info.splits)
-    no_split = f"{name} has no such split; its splits: {known}, or parts as train[:90%]"
+    hint = split_hint(split, info.splits, field)
+    no_split = f"{name} has no such split; its splits: {known}, or parts as train[:90%]{hint}"
     with library_errors(lambda error: field_error(field, split, no_split)):  # of TFDS's parser
         part = info.splits[split]
     if not part.num_examples:

@@ -35,9 +35,13 @@ def kind_of_zip(data: bytes) -> str | None:
     try:
         with open_zip(data) as archive:
             names = archive.namelist()
-    except WeightsError:
+    except WeightsError:  # of `open_zip`; it is a ValueError too
         raise
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError):
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,  # a version or a flag that is damaged, or from the future
+        ValueError,  # a name that is not text, or an offset before the start of the file
+    ):
         return None
     members = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in members:

@@ -260,7 +260,7 @@ def test_splits_of_a_list(place):
     assert len(open_source(name, "train[:50%]", allow_missing_classes=True)) == 1
     text = message(name, "val")
     reason = "the list has no split 'val', only train (3 images), test (2 images)"
-    assert text == f"data.eval_split = 'val': {reason}"
+    assert text == f"data.eval_split = 'val': {reason}; did you mean 'test'?"
     assert "1000 must be a percentage" in message(name, "train[:1000]")
 
 

@@ -403,8 +403,10 @@ def test_tfds_splits_that_are_not_there(prepared, split):
     text = message("tfds:photos", split, str(prepared))
     assert text.startswith(f"data.eval_split = {split!r}: ")
     assert "its splits: train, unlabelled" in text
+    assert text.endswith("; did you mean 'train'?") == (split == "trian")
     text = message("tfds:photos", split, str(prepared), train_split=split)
     assert text.startswith(f"data.train_split = {split!r}: ")
+    assert text.endswith("; did you mean 'train'?") == (split in ("trian", "validation"))
 
 
 def test_tfds_data_sets_that_cannot_train(prepared):
@@ -782,12 +784,19 @@ def test_folder_under_home(images, monkeypatch):
 def test_folder_splits_that_are_not_there(images):
     text = message(f"folder:{images}", "validation")
     assert text.startswith("data.eval_split = 'validation'")
-    assert text.endswith("it has: test, train")
+    assert text.endswith("it has: test, train; did you mean 'test'?")
     text = message(f"folder:{images}", "val[:90%]", train_split="val[:90%]")
     assert text.startswith("data.train_split = 'val[:90%]': ")
-    assert text.endswith("has no folder 'val'; it has: test, train")
+    assert text.endswith("has no folder 'val'; it has: test, train; did you mean 'train'?")
+    assert message(f"folder:{images}", "tets").endswith("; did you mean 'test'?")
+    assert message(f"folder:{images}", "train+Test").endswith("; did you mean 'test'?")
     for split in ("", "."):
         assert "it has: test, train" in message(f"folder:{images}", split)
+    shutil.rmtree(images / "test")
+    assert message(f"folder:{images}", "test").endswith(
+        "it has: train; to divide it, set data.train_split = 'train[:90%]' and data.eval_split = "
+        "'train[90%:]'"
+    )
 
 
 def test_folder_that_is_no_data_set(images, tmp_path):
