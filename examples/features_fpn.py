@@ -67,7 +67,8 @@ def main(steps: int = 300, batch_size: int = 16) -> tuple[float, float]:
     held_out = np.arange(len(digits.target)) % 5 == 0
     random = np.random.default_rng(0)
     model, optimizer = Detector(BACKBONE), optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-    variables = model.init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 1)), train=False)
+    init = jax.jit(functools.partial(model.init, train=False))
+    variables = init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 1)))
     opt_state = optimizer.init(variables["params"])
 
     @jax.jit(donate_argnums=(0, 1))
