@@ -87,13 +87,11 @@ def test_own_training_loop_is_the_same_on_any_number_of_devices(monkeypatch):
     assert abs(example.main(epochs=2) - on_all) < 0.03
 
 
-def test_ensemble_vmap(monkeypatch):
-    example = load("ensemble_vmap")
-    monkeypatch.setattr(example, "MODEL", SMALL)
-    accuracies, together = example.main(members=3, steps=60)
-    assert accuracies.shape == (3,)
+def test_ensemble_vmap():
+    accuracies, together = load("ensemble_vmap").main(members=2, steps=30)
+    assert accuracies.shape == (2,)
     assert len(set(accuracies.tolist())) > 1  # the members differ
-    assert together > 0.8
+    assert together > 0.4  # chance is 0.1
 
 
 def test_nnx(monkeypatch):
