@@ -9,6 +9,11 @@ So few images give few steps in an epoch: 480 of them take 8 steps of 64 images,
 number of epochs ends before the network has learned. Here batches are small and epochs are many;
 every image is seen differently each time. Where a pretrained network exists for such images,
 configs/finetune.py is better still.
+
+It is the number of steps that counts. On 48 photos a class of CIFAR-10, as JPEGs of 16 pixels, the
+900 steps of this recipe reach 37.3% of 2,000 held-out photos, and 900 steps of configs/cifar.py in
+batches of 32 reach 38.5% (one seed each; standard error 1.1 points). docs/recipes.md has the
+commands.
 """
 
 import dataclasses
