@@ -91,7 +91,7 @@ def test_ensemble_vmap():
     accuracies, together = load("ensemble_vmap").main(members=2, steps=30)
     assert accuracies.shape == (2,)
     assert len(set(accuracies.tolist())) > 1  # the members differ
-    assert together > 0.4  # chance is 0.1
+    assert together > 0.3  # chance is 0.1
 
 
 def test_nnx(monkeypatch):
