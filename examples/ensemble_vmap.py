@@ -54,7 +54,7 @@ def main(members: int = 5, steps: int = 80) -> tuple[np.ndarray, float]:
         return {"params": params, **updates}, opt_state
 
     # And these are about all of them.
-    state = jax.vmap(init)(jax.random.split(jax.random.key(0), members))
+    state = jax.jit(jax.vmap(init))(jax.random.split(jax.random.key(0), members))
     train_all = jax.jit(jax.vmap(train_step, in_axes=(0, None, None)), donate_argnums=0)
     order = np.random.default_rng(0)
     for _ in range(steps):
@@ -62,7 +62,7 @@ def main(members: int = 5, steps: int = 80) -> tuple[np.ndarray, float]:
         state = train_all(state, train_images[batch], train_labels[batch])
 
     variables, _ = state
-    predict = jax.vmap(functools.partial(MODEL.apply, train=False), in_axes=(0, None))
+    predict = jax.jit(jax.vmap(functools.partial(MODEL.apply, train=False), in_axes=(0, None)))
     probabilities = jax.nn.softmax(predict(variables, images[test]))  # [members, N, classes]
     accuracies = np.asarray((probabilities.argmax(-1) == labels[test]).mean(-1))
     together = float((probabilities.mean(0).argmax(-1) == labels[test]).mean())

@@ -11,40 +11,28 @@ extra "hub"). The weights say which network it is, and how its images are resize
 import sys
 from pathlib import Path
 
+import jax
+
 import resnet_jax as rj
-from resnet_jax.config import (
-    Augment,
-    Checkpoint,
-    Config,
-    Data,
-    Model,
-    Optimizer,
-    Schedule,
-    Train,
-)
+from resnet_jax.config import Config
+from resnet_jax.config.flags import parse_train_flags
 from resnet_jax.training.loop import train
 
 
 def make_config(photos: str, weights: str) -> Config:
-    """Fine-tuning with a small learning rate for the backbone; ""/0/() come from the weights."""
-    return Config(
-        model=Model(name=""),
-        data=Data(
-            name=f"folder:{photos}",
-            eval_split="val",
-            crop="random_resized",
-            crop_area=(0.35, 1.0),
-            upright=True,  # cameras store how they were held
-            image_size=0,
-            interpolation="",
-            eval_crop="",
-        ),
-        augment=Augment(flip=True, mean=(), std=()),
-        optimizer=Optimizer(learning_rate=0.02, nesterov=True, backbone_rate=0.1),
-        schedule=Schedule(name="cosine", warmup_epochs=1.0),
-        train=Train(epochs=10.0, batch_size=32),
-        checkpoint=Checkpoint(init_from=weights, reset_head=None),  # a new head for new classes
-    )
+    """The recipe configs/finetune.py, for photos of a camera; flags set any field of it."""
+    flags = [
+        f"--config=finetune:folder:{photos}",
+        f"--config.checkpoint.init_from={weights}",
+        "--config.data.eval_split=val",
+        "--config.data.upright=true",  # cameras store how they were held
+        "--config.train.epochs=10",
+        "--config.train.batch_size=32",
+        "--config.optimizer.learning_rate=0.02",  # of the new head; the backbone has a tenth
+    ]
+    if jax.default_backend() == "cpu":
+        flags.append("--config.model.dtype=float32")  # bfloat16 is slower there
+    return parse_train_flags(flags)[0]
 
 
 def main(photos: str, weights: str, workdir: str = "runs/fine_tuned") -> None:
@@ -54,7 +42,8 @@ def main(photos: str, weights: str, workdir: str = "runs/fine_tuned") -> None:
     print(f"{result.metrics['top1']:.1%} of the photos in val are classified correctly")
 
     classifier = rj.Classifier.load(workdir)  # the best state of the run
-    files = [next(folder.iterdir()) for folder in sorted(Path(photos, "val").iterdir())]
+    one_of_each = {file.parent: file for file in sorted(Path(photos, "val").glob("*/*.jpg"))}
+    files = list(one_of_each.values())
     for file, (best, *_) in zip(files, classifier(files)):
         print(f"{file}: {best.name} ({best.probability:.0%})")
 

@@ -8,6 +8,7 @@ derives the rest: gradients and batch statistics are those of the whole batch, o
 devices.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,8 @@ def main(epochs: int = EPOCHS) -> float:
     steps = epochs * steps_per_epoch
     rate = optax.warmup_cosine_decay_schedule(0.01, 0.1, steps_per_epoch // 2, steps)
     optimizer = optax.sgd(rate, momentum=0.9, nesterov=True)
-    variables = MODEL.init(jax.random.key(0), images[:1], train=False)
+    init = jax.jit(functools.partial(MODEL.init, train=False))
+    variables = init(jax.random.key(0), images[:1])
     state = State(**variables, opt_state=optimizer.init(variables["params"]))
     state = jax.device_put(state, replicated)
 
@@ -78,7 +80,8 @@ def main(epochs: int = EPOCHS) -> float:
 
     test_images, test_labels = load_data()["test"]
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits = MODEL.apply(variables, test_images, train=False)
+    predict = jax.jit(functools.partial(MODEL.apply, train=False))
+    logits = predict(variables, test_images)
     accuracy = float((logits.argmax(-1) == test_labels).mean())
     print(f"{accuracy:.1%} of {len(test_labels)} held-out digits")
     return accuracy

@@ -1,20 +1,15 @@
 """The worked examples of docs/architecture.md, applied to a copy of the package."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tests import speed
-from tests.conftest import FAST_COMPILE
+from tests.processes import ROOT, run
 
-ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 FILES_OFF = ["--config.log.report=false", "--config.log.tensorboard=false"]
 # Two commands in one process, as starting one takes most of their time.
@@ -35,21 +30,12 @@ def copy(tmp_path):
     shutil.copytree(ROOT / "resnet_jax", tmp_path / "resnet_jax")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "train.py", tmp_path)
-    environment = {**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": str(tmp_path)}
 
-    def run(*command, **options):
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            capture_output=True,
-            timeout=speed.seconds(300),
-            **options,
-        )
+    def run_here(*command, **options):
+        return run(*command, seconds=300, package=tmp_path, cwd=tmp_path, **options)
 
-    run.folder = tmp_path
-    return run
+    run_here.folder = tmp_path
+    return run_here
 
 
 @pytest.mark.slow  # the tutorial about blocks trains one, too

@@ -63,10 +63,18 @@ def test_is_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 150
 
 
+def use_devices(monkeypatch, count):
+    """Programs that use all devices have `count` of them."""
+    mesh = functools.partial(jax.make_mesh, devices=jax.devices()[:count])
+    monkeypatch.setattr(jax, "make_mesh", mesh)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+
+
 def test_own_training_loop(monkeypatch):
     example = load("own_training_loop")
     monkeypatch.setattr(example, "MODEL", SMALL)
-    assert example.main(epochs=3) > 0.4
+    use_devices(monkeypatch, min(2, jax.device_count()))
+    assert example.main(epochs=5) > 0.8
 
 
 @pytest.mark.slow
@@ -75,10 +83,7 @@ def test_own_training_loop_is_the_same_on_any_number_of_devices(monkeypatch):
     example = load("own_training_loop")
     monkeypatch.setattr(example, "MODEL", SMALL)
     on_all = example.main(epochs=2)
-    monkeypatch.setattr(
-        jax, "make_mesh", functools.partial(jax.make_mesh, devices=jax.devices()[:1])
-    )
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    use_devices(monkeypatch, 1)
     assert abs(example.main(epochs=2) - on_all) < 0.03
 
 
@@ -86,13 +91,13 @@ def test_ensemble_vmap():
     accuracies, together = load("ensemble_vmap").main(members=2, steps=30)
     assert accuracies.shape == (2,)
     assert len(set(accuracies.tolist())) > 1  # the members differ
-    assert together > 0.2  # chance is 0.1
+    assert together > 0.3  # chance is 0.1
 
 
 def test_nnx(monkeypatch):
     example = load("nnx")
     monkeypatch.setattr(example, "LINEN", SMALL)
-    assert example.main(epochs=4) > 0.4
+    assert example.main(epochs=6) > 0.8
 
 
 def test_nnx_takes_and_returns_linen_variables():
@@ -109,14 +114,11 @@ def test_nnx_takes_and_returns_linen_variables():
 
 def test_features_fpn(monkeypatch):
     example = load("features_fpn")
-    backbone = rj.ResNet(
-        stage_sizes=(1, 1, 1, 1),
-        stage_widths=(16, 16, 16, 16),
-        block_cls=rj.BasicBlock,
-        num_classes=0,
-    )
-    monkeypatch.setattr(example, "BACKBONE", backbone)
-    assert 0 <= example.main(steps=3, batch_size=2) <= 1
+    monkeypatch.setattr(example, "BACKBONE", example.BACKBONE.clone(stage_widths=(16,) * 4))
+    recall, precision = example.main(steps=80, batch_size=8)
+    # Measured: 38% both; after one step 0.8% and 0.2%.
+    assert recall > 0.25
+    assert precision > 0.25
 
 
 @pytest.fixture
@@ -141,7 +143,8 @@ def test_own_block(own_block, tmp_path):
     np.testing.assert_allclose(finer["stage2"][:, ::2, ::2], maps["stage2"], atol=1e-4)
 
 
-def test_own_block_is_a_recipe(own_block, tmp_path):
+def test_own_block_is_a_recipe(own_block, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_block.Res2NetBlock, "scales", 2)  # compiles faster
     entry = dataclasses.replace(
         registry._ARCHITECTURES["res2net29_cifar"],
         fields={

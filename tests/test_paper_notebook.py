@@ -1,25 +1,14 @@
 """The notebook about the paper runs from top to bottom, with the smallest networks."""
 
-import base64
-import io
-import os
 import pathlib
 import re
 
-import nbformat
-import numpy as np
 import pytest
-from nbclient import NotebookClient
-from nbformat.v4 import new_code_cell
-from PIL import Image
 
-from tests import speed
-from tests.conftest import FAST_COMPILE
+from tests.notebooks import code_cells, execute, find, is_as_it_ran, pictures, printed, read
 
-ROOT = pathlib.Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "paper.ipynb"
-# As papermill does: a cell after the one that is tagged "parameters". Compiling takes most of the
-# time, so the networks have two stages.
+NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "paper.ipynb"
+# Compiling takes most of the time, so the networks have two stages.
 SMALL = """
 import resnet_jax as rj
 
@@ -42,57 +31,21 @@ depths, epochs = (6, 10), 2
 @pytest.fixture(scope="module")
 def saved():
     """The notebook as it is in the repository."""
-    return nbformat.read(NOTEBOOK, 4)
+    return read(NOTEBOOK)
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    notebook = nbformat.read(NOTEBOOK, 4)
-    (parameters,) = [
-        number
-        for number, cell in enumerate(notebook.cells)
-        if "parameters" in cell.metadata.get("tags", [])
-    ]
-    notebook.cells.insert(parameters + 1, new_code_cell(SMALL))
-    folder = tmp_path_factory.mktemp("notebook")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / "tmp" / "jax-cache"),
-        "XLA_FLAGS": FAST_COMPILE,
-    }
-    client = NotebookClient(
-        notebook, timeout=speed.seconds(200), resources={"metadata": {"path": str(folder)}}
-    )
-    client.execute(env=environment)
+    notebook = read(NOTEBOOK)
+    execute(notebook, tmp_path_factory.mktemp("notebook"), SMALL)
     return notebook
 
 
-def find(notebook, text):
-    """The only code cell that contains a text."""
-    (cell,) = [each for each in notebook.cells if each.cell_type == "code" and text in each.source]
-    return cell
-
-
-def printed(cell):
-    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
-
-
-def pictures(cell):
-    """The images that a cell shows, as arrays."""
-    shown = [each.data["image/png"] for each in cell.outputs if "image/png" in each.get("data", {})]
-    return [
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert("L")) for each in shown
-    ]
-
-
 def test_is_saved_with_outputs(saved):
-    code = [cell for cell in saved.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
-    kinds = {output.output_type for cell in code for output in cell.outputs}
-    assert kinds == {"stream", "display_data"}
-    assert not any(output.get("name") == "stderr" for cell in code for output in cell.outputs)
+    is_as_it_ran(saved)
+    outputs = [output for cell in code_cells(saved) for output in cell.outputs]
+    assert {output.output_type for output in outputs} == {"stream", "display_data"}
+    assert not any(output.get("name") == "stderr" for output in outputs)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +59,8 @@ def test_saved_counts_are_those_of_this_version(saved, executed, text):
 def test_shows_every_figure(saved, executed):
     for notebook in (saved, executed):
         for text in ("def load_data", "draw_block(left", "sharey=True, layout", "deviations = {"):
-            for cell in (each for each in notebook.cells if text in each.source):
-                (picture,) = pictures(cell)
-                assert (picture < 250).mean() > 0.01
+            for cell in code_cells(notebook, text):
+                assert pictures(cell) == 1
 
 
 def test_trains_all_networks(executed):

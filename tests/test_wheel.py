@@ -3,15 +3,13 @@
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from tests import speed
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import processes
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -36,22 +34,19 @@ def scripts(tmp_path_factory):
 def run(scripts, tmp_path_factory):
     """Runs a program of the environment in an empty folder; returns (exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("here")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environment = {**kept, "XLA_FLAGS": "", "TFDS_DATA_DIR": str(folder / "data")}
+    environment = {**outside(), "XLA_FLAGS": "", "TFDS_DATA_DIR": str(folder / "data")}
 
     def start(program, *arguments):
-        command = [scripts / program, *arguments]
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=speed.seconds(600),
-        )
+        command = (scripts / program, *arguments)
+        done = processes.run(*command, seconds=600, cwd=folder, env=environment)
         return done.returncode, done.stdout, done.stderr
 
     return start
+
+
+def outside():
+    """The environment of the tests without what leads Python to this checkout."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +109,5 @@ def test_the_core_alone_has_a_network(tmp_path, scripts):
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
     code = "import json, resnet_jax as rj; print(json.dumps(rj.list_models('resnet5*')))"
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=kept, capture_output=True)
+    done = processes.run(python, "-c", code, cwd=tmp_path, env=outside())
     assert "resnet50" in json.loads(done.stdout), done.stderr

@@ -1,14 +1,10 @@
 """On Windows: models and weights work, everything else says in one line that it does not."""
 
-import pathlib
-import subprocess
 import sys
 
 import pytest
 
-from tests import speed
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.processes import ROOT, run
 
 # Loaded before the rest, which is to find the modules and names that Windows has. The libraries'
 # own code for Windows cannot run here.
@@ -38,13 +34,7 @@ print(rj.summary(model, (1, 32, 32, 3)).parameters)
 
 
 def _run(code):
-    return subprocess.run(
-        [sys.executable, "-c", WINDOWS + code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=speed.seconds(300),
-    )
+    return run(sys.executable, "-c", WINDOWS + code, seconds=300, cwd=ROOT)
 
 
 def test_models_and_weights_work():

@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -30,11 +29,9 @@ from resnet_jax.inference.classifier import Prediction
 from resnet_jax.inference.images import ImageFile
 from resnet_jax.terminal import columns
 from resnet_jax.weights.source import open_network
-from tests import speed
-from tests.conftest import FAST_COMPILE
+from tests.processes import ROOT, run
 from tests.variables import random_variables
 
-ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "predict.md"
 DEVICES = jax.local_device_count()
 # One size for all, so that the tests share compiled programs.
@@ -295,17 +292,9 @@ def test_features_has_no_nan(name, weights, photos, tmp_path, capsys):
 def test_a_broken_file_among_good_ones(weights, photos, tmp_path):
     """As a user calls it: the good ones are predicted, the exit code is 1."""
     (photos / "cat" / "1.png").write_bytes(b"no image")
-    arguments = [sys.executable, "-m", "resnet_jax", "predict", weights, str(photos)]
-    arguments += ["--model=resnet8_cifar", "--format=jsonl", "--top=2", "--batch_size=4"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILE}
-    result = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        timeout=speed.seconds(120),
-    )
+    flags = ["--model=resnet8_cifar", "--format=jsonl", "--top=2", "--batch_size=4"]
+    program = [sys.executable, "-m", "resnet_jax"]
+    result = run(*program, "predict", weights, photos, *flags, cwd=tmp_path)
     assert result.returncode == 1
     # JAX may have something to say of the machine, before.
     assert "Traceback" not in result.stderr
@@ -514,14 +503,7 @@ def test_a_closed_pipe_is_no_error(weights, photos):
     shell = (
         f"{sys.executable} -m resnet_jax predict {weights} {photos} --model=resnet8_cifar | true"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILE}
-    result = subprocess.run(
-        ["/bin/bash", "-o", "pipefail", "-c", shell],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=speed.seconds(120),
-    )
+    result = run("/bin/bash", "-o", "pipefail", "-c", shell)
     assert result.returncode == 0
     assert "Error" not in result.stderr
 
