@@ -26,7 +26,7 @@ from resnet_jax.errors import (
     one_line,
 )
 from resnet_jax.limits import MAX_CHANNELS, MAX_SIDE
-from resnet_jax.terminal import json_text, log, print_copy, printing, show
+from resnet_jax.terminal import json_text, log, output_width, print_copy, printing, show
 
 
 def train(options: argparse.Namespace) -> None:
@@ -328,9 +328,10 @@ def evaluate(options: argparse.Namespace) -> None:
         if stream is not None:
             stream.write(f"{dump_json(result.to_json())}\n".encode())
     with printing():
-        show(
-            dump_json(result.to_json()) if options.json == "-" else result.table(options.per_class)
-        )
+        if options.json == "-":
+            show(dump_json(result.to_json()))
+        else:
+            show(result.table(options.per_class, output_width()))
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -17,7 +17,8 @@ from resnet_jax.config.schema import Augment, Config
 from resnet_jax.config.serialization import to_flat
 from resnet_jax.data.decode import eval_crop, read_encoded
 from resnet_jax.errors import ConfigError, DataError, ResNetJaxError
-from resnet_jax.evaluation.result import ClassMetrics, EvaluationResult
+from resnet_jax.evaluation.class_tables import ClassMetrics
+from resnet_jax.evaluation.result import EvaluationResult
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
 from resnet_jax.models.summary import summary
 from resnet_jax.report import figures
