@@ -179,6 +179,7 @@ def find_rate(options: argparse.Namespace) -> None:
         raise ConfigError(f"{flag}: must end in .png, or in .csv for the numbers only")
     if path.suffix == ".png":
         try:
+            from resnet_jax.report.drawing import to_png
             from resnet_jax.report.figures import rate_curve
         except ImportError as error:
             numbers = f"for the numbers only, use --output={path.with_suffix('.csv')}"
@@ -195,7 +196,7 @@ def find_rate(options: argparse.Namespace) -> None:
         opened[".csv"].write(curve.to_csv().encode())
         if path.suffix == ".png":
             title = f"{config.model.name} on {config.data.name}, {config.train.batch_size} images"
-            opened[".png"].write(rate_curve(curve, f"{title} a step"))
+            opened[".png"].write(to_png(rate_curve(curve, f"{title} a step")))
     _report_rate(curve, options.output)
 
 
