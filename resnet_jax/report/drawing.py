@@ -80,7 +80,7 @@ def _shorten(root: ElementTree.Element) -> None:
     }
     for element in root.iter():
         element.tag, element.tail = _local(element.tag), None
-        element.text = visible(element.text) if element.tag == "text" else None
+        element.text = visible(element.text or "") if element.tag in ("text", "tspan") else None
         attributes = {_local(name): value for name, value in element.attrib.items()}
         if attributes.get("id") not in used:
             attributes.pop("id", None)

@@ -122,7 +122,7 @@ def _legends_of_runs(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
 
 def _outside_legend(figure: Figure, lines: Mapping[str, Line2D], place: str, columns: int) -> None:
     legend = figure.legend(
-        lines.values(), lines.keys(), loc=place, ncols=columns, fontsize=8, frameon=False
+        [*lines.values()], [*lines], loc=place, ncols=columns, fontsize=8, frameon=False
     )
     _show_as_they_are(legend.get_texts())
 

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html.parser
 import io
+import itertools
 import json
 import re
 import shutil
@@ -372,7 +373,7 @@ def test_bars_of_a_few_classes_are_apart_and_have_names():
     sizes, accuracies = figure.axes
     bars = [bar.get_bbox() for bar in sizes.patches]
     assert [bar.width for bar in bars] == [20, 20, 20]
-    gaps = [lower.y0 - upper.y1 for upper, lower in zip(bars, bars[1:])]
+    gaps = [lower.y0 - upper.y1 for upper, lower in itertools.pairwise(bars)]
     assert min(gaps) > 0.2
     shown = [label.get_text() for label in sizes.get_yticklabels()]
     assert shown == ["cat", "a <b>long…shortened", "$x$"]
