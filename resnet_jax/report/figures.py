@@ -37,6 +37,7 @@ def learning_curves(runs: Sequence[Run]) -> Figure:
         below.plot(steps, rates, color=color, **_marker(steps, 3))
     axes.set(ylabel="top-1 error, %", ylim=(0, min(100, 1.15 * _largest_late(runs, _error))))
     if any(run.rate_drops() for run in runs):
+        below.margins(y=0.15)
         _log_scale(below)
     else:
         below.set_ylim(bottom=0)
@@ -204,7 +205,8 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """A confusion matrix [classes, classes], true classes in rows, each row normalized."""
     classes = len(names)
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(max(WIDTH, 1.5 + 0.2 * classes), 9.0)
+    # Without names it may be as small as a screen is.
+    side = min(max(WIDTH, 1.5 + 0.2 * classes), 8.2) if classes <= _NAMED_CLASSES else WIDTH
     figure = new_figure(side, side)
     axes = figure.subplots()
     # Transparent where there is nothing. The root shows rare errors.
