@@ -41,7 +41,7 @@ def confusion(result: EvaluationResult) -> Section:
                 figures.confusion_matrix(counts, [*map(visible, names)]),
                 "Confusion matrix: true classes in rows, predicted classes in columns",
                 f"{result.images:,} held-out images, classified by the best state of the run. The "
-                "darker a cell, the larger its share of its row (its square root is drawn).",
+                "stronger the color of a cell, the larger its share of its row (as a square root).",
             )
         )
     return Section("confusion", "Confusion matrix", pictures=shown, tables=[table])

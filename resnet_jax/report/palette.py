@@ -9,12 +9,26 @@ from __future__ import annotations
 # Colors of curves, distinguishable with any color vision: those of Okabe & Ito, where they are too
 # faint on white darker, and lighter on a dark page.
 LIGHT_CURVES = (
-    *("#0072b2", "#d55e00", "#008f68", "#b8528f", "#a67200", "#2a8fcb", "#000000", "#777777"),
+    "#0072b2",
+    "#d55e00",
+    "#008f68",
+    "#b8528f",
+    "#a67200",
+    "#2a8fcb",
+    "#000000",
+    "#777777",
 )
 _DARK_CURVES = (
-    *("#4fa3dc", "#f0793a", "#2cbe92", "#dda0c4", "#f0b43c", "#8cd0f5", "#ffffff", "#aaaaaa"),
+    "#4fa3dc",
+    "#f0793a",
+    "#2cbe92",
+    "#dda0c4",
+    "#f0b43c",
+    "#8cd0f5",
+    "#ffffff",
+    "#aaaaaa",
 )
-# On a shaded cell, of at most this color: text on it is legible in black and in white.
+# The color of a confusion matrix, on which black text and white text are legible.
 SHADE = "#2a7ab8"
 
 

@@ -31,7 +31,7 @@ def result(run: Run) -> Section:
         ("F1, macro", _percent(final, "f1")),
         ("F1, micro", _percent(final, "f1_micro")),
         ("top-1", _percent(final, "top1") if final else "not evaluated yet"),
-        ("top-5", _percent(final, "top5") if run.num_classes > 5 else ""),
+        ("top-5", "" if 0 < run.num_classes <= 5 else _percent(final, "top5")),
         ("loss", f"{final['loss']:.4f}" if final else ""),
         ("steps", f"{run.training[-1]['step'] if run.training else 0:,}"),
         ("training time", duration(run.seconds)),

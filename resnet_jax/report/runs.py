@@ -38,7 +38,7 @@ class Run:
     bad_lines: int  # lines of metrics.jsonl that are not records
     environment: dict[str, str]  # versions and devices; {} if the run did not record them
     recipe: str  # such as "cifar:resnet56"; "" if the run did not record it
-    num_classes: int  # top-5 of five or fewer is always 1
+    num_classes: int  # 0 if the file of their names cannot be read
     class_counts: dict[str, np.ndarray]  # images of each class in "train" and "eval", if counted
 
     @property
@@ -146,7 +146,7 @@ def read_run(workdir: str | Path) -> Run:
 def _count_classes(workdir: Path) -> int:
     try:
         return len(read_class_names(workdir))
-    except ConfigError:  # the page also says so where it opens the network
+    except ConfigError:  # the page says so where it opens the network
         return 0
 
 
