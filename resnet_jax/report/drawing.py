@@ -47,17 +47,14 @@ def to_svg(figure: Figure, name: str) -> str:
     """
     _paint(figure)
     file = io.BytesIO()
-    # Text remains text; without a salt, identifiers would be random.
-    options = {"svg.fonttype": "none", "svg.hashsalt": name}
     none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context(options), _without_warnings():
+    # Text remains text; without a salt, identifiers would be random.
+    options = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name})
+    with options, _without_warnings():
         figure.savefig(file, format="svg", metadata=none)
     root = ElementTree.fromstring(file.getvalue())  # noqa: S314, it is matplotlib's own
     _shorten(root)
-    root.attrib = {
-        "width": str(css_width(figure)),
-        "viewBox": root.attrib["viewBox"],
-    }
+    root.attrib = {"width": str(css_width(figure)), "viewBox": root.attrib["viewBox"]}
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -96,18 +93,23 @@ def _short(name: str, value: str) -> str:
     if name == "style":
         return _style(value)
     if name in ("d", "points", "x", "y", "transform"):
-        value = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}", value)
+        digits = 4 if name == "transform" else 2
+        value = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.{digits}f}", value)
         return " ".join(re.sub(r" ?([A-Za-z]) ", r"\1", value).split())
     return value
 
 
 def _style(value: str) -> str:
     """Declarations of CSS with variables for colors, and without the family of a font."""
-    found = dict(map(str.strip, each.split(":", 1)) for each in value.split(";") if ":" in each)
+    found: dict[str, str] = {}
+    for declaration in value.split(";"):
+        name, _, each = declaration.partition(":")
+        found[name.strip()] = each.strip()
     found.pop("font-family", None)
     if font := found.pop("font", None):  # older versions of matplotlib: size and family
         size = re.search(r"[\d.]+px", font)
         found["font-size"] = size[0] if size else "10px"
+    found.pop("", None)
     return ";".join(f"{name}:{_VARIABLES.get(each.lower(), each)}" for name, each in found.items())
 
 

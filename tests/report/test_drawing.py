@@ -56,7 +56,7 @@ def test_colors_of_the_palette_become_variables():
     assert "&lt;b&gt;&amp;\\u202e" in svg
     assert "<style" not in svg
     assert "font-family" not in svg
-    assert not re.search(r"\d\.\d{4}", svg)
+    assert not re.search(r"\d\.\d{5}", svg)
 
 
 def test_an_svg_is_reproducible_and_its_identifiers_are_its_own():
