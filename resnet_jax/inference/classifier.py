@@ -259,7 +259,8 @@ class Classifier:
         """Grad-CAM of K classes for a crop, float32 [K, S, S]."""
         network = self.network
         images = network.preprocessing.normalize(np.stack([crop] * len(indices)))
-        return np.asarray(grad_cam(network.model, self._variables, images, indices, layer))
+        classes = jnp.asarray(indices)
+        return np.asarray(grad_cam(network.model, self._variables, images, classes, layer))
 
     @functools.cached_property
     def _variables(self) -> Any:

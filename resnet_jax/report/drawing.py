@@ -81,6 +81,8 @@ def _shorten(root: ElementTree.Element) -> None:
         attributes = {_local(name): value for name, value in element.attrib.items()}
         if attributes.get("id") not in used:
             attributes.pop("id", None)
+        if attributes.get("transform", "").startswith("rotate(-0 "):
+            del attributes["transform"]
         element.attrib = {name: _short(name, value) for name, value in attributes.items()}
 
 
@@ -92,9 +94,9 @@ def _local(name: str) -> str:
 def _short(name: str, value: str) -> str:
     if name == "style":
         return _style(value)
-    if name in ("d", "points", "x", "y", "transform"):
+    if name in ("d", "points", "x", "y", "width", "height", "transform"):
         digits = 4 if name == "transform" else 2
-        value = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.{digits}f}", value)
+        value = re.sub(r"-?\d+\.\d+", lambda found: f"{round(float(found[0]), digits):g}", value)
         return " ".join(re.sub(r" ?([A-Za-z]) ", r"\1", value).split())
     return value
 

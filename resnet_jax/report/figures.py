@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -62,9 +63,9 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-_TRAINING = {"linewidth": 0.9, "alpha": 0.8}
-_HELD_OUT = {"linewidth": 2.2}
-_EMA = {"linewidth": 1.6, "linestyle": "--"}
+_TRAINING: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.8}
+_HELD_OUT: dict[str, Any] = {"linewidth": 2.2}
+_EMA: dict[str, Any] = {"linewidth": 1.6, "linestyle": "--"}
 
 
 def _draw_runs(axes: Axes, runs: Sequence[Run], held_out: Curve, training: Curve) -> None:
@@ -80,7 +81,7 @@ def _draw_runs(axes: Axes, runs: Sequence[Run], held_out: Curve, training: Curve
             axes.axvline(step, color="0.55", linewidth=0.9, linestyle=":", zorder=0)
 
 
-def _marker(points: Sequence[int], size: float) -> dict[str, object]:
+def _marker(points: Sequence[int], size: float) -> dict[str, Any]:
     """The style of markers, which curves of few points have."""
     return {"marker": "o", "markersize": size} if len(points) <= _FEW_POINTS else {}
 
@@ -121,10 +122,14 @@ def _legends_of_runs(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
     _outside_legend(figure, dict(zip(titles, lines)), "outside lower center", columns)
 
 
-def _outside_legend(figure: Figure, lines: Mapping[str, Line2D], place: str, columns: int) -> None:
-    legend = figure.legend(
-        [*lines.values()], [*lines], loc=place, ncols=columns, fontsize=8, frameon=False
-    )
+def _outside_legend(
+    figure: Figure,
+    lines: Mapping[str, Line2D],
+    place: str,
+    columns: int,
+) -> None:
+    style: dict[str, Any] = {"loc": place, "ncols": columns, "fontsize": 8, "frameon": False}
+    legend = figure.legend([*lines.values()], [*lines], **style)
     _show_as_they_are(legend.get_texts())
 
 
@@ -142,7 +147,7 @@ def multi_label_curves(runs: Sequence[Run]) -> Figure:
     _step_axis(axes, runs)
     _grid(axes)
     ink = LIGHT_CURVES[0] if len(runs) == 1 else LIGHT["ink"]
-    styles = {"mean average precision": "-", "F1": "--"}
+    styles: dict[str, Any] = {"mean average precision": "-", "F1": "--"}
     lines = {name: Line2D([], [], color=ink, linestyle=style) for name, style in styles.items()}
     _outside_legend(figure, lines, "outside upper center", columns=2)
     if len(runs) > 1:
@@ -218,7 +223,7 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
         size = _name_size(classes, side)
         axes.set_yticks(range(classes), labels, fontsize=size, parse_math=False)
     if classes <= 20:
-        style = {"ha": "center", "va": "center", "color": LIGHT["strong"]}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": LIGHT["strong"]}
         size = _name_size(classes, side) - 1
         for row, column in np.argwhere(counts):
             axes.text(column, row, f"{counts[row, column]}", fontsize=size, **style)
@@ -309,8 +314,9 @@ def _name_ticks(axes: Axes, names: Sequence[str], width: float) -> list[str]:
     # A turned name may take a third of the figure.
     labels = [shortened(name, int(0.33 * width / letter)) for name in names]
     # In a page a turned name ends at the axes, whatever its font.
-    turned = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-    style = {} if upright else turned
+    style: dict[str, Any] = {}
+    if not upright:
+        style = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
     axes.set_xticks(range(len(names)), labels, fontsize=size, parse_math=False, **style)
     return labels
 

@@ -87,8 +87,9 @@ def confident_errors(predictions: Predictions) -> Section:
     )
     tiles = []
     for each in shown:
-        right = ", ".join(names[label] for label in each.labels) or "none"
-        guess = f"→ {names[each.predicted]} {each.probability:.0%}"
+        # Both names have room below the image.
+        right = _short(", ".join(names[label] for label in each.labels) or "none", 28)
+        guess = f"→ {_short(names[each.predicted], 24)} {each.probability:.0%}"
         tiles.append(Tile([pictures.pixels_png(each.pixels)], f"{right} {guess}", right, guess))
     return Section("errors", heading, pictures=[picture], tiles=tiles)
 
@@ -173,5 +174,5 @@ def pixels_of(examples: Sequence[Example]) -> np.ndarray:
     return np.stack([example.pixels for example in examples])
 
 
-def _short(name: str) -> str:
-    return shortened(visible(name), 16)
+def _short(name: str, width: int = 16) -> str:
+    return shortened(visible(name), width)
