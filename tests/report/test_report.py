@@ -376,7 +376,7 @@ def test_bars_of_a_few_classes_are_apart_and_have_names():
     gaps = [lower.y0 - upper.y1 for upper, lower in itertools.pairwise(bars)]
     assert min(gaps) > 0.2
     shown = [label.get_text() for label in sizes.get_yticklabels()]
-    assert shown == ["cat", "a <b>long…shortened", "$x$"]
+    assert shown == ["cat", "a <b>long<…shortened", "$x$"]
     assert [bar.get_bbox().width for bar in accuracies.patches][::2] == [50, 100]
     assert "&lt;b&gt;" in drawn(figure)
 
