@@ -11,7 +11,6 @@ proxy anywhere else.
 
 import base64
 import contextlib
-import dataclasses
 import io
 import json
 import sys
@@ -19,12 +18,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 import resnet_jax as rj
-from resnet_jax.data.decode import eval_crop
-from resnet_jax.inference.explain import grad_cam
 
 PAGE = Path(__file__).with_name("serve.html")
 MAX_BYTES = 20 * 2**20  # of a photo
@@ -36,39 +32,24 @@ class Explainer:
 
     def __init__(self, source: str) -> None:
         self.classifier = rj.Classifier.load(source, batch_size=1)
-        self.top = min(3, self.classifier.network.model.num_classes)
         self._lock = threading.Lock()
-        file = io.BytesIO()
-        Image.new("RGB", (64, 64)).save(file, "PNG")
-        self(file.getvalue())  # compiles, so that the first visitor need not wait
+        # Compiles, so that the first visitor need not wait.
+        self.classifier.explain(Image.new("RGB", (64, 64)), top=3)
 
     def __call__(self, photo: bytes) -> dict:
         """{"image", "classes"} for an encoded photo; raises rj.DataError if it is none."""
-        network = self.classifier.network
         with self._lock:
-            [best] = self.classifier(photo, top=self.top)
-            crop = eval_crop(
-                photo, dataclasses.replace(network.crop, upright=True), network.channels
-            )
-            images = network.preprocessing.normalize(np.stack([crop] * self.top))
-            indices = np.array([each.index for each in best])
-            maps = np.asarray(grad_cam(network.model, network.variables, images, indices))
+            [found] = self.classifier.explain(photo, top=3)
         classes = [
-            {"name": each.name, "probability": each.probability, "map": _png(_heat(evidence))}
-            for each, evidence in zip(best, maps)
+            {"name": each.name, "probability": each.probability, "overlay": _url(each.overlay())}
+            for each in found
         ]
-        return {"image": _png(crop.squeeze()), "classes": classes}
+        return {"image": _url(Image.fromarray(found[0].image.squeeze())), "classes": classes}
 
 
-def _heat(evidence: np.ndarray) -> np.ndarray:
-    """[H, W] in [0, 1] -> uint8 [H, W, 4]: orange, more opaque where there is more evidence."""
-    opacity = np.uint8(170 * evidence)
-    return np.stack([np.full_like(opacity, value) for value in (255, 90, 0)] + [opacity], axis=-1)
-
-
-def _png(pixels: np.ndarray) -> str:
+def _url(image: Image.Image) -> str:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

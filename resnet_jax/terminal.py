@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -96,6 +97,38 @@ def _columns(each: str) -> int:
 def padded(text: str, width: int) -> str:
     """Appends spaces to a text up to a number of columns; a longer text is unchanged."""
     return text + " " * (width - columns(text))
+
+
+def shortened(text: str, width: int) -> str:
+    """Replaces the middle of a text that has more columns than `width` by an ellipsis.
+
+    The end stays, because names of files and classes often differ only there.
+
+    Example:
+      >>> shortened("West Highland white terrier", 15), shortened("dog", 15)
+      ('West Hi…terrier', 'dog')
+    """
+    if columns(text) <= width:
+        return text
+    left = _fitting(text, width // 2)
+    right = _fitting(text[::-1], width - 1 - columns(left))[::-1]
+    while right and not _columns(right[0]):  # belongs to a character that is gone
+        right = right[1:]
+    return left.rstrip(_ZERO_WIDTH_JOINER) + "…" + right
+
+
+def _fitting(text: str, width: int) -> str:
+    """The start of a text that fits into a number of columns."""
+    for end, each in enumerate(text):
+        width -= _columns(each)
+        if width < 0:
+            return text[:end]
+    return text
+
+
+def output_width() -> int:
+    """The columns of the terminal that standard output is, or of $COLUMNS; 0 if there is none."""
+    return shutil.get_terminal_size(fallback=(0, 0)).columns
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -261,7 +261,7 @@ def test_classifies_and_explains_a_photo(server, kind):
     assert len(probabilities) == 3
     assert probabilities == sorted(probabilities, reverse=True)
     assert all(each["name"].startswith("class ") for each in answer["classes"])
-    sizes = [png_size(answer["image"]), *(png_size(each["map"]) for each in answer["classes"])]
+    sizes = [png_size(answer["image"]), *(png_size(each["overlay"]) for each in answer["classes"])]
     assert sizes == [(8, 8)] * 4
 
 
@@ -353,10 +353,12 @@ def test_page_in_a_browser(server, tmp_path):
         page.wait_for_selector("#classes button")
         buttons = page.locator("#classes button")
         assert buttons.count() == 3
-        first = page.get_attribute("#map", "src")
-        buttons.nth(1).click()
-        assert buttons.nth(1).get_attribute("aria-pressed") == "true"
-        assert page.get_attribute("#map", "src") != first
+        shown = [page.get_attribute("#photo", "src")]
+        for pressed in ("true", "false"):  # the evidence for another class, then no evidence
+            buttons.nth(1).click()
+            assert buttons.nth(1).get_attribute("aria-pressed") == pressed
+            shown.append(page.get_attribute("#photo", "src"))
+        assert len({*shown}) == 3
         assert problems == []
 
         page.set_input_files("input", tmp_path / "notes.txt")

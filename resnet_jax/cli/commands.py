@@ -27,7 +27,7 @@ from resnet_jax.errors import (
     one_line,
 )
 from resnet_jax.limits import MAX_CHANNELS, MAX_SIDE
-from resnet_jax.terminal import json_text, log, print_copy, printing, show
+from resnet_jax.terminal import json_text, log, output_width, print_copy, printing, show
 
 
 def train(options: argparse.Namespace) -> None:
@@ -195,6 +195,7 @@ def find_rate(options: argparse.Namespace) -> None:
         raise ConfigError(f"{flag}: must end in .png, or in .csv for the numbers only")
     if path.suffix == ".png":
         try:
+            from resnet_jax.report.drawing import to_png
             from resnet_jax.report.figures import rate_curve
         except ImportError as error:
             numbers = f"for the numbers only, use --output={path.with_suffix('.csv')}"
@@ -211,7 +212,7 @@ def find_rate(options: argparse.Namespace) -> None:
         opened[".csv"].write(curve.to_csv().encode())
         if path.suffix == ".png":
             title = f"{config.model.name} on {config.data.name}, {config.train.batch_size} images"
-            opened[".png"].write(rate_curve(curve, f"{title} a step"))
+            opened[".png"].write(to_png(rate_curve(curve, f"{title} a step")))
     _report_rate(curve, options.output)
 
 
@@ -344,9 +345,10 @@ def evaluate(options: argparse.Namespace) -> None:
         if stream is not None:
             stream.write(f"{dump_json(result.to_json())}\n".encode())
     with printing():
-        show(
-            dump_json(result.to_json()) if options.json == "-" else result.table(options.per_class)
-        )
+        if options.json == "-":
+            show(dump_json(result.to_json()))
+        else:
+            show(result.table(options.per_class, output_width()))
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from resnet_jax.evaluation.class_tables import ClassAccuracy, ClassMetrics, class_lines
 from resnet_jax.evaluation.label_sets import ALEXNET_ERRORS, CORRUPTED, SEVERITIES
 from resnet_jax.evaluation.metrics import (
     CalibrationBin,
@@ -17,34 +18,7 @@ from resnet_jax.evaluation.metrics import (
     expected_calibration_error,
 )
 from resnet_jax.evaluation.multi_label import MultiLabelMetrics
-from resnet_jax.terminal import columns, json_text, padded, visible
-
-_MOST_PRINTED_CLASSES = 20  # of a confusion matrix
-_WIDEST_NAME = 60  # columns of the table; a longer name stands out
-
-
-class ClassAccuracy(NamedTuple):
-    """The accuracy on the images of one class; None where there are no images."""
-
-    name: str
-    images: int
-    top1: float | None
-
-
-class ClassMetrics(NamedTuple):
-    """The metrics of one class of a multi-label network.
-
-    `images` have the class. `average_precision` and `recall` are None where no image has it,
-    `precision` where it is never predicted, and `f1` where neither is the case.
-    """
-
-    name: str
-    images: int
-    predicted: int
-    average_precision: float | None
-    precision: float | None
-    recall: float | None
-    f1: float | None
+from resnet_jax.terminal import json_text, visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +136,10 @@ class EvaluationResult:
         counts = found.positives.tolist(), found.predicted.tolist()
         return tuple(map(ClassMetrics, self.class_names, *counts, *known))
 
+    @property
+    def _classes(self) -> tuple[ClassMetrics, ...] | tuple[ClassAccuracy, ...] | None:
+        return self.class_metrics or self.per_class
+
     def record(self) -> dict[str, Any]:
         """The fields of an evaluation record in metrics.jsonl."""
         metrics = {name: getattr(self, name) for name in ("loss", "top1", "top5")}
@@ -186,7 +164,7 @@ class EvaluationResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the results of each image, in the form of docs/evaluate.md."""
-        per_class, confusion = self.class_metrics or self.per_class, self.confusion
+        per_class, confusion = self._classes, self.confusion
         return {
             **_setting(self),
             **self.summary(),
@@ -206,11 +184,13 @@ class EvaluationResult:
             "images_per_second": self.images / self.seconds,
         }
 
-    def table(self, per_class: bool = False) -> str:
+    def table(self, per_class: bool = False, width: int = 0) -> str:
         """The result as text for a terminal.
 
         Args:
           per_class: Include the metrics of each class and the confusion matrix.
+          width: Columns that the tables of classes have to fit into, for which they shorten names.
+            0: any number.
         """
         rows = [
             ("images", f"{self.images:,}{self._excluded()}"),
@@ -228,7 +208,8 @@ class EvaluationResult:
         rows.append(("time", f"{self.seconds:.1f} s, {speed:,.0f} images/s"))
         lines = [_title(self), *(f"  {name:<8}{value}" for name, value in rows)]
         if per_class:
-            lines += ["", *self._class_lines()]
+            names = [visible(name) for name in self.class_names]
+            lines += ["", *class_lines(names, self._classes, self.confusion, width)]
         return "\n".join(lines)
 
     def _matched(self) -> str:
@@ -241,16 +222,6 @@ class EvaluationResult:
         parts = [(self.skipped, "more cannot be decoded"), (self.unlabeled, unlabeled)]
         return "".join(f"; {count:,} {why}" for count, why in parts if count)
 
-    def _class_lines(self) -> Iterator[str]:
-        names = [visible(name) for name in self.class_names]
-        width = min(_WIDEST_NAME, max(5, *map(columns, names)))
-        if self.class_metrics is not None:
-            yield from _metric_lines(self.class_metrics, names, width)
-        elif self.per_class is not None and self.confusion is not None:
-            yield from _accuracy_lines(self.per_class, self.confusion, names, width)
-        else:
-            yield "no accuracy of each class: images have several labels"
-
 
 def _multi_label_rows(found: MultiLabelMetrics) -> list[tuple[str, str]]:
     classes = f"{len(found.positives) - found.absent:,} classes"
@@ -261,35 +232,6 @@ def _multi_label_rows(found: MultiLabelMetrics) -> list[tuple[str, str]]:
         ("mAP", f"{found.map:.2%}  ({classes})"),
         ("F1", f"{f1}  (probability {found.threshold:g} or more)"),
     ]
-
-
-def _metric_lines(
-    classes: Sequence[ClassMetrics], names: Sequence[str], width: int
-) -> Iterator[str]:
-    yield f"{'class':<{width}}  images predicted      AP precision  recall      F1"
-    for name, each in zip(names, classes):
-        fractions = (each.average_precision, each.precision, each.recall, each.f1)
-        cells = ["-" if x is None else f"{x:.2%}" for x in fractions]
-        line = f"{padded(name, width)}  {each.images:>6} {each.predicted:>9}"
-        yield line + " {:>7} {:>9} {:>7} {:>7}".format(*cells)
-
-
-def _accuracy_lines(
-    classes: Sequence[ClassAccuracy], confusion: np.ndarray, names: Sequence[str], width: int
-) -> Iterator[str]:
-    yield f"{'class':<{width}}  images   top-1  most often predicted instead"
-    for label, each in enumerate(classes):
-        errors = confusion[label].copy()
-        errors[label] = 0
-        most = int(errors.argmax())
-        confused = f"  {names[most]} ({errors[most]})" if errors[most] else ""
-        top1 = "-" if each.top1 is None else f"{each.top1:.2%}"
-        yield f"{padded(names[label], width)}  {each.images:>6} {top1:>7}{confused}"
-    if len(names) <= _MOST_PRINTED_CLASSES:
-        cell = max(4, *(len(str(count)) + 1 for count in confusion.flat))
-        yield "\nconfusion matrix: a row for each label, columns in the same order"
-        for name, row in zip(names, confusion):
-            yield padded(name, width) + "".join(f"{count:>{cell}}" for count in row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,10 +282,10 @@ class CorruptionResult:
             },
         }
 
-    def table(self, per_class: bool = False) -> str:
+    def table(self, per_class: bool = False, width: int = 0) -> str:
         """Top-1 errors by corruption and severity, as text for a terminal.
 
-        `per_class` is ignored: the sets have no table of classes.
+        `per_class` and `width` are ignored: the sets have no table of classes.
         """
         lines = [
             f"{_title(self._first, of=CORRUPTED)}: top-1 error in %, by severity",

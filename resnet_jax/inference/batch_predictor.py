@@ -119,14 +119,15 @@ class BatchPredictor:
                 yield waiting.popleft()
         yield from waiting
 
-    def _crop(self, image: Any) -> np.ndarray:
+    def crop(self, image: Any) -> np.ndarray:
+        """Reads the crop of an image that the network sees, uint8 [S, S, channels]."""
         return read_crop(image, self._network.channels, self._data)
 
     def _batches(self, images: Iterable[Any]) -> Iterator[tuple[_Entries, np.ndarray]]:
         entries: _Entries = []
         pixels, filled = np.zeros(self._shape, np.uint8), 0
         names: collections.deque[str] = collections.deque()  # images that are being read
-        crops = in_threads(self._crop, _noting_names(images, names), ahead=2 * self.batch_size)
+        crops = in_threads(self.crop, _noting_names(images, names), ahead=2 * self.batch_size)
         for crop in crops:
             name = names.popleft()
             if isinstance(crop, DataError):

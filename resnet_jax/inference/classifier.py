@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from resnet_jax.data.decode import image_error
-from resnet_jax.errors import ConfigError, DataError, library_errors
+from resnet_jax.errors import ConfigError, DataError, library_errors, unknown_name
 from resnet_jax.inference.batch_predictor import BatchPredictor
+from resnet_jax.inference.explain import grad_cam
 from resnet_jax.inference.images import ImageFile, from_memory, name_of
 from resnet_jax.limits import MAX_CHANNELS
 from resnet_jax.weights.network import Network, is_predicted
 from resnet_jax.weights.source import open_network
+
+_ORANGE, _MOST_OPAQUE = (255, 90, 0), 2 / 3  # of the evidence in an overlay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,35 @@ class Prediction:
     name: str
     index: int
     probability: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Explanation(Prediction):
+    """A class, its probability, and where the evidence for it lies in the image.
+
+    Args:
+      name: The class's name.
+      index: The class's number, its place in the logits.
+      probability: From 0 to 1.
+      image: The crop of the image that the network sees, uint8 [S, S, C].
+      evidence: Its heat map by Grad-CAM, float32 [S, S] in [0, 1]; the maximum is 1, or 0 where
+        nothing in the image speaks for the class.
+    """
+
+    image: np.ndarray = dataclasses.field(repr=False)
+    evidence: np.ndarray = dataclasses.field(repr=False)
+
+    def overlay(self) -> Image.Image:
+        """Draws the evidence over the image, more opaque where there is more of it.
+
+        Returns:
+          An RGB image of S x S pixels. Of an image with more channels it shows the first three;
+          with two, the first one.
+        """
+        channels = 3 if self.image.shape[2] >= 3 else 1
+        opacity = _MOST_OPAQUE * self.evidence[:, :, None]
+        blended = (1 - opacity) * self.image[:, :, :channels] + opacity * np.array(_ORANGE)
+        return Image.fromarray(blended.round().astype(np.uint8))
 
 
 class Classifier:
@@ -69,6 +103,9 @@ class Classifier:
       True
       >>> classifier.probabilities(np.zeros((3, 60, 40, 3), np.uint8)).shape
       (3, 10)
+      >>> [[explanation]] = classifier.explain(Image.new("RGB", (60, 40)))
+      >>> explanation.name == best.name, explanation.overlay().size
+      (True, (32, 32))
     """
 
     def __init__(self, network: Network, *, batch_size: int = 0) -> None:
@@ -165,18 +202,112 @@ class Classifier:
         """
         return self.network.probabilities(self.logits(images))
 
+    def explain(
+        self, images: Any, top: int = 1, *, classes: Any = None, layer: str = ""
+    ) -> list[list[Explanation]]:
+        """Where the evidence for a class lies in each image, by Grad-CAM (Selvaraju et al. 2017).
+
+        Args:
+          images: One or several, of any kind named above.
+          top: Number of classes to explain, the most likely ones, or all of a network with fewer.
+          classes: The classes to explain instead, in each image: a name, a number, or a list of
+            these.
+          layer: The layer whose map is used: "stem", "stage1", ... Default: the last stage, whose
+            map is the coarsest and says most about classes.
+
+        Returns:
+          A list for each image with an `Explanation` for each class: the class, its probability,
+          the heat map `evidence`, and `overlay()`, a picture to look at.
+
+        Raises:
+          DataError: An image cannot be read, or is not of a kind named above.
+          WeightsError: The network's outputs are not finite numbers.
+          ConfigError: `top` is below 1, or there is no class of a name or a number in `classes`.
+          ModelError: There is no such layer.
+
+        Example:
+          >>> import tempfile, resnet_jax as rj
+          >>> model = rj.ResNet20(num_classes=2)
+          >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     rj.save_weights(f"{folder}/w.safetensors", model, variables)
+          ...     classifier = rj.Classifier.load(
+          ...         f"{folder}/w.safetensors", model="resnet20", classes=["cat", "dog"]
+          ...     )
+          >>> photo = np.zeros((60, 40, 3), np.uint8)
+          >>> [[dog]] = classifier.explain(photo, classes="dog")
+          >>> dog.name, dog.evidence.shape, dog.overlay().size
+          ('dog', (32, 32), (32, 32))
+        """
+        check_top(top)
+        chosen = None if classes is None else self._indices(classes)
+        images = list(_each(images))
+        explained = []
+        for image, logits in zip(images, self.logits(images)):
+            indices = self._most_likely(logits)[:top] if chosen is None else chosen
+            crop = self.outputs.crop(image)
+            maps = self._evidence(crop, indices, layer)
+            explained.append(
+                [
+                    Explanation(each.name, each.index, each.probability, crop, evidence)
+                    for each, evidence in zip(self._predictions(logits, indices), maps)
+                ]
+            )
+        return explained
+
+    def _evidence(self, crop: np.ndarray, indices: np.ndarray, layer: str) -> np.ndarray:
+        """Grad-CAM of K classes for a crop, float32 [K, S, S]."""
+        network = self.network
+        images = network.preprocessing.normalize(np.stack([crop] * len(indices)))
+        classes = jnp.asarray(indices)
+        return np.asarray(grad_cam(network.model, self._variables, images, classes, layer))
+
+    @functools.cached_property
+    def _variables(self) -> Any:
+        """The variables on a device, with their norms, which `outputs` has folded."""
+        return jax.device_put(self.network.variables)
+
     def best(self, logits: np.ndarray, top: int | None = None) -> list[Prediction]:
         """The most likely classes for one image's logits [classes], as `__call__` returns them."""
-        network = self.network
-        probabilities = network.probabilities(logits)
+        if top is None and self.network.multi_label:
+            top = int(is_predicted(logits, self.network.threshold).sum())
+        return self._predictions(logits, self._most_likely(logits)[: 5 if top is None else top])
+
+    def _most_likely(self, logits: np.ndarray) -> np.ndarray:
+        """The numbers of all classes, by decreasing probability."""
         # Large logits differ where their probabilities are both rounded to 1.
-        order = np.argsort(-(logits if network.multi_label else probabilities), kind="stable")
-        if top is None and network.multi_label:
-            top = int(is_predicted(logits, network.threshold).sum())
-        return [
-            Prediction(network.class_names[i], int(i), float(probabilities[i]))
-            for i in order[: 5 if top is None else top]
-        ]
+        key = logits if self.network.multi_label else self.network.probabilities(logits)
+        return np.argsort(-key, kind="stable")
+
+    def _predictions(self, logits: np.ndarray, indices: Iterable[int]) -> list[Prediction]:
+        names, probabilities = self.network.class_names, self.network.probabilities(logits)
+        return [Prediction(names[i], int(i), float(probabilities[i])) for i in indices]
+
+    def _indices(self, classes: Any) -> np.ndarray:
+        """The numbers of classes, given as one name or number or several."""
+        several = [classes] if isinstance(classes, str) or np.ndim(classes) == 0 else classes
+        if not len(several):
+            raise ConfigError("classes: the list is empty; give names or numbers")
+        return np.array([_index_of(each, self.network.class_names) for each in several])
+
+
+def _index_of(chosen: Any, names: Sequence[str]) -> int:
+    """The number of a class, given as its name or number."""
+    if isinstance(chosen, str):
+        found = [index for index, name in enumerate(names) if name == chosen]
+        if len(found) > 1:
+            numbers = ", ".join(map(str, found))
+            raise ConfigError(f"classes: {len(found)} are called {chosen!r}; give one of {numbers}")
+        if not found:
+            raise ConfigError(f"classes: {unknown_name('class', chosen, names)}")
+        return found[0]
+    try:
+        index = operator.index(chosen)
+    except TypeError as error:
+        raise ConfigError(f"classes: {chosen!r} is neither a name nor a number") from error
+    if not 0 <= index < len(names):
+        raise ConfigError(f"classes: {index}: must be from 0 to {len(names) - 1:,}")
+    return index
 
 
 def check_top(top: int | None) -> None:

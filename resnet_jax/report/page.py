@@ -7,13 +7,16 @@ import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from resnet_jax import files
 from resnet_jax.errors import ConfigError
 from resnet_jax.outputs import check_output, output_errors
+from resnet_jax.report.elements import Section
+from resnet_jax.report.palette import DARK, LIGHT, css_variables
 from resnet_jax.report.predictions import HeldOutData
 from resnet_jax.report.runs import Run, read_run
-from resnet_jax.report.sections import Section, comparison_sections, single_run_sections
+from resnet_jax.report.sections import comparison_sections, single_run_sections
 from resnet_jax.terminal import visible
 
 
@@ -32,7 +35,8 @@ def write_report(
       workdirs: Folders of the runs.
       output: The HTML file. Default: report.html in the run's folder, or in the current folder
         for several runs. Figures go into a folder of the same name without ".html".
-      images: Image files for the saliency maps. Default: the first held-out images.
+      images: Image files for the saliency maps. Default: held-out images of
+        different classes.
       data: Held-out images, as in `data.name`. Default: those of each run, if this user trained it.
       data_dir: Where TFDS keeps its datasets; needs `data`.
       force: Replace existing files.
@@ -78,7 +82,7 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: visible(value, keep="\n"),  # no bidirectional codes on the page
+        finalize=_shown,
     )
     config = runs[0].config
     if len(runs) == 1:
@@ -86,7 +90,18 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
         lead = "A network trained with resnet_jax."
     else:
         title, lead = f"{len(runs)} runs on {config.data.name}", "A comparison of runs."
-    return environment.from_string(text).render(title=title, lead=lead, sections=sections)
+    return environment.from_string(text).render(
+        title=title,
+        lead=lead,
+        sections=sections,
+        light=css_variables(LIGHT),
+        dark=css_variables(DARK),
+    )
+
+
+def _shown(value: Any) -> Any:
+    """Text without bidirectional codes; markup, which is our own, as it is."""
+    return value if hasattr(value, "__html__") else visible(value, keep="\n")
 
 
 def _write(output: Path, page: str, sections: Sequence[Section], force: bool) -> None:

@@ -14,7 +14,11 @@ from resnet_jax.config.serialization import to_flat
 from resnet_jax.errors import ConfigError
 from resnet_jax.files import read_json
 from resnet_jax.training.optimizer import RunLength
-from resnet_jax.workdirs.description import read_class_counts, read_config
+from resnet_jax.workdirs.description import (
+    read_class_counts,
+    read_class_names,
+    read_config,
+)
 from resnet_jax.workdirs.records import Record, is_training, read_records
 
 # What a run was started with: {"recipe": ..., "arguments": [...]}.
@@ -34,7 +38,13 @@ class Run:
     bad_lines: int  # lines of metrics.jsonl that are not records
     environment: dict[str, str]  # versions and devices; {} if the run did not record them
     recipe: str  # such as "cifar:resnet56"; "" if the run did not record it
+    num_classes: int  # 0 if the file of their names cannot be read
     class_counts: dict[str, np.ndarray]  # images of each class in "train" and "eval", if counted
+
+    @property
+    def records(self) -> list[Record]:
+        """All records, of training and evaluation."""
+        return [*self.training, *self.evaluations, *self.ema_evaluations]
 
     @property
     def final(self) -> Record:
@@ -128,8 +138,16 @@ def read_run(workdir: str | Path) -> Run:
         bad_lines=bad,
         environment=_read_environment(workdir / "environment.json"),
         recipe=_read_recipe(workdir / COMMAND_FILE),
+        num_classes=_count_classes(workdir),
         class_counts=read_class_counts(workdir),
     )
+
+
+def _count_classes(workdir: Path) -> int:
+    try:
+        return len(read_class_names(workdir))
+    except ConfigError:  # the page says so where it opens the network
+        return 0
 
 
 def _read_environment(path: Path) -> dict[str, str]:

@@ -159,7 +159,10 @@ def _build_run(
     saved = _open_state(inputs, optimizer, workdir, initial, group)
 
     written = workdir if group.is_first else None
-    writers = MetricWriters(config, written, saved.done, length.steps, length.steps_per_epoch)
+    writers = MetricWriters(
+        *(config, written, saved.done, length.steps, length.steps_per_epoch),
+        num_classes=len(inputs.class_names),
+    )
     stack.callback(writers.close)  # also where the rest of this fails
     for line in saved.lines:
         writers.log(line)

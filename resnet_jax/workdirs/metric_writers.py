@@ -121,6 +121,8 @@ class MetricWriters:
       total_steps: Steps of the whole run.
       steps_per_epoch: May be a fraction.
       stream: Stream for people, by default standard error; a terminal has a progress bar.
+      num_classes: Classes of the network. For five or fewer, where top-5 is always 1, lines for
+        people leave it out.
     """
 
     def __init__(
@@ -131,9 +133,12 @@ class MetricWriters:
         total_steps: int,
         steps_per_epoch: float,
         stream: TextIO | None = None,
+        *,
+        num_classes: int = 1000,
     ) -> None:
         self._steps_per_epoch = steps_per_epoch
         self._total = total_steps
+        self._with_top5 = num_classes > 5
         self._batch_size = config.train.batch_size
         self._stream = stream or sys.stderr
         self._file: MetricsFile | None = None
@@ -204,7 +209,7 @@ class MetricWriters:
                 with contextlib.suppress(ConfigError):
                     copy.close()
         if not is_training(record):
-            self.log(_evaluation_line(record))
+            self.log(_evaluation_line(record, self._with_top5))
             return
         self.log(self._progress_line(record))
         if self._bar is not None:
@@ -273,13 +278,13 @@ def _values(record: Record) -> str:
     return text + (f"  {record['skipped']} skipped" if record["skipped"] else "")
 
 
-def _evaluation_line(record: Record) -> str:
+def _evaluation_line(record: Record, with_top5: bool) -> str:
     name = record["split"] + (" (EMA)" if record.get("weights") == "ema" else "")
     text = f"step {record['step']}  {name}:"
     if "map" in record:
         text += f" mAP {record['map']:.2%}  F1 {record['f1']:.2%} "
     text += f" top-1 {record['top1']:.2%}"
-    text += f"  top-5 {record['top5']:.2%}"
+    text += f"  top-5 {record['top5']:.2%}" if with_top5 else ""
     return text + (f"  loss {record['loss']:.4f}" if "loss" in record else "")
 
 

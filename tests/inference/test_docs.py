@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import resnet_jax as rj
 from resnet_jax.cli.parser import main
@@ -31,10 +32,15 @@ def digits(tmp_path, monkeypatch):
 def test_blocks(capsys):
     text = DOCS.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    _, in_python, apply, as_files, neighbors = blocks  # the first: tests/inference/test_predict.py
+    _, in_python, apply, explain, as_files, neighbors = (
+        blocks  # the first: tests/inference/test_predict.py
+    )
     names = {}
     exec(compile(as_files, str(DOCS), "exec"), names)  # noqa: S102
-    exec(compile(in_python + apply, str(DOCS), "exec"), names)  # noqa: S102
+    exec(compile(in_python + apply + explain, str(DOCS), "exec"), names)  # noqa: S102
+    assert [names["three"].index, names["eight"].index] == [3, 8]
+    with Image.open("evidence.png") as overlay:
+        assert overlay.size == (16, 16)
     commands = re.findall(r"^python -m resnet_jax (features runs/digits .*)$", text, re.MULTILINE)
     assert len(commands) == 2
     for command in commands:

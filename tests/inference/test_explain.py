@@ -1,13 +1,18 @@
 """Attributions against what they must add up to, and against gradients taken by hand."""
 
+import io
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import resnet_jax as rj
+from resnet_jax.data.decode import eval_crop
 from resnet_jax.inference.explain import grad_cam, integrated_gradients, responses
+from tests.evaluation.settings import encoded, photo, tiny_network
 from tests.variables import random_variables
 
 
@@ -96,3 +101,90 @@ def test_responses_where_the_norm_comes_first():
     norm |= {name: 3 * value for name, value in norm.items()}
     tripled = responses(model, variables, images)
     assert tripled["stage1/block1/conv1"] == pytest.approx(3 * before["stage1/block1/conv1"])
+
+
+NAMES = ("cat", "dog", "yak", "cat")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return rj.Classifier(tiny_network(names=NAMES), batch_size=8)
+
+
+def test_a_classifier_explains_its_best_classes(classifier):
+    network, photos = classifier.network, [encoded(photo(seed, 12, 15)) for seed in (0, 1)]
+    found = classifier.explain(photos, top=2)
+    for data, best, explained in zip(photos, classifier(photos, top=2), found, strict=True):
+        assert [each.index for each in explained] == [each.index for each in best]
+        assert [each.probability for each in explained] == [each.probability for each in best]
+        crop = eval_crop(data, network.crop, 3)
+        images = network.preprocessing.normalize(np.stack([crop, crop]))
+        indices = jnp.array([each.index for each in best])
+        expected = grad_cam(network.model, network.variables, images, indices)
+        for each, evidence in zip(explained, expected, strict=True):
+            np.testing.assert_array_equal(each.image, crop)
+            chex.assert_trees_all_close(each.evidence, np.asarray(evidence), atol=1e-5)
+    assert len(classifier.explain(photos[0], top=100)[0]) == 4
+    assert classifier.explain([]) == []
+
+
+def test_a_classifier_explains_named_classes(classifier):
+    pixels = photo(2)
+    every = {each.index: each for each in classifier.explain(pixels, top=4)[0]}
+    [[yak]] = classifier.explain(pixels, classes="yak")
+    [[first, last]] = classifier.explain(pixels, classes=[np.int64(0), 3])
+    for index, each in ((2, yak), (0, first), (3, last)):
+        assert (each.name, each.index) == (NAMES[index], index)
+        assert each.probability == every[index].probability
+        chex.assert_trees_all_close(each.evidence, every[index].evidence, atol=1e-5)
+    [[coarse]] = classifier.explain(pixels, classes=2, layer="stem")
+    assert np.abs(coarse.evidence - yak.evidence).max() > 0.1
+
+
+def test_an_explained_photo_is_upright(classifier):
+    """As in predictions."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(photo(3, 8, 8)).save(file, "PNG", exif=exif)
+    [[explanation]] = classifier.explain(file)
+    [[upright]] = classifier.explain(np.rot90(photo(3, 8, 8), -1))
+    np.testing.assert_array_equal(explanation.image, upright.image)
+    assert explanation.probability == upright.probability
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (4, [0, 1, 2])])
+def test_an_overlay_covers_the_image_where_the_evidence_is(channels, shown):
+    classifier = rj.Classifier(tiny_network(channels=channels), batch_size=8)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, channels), np.uint8)
+    [[explanation]] = classifier.explain(image)
+    overlay = np.asarray(explanation.overlay())
+    least, most = (function(explanation.evidence) for function in (np.argmin, np.argmax))
+    before, after = explanation.image[:, :, shown].reshape(-1, 3), overlay.reshape(-1, 3)
+    assert explanation.evidence.min() == 0
+    np.testing.assert_array_equal(after[least], before[least])
+    expected = before[most] / 3 + 2 / 3 * np.array([255, 90, 0])
+    np.testing.assert_allclose(after[most], expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": "dgo"}, "classes: unknown class 'dgo'; did you mean 'dog'"),
+        ({"classes": "cat"}, "classes: 2 are called 'cat'; give one of 0, 3"),
+        ({"classes": [1, 4]}, "classes: 4: must be from 0 to 3"),
+        ({"classes": -1}, "classes: -1: must be from 0 to 3"),
+        ({"classes": 1.5}, "classes: 1.5 is neither a name nor a number"),
+        ({"classes": []}, "classes: the list is empty"),
+        ({"top": 0}, "top=0: must be 1 or more"),
+        ({"layer": "stage7"}, "unknown layer 'stage7'"),
+    ],
+)
+def test_mistakes_in_what_to_explain(classifier, options, message):
+    error = rj.ModelError if "layer" in options else rj.ConfigError
+    with pytest.raises(error, match=message):
+        classifier.explain(photo(0), **options)
+
+
+def test_images_that_cannot_be_explained(classifier):
+    with pytest.raises(rj.DataError, match="not a whole image"):
+        classifier.explain(b"<svg></svg>")

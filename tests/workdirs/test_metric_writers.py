@@ -68,6 +68,18 @@ def test_lines_have_the_time_and_among_several_processes_the_host(
     ]
 
 
+@pytest.mark.parametrize("classes", [5, 6])
+def test_lines_leave_top_5_of_five_classes_out(classes, tmp_path):
+    """The record keeps it."""
+    stream, config = io.StringIO(), Config(log=Log(tensorboard=False))
+    told = MetricWriters(config, tmp_path, 0, 9, 3.0, stream, num_classes=classes)
+    told.record({"step": 3, **TEST})
+    told.close()
+    assert "top-1 50.00%" in stream.getvalue()
+    assert ("top-5" in stream.getvalue()) == (classes > 5)
+    assert '"top5": 1.0' in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_curves_of_the_same_name_are_in_different_folders(tmp_path):
     hostile = {**TEST, "split": "../../outside"}
     (tmp_path / "run").mkdir()
