@@ -42,7 +42,7 @@ def execute(notebook, folder, parameters, **environment):
         **environment,
     }
     client = Client(
-        notebook, timeout=int(speed.seconds(200)), resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=speed.seconds(200), resources={"metadata": {"path": str(folder)}}
     )
     client.execute(env=environment)
     return client
