@@ -163,7 +163,7 @@ def packaged_recipe(name: str) -> Path | None:
     """
     stem = name.partition(":")[0].removeprefix("configs/").removesuffix(".py")
     path = _recipe_folder() / f"{stem}.py"
-    known = bool(re.fullmatch(r"\w+(/\w+)?", stem)) and path.is_file()
+    known = bool(re.fullmatch(r"\w{1,99}(/\w{1,99})?", stem)) and path.is_file()
     return path if known else None
 
 
