@@ -176,7 +176,9 @@ def _recipe_folder() -> Path:
 def _explain_file(file: Path) -> str:
     if file.is_file():
         return "its get_config() does not return a resnet_jax.config.Config"
-    recipes = {path.stem: f"configs/{path.name}" for path in sorted(_recipe_folder().glob("*.py"))}
+    # A recipe's name works in any folder; a path is answered with a path.
+    path = "configs/{}.py" if file.suffix or len(file.parts) > 1 else "{}"
+    recipes = {each.stem: path.format(each.stem) for each in sorted(_recipe_folder().glob("*.py"))}
     if close := difflib.get_close_matches(file.stem, recipes, n=1):
         return f"no such file; did you mean {recipes[close[0]]}?"
     return f"no such file; there are {', '.join(recipes.values())}"

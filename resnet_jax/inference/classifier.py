@@ -89,7 +89,7 @@ class Classifier:
       batch_size: Images per batch. Default: a fast size.
 
     Raises:
-      ConfigError: The network has no head, or `batch_size` is below 0.
+      ConfigError: The network has no head, or is a path; or `batch_size` is below 0.
 
     Example:
       >>> import jax, tempfile, resnet_jax as rj
@@ -109,6 +109,8 @@ class Classifier:
     """
 
     def __init__(self, network: Network, *, batch_size: int = 0) -> None:
+        if isinstance(network, (str, os.PathLike)):
+            raise ConfigError(f"{network}: open it with rj.Classifier.load")
         if not network.model.num_classes:
             raise ConfigError(f"{network.source}: the network has no head, and so no classes")
         self.network, folded = network, network.folded()

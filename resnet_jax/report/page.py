@@ -85,11 +85,13 @@ def _render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
         finalize=_shown,
     )
     config = runs[0].config
+    kind, _, place = config.data.name.partition(":")
+    data = f"{kind}:{Path(place).name}" if place else kind
     if len(runs) == 1:
-        title = f"{runs[0].title}: {config.model.name} on {config.data.name}"
+        title = f"{runs[0].title}: {config.model.name} on {data}"
         lead = "A network trained with resnet_jax."
     else:
-        title, lead = f"{len(runs)} runs on {config.data.name}", "A comparison of runs."
+        title, lead = f"{len(runs)} runs on {data}", "A comparison of runs."
     return environment.from_string(text).render(
         title=title,
         lead=lead,

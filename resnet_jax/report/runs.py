@@ -114,6 +114,8 @@ class Run:
 def read_run(workdir: str | Path) -> Run:
     """Reads a workdir; raises ConfigError if it is not one or has no records."""
     workdir = Path(workdir).expanduser()
+    if not workdir.exists():
+        raise ConfigError(f"{workdir}: there is no such folder")
     if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
     config = read_config(workdir)

@@ -47,7 +47,7 @@ class Network:
     source: str
     name: str
     model: ResNet
-    variables: Variables
+    variables: Variables = dataclasses.field(repr=False)
     preprocessing: Preprocessing
     channels: int
     class_names: tuple[str, ...]

@@ -49,7 +49,7 @@ class Pretrained:
     """
 
     model: ResNet
-    variables: Variables
+    variables: Variables = dataclasses.field(repr=False)
     preprocessing: Preprocessing
     name: str = ""
     class_names: tuple[str, ...] = ()
@@ -209,7 +209,7 @@ def _folder(repository: str | os.PathLike[str], revision: str | None) -> Path:
     missing = f"{repository}: there is no such file or folder"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(repository)):
         raise WeightsError(f"{missing}{_similar(local)}")
-    with importing(f"{missing} here; as a name on the Hub it", WeightsError):
+    with importing(f"{missing}{_similar(local)}; as a name on the Hub it", WeightsError):
         import huggingface_hub as hub
 
     def download(*files: str, revision: str | None) -> Path:

@@ -420,6 +420,8 @@ def load_variables(
         does not write.
     """
     workdir = Path(workdir).expanduser()
+    if not workdir.exists():
+        raise ConfigError(f"{workdir}: there is no such folder")
     if not (workdir / "config.json").exists():
         raise ConfigError(f"{workdir} is not a workdir: it has no config.json")
     config = read_json(workdir / "config.json")

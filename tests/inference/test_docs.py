@@ -40,7 +40,7 @@ def test_blocks(capsys):
     exec(compile(in_python + apply + explain, str(DOCS), "exec"), names)  # noqa: S102
     assert [names["three"].index, names["eight"].index] == [3, 8]
     with Image.open("evidence.png") as overlay:
-        assert overlay.size == (16, 16)
+        assert overlay.size == (320, 320)
     commands = re.findall(r"^python -m resnet_jax (features runs/digits .*)$", text, re.MULTILINE)
     assert len(commands) == 2
     for command in commands:

@@ -111,6 +111,12 @@ def classifier():
     return rj.Classifier(tiny_network(names=NAMES), batch_size=8)
 
 
+def test_a_classifier_of_a_path_names_load(tmp_path):
+    for path in (tmp_path, str(tmp_path)):
+        with pytest.raises(rj.ConfigError, match=r"open it with rj\.Classifier\.load"):
+            rj.Classifier(path)
+
+
 def test_a_classifier_explains_its_best_classes(classifier):
     network, photos = classifier.network, [encoded(photo(seed, 12, 15)) for seed in (0, 1)]
     found = classifier.explain(photos, top=2)

@@ -556,7 +556,7 @@ def test_many_classes_and_long_names():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere is not a workdir"),
+        (["nowhere"], "nowhere: there is no such folder"),
         (["{run}", "--output={tmp}/there.html"], "exists; give --force to replace it"),
         (["{run}", "--output={tmp}/page.pdf"], "must end in .html"),
         (["{run}", "--output={tmp}/none/page.html"], "no folder"),

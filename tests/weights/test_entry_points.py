@@ -138,6 +138,7 @@ def test_a_run_as_a_pretrained_network(workdir):
     assert (found.name, found.class_names) == ("tiny", opened.class_names)
     assert (model, preprocessing, found.threshold) == (opened.model, opened.preprocessing, None)
     chex.assert_trees_all_equal(variables, opened.variables)
+    assert max(len(repr(found)), len(repr(opened))) < 20_000  # without the numbers
     images = np.full((2, 12, 12, 1), 9, np.uint8)
     logits = model.apply(variables, preprocessing.normalize(images), train=False)
     expected = opened.model.apply(opened.variables, preprocessing.normalize(images), train=False)

@@ -15,6 +15,7 @@ import numpy as np
 from resnet_jax.data.image_files import IMAGE_SUFFIXES
 from resnet_jax.data.sources.base import Label, Source, digest, field_error, one_hot
 from resnet_jax.data.sources.splits import (
+    HELD_OUT,
     WHOLE_SPLIT,
     Span,
     SplitSpec,
@@ -135,7 +136,13 @@ def _missing_split(root: Path, split: str, spec: SplitSpec) -> DataError:
         return field_error("data.name", spec.name, reason)
     shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
     reason = f"{root} has no folder {split!r}; it has: {shown}"
-    if are_classes(root, found):
+    others = [name for name in HELD_OUT if name != root.name and os.path.isdir(root.parent / name)]
+    if are_classes(root, found) and others:
+        reason += (
+            f". If these are classes, {root.name} is a split of data.name = "
+            f"'folder:{root.parent}', beside {others[0]}"
+        )
+    elif are_classes(root, found):
         reason += (
             f". If these are classes, {root.name} is the split: data.name = "
             f"'folder:{root.parent}', data.train_split = '{root.name}[:90%]' and "

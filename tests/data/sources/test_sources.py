@@ -855,6 +855,9 @@ def test_class_names_that_look_the_same(images):
 def test_classes_without_splits(tmp_path, images):
     """The message says how to take parts of them."""
     text = message(f"folder:{images}/train", "train")
+    assert text.endswith(f"train is a split of data.name = 'folder:{images}', beside test")
+    shutil.rmtree(images / "test")
+    text = message(f"folder:{images}/train", "train")
     advice = f"data.name = 'folder:{images}', data.train_split = 'train[:90%]' and "
     assert f"it has: cat, dog. If these are classes, train is the split: {advice}" in text
     assert len(open_source(f"folder:{images}", "train[:90%]")) == 5
