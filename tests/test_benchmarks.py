@@ -189,6 +189,8 @@ def kernels(monkeypatch):
     return importlib.import_module("kernels")
 
 
+# Of a class that jaxlib 0.12 makes when it is first used; an error there would end the process.
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
 def test_kernels_by_kind(kernels):
     events, names = "", ""
     for index, (name, operation, start, duration, _) in enumerate(RAN, 1):
