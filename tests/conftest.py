@@ -45,6 +45,7 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 
 import chex
 import jax
+import jax.export  # an attribute of JAX 0.7 only where it is imported
 
 from resnet_jax.cli import parser as command_line
 from resnet_jax.data import decode as decoding
@@ -55,6 +56,9 @@ from resnet_jax.training import rate_range, run
 from tests import tiny
 from tests.advice import foreign_flags
 from tests.fake_accelerator import fake_accelerator
+
+if not hasattr(jax, "enable_x64"):  # JAX 0.7
+    jax.enable_x64 = jax.experimental.enable_x64
 
 
 def pytest_addoption(parser):

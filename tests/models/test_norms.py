@@ -154,6 +154,7 @@ def test_batch_norm_has_every_kind_of_derivative():
     check_grads(apply, arguments, order=2, modes=["fwd", "rev"], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older XLA keeps one more array")
 def test_on_a_cpu_the_backward_pass_keeps_nothing_but_the_input():
     """Deviations from a mean, forwards and backwards, would be two arrays as large as x more."""
     x, kernel = jnp.zeros((64, 32, 32, 16)), jnp.zeros((16, 16))
