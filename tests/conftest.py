@@ -24,14 +24,13 @@ FAST_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
-CPU_FLAGS = "--xla_force_host_platform_device_count=8 "
 _JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 if _JAXLIB <= (0, 10):  # XLA ends the process at a flag that it does not know
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 if _JAXLIB >= (0, 10):
     # Eight devices on a busy machine may wait for each other longer than XLA's 40 seconds.
-    CPU_FLAGS += "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-CPU_FLAGS += FAST_COMPILE
+    FAST_COMPILE += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+CPU_FLAGS = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 # Before TFDS is imported.
 os.environ["TFDS_DATA_DIR"] = str(TEMPORARY / "tfds")
 os.environ["XDG_STATE_HOME"] = str(TEMPORARY / "state")

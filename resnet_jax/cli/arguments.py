@@ -56,9 +56,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options, rest = parser.parse_known_args(arguments)
     if rest and command not in _PASS_ON:
         raise ConfigError(_explain_rest(rest, commands_of(parser)[command]))
-    for word in rest if command != "train" else ():
-        others = not word.startswith("--") or word.startswith(("--config", "--workdir"))
-        if not others and (close := _similar_flag(word, commands_of(parser)[command])):
+    flags = [word for word in rest if word.startswith("--")]
+    for word in flags if command != "train" else ():
+        of_a_run = word.startswith(("--config", "--workdir"))
+        if not of_a_run and (close := _similar_flag(word, commands_of(parser)[command])):
             raise ConfigError(f"unknown flag {word.partition('=')[0]!r}; did you mean {close}?")
     options.rest = rest
     return options

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 import resnet_jax as rj
-from resnet_jax import config as c
 from resnet_jax.evaluation.held_out import evaluate_data
-from resnet_jax.training.loop import train
 from resnet_jax.weights import weight_file
 from resnet_jax.weights.class_names import imagenet_ids, imagenet_names, read_class_file
 from resnet_jax.weights.infer import Inferred
@@ -18,21 +16,6 @@ from resnet_jax.weights.network import require_head
 from resnet_jax.weights.source import open_network
 from resnet_jax.workdirs.checkpoint import load_variables
 from tests.variables import random_variables
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, tiny_model):
-    """Two steps on digits, with statistics shared over devices and a moving average."""
-    folder = tmp_path_factory.mktemp("run")
-    config = c.Config(
-        model=c.Model(name="tiny", bn_sync="all", num_classes=12),
-        data=c.Data(image_size=8, eval_size=12, eval_resize=15, interpolation="bicubic"),
-        augment=c.Augment(mean=(0.3,), std=(0.38,)),
-        train=c.Train(steps=2, batch_size=16, ema_decay=0.5),
-        log=c.Log(tensorboard=False),
-    )
-    train(config, folder)
-    return folder
 
 
 def initial(model, channels=3):

@@ -137,12 +137,13 @@ def _missing_split(root: Path, split: str, spec: SplitSpec) -> DataError:
     shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
     reason = f"{root} has no folder {split!r}; it has: {shown}"
     others = [name for name in HELD_OUT if name != root.name and os.path.isdir(root.parent / name)]
-    if are_classes(root, found) and others:
+    classes = are_classes(root, found)
+    if classes and others:
         reason += (
             f". If these are classes, {root.name} is a split of data.name = "
             f"'folder:{root.parent}', beside {others[0]}"
         )
-    elif are_classes(root, found):
+    elif classes:
         reason += (
             f". If these are classes, {root.name} is the split: data.name = "
             f"'folder:{root.parent}', data.train_split = '{root.name}[:90%]' and "
