@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import resnet_jax as rj
+from resnet_jax.models.layers import dropout
 from tests.variables import random_variables
 
 SIDE = 32
@@ -374,3 +375,18 @@ def test_from_nnx():
     model(x, train=True, mutable=["batch_stats"])
     after = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
     assert any(not jnp.array_equal(b, a) for b, a in zip(before, after))
+
+
+def test_dropout_draws_what_flax_draws():
+    class Dropped(nn.Module):
+        own: bool
+
+        @nn.compact
+        def __call__(self, x):
+            drop = nn.Dropout(0.5, broadcast_dims=(1, 2, 3))
+            return dropout(drop, x, train=True) if self.own else drop(x, deterministic=False)
+
+    rngs, x = {"dropout": jax.random.key(3)}, jnp.ones((32, 1, 1, 1))
+    ours, flax = (Dropped(own).apply({}, x, rngs=rngs) for own in (True, False))
+    chex.assert_trees_all_equal(ours, flax)
+    assert set(np.unique(ours)) == {0, 2}
