@@ -71,7 +71,7 @@ def main(steps: int = 300, batch_size: int = 16) -> tuple[float, float]:
     variables = init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 1)))
     opt_state = optimizer.init(variables["params"])
 
-    @jax.jit(donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(variables, opt_state, images, classes):
         def loss_fn(params):
             both = {**variables, "params": params}

@@ -1,11 +1,11 @@
 """A network of this package in a Flax NNX program.
 
-    pip install -e '.[train]'
+    pip install -e '.[train]' 'flax>=0.12'
     python examples/nnx.py
 
 `nnx.bridge.ToNNX` turns the linen module into an NNX module that holds its variables: "params"
 become `nnx.Param`, "batch_stats" become `nnx.BatchStat`. Weights, including PyTorch's, go in and
-come out.
+come out. Flax 0.11 loses nested parameters where a call updates the running statistics beside them.
 """
 
 from typing import Any

@@ -64,7 +64,7 @@ def main(epochs: int = EPOCHS) -> float:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, updates["batch_stats"]
 
-    @jax.jit(donate_argnums=0)  # the new state takes the memory of the old one
+    @functools.partial(jax.jit, donate_argnums=0)  # the new state takes the memory of the old one
     def train_step(state, images, labels):
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, batch_stats), grads = gradient(state.params, state.batch_stats, images, labels)

@@ -78,6 +78,15 @@ def command(name, source, *arguments):
 
 
 @pytest.mark.accelerators
+def logits_of_each(classifier, images):
+    """The logits of images that are each the first of their batch.
+
+    So equal pixels have equal bits with any version of XLA: that of jax 0.7 rounds some places of a
+    batch differently on some CPUs.
+    """
+    return np.concatenate([classifier.logits(image) for image in images])
+
+
 def test_agrees_with_apply(classifier, photos):
     """To the bit with the same program on the same batch."""
     network = classifier.network
@@ -110,10 +119,14 @@ def test_agrees_with_apply(classifier, photos):
 def test_the_others_do_not_matter(classifier, photos):
     """One, some or more than a batch, in any order: the same image, the same numbers."""
     files = files_of(photos)
-    alone = np.concatenate([classifier.logits(file) for file in files])
-    np.testing.assert_array_equal(classifier.logits(files), alone)
+    alone = logits_of_each(classifier, files)
     many = files[::-1] * (BATCH // 2)
-    np.testing.assert_array_equal(classifier.logits(many), alone[::-1].tolist() * (BATCH // 2))
+    found = classifier.logits(files), classifier.logits(many)
+    expected = alone, np.tile(alone[::-1], (BATCH // 2, 1))
+    if jax.__version_info__ < (0, 10):
+        chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-5)
+    else:
+        chex.assert_trees_all_equal(found, expected)
 
 
 def test_kinds_of_images(classifier, photos):
@@ -121,8 +134,8 @@ def test_kinds_of_images(classifier, photos):
     image = Image.open(file)
     pixels = np.asarray(image)
     mixed = [file, str(file), image, image, pixels, np.stack([pixels, pixels]), jnp.asarray(pixels)]
-    logits = classifier.logits(mixed)
-    chex.assert_shape(logits, (8, 7))
+    chex.assert_shape(classifier.logits(mixed), (8, 7))
+    logits = logits_of_each(classifier, mixed)
     assert (logits == logits[0]).all()
     assert len(classifier(pixels)) == len(classifier(image)) == len(classifier(str(file))) == 1
     assert classifier([]) == []
@@ -139,18 +152,18 @@ def test_grey_network(tmp_path, photos):
     classifier = rj.Classifier(network, batch_size=BATCH)
     colour = Image.open(files_of(photos)[0])
     grey = np.asarray(colour.convert("L"))
-    logits = classifier.logits([colour, grey, grey[:, :, None]])
+    logits = logits_of_each(classifier, [colour, grey, grey[:, :, None]])
     assert (logits == logits[0]).all()
 
 
 def test_images_in_memory_are_those_of_files(classifier, photos):
     path = files_of(photos)[0]
     pixels = np.asarray(Image.open(path))
+    data = path.read_bytes()
     with path.open("rb") as file:
-        images = [path, path.read_bytes(), file, pixels, jnp.asarray(pixels), pixels / 255]
-        found = classifier.logits([*images, ImageFile(str(path))])
+        images = [path, data, file, pixels, jnp.asarray(pixels), pixels / 255]
+        found = logits_of_each(classifier, [*images, ImageFile(str(path)), io.BytesIO(data)])
     assert (found == found[0]).all()
-    np.testing.assert_array_equal(classifier.logits(io.BytesIO(path.read_bytes())), found[:1])
 
 
 def test_four_channels(tmp_path):
@@ -164,7 +177,9 @@ def test_four_channels(tmp_path):
     with pytest.raises(rj.ConfigError, match="mean"):
         rj.Classifier(dataclasses.replace(network, preprocessing=colors)).logits(pixels)
     classifier = rj.Classifier(network, batch_size=BATCH)  # one mean for all
-    found = classifier.logits([pixels, image, tmp_path / "a.png", np.stack([pixels, pixels])])
+    images = [pixels, image, tmp_path / "a.png"]
+    chex.assert_shape(classifier.logits([*images, np.stack([pixels, pixels])]), (5, 7))
+    found = logits_of_each(classifier, images)
     assert (found == found[0]).all()
     with pytest.raises(rj.DataError, match="has 3 channels, and 4 are needed"):
         classifier.logits(image.convert("RGB"))
@@ -178,7 +193,8 @@ def test_photos_are_turned_unless_the_network_is_opened_otherwise(classifier, tm
     turned = np.rot90(pixels, -1)
     for upright, expected in ((None, turned), (True, turned), (False, pixels)):
         network = dataclasses.replace(classifier.network, upright=upright)
-        found = rj.Classifier(network, batch_size=BATCH).logits([tmp_path / "a.png", expected])
+        turning = rj.Classifier(network, batch_size=BATCH)
+        found = logits_of_each(turning, [tmp_path / "a.png", expected])
         np.testing.assert_array_equal(found[0], found[1])
 
 
