@@ -22,7 +22,7 @@ from resnet_jax.distributed import data_parallel
 from resnet_jax.errors import ConfigError, one_line
 from resnet_jax.models.summary import training_flops
 from resnet_jax.planning import gpu, tpu
-from resnet_jax.planning.topology import Topology
+from resnet_jax.planning.topology import Slice, Topology
 from resnet_jax.planning.traffic import Traffic, count_traffic
 from resnet_jax.terminal import log
 from resnet_jax.training.class_balance import class_weights
@@ -51,10 +51,13 @@ def step_compiler(topology: Topology, source: Source) -> Callable[[Config], Comp
     Of the dataset `source` only its size is used. Raises ConfigError if the compiler for the
     topology is not installed, is in use, or does not know it.
     """
-    on_gpu = topology.accelerator.platform == "gpu"
-    devices = gpu.gpu_devices(topology) if on_gpu else tpu.tpu_devices(topology)
-    options = gpu.COMPILER_OPTIONS if on_gpu else None
-    limit = gpu.memory_pool(topology) if on_gpu else topology.accelerator.memory
+    options: dict[str, Any] | None
+    if isinstance(topology, Slice):
+        devices, options = tpu.tpu_devices(topology), None
+        limit = topology.accelerator.memory
+    else:
+        devices, options = gpu.gpu_devices(topology), gpu.COMPILER_OPTIONS
+        limit = gpu.memory_pool(topology)
 
     def compile_step(config: Config) -> CompiledStep:
         start = time.monotonic()
@@ -66,7 +69,7 @@ def step_compiler(topology: Topology, source: Source) -> Callable[[Config], Comp
                 compiled = _with_deep_stack(lambda: lowered.compile(options))
         except jax.errors.JaxRuntimeError as error:
             # The compiler for GPUs accepts programs of any size, so there this is another error.
-            if on_gpu or "RESOURCE_EXHAUSTED" not in str(error):
+            if not isinstance(topology, Slice) or "RESOURCE_EXHAUSTED" not in str(error):
                 raise ConfigError(
                     f"--topology={topology.name}: the compiler fails on this training step: "
                     f"{one_line(error)[:500]}"

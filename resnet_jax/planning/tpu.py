@@ -6,11 +6,12 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from resnet_jax.errors import ConfigError, one_line
-from resnet_jax.planning.topology import Topology
+from resnet_jax.planning.topology import Slice
 
 # Stops libtpu from querying the metadata server for the TPU of this machine, and from logging.
 _ENVIRONMENT = {
@@ -29,7 +30,7 @@ _SHORTAGE = re.compile(
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def tpu_devices(topology: Topology) -> Sequence[jax.Device]:
+def tpu_devices(topology: Slice) -> Sequence[jax.Device]:
     """The devices of a slice, as `jax.devices()` returns them there.
 
     Raises ConfigError if libtpu is not installed, is in use, or does not know the slice.
@@ -43,15 +44,25 @@ def tpu_devices(topology: Topology) -> Sequence[jax.Device]:
 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Both cores of a v4 chip form one device only with this option.
-    options = {"chip_config_name": "megacore"} if topology.accelerator.name == "v4" else {}
+    options = _slice_options(topology)
     try:
         return topologies.get_topology_desc(topology.name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(_topology_error(topology, str(error))) from error
 
 
-def _topology_error(topology: Topology, message: str) -> str:
+def _slice_options(topology: Slice) -> dict[str, Any]:
+    """What libtpu has to be told about a slice beside its name."""
+    options: dict[str, Any] = {}
+    if topology.accelerator.name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip form one device
+    if topology.hosts == 1:
+        # By default a host has 2x2 chips, also where the slice has fewer, or 8 on one host.
+        options["chips_per_host_bounds"] = [*topology.shape, 1][:3]
+    return options
+
+
+def _topology_error(topology: Slice, message: str) -> str:
     if "lockfile" in message or "already in use" in message:
         return (
             "libtpu is in use by another process and serves one at a time; try again when that "

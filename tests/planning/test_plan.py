@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -24,7 +25,7 @@ from resnet_jax.planning import aot, gpu
 from resnet_jax.planning.aot import CompiledStep
 from resnet_jax.planning.plan import floors, largest_batch, make_plan, plan_table
 from resnet_jax.planning.topology import parse_topology
-from resnet_jax.planning.tpu import memory_shortage
+from resnet_jax.planning.tpu import memory_shortage, tpu_devices
 from resnet_jax.planning.traffic import Traffic, count_traffic
 from tests import speed
 
@@ -559,10 +560,35 @@ class TestCommand:
         assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "chips_per_host"),
+    [
+        ("v5e:1x1", [1, 1, 1]),  # Colab's
+        ("v5e:2x2", [2, 2, 1]),
+        ("v6e:2x4", [2, 4, 1]),
+        ("v5p:1x1x1", [1, 1, 1]),
+        ("v5e:4x4", None),
+        ("v4:2x2x2", None),
+    ],
+)
+def test_libtpu_is_told_the_chips_of_a_single_host(monkeypatch, name, chips_per_host):
+    given = []
+
+    def describe(topology, platform, **options):
+        given.append(options)
+        return types.SimpleNamespace(devices=())
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    tpu_devices(parse_topology(name))
+    assert given[0].get("chips_per_host_bounds") == chips_per_host
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_compiles_for_a_tpu():
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:1x1", 1), ("v5e:2x2", 4), ("v5e:4x4", 16)])
+def test_compiles_for_a_tpu(topology, chips):
     """In a separate process, because libtpu serves one at a time."""
-    command = [sys.executable, "-m", "resnet_jax", "plan", "--topology=v5e:2x2", "--json"]
+    command = [sys.executable, "-m", "resnet_jax", "plan", f"--topology={topology}", "--json"]
     command += ["--config.model.name=resnet8_cifar", "--batch_per_chip=8"]
     environment = {**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     result = subprocess.run(
@@ -576,9 +602,10 @@ def test_compiles_for_a_tpu():
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["fits"]
-    assert plan["chips"] == 4
+    assert plan["chips"] == chips
     # Gradients, statistics and metrics: 4 bytes for each of at least a million parameters.
-    assert 4.8e6 < plan["all_reduce_bytes"] < 5.0e6
+    reduced = 4.9e6
+    assert plan["all_reduce_bytes"] == (pytest.approx(reduced, rel=0.02) if chips > 1 else 0)
     # Images through 4 bytes a pixel and channel at the very least, and all weights once.
-    assert plan["all_reduce_bytes"] < plan["hbm_bytes"] < 1e9
+    assert reduced < plan["hbm_bytes"] < 1e9
     assert 1e9 < plan["flops"] < 1e10
