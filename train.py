@@ -1,6 +1,6 @@
 """Trains a network.
 
-    python train.py                                          handwritten digits, in a minute
+    python train.py                                          handwritten digits, in a minute or two
     python train.py --config=configs/cifar.py:resnet56 --workdir=runs/cifar10
     python train.py --config=configs/cifar.py --config.optimizer.learning_rate=0.2
     python train.py --help                                   flags and common fields

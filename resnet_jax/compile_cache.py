@@ -20,7 +20,8 @@ from pathlib import Path
 import jax
 
 from resnet_jax import upstream
-from resnet_jax.files import atomic_write, read_bytes
+from resnet_jax.errors import ConfigError
+from resnet_jax.files import atomic_write, expand_user, read_bytes
 
 FOLDER = "~/.cache/resnet_jax/xla"
 MAX_BYTES = 2 * 10**9
@@ -47,9 +48,9 @@ def use_compile_cache(folder: str = FOLDER) -> None:
     if not folder or jax.config.values["jax_compilation_cache_dir"]:
         return
     try:
-        store = ProgramStore(Path(folder).expanduser())
-    except RuntimeError as error:  # no home directory
-        _log.warning("compile cache: %s: %s; programs are not stored", folder, error)
+        store = ProgramStore(expand_user(folder))
+    except ConfigError as error:  # no home directory
+        _log.warning("compile cache: %s; programs are not stored", error)
         return
     upstream.use_program_store(store, str(store.folder))
     jax.config.update("jax_compilation_cache_dir", str(store.folder))

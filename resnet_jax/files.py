@@ -1,7 +1,7 @@
 """Safe reading and atomic writing of files.
 
-A folder from a stranger may hold FIFOs, devices, sparse files and symbolic links where a regular
-file is expected. Reads accept only regular files up to a given size. Writes create a new file and
+An untrusted folder may hold FIFOs, devices, sparse files and symbolic links where a regular file
+is expected. Reads accept only regular files up to a given size. Writes create a new file and
 rename it once it is complete: a symbolic link with its name is replaced, never followed.
 """
 
@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from resnet_jax.errors import ConfigError
+
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows, which supports models and their weights
@@ -33,6 +35,20 @@ _LEFTOVER_SECONDS = 60.0  # younger ones may not be locked yet
 # Windows lacks these flags; its devices have names of their own.
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
 _SAFE = _NO_WAIT | getattr(os, "O_NOFOLLOW", 0)
+
+
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ replaced by a home directory.
+
+    Raises:
+      ConfigError: There is no such home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # pathlib has no class of its own for it
+        raise ConfigError(
+            f"{os.fspath(path)}: there is no such home directory; set HOME, or use a full path"
+        ) from error
 
 
 def open_regular(path: str | os.PathLike[str], limit: int) -> BinaryIO:

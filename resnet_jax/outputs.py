@@ -47,7 +47,7 @@ def open_output(
       ...     os.listdir(folder)
       ['a.txt']
     """
-    path = Path(output).expanduser()
+    path = files.expand_user(output)
     with output_errors(path, f"{flag}={output}"):
         is_file = check_output(path, force, f"{flag}={output}", stream)
         with files.new_file(path) if is_file else _open_stream(path) as file:

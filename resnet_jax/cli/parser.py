@@ -59,11 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, MISTAKE)
     except ImportError as error:
         return _fail(Exception(import_failure(error)), MISTAKE)
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # pathlib raises no class of its own
-            raise
-        text = "a path begins with ~, but there is no home directory: set HOME, or use a full path"
-        return _fail(Exception(text), MISTAKE)
     except OSError as error:
         # Any use of a path that is too long raises it, even the question whether it exists.
         if error.errno != errno.ENAMETOOLONG:

@@ -384,7 +384,8 @@ class Log:
       every_steps: Steps between training records; each averages the steps since the last.
       tensorboard: Also write TensorBoard event files.
       wandb: Project on Weights & Biases; "": none.
-      profile: First and last step to trace with jax.profiler, "FIRST:LAST"; "": none.
+      profile: Steps to trace with jax.profiler, "FIRST:LAST": those after step FIRST, up to step
+        LAST; "": none.
       compile_cache: Folder that keeps compiled programs for the next start, at most 2 GB; "": none.
         If JAX_COMPILATION_CACHE_DIR is set, it is used instead.
       report: Write report.html at the end of training, if matplotlib and Jinja2 are installed.

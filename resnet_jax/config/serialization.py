@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from resnet_jax.config.schema import DATA_PLACES, Config
 from resnet_jax.errors import ConfigError
+from resnet_jax.files import expand_user
 
 # Fields that may change when a run resumes: speed of the input, where files are, what is kept.
 _MAY_CHANGE = {
@@ -142,8 +142,8 @@ def _is_same_path(field: str, before: Any, now: Any) -> bool:
 def absolute_path(path: str) -> str:
     """The absolute form of a path that exists; any other text, such as a Hub name, as it is."""
     try:
-        found = Path(path).expanduser()
-    except RuntimeError:  # ~ without a home
+        found = expand_user(path)
+    except ConfigError:  # ~ without a home
         return path
     return os.path.realpath(found) if path and found.exists() else path
 

@@ -6,6 +6,7 @@ describe any machine by a few files.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -20,6 +21,8 @@ from resnet_jax.distributed import local_gpus
 from resnet_jax.distributed.device_memory import memory_fraction
 from resnet_jax.doctor import nvml
 from resnet_jax.doctor.findings import OK, PROBLEM, WARNING, Finding, plural, size
+from resnet_jax.errors import ConfigError
+from resnet_jax.files import expand_user
 from resnet_jax.packages import (
     DISTRIBUTION,
     Requirement,
@@ -303,7 +306,8 @@ def disks(machine: Machine) -> Finding:
     cache = machine.environ.get("JAX_COMPILATION_CACHE_DIR") or FOLDER
     folders = {"this folder": Path.cwd()}
     if "://" not in cache:
-        folders["the compile cache"] = Path(cache).expanduser()
+        with contextlib.suppress(ConfigError):  # without a home directory programs are not stored
+            folders["the compile cache"] = expand_user(cache)
     said, facts, wrong = [], {}, []
     for name, folder in folders.items():
         there = next(each for each in (folder, *folder.parents) if each.exists())

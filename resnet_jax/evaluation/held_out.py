@@ -28,6 +28,7 @@ from resnet_jax.evaluation.label_sets import (
 )
 from resnet_jax.evaluation.multi_label import check_scores_memory
 from resnet_jax.evaluation.result import CorruptionResult, EvaluationResult
+from resnet_jax.files import expand_user
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.network import Network, evaluated_data, require_head
 from resnet_jax.workdirs.description import read_class_names, read_json
@@ -138,7 +139,7 @@ def _held_out_split(data: str, data_dir: str) -> str:
         return held_out[0]
     shown = ", ".join(splits[:8]) + (", ..." if len(splits) > 8 else "")
     kind, _, place = data.partition(":")
-    folder, hint = Path(place).expanduser().absolute(), ""
+    folder, hint = expand_user(place).absolute(), ""
     if kind == "folder" and splits and are_classes(folder, splits):
         hint = f"; if these are classes: --data=folder:{folder.parent} --split={folder.name}"
     raise ConfigError(

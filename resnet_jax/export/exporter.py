@@ -20,7 +20,7 @@ import numpy as np
 from resnet_jax.errors import ExportError, WeightsError, importing, unknown_name
 from resnet_jax.export.agreement import Agreement, compare, on_cpu, predict, source_logits
 from resnet_jax.export.image_sizes import ImageSizes, parse_image_sizes
-from resnet_jax.files import new_folder, sync
+from resnet_jax.files import expand_user, new_folder, sync
 from resnet_jax.models.folding import fold_batch_norm
 from resnet_jax.outputs import output_errors, special_file
 from resnet_jax.weights.network import Network
@@ -108,7 +108,7 @@ def export_network(
       >>> [path.name for path in done.paths], done.difference
       (['README.md', 'config.json', 'model.safetensors'], 0.0)
     """
-    output = Path(output).expanduser()
+    output = expand_user(output)
     _check_options(format, platforms, fold_batch_norm, weights, input_size, opset, push)
     network = _in_float32(network)
     sizes = parse_image_sizes(input_size, network.model, network.preprocessing.image_size)

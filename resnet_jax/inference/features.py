@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.errors import ConfigError, ModelError, importing
+from resnet_jax.files import expand_user
 from resnet_jax.inference.batch_predictor import BatchPredictor
 from resnet_jax.inference.images import ImageFile
 from resnet_jax.inference.writers import Progress
@@ -66,7 +67,7 @@ def write_features(
         features = feature_function(network.model, layer, maps)
         predictor = BatchPredictor(network, features, batch_size)
         progress = Progress(files)
-        with writer_class(stream, Path(output).expanduser().parent) as writer:
+        with writer_class(stream, expand_user(output).parent) as writer:
             for file, row in progress(predictor(files)):
                 writer.add(file, row)
     return progress.skipped

@@ -133,7 +133,6 @@ def _shortest(prediction: Prediction) -> float:
 
 
 _FORMS = {"table": _table, "jsonl": _json_lines, "csv": _csv}
-FORMS = tuple(_FORMS)
 
 
 class Progress:

@@ -12,7 +12,7 @@ import numpy as np
 from resnet_jax.config.schema import Config
 from resnet_jax.config.serialization import to_flat
 from resnet_jax.errors import ConfigError
-from resnet_jax.files import read_json
+from resnet_jax.files import expand_user, read_json
 from resnet_jax.training.optimizer import RunLength
 from resnet_jax.workdirs.description import (
     read_class_counts,
@@ -113,7 +113,7 @@ class Run:
 
 def read_run(workdir: str | Path) -> Run:
     """Reads a workdir; raises ConfigError if it is not one or has no records."""
-    workdir = Path(workdir).expanduser()
+    workdir = expand_user(workdir)
     if not workdir.exists():
         raise ConfigError(f"{workdir}: there is no such folder")
     if not (workdir / "config.json").exists():

@@ -21,6 +21,7 @@ import numpy as np
 from resnet_jax.config.schema import Config
 from resnet_jax.config.serialization import from_json, to_flat, to_json
 from resnet_jax.errors import ConfigError, ModelError, WeightsError, one_line
+from resnet_jax.files import expand_user
 from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.channels import with_channels
@@ -56,7 +57,7 @@ _FLAGS = {
     "--prefix=": "rj.load_weights(..., prefix=...), and save it with rj.save_weights",
 }
 # Fields of `ResNet` that a configuration has too, and that change what weights mean.
-_MODEL_FIELDS = ("shortcut", "stride_in_1x1")
+_MODEL_FIELDS = ("model.shortcut", "model.stride_in_1x1")
 # Fields of `ResNet` that do not change what the network computes for given weights.
 _FREE_FIELDS = ("name", "parent", "num_classes", "dropout_rate", "precision", "zero_init_residual")
 
@@ -135,12 +136,13 @@ def fill_from_weights(config: Config, workdir: Path | None = None) -> Start:
         return Start(config)
     fields += [name for name in _OPENED_WITH_OTHERS if before[name] == 0]
     if workdir is not None and has_states(workdir):
-        stored = to_flat(read_config(workdir))
+        stored, defaults = to_flat(read_config(workdir)), to_flat(Config())
+        fields += [name for name in _MODEL_FIELDS if before[name] == defaults[name]]
         return Start(_replaced(config, {name: stored[name] for name in fields}))
     network = _open(config)
     facts = _facts(network, config, fields)
     values = {name: facts[name] for name in facts if name in fields}
-    values |= {f"model.{name}": facts[f"model.{name}"] for name in _MODEL_FIELDS}
+    values |= {name: facts[name] for name in _MODEL_FIELDS}
     shown = [f"{name} = {x!r}" for name, x in values.items() if x != before[name]]
     lines = [f"from {config.checkpoint.init_from}: {', '.join(shown)}"]
     # Some lines name a flag of the commands that open a network.
@@ -173,7 +175,7 @@ def _open(config: Config) -> Network:
     source = config.checkpoint.init_from
     try:
         return open_network(
-            Path(source).expanduser() if _is_path(source) else source,
+            expand_user(source) if _is_path(source) else source,
             model=config.model.name,
             interpolation=config.data.interpolation,
         )
@@ -210,18 +212,19 @@ def _facts(network: Network, config: Config, fields: Sequence[str]) -> dict[str,
 
 def _model_facts(network: Network, config: Config) -> dict[str, Any]:
     """Fields of `config.model` by which a network differs from the registered one of its name."""
+    own = to_flat(config if network.config is None else network.config)
+    found = {name: own[name] for name in _MODEL_FIELDS}
     if network.config is not None:
-        return {f"model.{name}": getattr(network.config.model, name) for name in _MODEL_FIELDS}
+        return found
     registered = create_model(network.name)
-    found = {f"model.{name}": getattr(config.model, name) for name in _MODEL_FIELDS}
     for field in dataclasses.fields(registered):
         value = getattr(network.model, field.name)
         if field.name in _FREE_FIELDS or value == getattr(registered, field.name):
             continue
-        if field.name not in _MODEL_FIELDS:
+        if f"model.{field.name}" not in _MODEL_FIELDS:
             raise ConfigError(
                 f"checkpoint.init_from = {config.checkpoint.init_from!r}: its network is a "
-                f"{network.name} with another {field.name}, which a configuration cannot say; "
+                f"{network.name} with another {field.name}, which a configuration cannot set; "
                 "train it from Python, from the variables of rj.load_weights"
             )
         found[f"model.{field.name}"] = value
@@ -230,8 +233,8 @@ def _model_facts(network: Network, config: Config) -> dict[str, Any]:
 
 def _is_path(name: str) -> bool:
     """Whether it names a file or folder rather than a repository on the Hub."""
-    path = Path(name)
-    return path.expanduser().exists() or name.count("/") != 1 or path.suffix in WEIGHT_SUFFIXES
+    path = expand_user(name)
+    return path.exists() or name.count("/") != 1 or path.suffix in WEIGHT_SUFFIXES
 
 
 def _is_hub_folder(path: Path) -> bool:
@@ -255,7 +258,7 @@ def initial_variables(config: Config, model: ResNet, channels: int) -> dict[str,
     if not name:
         return None
     reset_head = bool(config.checkpoint.reset_head)
-    path = Path(name).expanduser() if _is_path(name) else None
+    path = expand_user(name) if _is_path(name) else None
     try:
         if path is not None and not _is_hub_folder(path):
             variables = load_weights(model, path, reset_head=reset_head)

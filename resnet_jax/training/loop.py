@@ -16,6 +16,7 @@ from resnet_jax.config.schema import Config
 from resnet_jax.distributed.device_memory import explain_out_of_memory
 from resnet_jax.distributed.process_group import process_group
 from resnet_jax.distributed.signals import Signals
+from resnet_jax.files import expand_user
 from resnet_jax.terminal import log
 from resnet_jax.training.inputs import open_inputs
 from resnet_jax.training.metrics import Trace
@@ -64,7 +65,7 @@ def train(config: Config, workdir: str | Path) -> Result:
       ...     train(config, folder).steps
       2
     """
-    folder = Path(workdir).expanduser()
+    folder = expand_user(workdir)
     with process_group() as group:
         inputs = open_inputs(config, folder, group, log)
         # On GPUs the processes share the timing of kernels while they compile, so one that found

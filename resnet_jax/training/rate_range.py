@@ -115,7 +115,7 @@ def _find_falls(
     After a rise the loss may fall once more: large weights make the steps of a normalized network
     small. That says nothing about the rate of a new network.
     """
-    if len(losses) < 2 * window:
+    if len(losses) < window:
         return None, None
     first = losses[:window].mean()
     least = np.minimum.accumulate(smoothed)
@@ -123,7 +123,7 @@ def _find_falls(
     falls = fallen > _CLEAR_FALL * first
     rises = falls & (smoothed - least > _CLEAR_RISE * fallen)
     end = int(rises.argmax()) if rises.any() else len(losses)
-    if not falls[:end].any():
+    if end < 2 * window or not falls[:end].any():
         return None, None
     # The means before and after a step are of equally many steps, so they do not lag.
     means = np.convolve(losses[:end], np.full(window, 1 / window), mode="valid")

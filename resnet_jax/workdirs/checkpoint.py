@@ -31,6 +31,7 @@ import numpy as np
 
 from resnet_jax import files
 from resnet_jax.errors import RETRY, ConfigError, one_line, write_errors
+from resnet_jax.files import expand_user
 from resnet_jax.terminal import visible
 from resnet_jax.workdirs import checksums, saved_state
 from resnet_jax.workdirs.description import read_json
@@ -68,7 +69,7 @@ class Checkpoints:
         evaluations: Evaluations | None = None,
         read_only: bool = False,
     ) -> None:
-        self.workdir = Path(workdir).expanduser()
+        self.workdir = expand_user(workdir)
         self._folder = self.workdir / "checkpoints"
         self._unfinished = self._folder / UNFINISHED
         self._keep, self._keep_best = keep, keep_best
@@ -419,7 +420,7 @@ def load_variables(
       ConfigError: The folder is not a workdir, has no undamaged checkpoint, or has one that a run
         does not write.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expand_user(workdir)
     if not workdir.exists():
         raise ConfigError(f"{workdir}: there is no such folder")
     if not (workdir / "config.json").exists():

@@ -15,6 +15,7 @@ from resnet_jax import files
 from resnet_jax.config.schema import Config
 from resnet_jax.config.serialization import differences
 from resnet_jax.errors import RETRY, ConfigError, write_errors
+from resnet_jax.files import expand_user
 from resnet_jax.workdirs.description import read_description, read_json
 
 # Folders in a workdir that runs and reports write into.
@@ -36,7 +37,7 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config, data: Mapping[
       ConfigError: The folder cannot be written, or holds a run with another configuration or other
         data. Nothing in it has changed.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expand_user(workdir)
     if has_states(workdir):
         if not (workdir / "config.json").exists():
             raise ConfigError(f"--workdir={workdir} has checkpoints but no config.json")

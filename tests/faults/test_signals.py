@@ -305,7 +305,7 @@ def test_a_limit_of_processes_that_is_too_low_for_threads():
         ([], r"error: data\.data_dir = '': ~/tensorflow_datasets: there is no home directory.*"),
         (
             ["--workdir=~/run", "--config.data.data_dir=DATA"],
-            "error: a path begins with ~, but there is no home directory.*",
+            r"error: ~/run: there is no such home directory; set HOME, or use a full path\n",
         ),
         (["--workdir=FOLDER/run", "--config.data.data_dir=DATA"], ""),
     ],

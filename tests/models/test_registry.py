@@ -8,6 +8,7 @@ import pickle
 import re
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -230,6 +231,21 @@ def test_a_name_means_one_network():
     assert rj.create_model("mynet").eca
     with pytest.raises(rj.ModelError, match=r"'resnet50'.*another network has this name"):
         rj.register_model("resnet50", replace=True, **FIELDS)
+
+
+@pytest.mark.usefixtures("own_names")
+def test_a_network_with_partials_is_registered_again():
+    """As by a cell of a notebook that runs twice."""
+
+    def register(features):
+        stem = functools.partial(rj.CifarStem, features=features)
+        norm = functools.partial(nn.GroupNorm, num_groups=4)
+        return rj.register_model("mynet", **{**FIELDS, "stem_cls": stem, "norm": norm})
+
+    register(features=32)
+    register(features=32)
+    with pytest.raises(rj.ModelError, match="another network has this name"):
+        register(features=16)
 
 
 class Wider(rj.ResNet):

@@ -13,6 +13,7 @@ from resnet_jax.cli.parser import parse_train_flags
 from resnet_jax.config.schema import Checkpoint, Config, Data
 from resnet_jax.errors import ConfigError
 from resnet_jax.evaluation.held_out import evaluate_data
+from resnet_jax.training import init_from
 from resnet_jax.training.init_from import Start, fill_from_weights, initial_variables
 from resnet_jax.training.loop import train
 from resnet_jax.weights.class_names import imagenet_ids, imagenet_names
@@ -81,6 +82,20 @@ def test_fields_that_are_left_come_from_the_weights(hub):
     )
     assert "augment.std = (0.4, 0.5, 0.6)" in start.lines[0]
     assert Start.from_json(start.to_json()) == start
+
+
+def test_a_run_that_resumes_has_the_fields_of_its_network(tmp_path, monkeypatch):
+    """Those that change what the weights mean, too: the recipe does not have them."""
+    model, path = rj.ResNet20(num_classes=3, shortcut="B"), tmp_path / "weights.safetensors"
+    rj.save_weights(path, model, random_variables(model))
+    first = fill_from_weights(finetune(path, "--config.data.image_size=32")).config
+    assert (first.model.name, first.model.shortcut) == ("resnet20", "B")
+    monkeypatch.setattr(init_from, "has_states", lambda workdir: True)
+    monkeypatch.setattr(init_from, "read_config", lambda workdir: first)
+    again = finetune(path, "--config.data.image_size=32")
+    assert fill_from_weights(again, tmp_path).config == first
+    again.model.shortcut = "C"  # is then refused, as any other change
+    assert fill_from_weights(again, tmp_path).config.model.shortcut == "C"
 
 
 def test_what_the_user_sets_wins(hub):

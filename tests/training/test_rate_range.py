@@ -56,6 +56,13 @@ def losses_at_one_rate(tmp_path_factory, tiny_model):
     return [x["loss"] for x in records(workdir) if x["split"] == "train"]
 
 
+def test_a_rise_at_the_start_leaves_nothing_to_suggest():
+    """As with a `low` that is too high already."""
+    losses = [3.0, 1.0, 1.0, 1.0] + [3.5] * 30
+    curve = RateCurve.of(np.geomspace(0.1, 10, len(losses)), losses, window=8)
+    assert np.isnan([curve.steepest, curve.lowest]).all()
+
+
 @pytest.mark.parametrize(
     "unused",
     [

@@ -289,8 +289,8 @@ def _signed(largest: float) -> Value:
 
 
 def _factor(spread: float) -> Value:
-    # Factors stay positive: the least is 0.1 in timm, 0.01 in torchvision.
-    return lambda level, sign: jnp.maximum(1 + sign * level * spread, 1 - spread)
+    # Positive, because levels are at most 1: the least is 0.1 in timm, 0.01 in torchvision.
+    return lambda level, sign: 1 + sign * level * spread
 
 
 def _unused(level: jax.Array, sign: jax.Array) -> jax.Array:

@@ -12,7 +12,9 @@ import io
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, Jpeg2KImagePlugin
+from PIL import Image
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile as _Jpeg2000
+from PIL.JpegImagePlugin import JpegImageFile as _Jpeg  # also of several pictures (MPO)
 
 from resnet_jax.data.decode import arrays, budget, jpeg, tiff
 from resnet_jax.data.decode.jpeg import JpegHeader, decode_jpeg, read_jpeg_header
@@ -161,7 +163,7 @@ def decoded_by_pillow(
                 functools.partial(
                     budget.pillow_bytes, image, data, channels, extra_bytes=extra_bytes
                 ),
-                SHRINKS if image.format in ("JPEG", "JPEG2000") else (1,),
+                SHRINKS if isinstance(image, (_Jpeg, _Jpeg2000)) else (1,),
             )
             reserved.enter_context(budget.BUDGET.reserve(amount))
         pixels = _load(image, channels, shrink)
@@ -207,10 +209,10 @@ def _converted_array(
 def _load(image: Image.Image, channels: int, shrink: int) -> np.ndarray:
     """The pixels of an image that Pillow opened, at 1 / shrink of its size."""
     with library_errors(image_error):
-        if image.format == "JPEG":  # gray ones are decoded without their color
+        if isinstance(image, _Jpeg):  # gray ones are decoded without their color
             mode = {1: "L", 3: "RGB"}.get(channels)
             image.draft(mode, (image.width // shrink, image.height // shrink))
-        elif isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
+        elif isinstance(image, _Jpeg2000):
             image.reduce = shrink.bit_length() - 1
     return image_pixels(image, channels)
 

@@ -65,6 +65,15 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+def test_a_region_of_a_jpeg_with_several_pictures(decoder):
+    """As some cameras write them; Pillow has another name for the format."""
+    image = photo(320, 240)
+    options = {"quality": 90, "save_all": True, "append_images": [image.rotate(180)]}
+    region = slice(80, 240), slice(160, 320)
+    found = decode_region(encode(image, "MPO", **options), region, 32)
+    assert difference(found, decode_region(encode(image), region, 32)).max() <= 2
+
+
 # Evaluation.
 
 
