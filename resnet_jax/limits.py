@@ -17,9 +17,9 @@ try:
 except ModuleNotFoundError:  # Windows, which supports models and their weights
     resource = None  # type: ignore[assignment]
 
-# Side of an image in pixels. The first stage of ResNet-50 needs 4 GB for one image of this size.
 # The encoded file of an image. A JPEG of 200 million pixels has 50 to 100 MB.
 MAX_IMAGE_BYTES = 128 * 2**20
+# Side of an image in pixels. The first stage of ResNet-50 needs 4 GB for one image of this size.
 MAX_SIDE = 8192
 # Channels of an image; hyperspectral cameras have hundreds of bands.
 MAX_CHANNELS = 1024

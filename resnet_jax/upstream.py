@@ -1,4 +1,4 @@
-"""Code that exists because of a fault or a gap in another project, and goes when that is mended.
+"""Code that exists because of a fault or a gap in another project, until that is mended.
 
 Each entry says what breaks in which versions, where it is reported, and when it can go. Formulas
 that are faster than what a library derives are in ops/, and so is what stands in for sharding rules
@@ -30,7 +30,7 @@ def on_cpu(convolution: Callable[..., jax.Array], dtype: Any) -> Callable[..., j
 
     XLA (jaxlib 0.11.2 and 0.12.0; not 0.10.2) fuses two bfloat16 convolutions and a sum of their
     output into one call of YNNPACK, and the sum is NaN. Other wrong results of these fusions are
-    https://github.com/jax-ml/jax/issues/39103 and /39257; this one has no report yet. Can go when
+    https://github.com/jax-ml/jax/issues/39103 and /39257; this one has no report yet. Remove when
     tests/test_upstream.py passes without it in the newest jaxlib.
     """
     if dtype != jnp.bfloat16 or _JAXLIB < (0, 11):
@@ -41,7 +41,7 @@ def on_cpu(convolution: Callable[..., jax.Array], dtype: Any) -> Callable[..., j
 def slow_convolutions_on_cpu() -> bool:
     """Whether XLA's float32 convolutions on a CPU are those before jaxlib 0.11.
 
-    Those that went through YNNPACK ran at half the speed of a matrix product. Can go when the
+    Those that went through YNNPACK ran at half the speed of a matrix product. Remove when the
     oldest jaxlib allowed is 0.11.
     """
     return _JAXLIB < (0, 11)
@@ -57,7 +57,7 @@ def window_sum(
 
     Where the initial value is traced, `lax.reduce_window` does not recognize a sum and has no
     derivative: https://github.com/jax-ml/jax/issues/7815, in all versions so far. A NumPy zero is
-    never traced. Can go when that issue is closed.
+    never traced. Remove when that issue is closed.
     """
     zero = np.zeros((), x.dtype)
     return lax.reduce_window(x, zero, lax.add, tuple(window), tuple(strides), tuple(padding))
@@ -66,7 +66,7 @@ def window_sum(
 def backends_are_initialized() -> bool:
     """Whether JAX has started its backend, without starting it.
 
-    JAX has no public name for it: https://github.com/jax-ml/jax/issues/23320. Can go when it has.
+    JAX has no public name for it: https://github.com/jax-ml/jax/issues/23320. Remove when it has.
     """
     from jax._src import xla_bridge
 
@@ -76,7 +76,7 @@ def backends_are_initialized() -> bool:
 def backend_errors() -> dict[str, Any]:
     """Why platforms that JAX tried did not start; {} where JAX does not say.
 
-    JAX has no public name for it, and no report asks for one. Can go when it has.
+    JAX has no public name for it, and no report asks for one. Remove when it has.
     """
     from jax._src import xla_bridge
 
@@ -86,7 +86,7 @@ def backend_errors() -> dict[str, Any]:
 def distributed_state() -> Any:
     """JAX's record of how this process is connected to others.
 
-    JAX has no public name for it, and Orbax uses this one too; no report asks for one. Can go when
+    JAX has no public name for it, and Orbax uses this one too; no report asks for one. Remove when
     it has.
     """
     from jax._src import distributed
@@ -110,7 +110,7 @@ def keep_sigterm() -> None:
 def shutdown_timeout(seconds: int) -> dict[str, Any]:
     """The argument of `jax.distributed.initialize` for how long a process waits for the others.
 
-    JAX 0.7 has none, and waits for five minutes. Can go when the oldest jax allowed has it.
+    JAX 0.7 has none, and waits for five minutes. Remove when the oldest jax allowed has it.
     """
     known = inspect.signature(jax.distributed.initialize).parameters
     name = "shutdown_timeout_seconds"
@@ -120,7 +120,7 @@ def shutdown_timeout(seconds: int) -> dict[str, Any]:
 def cuda_versions() -> Any:
     """Queries for the versions of CUDA and cuDNN that JAX's plugin has loaded; None without one.
 
-    JAX has no public name for them: https://github.com/jax-ml/jax/issues/32729. Can go when it has.
+    JAX has no public name for them: https://github.com/jax-ml/jax/issues/32729. Remove when it has.
     """
     return getattr(importlib.import_module("jax._src.lib"), "cuda_versions", None)
 
@@ -130,7 +130,7 @@ def use_program_store(store: Any, folder: str) -> None:
 
     JAX's own store (up to 0.12) keeps files that a full disk or a killed process cut short, and
     until https://github.com/jax-ml/jax/issues/39880 was mended stopped writing once one of its
-    files was missing. Can go when it checks what it reads and replaces what is damaged.
+    files was missing. Remove when it checks what it reads and replaces what is damaged.
     """
     from jax._src import compilation_cache
 
@@ -148,7 +148,7 @@ def use_program_store(store: Any, folder: str) -> None:
 def silence_orbax() -> None:
     """Turns off the "absl" logger, on which Orbax reports every file and every error.
 
-    Orbax has no setting for it: https://github.com/google/orbax/issues/1951. Can go when it has.
+    Orbax has no setting for it: https://github.com/google/orbax/issues/1951. Remove when it has.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -157,7 +157,7 @@ def import_tfds() -> ModuleType:
     """The module tensorflow_datasets, or the ImportError of what it needs.
 
     Where one of its own imports fails, TFDS (4.9) logs a traceback and leaves an empty module. No
-    report is known. Can go when `import tensorflow_datasets` raises the error.
+    report is known. Remove when `import tensorflow_datasets` raises the error.
     """
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
@@ -176,7 +176,7 @@ def _any_protobuf() -> Iterator[None]:
 
     tensorflow-metadata 1.21 declares protobuf >= 4.25 and refuses any before 6.31, such as the 5.29
     that TensorFlow and Colab have. TFDS needs only its message types, which older versions read,
-    too. The variable is protobuf's own. Can go when tensorflow-metadata declares what it needs.
+    too. The variable is protobuf's own. Remove when tensorflow-metadata declares what it needs.
     """
     name = "TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"
     before = os.environ.get(name)

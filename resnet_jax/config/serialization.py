@@ -87,7 +87,8 @@ def from_json(text: str) -> Config:
         fields = {f"{name}.{k}": v for name, part in stored.items() for k, v in part.items()}
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"config.json is not a configuration that a run writes ({error}); restore it"
+            f"config.json is not a configuration that a run writes ({error}); "
+            "restore it from a copy"
         ) from error
     config = Config()
     if unknown := sorted(fields.keys() - to_flat(config).keys()):

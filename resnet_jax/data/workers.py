@@ -151,7 +151,7 @@ class _Worker:
         self._process.join(timeout=10)
         code = self._process.exitcode
         if code is not None and code >= 0:
-            return self._fault(f"a worker process ended with exit code {code}; its lines say why")
+            return self._fault(f"a worker process ended with exit code {code}; its output says why")
         return self._fault(
             "a worker process was killed, perhaps because memory ran out; the same command resumes "
             "from the last checkpoint, and fewer workers or a smaller data.prefetch need less"

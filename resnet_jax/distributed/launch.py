@@ -23,7 +23,7 @@ from resnet_jax import upstream
 from resnet_jax.distributed import local_gpus
 from resnet_jax.distributed.determinism import use_deterministic_operations
 from resnet_jax.distributed.heartbeat import end_process, end_when_aborted
-from resnet_jax.errors import LOST, ConfigError, one_line
+from resnet_jax.errors import LOST, ConfigError, library_errors, one_line
 
 FLAGS = """
   --coordinator_address  HOST:PORT of process 0, for a run of several processes
@@ -121,20 +121,22 @@ def _join(
     try:
         # After its own limit, JAX aborts without a helpful message, so ours is shorter.
         address, count, index = explicit or (None, None, None)
-        jax.distributed.initialize(
-            address,
-            count,
-            index,
-            initialization_timeout=flags.start_timeout + 60,
-            **upstream.shutdown_timeout(30),
-        )
+        with library_errors(lambda error: ConfigError(_why_not_joined(error, explicit))):
+            jax.distributed.initialize(
+                address,
+                count,
+                index,
+                initialization_timeout=flags.start_timeout + 60,
+                **upstream.shutdown_timeout(30),
+            )
         end_when_aborted(upstream.distributed_state().coordinator_address or "")
-        return _share_gpus(own, flags.start_timeout)
-    except ConfigError:
-        jax.distributed.shutdown()  # process 0 ends after the others have read the error
-        raise
-    except Exception as error:
-        raise ConfigError(_why_not_joined(error, explicit)) from error
+        try:
+            return _share_gpus(own, flags.start_timeout)
+        except ConfigError:
+            jax.distributed.shutdown()  # process 0 ends after the others have read the error
+            raise
+        except jax.errors.JaxRuntimeError as error:  # another process is lost
+            raise ConfigError(_why_not_joined(error, explicit)) from error
     finally:
         timer.cancel()
 

@@ -102,7 +102,7 @@ class ProcessGroup:
             raise ConfigError(problem)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Sends a JSON value of process 0 to all processes; the others' `value` is ignored.
+        """Sends a JSON value of the first process to all; the others' `value` is ignored.
 
         Raises:
           ConfigError: Process 0 ended earlier, with a mistake of the user.
@@ -117,7 +117,7 @@ class ProcessGroup:
         return json.loads(self._heartbeat.wait_for(key, 1)[0])
 
     def broadcast_arrays(self, tree: Any, like: Any) -> Any:
-        """Sends NumPy arrays of process 0 to all processes, bit for bit.
+        """Sends NumPy arrays of the first process to all, bit for bit.
 
         Args:
           tree: The arrays; ignored in other processes.

@@ -341,8 +341,8 @@ def _each(images: Any) -> Iterator[Any]:
             yield from _each(image)
     else:
         raise DataError(
-            f"images: {type(images).__name__} is no image; give paths, bytes, open binary files, "
-            "Pillow images, arrays"
+            f"images: {type(images).__name__} is not an image; give paths, bytes, open binary "
+            "files, Pillow images, arrays"
         )
 
 

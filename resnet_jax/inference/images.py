@@ -162,7 +162,7 @@ def read_pixels(image: Any, channels: int, *, upright: bool = True) -> np.ndarra
       uint8 pixels [H, W, channels].
 
     Raises:
-      DataError: It cannot be read, is damaged, is no image, or has too many pixels. Arrays and
+      DataError: It cannot be read, is damaged, is not an image, or has too many pixels. Arrays and
         Pillow images, which are in memory already, may have any number of pixels.
 
     Example:
@@ -274,7 +274,7 @@ def in_threads(
     """Reads items with one thread per core, while the caller works on earlier results.
 
     Yields results in the order of the items, a DataError for an item that cannot be read. About
-    `ahead` results may wait. A caller that stops early waits only for images being decoded.
+    `ahead` results may wait. If the caller stops early, only images being decoded are finished.
 
     Example:
       >>> [int(each) for each in in_threads(np.square, range(5), ahead=2)]

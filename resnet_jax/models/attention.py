@@ -14,6 +14,11 @@ from resnet_jax.ops.convolution import Precision
 from resnet_jax.ops.sharding import dot_general
 
 
+def reduced_channels(channels: int, ratio: float) -> int:
+    """Channels of the bottleneck in `SqueezeExcite`: a multiple of 8, at least 8."""
+    return max(8, int(channels * ratio + 4) // 8 * 8)
+
+
 class SqueezeExcite(nn.Module):
     """Scales each channel by a gate computed from all channels' means (Hu et al. 2018).
 
@@ -38,7 +43,7 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        reduced = max(8, int(channels * self.ratio + 4) // 8 * 8)
+        reduced = reduced_channels(channels, self.ratio)
         gate = x.mean((1, 2), dtype=jnp.float32)  # [N, C]
         dense = functools.partial(
             nn.Dense, dtype=self.dtype, precision=self.precision, dot_general=dot_general

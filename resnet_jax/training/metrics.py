@@ -44,7 +44,9 @@ class _Sums:
     def of(cls, partial: dict[str, Any]) -> _Sums:
         """Reads what a checkpoint carries, which may have been written by anything."""
         if not _are_sums(partial):
-            raise ConfigError("progress.json of the checkpoint has no sums of metrics; restore it")
+            raise ConfigError(
+                "progress.json of the checkpoint has no sums of metrics; restore it from a copy"
+            )
         return cls(**partial)
 
     def add(self, values: dict[str, float]) -> None:

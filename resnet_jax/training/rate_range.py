@@ -245,7 +245,7 @@ def _train(
         smoothed = average.add(loss)
         least = min(least, smoothed)
         if smoothed > _DIVERGED * least:
-            return losses, f"the smoothed loss is more than {_DIVERGED:g} times the least one"
+            return losses, f"the smoothed loss is more than {_DIVERGED:g} times its minimum"
     return losses, ""
 
 

@@ -314,7 +314,7 @@ def _describe(inputs: Inputs, saved: _Saved, data: _RunData, workdir: Path) -> I
     splits = config.data.train_split, config.data.eval_split
     if overlap(*splits):
         yield (
-            f"evaluated on images that are trained on: data.train_split = {splits[0]!r}, "
+            f"evaluation images are also training images: data.train_split = {splits[0]!r}, "
             f"data.eval_split = {splits[1]!r}"
         )
     for source in inputs.sources.values():

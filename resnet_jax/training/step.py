@@ -290,7 +290,8 @@ def _average(state: TrainState, config: Config) -> dict[str, Any]:
 
     They are debiased as Adam's moments are (Kingma & Ba 2014, section 3): the weights of the n
     states so far, (1 - decay) decay^(n - i) for state i, are divided by their sum 1 - decay^n, and
-    the initial parameters have none. With a decay near 1 they would dominate otherwise.
+    the initial parameters have none. With a decay near 1 they would dominate otherwise. A skipped
+    step counts as a state too, so those before the first update stand for the initial parameters.
     """
     decay, every = config.train.ema_decay, config.train.ema_every
     updates = jnp.maximum(state.step // every, 1).astype(jnp.float32)

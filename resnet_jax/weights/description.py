@@ -25,7 +25,7 @@ class Description(NamedTuple):
     threshold: float | None  # of a multi-label network
 
 
-def class_names_of(names: Any, classes: int) -> tuple[str, ...]:
+def class_names_of(names: Any, classes: int, field: str = "label_names") -> tuple[str, ...]:
     """The classes' names; () where there are none, or those of another number of classes."""
     if isinstance(names, dict):  # by number, perhaps with gaps
         numbers = {int(each) if each.isdecimal() else -1: name for each, name in names.items()}
@@ -34,7 +34,7 @@ def class_names_of(names: Any, classes: int) -> tuple[str, ...]:
         names = [numbers.get(number, str(number)) for number in range(classes if numbers else 0)]
     names = names or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise WeightsError("label_names: must be a list of names, or names by number")
+        raise WeightsError(f"{field}: must be a list of names, or names by number")
     return tuple(names) if len(names) == classes else ()
 
 

@@ -83,7 +83,8 @@ def load_weights(
       reset_head: Leave the file's head out and initialize a new one.
       sha256: Checksum that the file must have, as 64 hexadecimal digits.
       prefix: As for `from_torch`.
-      weights: As for `from_torch`; "raw" also reads the weights behind a workdir's moving average.
+      weights: As for `from_torch`; "raw" reads a workdir's weights instead of their moving
+        average.
       strict: As for `from_torch`.
       channels: As for `from_torch`.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from resnet_jax.errors import WeightsError
 from resnet_jax.models.architectures import TABLE
+from resnet_jax.models.attention import reduced_channels
 from resnet_jax.models.blocks import (
     BasicBlock,
     BottleneckBlock,
@@ -78,7 +79,7 @@ def infer_model(tensors: Mapping[str, Any]) -> Inferred:
     if model.stem_type.stride != registered.stem_type.stride:
         size = 32 if model.stem_type is CifarStem else 224
     channels = layers.kernel_shape("stem", "conv1")[1]
-    assumed = (*_assumed(model, size, translated.fields), *translated.assumed)
+    assumed = (*_assumed(model, translated.fields), *translated.assumed)
     return Inferred(name, fields, channels, size, assumed, translated.preprocessing)
 
 
@@ -142,7 +143,7 @@ def _traits_of_model(model: ResNet) -> _Traits:
         ),
         shortcut="A" if model.shortcut == "none" else model.shortcut,
         grouping=(model.cardinality, model.base_width),
-        reduced=_reduced(features, model.se_ratio),
+        reduced=reduced_channels(features, model.se_ratio) if model.se_ratio else 0,
         eca=getattr(model, "eca", False),
         norm=model.norm,
     )
@@ -154,11 +155,6 @@ def _stem_keywords(stem_cls: Any) -> dict[str, Any]:
 
 def _stem_class(stem_cls: Any) -> Any:
     return stem_cls.func if isinstance(stem_cls, functools.partial) else stem_cls
-
-
-def _reduced(features: int, ratio: float) -> int:
-    """Channels inside `SqueezeExcite`."""
-    return max(8, int(features * ratio + 4) // 8 * 8) if ratio else 0
 
 
 def _traits_of_layers(layers: Layers) -> _Traits:
@@ -289,7 +285,7 @@ def _classes(layers: Layers) -> int:
     return int(shape[0]) if shape else 0
 
 
-def _assumed(model: ResNet, size: int, known: Mapping[str, Any]) -> tuple[str, ...]:
+def _assumed(model: ResNet, known: Mapping[str, Any]) -> list[str]:
     """What the weights of a model do not show, except the fields in `known`."""
     facts = []
     if model.block_cls.bottleneck and len(model.stage_sizes) > 1 and "stride_in_1x1" not in known:
@@ -309,4 +305,4 @@ def _assumed(model: ResNet, size: int, known: Mapping[str, Any]) -> tuple[str, .
         facts.append(f"kernels are {kernels}")
     if "bn_epsilon" not in known:
         facts.append(f"the norms' epsilon is {model.bn_epsilon:g}")
-    return (*facts, f"images have {size}x{size} pixels")
+    return facts

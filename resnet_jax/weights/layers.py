@@ -59,8 +59,10 @@ def read_layers(tensors: Mapping[str, Any]) -> Layers:
     if family := other_family(tensors):
         raise WeightsError(f"no ResNet of this package's weights, but {family}")
     if not best.has("stage1", "block1", "conv1") or not best.has("stem", "conv1"):
-        names = f"which have names such as {listed(tensors, SHOWN)}" if tensors else "but nothing"
-        raise WeightsError(f"no ResNet's weights, {names}")
+        if not tensors:
+            raise WeightsError("the file has no tensors")
+        names = listed(tensors, SHOWN)
+        raise WeightsError(f"no ResNet's weights, which have names such as {names}")
     if best.unknown:
         raise WeightsError(
             "no ResNet of this package, where blocks have no layers such as "

@@ -78,9 +78,9 @@ def hint_for(
         )
     if weight in mismatch.missing and contents.dense:
         return (
-            f": its head may be {short(contents.dense[0])}, which is no linear layer with a bias "
-            f"from the last stage's features; to use it, rename it {head[:-1]}; to leave it out, "
-            "pass reset_head=True"
+            f": its head may be {short(contents.dense[0])}, which is not a linear layer with a "
+            f"bias from the last stage's features; to use it, rename it {head[:-1]}; to leave it "
+            "out, pass reset_head=True"
         )
     if all(name.startswith(head) for name in mismatch.names):
         if weight in mismatch.missing and bias in mismatch.missing:

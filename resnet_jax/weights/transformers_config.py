@@ -73,7 +73,7 @@ def transformers_description(config: dict[str, Any]) -> Description:
         classes = 0  # ResNetModel and ResNetBackbone have no head
     in_1x1 = as_bool("downsample_in_bottleneck", config.get("downsample_in_bottleneck", False))
     fields: dict[str, Any] = {
-        "num_classes": as_count("id2label", classes, 0, MAX_CLASSES),
+        "num_classes": as_count("id2label" if labels else "num_labels", classes, 0, MAX_CLASSES),
         "stage_sizes": depths,
         "stage_widths": tuple(width // expansion for width in widths),
         "stride_in_1x1": in_1x1 and layer == "bottleneck",
@@ -85,7 +85,7 @@ def transformers_description(config: dict[str, Any]) -> Description:
         _NAMES.get((layer, depths), nearest),
         fields,
         Preprocessing(),
-        class_names_of(labels, classes),
+        class_names_of(labels, classes, "id2label"),
         threshold_of(config),
     )
 

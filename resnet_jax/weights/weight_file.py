@@ -96,15 +96,13 @@ def _inferred(tensors: Mapping[str, Any]) -> _Built:
     # The width of the head is not an assumption.
     fields = [_shown(*field) for field in found.fields.items() if field[0] != "num_classes"]
     having = f" with {', '.join(fields)}" if fields else ""
-    # The size of images is reported with the other assumptions about them.
-    facts = [fact for fact in found.assumed if not fact.startswith("images have")]
-    network = "; ".join([f"a {found.name}{having}, by its names and shapes (--model)", *facts])
+    network = f"a {found.name}{having}, by its names and shapes (--model)"
     return _Built(
         name=found.name,
         model=model,
         variables=from_torch(model, tensors),
         image_size=found.image_size,
-        assumed=(network,),
+        assumed=("; ".join([network, *found.assumed]),),
         preprocessing=found.preprocessing,
     )
 

@@ -234,7 +234,9 @@ class Checkpoints:
         self._verify(step)
         found = self._progress(step).get("records")
         if not isinstance(found, dict):
-            raise ConfigError(f"{self._folder}/{step}/progress.json has no records; restore it")
+            raise ConfigError(
+                f"{self._folder}/{step}/progress.json has no records; restore it from a copy"
+            )
         return found
 
     def read_whole(self, best: bool) -> dict[str, Any]:
@@ -275,7 +277,9 @@ class Checkpoints:
         try:
             return saved_state.read_progress(path.parent)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read ({one_line(error)}); restore it") from error
+            raise ConfigError(
+                f"{path} cannot be read ({one_line(error)}); restore it from a copy"
+            ) from error
 
     def _or_latest(self, step: int | None) -> int:
         step = self.latest if step is None else step
@@ -353,7 +357,7 @@ class Checkpoints:
                 files.check_folder(folder)
         except OSError as error:
             raise ConfigError(
-                f"--workdir={self.workdir}: {folder} is {error.strerror}; replace it by a folder"
+                f"--workdir={self.workdir}: {folder} is {error.strerror}; replace it with a folder"
             ) from error
 
     def _name(self, step: int) -> str:

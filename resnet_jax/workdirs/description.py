@@ -86,7 +86,9 @@ def read_description(workdir: Path, name: str) -> bytes:
     try:
         content = files.read_bytes(path, _MAX_BYTES)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); restore it") from error
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); restore it from a copy"
+        ) from error
     try:
         seal = files.read_bytes(workdir / SEAL, _MAX_BYTES).decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -95,8 +97,8 @@ def read_description(workdir: Path, name: str) -> bytes:
         raise ConfigError(f"{workdir / SEAL} cannot be read ({error.strerror})") from error
     if f"{hashlib.sha256(content).hexdigest()}  {name}" not in seal.split("\n"):
         raise ConfigError(
-            f"{path} does not match its checksum in {SEAL}; restore it, or delete {SEAL} to use it "
-            "as it is"
+            f"{path} does not match its checksum in {SEAL}; restore it from a copy, or "
+            f"delete {SEAL} to use it as it is"
         )
     return content
 
@@ -133,7 +135,7 @@ def read_class_names(workdir: Path) -> tuple[str, ...]:
             raise ValueError(f"a name has {longest:,} characters")
     except (ValueError, RecursionError) as error:
         path = workdir / "classes.json"
-        raise ConfigError(f"{path} cannot be read ({error}); restore it") from error
+        raise ConfigError(f"{path} cannot be read ({error}); restore it from a copy") from error
     return tuple(names)
 
 
@@ -157,7 +159,7 @@ def read_class_counts(workdir: Path) -> dict[str, np.ndarray]:
         if found and {len(x) for x in found.values()} != {len(read_class_names(workdir))}:
             raise ValueError(f"{_CLASS_COUNTS} are those of other classes than classes.json has")
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); restore it") from error
+        raise ConfigError(f"{path} cannot be read ({error}); restore it from a copy") from error
     return {use: np.array(x, np.int64) for use, x in found.items()}
 
 
@@ -178,4 +180,4 @@ def read_json(path: Path) -> dict[str, Any]:
         return found
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path} cannot be read ({reason}); restore it") from error
+        raise ConfigError(f"{path} cannot be read ({reason}); restore it from a copy") from error

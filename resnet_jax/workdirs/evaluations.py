@@ -80,7 +80,9 @@ class Evaluations:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror}); restore it") from error
+            raise ConfigError(
+                f"{path} cannot be read ({error.strerror}); restore it from a copy"
+            ) from error
         for record in records:
             if record["step"] <= newest:
                 self.add(record)

@@ -122,7 +122,9 @@ def read_records(path: str | os.PathLike[str]) -> Records:
                 elif line.endswith(b"\n"):
                     bad += 1
                 if len(good) > _MAX_RECORDS or bad > _MAX_BAD:
-                    raise ConfigError(f"{path} has more lines than any run writes; restore it")
+                    raise ConfigError(
+                        f"{path} has more lines than any run writes; restore it from a copy"
+                    )
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; train first") from error
     return Records(sorted(good, key=lambda record: record["step"]), bad)

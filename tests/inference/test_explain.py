@@ -192,5 +192,5 @@ def test_mistakes_in_what_to_explain(classifier, options, message):
 
 
 def test_images_that_cannot_be_explained(classifier):
-    with pytest.raises(rj.DataError, match="not a whole image"):
+    with pytest.raises(rj.DataError, match="not a valid image"):
         classifier.explain(b"<svg></svg>")

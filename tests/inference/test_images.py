@@ -157,7 +157,7 @@ def test_a_damaged_image_of_pillows():
     data = bytearray(MODES["RGB"])
     at = data.index(b"IDAT") + 4
     data[at : at + 8] = b"\xff" * 8
-    with pytest.raises(rj.DataError, match="an image in memory: not a whole image"):
+    with pytest.raises(rj.DataError, match="an image in memory: not a valid image"):
         read_pixels(Image.open(io.BytesIO(data)), 3)
 
 
@@ -196,7 +196,7 @@ def test_open_files_that_give_no_image(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     path.write_bytes(MODES["RGB"][:60])
     with path.open("rb") as file:
-        with pytest.raises(rj.DataError, match=r"x\.png: not a whole image"):
+        with pytest.raises(rj.DataError, match=r"x\.png: not a valid image"):
             read_pixels(file, 3)
         monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 59)
         with pytest.raises(rj.DataError, match=r"x\.png: has more than the limit of 59 bytes"):
@@ -230,7 +230,7 @@ def test_heic_is_read_and_broken_files_are_named():
     found = read_pixels(file, 3).astype(int)
     assert np.abs(found - np.asarray(PICTURE.resize((320, 240)))).mean() < 6
     for data in (HEIC, file.getvalue()[:-500], HEIC[:20]):
-        with pytest.raises(rj.DataError, match=r"^a\.heic: not a whole image"):
+        with pytest.raises(rj.DataError, match=r"^a\.heic: not a valid image"):
             read_pixels(ImageFile("a.heic", data=data), 3)
 
 

@@ -204,10 +204,10 @@ def test_photos_are_turned_unless_the_network_is_opened_otherwise(classifier, tm
         (np.full((8, 8, 3), 2.0), "values from 2 to 2; they must be from 0 to 1"),
         (np.zeros((8, 8, 3), bool), "array of bool; images are uint8"),
         (io.StringIO("text"), "an image in memory: the open file gives text"),
-        (b"GIF89a", "an image in memory: not a whole image"),
+        (b"GIF89a", "an image in memory: not a valid image"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\)"),
         (np.zeros((0, 8), np.uint8), r"shape \(0, 8\)"),
-        (7, "int is no image"),
+        (7, "int is not an image"),
         ("none.png", "none.png: cannot be read"),
     ],
 )
@@ -315,7 +315,7 @@ def test_a_broken_file_among_good_ones(weights, photos, tmp_path):
     # JAX may have something to say of the machine, before.
     assert "Traceback" not in result.stderr
     skipped, total = result.stderr.splitlines()[-2:]
-    assert re.match(r"skipped: .*cat/1\.png: not a whole image", skipped)
+    assert re.match(r"skipped: .*cat/1\.png: not a valid image", skipped)
     assert total == "1 of 6 images could not be read"
     found = list(map(json.loads, result.stdout.splitlines()))
     names = ["cat/0.png", "cat/2.png", "dog/0.png", "dog/1.png", "dog/2.png"]
@@ -427,7 +427,7 @@ def test_a_table_stays_in_line():
 
 MISTAKES = {
     "missing": ("predict", ["none.png"], "none.png: there is no such file"),
-    "foreign": ("predict", ["notes.txt"], "notes.txt: not a whole image"),
+    "foreign": ("predict", ["notes.txt"], "notes.txt: not a valid image"),
     "all broken": ("predict", ["notes.txt", "old.npz"], "no image could be read; notes.txt"),
     "empty folder": ("predict", ["empty"], "empty: the folder has no images"),
     "existing": ("predict", ["a.png", "--output=notes.txt"], "exists; give --force"),
@@ -443,7 +443,7 @@ MISTAKES = {
     "maps": ("features", ["a.png", "--output=x.npz", "--maps"], "take --layer=stage3"),
     "suffix": ("features", ["a.png", "--output=x.txt"], "must end in .npz or .parquet"),
     "features exist": ("features", ["a.png", "--output=old.npz"], "exists; give --force"),
-    "broken features": ("features", ["notes.txt", "--output=x.npz"], "not a whole image"),
+    "broken features": ("features", ["notes.txt", "--output=x.npz"], "not a valid image"),
 }
 
 

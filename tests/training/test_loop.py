@@ -578,7 +578,7 @@ def test_a_run_that_is_evaluated_on_its_training_images(tmp_path, capsys):
     """Its records say what they are, whatever the split is called."""
     config = configuration(data__eval_split="train", log__tensorboard=True)
     metrics = train(config, tmp_path / "run").metrics
-    assert "evaluated on images that are trained on" in capsys.readouterr().err
+    assert "evaluation images are also training images" in capsys.readouterr().err
     run = read_run(tmp_path / "run")
     assert [record["step"] for record in run.training] == [2, 3, 4, 6]
     assert [record["step"] for record in run.evaluations] == [3, 6]

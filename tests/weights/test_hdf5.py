@@ -133,5 +133,5 @@ def test_loops_end(tmp_path):
 def test_truncated_files(share, tmp_path):
     data = hdf5(keras)
     (tmp_path / "w.h5").write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(rj.WeightsError, match=r"w\.h5: not a whole HDF5 file"):
+    with pytest.raises(rj.WeightsError, match=r"w\.h5: not a valid HDF5 file"):
         read_state_dict(tmp_path / "w.h5")

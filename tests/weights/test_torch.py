@@ -200,7 +200,7 @@ def test_suffixes_that_are_written(suffix, tmp_path):
 
 def test_other_objects_are_not_unpickled(tmp_path):
     for value in (fractions.Fraction(1, 2), print, np.ones(99)):
-        with pytest.raises(rj.WeightsError, match=r"Python objects beside tensors|holds bytes"):
+        with pytest.raises(rj.WeightsError, match=r"Python objects other than tensors|holds bytes"):
             load({"state_dict": state_dict(), "x": value}, tmp_path)
 
 

@@ -231,7 +231,7 @@ def test_truncated_files(suffix, share, tmp_path):
     rj.save_weights(path, model, variables)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(rj.WeightsError, match=r"weights\.\w+: .*not a whole"):
+    with pytest.raises(rj.WeightsError, match=r"weights\.\w+: .*not a valid"):
         rj.load_weights(model, path)
 
 
@@ -269,13 +269,13 @@ def safetensors_of(shape, data=b""):
     ("name", "data", "message"),
     [
         ("w.npz", npz_of({"shape": (2**45,)}), r"an array of 140,737,488,355,328 bytes"),
-        ("w.npz", npz_of({"shape": (-1, -2)}, bytes(8)), "not a whole .npz"),
-        ("w.npz", npz_of({"descr": "|V0"}), "not a whole .npz"),
+        ("w.npz", npz_of({"shape": (-1, -2)}, bytes(8)), "not a valid .npz"),
+        ("w.npz", npz_of({"descr": "|V0"}), "not a valid .npz"),
         ("w.npz", npz_of({"descr": "|O"}), "objects, which are never unpickled"),
         ("w.npz", npz_of({}, bytes(2**27), zipfile.ZIP_DEFLATED), "would unpack to 134,"),
         ("w.npz", npz_of({}, bytes(8), zipfile.ZIP_LZMA), "compressed by an unsupported method"),
-        ("w.safetensors", struct.pack("<Q", 2**63) + b"{}", "not a whole safetensors"),
-        ("w.safetensors", safetensors_of([3], bytes(8)), "not a whole safetensors"),
+        ("w.safetensors", struct.pack("<Q", 2**63) + b"{}", "not a valid safetensors"),
+        ("w.safetensors", safetensors_of([3], bytes(8)), "not a valid safetensors"),
         ("w.safetensors", safetensors_of([0, 2**63]), "a has no array's shape"),
         (
             "w.safetensors",
@@ -331,7 +331,7 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
         (bytes(257) + b"ustar\0", "a tar archive; if PyTorch before 0.1.10"),
         (b"PK\5\6" + bytes(18), "a zip archive that is damaged, or of neither"),
         (b"PK\3\4", "a zip archive that is damaged"),
-        (b"\x81\xa1", "not a whole Flax msgpack file"),
+        (b"\x81\xa1", "not a valid Flax msgpack file"),
     ],
 )
 def test_other_files_are_named(data, message, tmp_path):
@@ -368,13 +368,13 @@ def flax_array(shape, dtype, numbers):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\x81\xa1a\xdd\x7f\xff\xff\xff", "not a whole"),  # a list of 2**31 elements
-        (b"\x81\xa1a\xc6\x7f\xff\xff\xff", "not a whole"),
-        (b"\xdf\x7f\xff\xff\xff", "not a whole"),
+        (b"\x81\xa1a\xdd\x7f\xff\xff\xff", "not a valid"),  # a list of 2**31 elements
+        (b"\x81\xa1a\xc6\x7f\xff\xff\xff", "not a valid"),
+        (b"\xdf\x7f\xff\xff\xff", "not a valid"),
         (b"\x81\xa1a" + b"\x91" * 999 + b"\1", "more objects, or deeper ones"),
         (b"\x81\xa1a\xdd\0\x1e\x84\x80" + b"\1" * 2_000_000, "more objects, or deeper ones"),
         (b"\x81\1\1", "a int is not a name"),
-        (b"\x81\xa1a\1\1", "there are bytes behind its end"),
+        (b"\x81\xa1a\1\1", "it has trailing bytes"),
         (b"\x81\xa1a\xc1", "byte 0xc1 starts no value"),
         (flax_array([2**40], "float32", b"1234"), r"of shape \[1099511627776\] has 4 bytes"),
         (flax_array([-1], "float32", b"1234"), "has no shape"),

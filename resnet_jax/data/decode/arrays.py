@@ -76,10 +76,10 @@ def read_npy(file: BinaryIO) -> Npy:
     field = file.read(width)
     length = int.from_bytes(field, "little")
     if length > _HEADER_BYTES:
-        raise DataError(f"not a whole .npy file (its header has {length:,} bytes)")
+        raise DataError(f"not a valid .npy file (its header has {length:,} bytes)")
     header = io.BytesIO(field + file.read(length))
     read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version]
-    with library_errors(lambda error: DataError("not a whole .npy file (its header is damaged)")):
+    with library_errors(lambda error: DataError("not a valid .npy file (its header is damaged)")):
         shape, fortran, dtype = read(header)
     return Npy(_image_shape(shape), _image_type(dtype), fortran, 8 + width + length)
 

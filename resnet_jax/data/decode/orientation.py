@@ -56,8 +56,8 @@ _ORIENTATIONS = {
 def orientation_of(image: Image.Image) -> Orientation:
     """The orientation that an image's tag gives; AS_STORED without a tag that can be read.
 
-    The image must be loaded: the tag of a PNG may come after its pixels, and Pillow turns a TIFF
-    and removes the tag while it loads the pixels.
+    Except for a JPEG, the image must be loaded: the tag of a PNG may come after its pixels, and
+    Pillow turns a TIFF and removes the tag while it loads the pixels.
     """
     try:
         with library_errors(lambda error: DataError(str(error))):

@@ -165,5 +165,5 @@ def image_error(error: Exception) -> DataError:
         return DataError(f"more than {MAX_PIXELS:,} pixels are not decoded")
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # its text is an address in memory
-        reason = "of no known format"
-    return DataError(f"not a whole image ({reason})")
+        reason = "unknown format"
+    return DataError(f"not a valid image ({reason})")

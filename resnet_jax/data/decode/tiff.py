@@ -177,10 +177,10 @@ def read_tiff(file: BinaryIO) -> Tiff:
     found = (_TILES, _TILE_SIZES) if tiled else (_STRIPS, _STRIP_SIZES)
     offsets, sizes = (_many(tags, each) for each in found)
     if min(height, width, channels, *part) < 1:
-        raise DataError(f"not a whole TIFF ({width} x {height} pixels, {channels} channels)")
+        raise DataError(f"not a valid TIFF ({width} x {height} pixels, {channels} channels)")
     parts = -(-height // part[0]) * -(-width // part[1]) * (channels if separate else 1)
     if len(offsets) != parts or len(sizes) != parts:
-        raise DataError(f"not a whole TIFF ({len(offsets):,} of {parts:,} strips or tiles)")
+        raise DataError(f"not a valid TIFF ({len(offsets):,} of {parts:,} strips or tiles)")
     dtype = np.dtype(_TYPES[stored]).newbyteorder("<" if tags.prefix == b"II" else ">")
     shape = height, width, channels
     differences, orientation = predictor == 2, _one(tags, _ORIENTATION, 1)
@@ -224,7 +224,7 @@ def _many(tags: Any, tag: int) -> tuple[int, ...]:
         value = tags.get(tag, ())
     values = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(each, int) and each >= 0 for each in values):
-        raise DataError(f"not a whole TIFF (tag {tag})")
+        raise DataError(f"not a valid TIFF (tag {tag})")
     return values
 
 
@@ -239,4 +239,4 @@ def _one(tags: Any, tag: int, default: int) -> int:
 def _damaged(error: Exception) -> DataError:
     if isinstance(error, Image.DecompressionBombError):
         return DataError("a TIFF of more bytes than are decoded")
-    return DataError(f"not a whole TIFF ({str(error).strip() or type(error).__name__})")
+    return DataError(f"not a valid TIFF ({str(error).strip() or type(error).__name__})")

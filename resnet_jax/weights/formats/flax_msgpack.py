@@ -32,7 +32,7 @@ _NUMBERS = {
     0xD2: ">i",
     0xD3: ">q",
 }
-# First byte -> struct format of the length behind it.
+# First byte -> struct format of the length that follows.
 _BYTES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
 _TEXTS = {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
 _LISTS = {0xDC: ">H", 0xDD: ">I"}
@@ -56,7 +56,7 @@ def read_msgpack(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"holds a {type(value).__name__}, not a dictionary of arrays")
     if reader.at != len(data):
-        raise WeightsError("not a Flax msgpack file: there are bytes behind its end")
+        raise WeightsError("not a Flax msgpack file: it has trailing bytes")
     return value
 
 
@@ -68,7 +68,7 @@ class _Reader:
 
     def take(self, count: int) -> memoryview:
         if count > len(self.data) - self.at:
-            raise WeightsError("not a whole Flax msgpack file")
+            raise WeightsError("not a valid Flax msgpack file")
         self.at += count
         return self.data[self.at - count : self.at]
 

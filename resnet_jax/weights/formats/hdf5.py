@@ -33,7 +33,7 @@ def read_hdf5(data: bytes, source: str) -> dict[str, np.ndarray]:
         import h5py
 
     def broken(error: Exception) -> WeightsError:
-        return WeightsError(f"not a whole HDF5 file ({one_line(error)})")
+        return WeightsError(f"not a valid HDF5 file ({one_line(error)})")
 
     arrays: dict[str, np.ndarray] = {}
     with library_errors(broken), h5py.File(io.BytesIO(data), "r") as file:

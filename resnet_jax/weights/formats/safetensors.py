@@ -37,7 +37,7 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     try:
         tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise WeightsError(f"not a whole safetensors file ({reason_of(error)})") from error
+        raise WeightsError(f"not a valid safetensors file ({reason_of(error)})") from error
     arrays = {}
     for name, tensor in tensors:
         dtype = _DTYPES.get(tensor["dtype"])

@@ -79,15 +79,15 @@ def read_torch(data: bytes, source: str) -> Mapping[str, Any]:
 
     def explain(error: Exception) -> WeightsError:
         if not (data.startswith(b"PK") or is_legacy_torch(data)):
-            return WeightsError("not a PyTorch file" if data else "not a whole file: it is empty")
+            return WeightsError("not a PyTorch file" if data else "the file is empty")
         if isinstance(error, zipfile.BadZipFile):
-            return WeightsError("not a whole PyTorch file: its end is missing; download it again")
+            return WeightsError("a truncated PyTorch file; download it again")
         if not isinstance(error, pickle.UnpicklingError):
-            return WeightsError(f"not a whole PyTorch file of tensors ({reason_of(error)})")
+            return WeightsError(f"not a valid PyTorch file of tensors ({reason_of(error)})")
         found = re.search(r"GLOBAL (\S{1,80})", str(error))
         return WeightsError(
-            f"holds Python objects beside tensors{f' ({found[1]})' if found else ''}, which are "
-            "never unpickled here; if you trust it, load it with torch and pass its state dict "
+            f"holds Python objects other than tensors{f' ({found[1]})' if found else ''}, which "
+            "are never unpickled here; if you trust it, load it with torch and pass its state dict "
             "to rj.from_torch"
         )
 

@@ -16,13 +16,15 @@ from resnet_jax.weights.formats.hdf5 import read_hdf5
 def open_zip(data: bytes) -> zipfile.ZipFile:
     """Opens an archive whose members expand to no more than `formats` allows."""
     if data.count(b"PK\1\2") > MOST_TENSORS:  # entries of its directory
-        raise WeightsError(f"has more than {MOST_TENSORS:,} members, as no weights have")
+        raise WeightsError(
+            f"has more than {MOST_TENSORS:,} members, more than any weight file needs"
+        )
     archive = zipfile.ZipFile(io.BytesIO(data))
     size = sum(member.file_size for member in archive.infolist())
     if size > max(MOST_UNPACKED * len(data), SMALL):
         raise WeightsError(
-            f"{len(data):,} bytes would unpack to {size:,}, as no weights do; if you trust the "
-            "file, write it again without compression"
+            f"{len(data):,} bytes would unpack to {size:,}, more than any weight file needs; "
+            "if you trust the file, write it again without compression"
         )
     for member in archive.infolist():
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -57,7 +59,7 @@ def read_npz(data: bytes) -> dict[str, np.ndarray]:
     """Reads all arrays of a .npz file."""
 
     def broken(error: Exception) -> WeightsError:
-        return WeightsError(f"not a whole .npz file of arrays ({reason_of(error)})")
+        return WeightsError(f"not a valid .npz file of arrays ({reason_of(error)})")
 
     arrays: dict[str, np.ndarray] = {}
     with library_errors(broken), open_zip(data) as archive:
@@ -97,7 +99,7 @@ def read_keras(data: bytes, source: str) -> dict[str, np.ndarray]:
     """Reads the weights of a Keras 3 archive; `source` names the file in messages."""
 
     def broken(error: Exception) -> WeightsError:
-        return WeightsError(f"not a whole .keras file ({reason_of(error)})")
+        return WeightsError(f"not a valid .keras file ({reason_of(error)})")
 
     with library_errors(broken), open_zip(data) as archive:
         weights = archive.read("model.weights.h5")
