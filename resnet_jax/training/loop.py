@@ -19,9 +19,9 @@ from resnet_jax.distributed.signals import Signals
 from resnet_jax.files import expand_user
 from resnet_jax.terminal import log
 from resnet_jax.training.inputs import open_inputs
-from resnet_jax.training.metrics import Trace
 from resnet_jax.training.run import Run, open_run
 from resnet_jax.training.state_evaluator import stopped
+from resnet_jax.training.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,19 @@
-"""The metrics of steps that may still be running, and traces of them."""
+"""The metrics of steps that may still be running."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from resnet_jax.config.schema import Config
-from resnet_jax.config.validation import profile_steps
 from resnet_jax.distributed.accelerators import find_accelerator
-from resnet_jax.errors import ConfigError, DivergedError, one_line
+from resnet_jax.errors import ConfigError, DivergedError
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.summary import training_flops
 from resnet_jax.training.optimizer import RunLength
@@ -259,41 +255,3 @@ def diverged(
         f"the {what} is not a number at step {done}{count}; {where}. A lower "
         "optimizer.learning_rate, a longer schedule.warmup_epochs or optimizer.clip_norm help"
     )
-
-
-class Trace:
-    """Writes a profiler trace of the steps in log.profile; a failing trace does not end the run."""
-
-    def __init__(self, config: Config, workdir: Path, log: Callable[[str], None]) -> None:
-        wanted = config.log.profile and jax.process_index() == 0
-        self._steps = profile_steps(config.log.profile) if wanted else None
-        self._folder = str(workdir / "profile")
-        self._running = False
-        self._log = log
-
-    def before(self, done: int) -> None:
-        """Starts the trace before its first step."""
-        if self._steps and done == self._steps[0]:
-            with self._log_errors():
-                jax.profiler.start_trace(self._folder)
-                self._running = True
-
-    def after(self, done: int, metrics: Any) -> None:
-        """Ends the trace after its last step."""
-        if self._running and self._steps and done >= self._steps[1]:
-            jax.block_until_ready(metrics)
-            self.close()
-
-    def close(self) -> None:
-        """Ends a trace that is still running."""
-        if self._running:
-            self._running = False
-            with self._log_errors():  # this is where it is written
-                jax.profiler.stop_trace()
-
-    @contextlib.contextmanager
-    def _log_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            self._log(f"log.profile: no trace: {one_line(error)}")

@@ -262,7 +262,7 @@ def _open_state(
                 evaluated = history.records(newest)
                 lines += changed_evaluation_data(workdir, inputs.fingerprints)
         partial, evaluated = group.broadcast_object([partial, evaluated])
-        for record in evaluated:
+        for record in () if group.is_first else evaluated:
             history.add(record)
         state = data_parallel.replicate(group.broadcast_arrays(state, shapes))
         return _Saved(state, int(state.step), partial, history, checkpoints, lines)

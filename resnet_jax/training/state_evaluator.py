@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from resnet_jax.config.schema import Config
@@ -98,12 +98,8 @@ class StateEvaluator:
                 bad_state = done if write else 0
                 raise diverged("evaluated loss", done, self.checkpoints, discard=bad_state)
             if write:
-                record: Record = {"step": done, "split": self.config.data.eval_split}
-                record |= {"kind": EVALUATION, **metrics}
-                record |= {"images_per_second": images / seconds, "images": int(images)}
-                record |= {"weights": weights} if weights else {}
-                self.writers.record(record)
-                self.history.add(record)
+                speed = {"images_per_second": images / seconds, "images": int(images)}
+                self._record(done, self.config.data.eval_split, weights, {**metrics, **speed})
         self._warn_if_ema_lags(done)
         return metrics
 
@@ -119,11 +115,13 @@ class StateEvaluator:
             for split in splits:
                 if self.signals.received and self.group.count == 1:
                     raise stopped(done)
-                metrics = self.held_out.evaluate(split, variables)
-                record: Record = {"step": done, "split": split, "kind": EVALUATION, **metrics}
-                record |= {"weights": weights} if weights else {}
-                self.writers.record(record)
-                self.history.add(record)
+                self._record(done, split, weights, self.held_out.evaluate(split, variables))
+
+    def _record(self, done: int, split: str, weights: str, metrics: Mapping[str, float]) -> None:
+        record: Record = {"step": done, "split": split, "kind": EVALUATION, **metrics}
+        record |= {"weights": weights} if weights else {}
+        self.writers.record(record)
+        self.history.add(record)
 
     def _measure(self, variables: Any, done: int) -> dict[str, float]:
         size = self.config.evaluate.batch_size or self.config.train.batch_size

@@ -197,15 +197,11 @@ def _smooth_sets(targets: jax.Array, config: Loss) -> tuple[jax.Array, Loss]:
     return smoothed, dataclasses.replace(config, label_smoothing=0.0)
 
 
-def _is_cpu(platform: str) -> bool:
-    return (platform or jax.default_backend()) == "cpu"
-
-
 def scan(
     function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, platform: str
 ) -> tuple[Any, Any]:
     """`lax.scan`, unrolled on a CPU, where XLA runs convolutions in a loop 17 times slower."""
-    if not _is_cpu(platform):
+    if platform != "cpu":
         return lax.scan(function, carry, xs)
     outputs = []
     for index in range(jax.tree.leaves(xs)[0].shape[0]):

@@ -141,11 +141,11 @@ def make_steps(
     Returns steps(state, data, batch) -> (state, metrics). data has the "images" and "labels" of
     the whole dataset; batch is from `index_batch`, [N, steps]; metrics are [steps].
     """
+    platform = platform or jax.default_backend()
 
     def steps(state: TrainState, data: Batch, batch: Batch) -> tuple[TrainState, Metrics]:
         # On a GPU, an array that an iteration returns is a kernel to launch, however small it is.
-        on_gpu = (platform or jax.default_backend()) == "gpu"
-        pack, unpack = packing(state) if on_gpu else (_same, _same)
+        pack, unpack = packing(state) if platform == "gpu" else (_same, _same)
 
         def one(packed: Any, chosen: Batch) -> tuple[Any, Metrics]:
             chosen = dict(chosen)

@@ -23,8 +23,9 @@ from resnet_jax import config as c
 from resnet_jax.cli import commands, parser
 from resnet_jax.errors import ConfigError, DivergedError, PeerError, StoppedError
 from resnet_jax.training.loop import train
-from resnet_jax.training.metrics import MetricAccumulator, Trace, diverged
+from resnet_jax.training.metrics import MetricAccumulator, diverged
 from resnet_jax.training.run import Run
+from resnet_jax.training.trace import Trace
 from resnet_jax.workdirs.checkpoint import Checkpoints
 from resnet_jax.workdirs.metric_writers import Appender, MetricWriters
 from tests.training.test_loop import configuration, records, state_of

@@ -129,7 +129,7 @@ def test_arrays_are_converted_as_files():
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", MODES["RGB"][:60], b"\xff\xd8\xff", b"notes"])
 def test_broken_images_are_named(data):
-    with pytest.raises(rj.DataError, match=r"^broken\.png: .*(whole|JPEG)"):
+    with pytest.raises(rj.DataError, match=r"^broken\.png: .*(valid|JPEG)"):
         read_pixels(ImageFile("broken.png", data=data), 3)
 
 

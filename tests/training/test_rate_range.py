@@ -144,7 +144,7 @@ NAN = float("nan")
         ([(2, 0), (2, 1), (1, 0)], False, ([2], "the update is not finite")),
         ([(2, 1), (2, 1), (2, 0), (1, 0)], True, ([2, 1], "")),
         ([(2, 1)] * 4, True, ([], "the update is not finite")),
-        ([(1, 0), (9, 0), (1, 0)], False, ([1, 9], "4 times the least one")),
+        ([(1, 0), (9, 0), (1, 0)], False, ([1, 9], "4 times its minimum")),
     ],
 )
 def test_where_it_ends(results, scaled, expected):

@@ -624,7 +624,7 @@ def test_pillow_does_not_warn():
 def test_no_interpreter_is_started():
     """Pillow gives PostScript to Ghostscript, whatever the file is called."""
     data = encode(photo(20, 20), "EPS")
-    with pytest.raises(DataError, match="of no known format"):
+    with pytest.raises(DataError, match="unknown format"):
         decode(data, 3)
 
 
