@@ -11,7 +11,7 @@ import numpy as np
 from resnet_jax.config.schema import Config, Data
 from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import CorruptImages
-from resnet_jax.data.sampler import WHOLE, IndexSampler, Shard
+from resnet_jax.data.sampler import ALL, IndexSampler, Shard
 from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch, Label, count_labels
 from resnet_jax.errors import DataError
@@ -99,7 +99,7 @@ class InMemoryDataset:
         config: Config,
         start: int,
         stop: int,
-        shard: Shard = WHOLE,
+        shard: Shard = ALL,
     ) -> Generator[Batch, None, None]:
         """This shard of the training batches from `start` to before `stop`.
 
@@ -112,7 +112,7 @@ class InMemoryDataset:
             chosen = batch.pop("indices")
             yield {"images": self.images[chosen], "labels": self.labels[chosen], **batch}
 
-    def eval_batches(self, batch_size: int, shard: Shard = WHOLE) -> Generator[Batch, None, None]:
+    def eval_batches(self, batch_size: int, shard: Shard = ALL) -> Generator[Batch, None, None]:
         """This shard of batches that have every image once; all shards have equally many.
 
         Yields {"images", "labels", "weights": float32 [N]} for N = batch_size / shard.count.
@@ -130,7 +130,7 @@ class InMemoryDataset:
 
 
 def index_batch(
-    sampler: IndexSampler, config: Config, start: int, steps: int, shard: Shard = WHOLE
+    sampler: IndexSampler, config: Config, start: int, steps: int, shard: Shard = ALL
 ) -> Batch:
     """Which images are in the batches of several steps, for a dataset that lies on the devices.
 

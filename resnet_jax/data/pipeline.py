@@ -19,14 +19,14 @@ from typing import Any
 from resnet_jax.config.schema import Data
 from resnet_jax.data.corrupt import CorruptImages
 from resnet_jax.data.memory import InMemoryDataset, fits_memory, index_batch
-from resnet_jax.data.sampler import WHOLE, BalancedSampler, IndexSampler, Shard
+from resnet_jax.data.sampler import ALL, BalancedSampler, IndexSampler, Shard
 from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch
 from resnet_jax.data.stream import StreamedDataset
 from resnet_jax.errors import DataError
 
 __all__ = [
-    "WHOLE",
+    "ALL",
     "BalancedSampler",
     "Batch",
     "CorruptImages",

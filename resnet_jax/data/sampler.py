@@ -48,7 +48,7 @@ class Shard:
         return step * batch_size + self.index * size + np.arange(size)
 
 
-WHOLE = Shard()
+ALL = Shard()  # of the only process
 
 
 class IndexSampler:

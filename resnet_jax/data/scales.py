@@ -19,7 +19,7 @@ import numpy as np
 from resnet_jax.config.schema import Data
 from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import CorruptImages
-from resnet_jax.data.sampler import WHOLE, Shard
+from resnet_jax.data.sampler import ALL, Shard
 from resnet_jax.data.sources.base import Batch, Source
 from resnet_jax.data.stream import Batches, decode_in_threads, report_undecodable
 from resnet_jax.errors import DataError
@@ -149,7 +149,7 @@ def scaled_batches(
     scales: Sequence[int],
     plan: BatchPlan,
     corrupt: CorruptImages,
-    shard: Shard = WHOLE,
+    shard: Shard = ALL,
 ) -> Iterator[Batch]:
     """Every image once, at several scales (shorter sides in pixels); equally many batches a shard.
 

@@ -21,7 +21,7 @@ from resnet_jax.config.schema import Config, Data
 from resnet_jax.data import decode as decoding
 from resnet_jax.data.corrupt import CorruptImages
 from resnet_jax.data.memory import label_type
-from resnet_jax.data.sampler import WHOLE, IndexSampler, Shard
+from resnet_jax.data.sampler import ALL, IndexSampler, Shard
 from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import Batch, Label
 from resnet_jax.data.workers import decode_in_processes
@@ -65,14 +65,14 @@ class StreamedDataset:
         config: Config,
         start: int,
         stop: int,
-        shard: Shard = WHOLE,
+        shard: Shard = ALL,
     ) -> Generator[Batch, None, None]:
         """As `InMemoryDataset.train_batches`."""
         batches = _TrainBatches(self, sampler, config, range(start, stop), shard)
         decode = decode_in_processes if self.config.workers else decode_in_threads
         return report_undecodable(decode(batches), batches, self.corrupt)
 
-    def eval_batches(self, batch_size: int, shard: Shard = WHOLE) -> Generator[Batch, None, None]:
+    def eval_batches(self, batch_size: int, shard: Shard = ALL) -> Generator[Batch, None, None]:
         """As `InMemoryDataset.eval_batches`; images that cannot be decoded have weight 0, too."""
         batches = _EvalBatches(self, batch_size, shard)
         return report_undecodable(decode_in_threads(batches), batches, self.corrupt)

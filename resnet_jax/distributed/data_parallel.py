@@ -21,7 +21,7 @@ from resnet_jax.ops.sharding import AXIS
 def parallel_step(
     step: Callable[..., Any],
     devices: Sequence[jax.Device] | None = None,
-    whole: int = 0,
+    replicated: int = 0,
     options: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
     """Compiles step(state, ..., batch) -> (state, metrics) for all devices.
@@ -32,7 +32,7 @@ def parallel_step(
     Args:
       step: A pure function for one device, which may use collectives over the axis "batch".
       devices: Devices to use. Default: all.
-      whole: Number of arguments between state and batch that are replicated, not split.
+      replicated: Number of arguments between state and batch that are replicated, not split.
       options: Options of the XLA compiler, in runs of one process only.
 
     Returns:
@@ -49,7 +49,7 @@ def parallel_step(
     call = jax.pmap(
         step,
         axis_name=AXIS,
-        in_axes=(None,) * (1 + whole) + (0,),
+        in_axes=(None,) * (1 + replicated) + (0,),
         out_axes=None,
         donate_argnums=(0,),
         devices=devices,

@@ -9,7 +9,7 @@ import numpy as np
 
 from resnet_jax.terminal import columns, padded, shortened
 
-_MOST_CLASSES = 20  # of a confusion matrix that is printed
+_MAX_CLASSES = 20  # of a confusion matrix that is printed
 _WIDEST_NAME = 60  # columns; a longer name stands out
 _LEAST_NAME, _NAME = 12, 16  # columns where a width is to be kept: least, and beside many cells
 
@@ -70,7 +70,7 @@ def class_lines(
         yield from _metric_lines(names, classes, width)
     elif confusion is not None:
         yield from _accuracy_lines(names, classes, confusion, width)
-        if len(names) <= _MOST_CLASSES:
+        if len(names) <= _MAX_CLASSES:
             yield from ("", *_confusion_lines(names, confusion, width))
 
 

@@ -34,7 +34,7 @@ from resnet_jax.export.onnx_layers import (
 from resnet_jax.terminal import json_text
 
 OLDEST_OPSET = 17
-MOST_EMBEDDED = 2**31 - 2**24  # bytes of weights in one file, which protobuf limits to 2 GiB
+MAX_EMBEDDED = 2**31 - 2**24  # bytes of weights in one file, which protobuf limits to 2 GiB
 # Sides at which a graph for open sizes is traced. The maps of all strides up to 128 have even sides
 # for one of them, and odd sides for the other.
 _TRACED_SIDES = (256, 257)
@@ -118,7 +118,7 @@ def _check_opset(opset: int) -> None:
 
 def _check_bytes(variables: Any, weights_path: Path | None) -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-    if weights_path is None and size > MOST_EMBEDDED:
+    if weights_path is None and size > MAX_EMBEDDED:
         raise ExportError(
             f"--format=onnx: the weights have {size / 1e9:.1f} GB, and one file of ONNX holds "
             "2 GB; give --weights=beside"

@@ -23,7 +23,7 @@ from resnet_jax.limits import MAX_CHANNELS
 from resnet_jax.weights.network import Network, is_predicted
 from resnet_jax.weights.source import open_network
 
-_ORANGE, _MOST_OPAQUE = (255, 90, 0), 2 / 3  # of the evidence in an overlay
+_ORANGE, _MAX_OPAQUE = (255, 90, 0), 2 / 3  # of the evidence in an overlay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Explanation(Prediction):
           with two, the first one.
         """
         channels = 3 if self.image.shape[2] >= 3 else 1
-        opacity = _MOST_OPAQUE * self.evidence[:, :, None]
+        opacity = _MAX_OPAQUE * self.evidence[:, :, None]
         blended = (1 - opacity) * self.image[:, :, :channels] + opacity * np.array(_ORANGE)
         return Image.fromarray(blended.round().astype(np.uint8))
 

@@ -39,7 +39,7 @@ from resnet_jax.errors import DataError, library_errors
 from resnet_jax.limits import MAX_IMAGE_BYTES
 
 STDIN = "-"
-_MOST_VISITS = 100  # of one folder, through links
+_MAX_VISITS = 100  # of one folder, through links
 # Images that a thread reads at a time, because waking it costs as much as decoding a small one.
 _AT_A_TIME = 4
 _NAMELESS = "an image in memory"
@@ -136,8 +136,8 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
         if place in above:
             continue
         visits[place] += 1
-        if visits[place] > _MOST_VISITS:  # links to links double with each folder
-            raise DataError(f"{path}: reached through links in more than {_MOST_VISITS} ways")
+        if visits[place] > _MAX_VISITS:  # links to links double with each folder
+            raise DataError(f"{path}: reached through links in more than {_MAX_VISITS} ways")
         inside = [os.path.join(path, each) for each in names]
         label = "" if path == folder else os.path.basename(path)
         todo += [

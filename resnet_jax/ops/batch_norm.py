@@ -24,7 +24,7 @@ from jax import lax
 
 from resnet_jax.errors import ModelError
 from resnet_jax.ops.convolution import once_per_shape
-from resnet_jax.ops.sharding import WHOLE, over_batch
+from resnet_jax.ops.sharding import REPLICATED, over_batch
 
 # Mean and variance [C], float32.
 Moments = tuple[jax.Array, jax.Array]
@@ -116,7 +116,7 @@ def _affine_tangent(
 
 
 @once_per_shape
-@over_batch(WHOLE, WHOLE)
+@over_batch(REPLICATED, REPLICATED)
 def batch_moments(x: jax.Array, running_mean: jax.Array) -> Moments:
     """Mean and biased variance [C] of one device's x [N, H, W, C], in one pass.
 
@@ -176,7 +176,7 @@ def increasing(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
 
 @once_per_shape
-@over_batch(WHOLE, WHOLE)
+@over_batch(REPLICATED, REPLICATED)
 def increasing_moments(x: jax.Array, running_mean: jax.Array, sign: jax.Array) -> Moments:
     """`batch_moments` of x * sign, where x is [N, H, W, C] and the rest [C]."""
 

@@ -23,7 +23,7 @@ from jax import lax
 from resnet_jax.ops.activation import add_bias
 from resnet_jax.ops.batch_norm import ALONE, Moments, SyncGroup, batch_moments, normalize
 from resnet_jax.ops.convolution import ConvOptions, Precision, convolve, once_per_shape, subsample
-from resnet_jax.ops.sharding import BATCH, WHOLE, over_batch
+from resnet_jax.ops.sharding import BATCH, REPLICATED, over_batch
 
 POINTWISE = ConvOptions()
 # The normalized product [N, H, W, K], with its mean and variance.
@@ -41,7 +41,7 @@ class ProductNorm(NamedTuple):
 
 
 @functools.partial(once_per_shape, static_argnames=("epsilon", "group", "options"))
-@over_batch(BATCH, WHOLE, WHOLE)
+@over_batch(BATCH, REPLICATED, REPLICATED)
 def product_norm(
     x: jax.Array,
     *arrays: jax.Array,
@@ -126,7 +126,7 @@ _Sum = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @functools.partial(once_per_shape, static_argnames=("epsilon", "group", "options"))
-@over_batch(BATCH, WHOLE, WHOLE, WHOLE, WHOLE)
+@over_batch(BATCH, REPLICATED, REPLICATED, REPLICATED, REPLICATED)
 def product_norm_sum(
     x: jax.Array,
     *arrays: jax.Array,

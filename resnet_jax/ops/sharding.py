@@ -19,15 +19,15 @@ from jax import lax
 # The mapped axis of a training step: each device has its part of the batch.
 AXIS = "batch"
 
-BATCH, WHOLE = True, False  # an output is split as the batch is, or the same on every device
+BATCH, REPLICATED = True, False  # an output is split as the batch is, or the same on every device
 
 
 def over_batch(*outputs: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a function of images, so that it runs on a mesh with explicit axes.
 
-    `outputs` has `BATCH` or `WHOLE` for each array that the function returns. Its first argument is
-    [N, ...], of which only N stays split; other arrays are positional arguments. Without such a
-    mesh the function is called as it is.
+    `outputs` has `BATCH` or `REPLICATED` for each array that the function returns. Its first
+    argument is [N, ...], of which only N stays split; other arrays are positional arguments.
+    Without such a mesh the function is called as it is.
 
     Example:
       >>> @over_batch(BATCH)

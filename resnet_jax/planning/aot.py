@@ -154,7 +154,9 @@ def lower_step(config: Config, devices: Sequence[Any], source: Source) -> jax.st
         data = {"images": images, "labels": shape((len(source), *source.label_shape), labels)}
         kinds = {"indices": jnp.int32, **mirrored}
         choices = {name: shape((count, size, 1), kind) for name, kind in kinds.items()}
-        several: Any = data_parallel.parallel_step(make_steps(step, platform), devices, whole=1)
+        several: Any = data_parallel.parallel_step(
+            make_steps(step, platform), devices, replicated=1
+        )
         return several.lower(state, data, choices)
     batch = {
         "images": shape((count, size, side, side, channels), jnp.uint8),

@@ -21,10 +21,10 @@ from resnet_jax.training.rate_range import RateCurve
 
 Curve = Callable[[Sequence[Record]], tuple[list[int], list[float]]]  # steps and values
 
-_MOST_POINTS = 500  # of a curve: a large page has as many pixels
+_MAX_POINTS = 500  # of a curve: a large page has as many pixels
 _FEW_POINTS = 30  # each of them has a marker
 _NAMED_CLASSES = 40  # more names are illegible
-_MOST_DOTS = 200  # of classes; more are averaged
+_MAX_DOTS = 200  # of classes; more are averaged
 
 
 def learning_curves(runs: Sequence[Run]) -> Figure:
@@ -275,7 +275,7 @@ def _many_sizes(sizes: np.ndarray, percent: np.ndarray) -> Figure:
     figure = new_figure(height=1.2 + 1.6 * panels)
     all_axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     ranks = np.arange(1, len(sizes) + 1)
-    shown = np.unique(np.linspace(0, len(sizes) - 1, _MOST_POINTS).round().astype(int))
+    shown = np.unique(np.linspace(0, len(sizes) - 1, _MAX_POINTS).round().astype(int))
     low = 0.5 if _is_uneven(sizes) else 0
     all_axes[0].fill_between(ranks[shown], sizes[shown], low, alpha=0.25, color=LIGHT_CURVES[0])
     all_axes[0].plot(ranks[shown], sizes[shown], color=LIGHT_CURVES[0])
@@ -285,7 +285,7 @@ def _many_sizes(sizes: np.ndarray, percent: np.ndarray) -> Figure:
         all_axes[0].set_ylim(top=1.5 * sizes.max())
         _log_scale(all_axes[0])
     if panels == 2:
-        group = -(-len(sizes) // _MOST_DOTS)  # classes in a dot
+        group = -(-len(sizes) // _MAX_DOTS)  # classes in a dot
         starts = np.arange(0, len(sizes), group)
         there = ~np.isnan(percent)
         known = np.add.reduceat(there, starts)
@@ -347,7 +347,7 @@ def _means(
     points: list[tuple[int, int, float]] = []  # last step, steps covered, sum of their values
     ends = [record["step"] for record in records]
     spans = [end - start for start, end in zip([0, *ends], ends)]
-    least = max([max(spans) / 2, ends[-1] / _MOST_POINTS]) if spans else 0
+    least = max([max(spans) / 2, ends[-1] / _MAX_POINTS]) if spans else 0
     count, total = 0, 0.0
     for record, span in zip(records, spans):
         count, total = count + span, total + span * value(record)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from resnet_jax.config.schema import Config
 from resnet_jax.data.pipeline import (
-    WHOLE,
+    ALL,
     Dataset,
     IndexSampler,
     InMemoryDataset,
@@ -45,7 +45,7 @@ class StepProgram:
         config: Config,
         data: Dataset,
         sampler: IndexSampler,
-        shard: Shard = WHOLE,
+        shard: Shard = ALL,
         wants_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
@@ -66,7 +66,7 @@ class StepProgram:
             self._stop_flags = data_parallel.stop_flags()
         self._call = data_parallel.parallel_step(
             call,
-            whole=len(self._dataset),
+            replicated=len(self._dataset),
             options=command_buffer_options() if self._dataset else None,
         )
 

@@ -12,7 +12,7 @@ from resnet_jax.errors import ConfigError
 from resnet_jax.files import MIB, read_bytes
 
 IMAGENET_CLASSES = 1000
-_MOST_BYTES = 16 * MIB  # the names of ImageNet-21k's classes have 1 MB
+_MAX_BYTES = 16 * MIB  # the names of ImageNet-21k's classes have 1 MB
 _LONGEST_NAME = 1000  # characters
 
 
@@ -61,7 +61,7 @@ def read_class_file(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     flag = f"--classes={os.fspath(path)}"
     try:
-        text = read_bytes(os.path.expanduser(path), _MOST_BYTES).decode("utf-8-sig")
+        text = read_bytes(os.path.expanduser(path), _MAX_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{flag}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # not UTF-8, or a path with NUL in it

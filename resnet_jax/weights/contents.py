@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from resnet_jax.errors import WeightsError
 from resnet_jax.weights.tensors import is_array, is_floating, listed, shape_of, short
 
-_MOST_WRAPPERS = 8  # dictionaries around tensors, parts of a prefix; hostile files nest forever
-_MOST_SEARCHED = 500  # characters of a name; torchvision's have fewer than 100
+_MAX_WRAPPERS = 8  # dictionaries around tensors, parts of a prefix; hostile files nest forever
+_MAX_SEARCHED = 500  # characters of a name; torchvision's have fewer than 100
 
 # Where the name of a block's layer starts, by naming scheme.
 _BLOCK = re.compile(
@@ -117,13 +117,13 @@ def _networks(state_dict: Mapping[str, Any]) -> tuple[list[_Network], bool]:
         for name, value in names.items():
             if not isinstance(name, str) or isinstance(value, Mapping):
                 continue
-            if found := _BLOCK.search(name[:_MOST_SEARCHED]):
+            if found := _BLOCK.search(name[:_MAX_SEARCHED]):
                 counts[name[: found.start()]] += 1
                 foreign = foreign or bool(found["foreign"])
         networks += [_Network(wrappers, prefix, names, n) for prefix, n in counts.items()]
     for network in networks:
-        if network.prefix.count(".") > _MOST_WRAPPERS:
-            raise WeightsError(f"its names have a prefix of more than {_MOST_WRAPPERS} parts")
+        if network.prefix.count(".") > _MAX_WRAPPERS:
+            raise WeightsError(f"its names have a prefix of more than {_MAX_WRAPPERS} parts")
     # A few names behind another prefix, such as a loss that borrows a stage, are no network.
     most = max((each.size for each in networks), default=0)
     return [each for each in networks if 4 * each.size >= most], foreign
@@ -141,7 +141,7 @@ def _dictionaries(
         found = found or any(is_array(value) for value in names.values())
         yield path, names
         inner = [(k, x) for k, x in names.items() if isinstance(k, str) and isinstance(x, Mapping)]
-        if len(path) == _MOST_WRAPPERS:
+        if len(path) == _MAX_WRAPPERS:
             deepest = deepest or bool(inner)
             continue
         for key, value in inner:
@@ -149,7 +149,7 @@ def _dictionaries(
                 seen.add(id(value))
                 waiting.append(((*path, key), value))
     if deepest and not found:
-        raise WeightsError(f"its tensors lie below more than {_MOST_WRAPPERS} dictionaries")
+        raise WeightsError(f"its tensors lie below more than {_MAX_WRAPPERS} dictionaries")
 
 
 def _choose(networks: Sequence[_Network], prefix: str | None, weights: str | None) -> _Network:
@@ -282,7 +282,7 @@ def _fits(everything: Mapping[str, Any], module: str, tensors: Mapping[str, Any]
 def _unrecognized(state_dict: Mapping[str, Any], prefix: str | None) -> dict[str, Any]:
     """The tensors of a network whose names follow no known scheme, flattened."""
     names = state_dict
-    for _ in range(_MOST_WRAPPERS):
+    for _ in range(_MAX_WRAPPERS):
         wrappers = ("state_dict", "model_state_dict", "model", "net")
         key = next((key for key in wrappers if isinstance(names.get(key), Mapping)), None)
         if key is None:
@@ -299,12 +299,12 @@ def _unrecognized(state_dict: Mapping[str, Any], prefix: str | None) -> dict[str
         if not tensors:
             raise WeightsError(f"no name starts with prefix={short(prefix)!r}")
     tensors = {name: x for name, x in tensors.items() if not name.endswith(_COUNTERS)}
-    for _ in range(_MOST_WRAPPERS):
+    for _ in range(_MAX_WRAPPERS):
         first, dot, _ = next(iter(tensors), "").partition(".")
         if not dot or len(tensors) < 2 or not all(n.startswith(f"{first}.") for n in tensors):
             return tensors
         tensors = {name.removeprefix(f"{first}."): x for name, x in tensors.items()}
-    raise WeightsError(f"its tensors lie below more than {_MOST_WRAPPERS} prefixes")
+    raise WeightsError(f"its tensors lie below more than {_MAX_WRAPPERS} prefixes")
 
 
 def _flattened(names: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
@@ -320,6 +320,6 @@ def _flattened(names: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
             name = f"{path}/{key}" if path else key
             if not isinstance(value, Mapping):
                 yield name, value
-            elif id(value) not in seen and path.count("/") < 2 * _MOST_WRAPPERS:
+            elif id(value) not in seen and path.count("/") < 2 * _MAX_WRAPPERS:
                 seen.add(id(value))
                 waiting.append((str(name), value))

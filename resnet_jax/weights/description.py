@@ -11,8 +11,8 @@ from resnet_jax.errors import ModelError, WeightsError
 from resnet_jax.limits import MAX_SIDE
 
 MULTI_LABEL = "multi_label_classification"  # a "problem_type" of transformers
-MOST_PIXELS = 4096  # of an image's side
-_MOST_STAGES, _MOST_BLOCKS = 16, 1000  # ResNet-1202 has 600 blocks
+MAX_PIXELS = 4096  # of an image's side
+_MAX_STAGES, _MAX_BLOCKS = 16, 1000  # ResNet-1202 has 600 blocks
 
 
 class Description(NamedTuple):
@@ -92,16 +92,16 @@ def as_count(field: str, value: Any, least: int, most: int) -> int:
 
 def as_counts(field: str, values: Any, most: int) -> tuple[int, ...]:
     """A whole number per stage."""
-    if not isinstance(values, Sequence) or not 0 < len(values) <= _MOST_STAGES:
+    if not isinstance(values, Sequence) or not 0 < len(values) <= _MAX_STAGES:
         raise WeightsError(f"{field} = {str(values)[:100]}: must be a number for each stage")
     return tuple(as_count(field, value, 1, most) for value in values)
 
 
 def as_stage_sizes(field: str, values: Any) -> tuple[int, ...]:
     """Number of blocks in each stage, few enough to trace in seconds."""
-    found = as_counts(field, values, _MOST_BLOCKS)
-    if sum(found) > _MOST_BLOCKS:
-        raise WeightsError(f"{field} = {list(found)}: at most {_MOST_BLOCKS:,} blocks in all")
+    found = as_counts(field, values, _MAX_BLOCKS)
+    if sum(found) > _MAX_BLOCKS:
+        raise WeightsError(f"{field} = {list(found)}: at most {_MAX_BLOCKS:,} blocks in all")
     return found
 
 

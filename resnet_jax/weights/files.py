@@ -31,7 +31,7 @@ from resnet_jax.weights.formats.zip_archives import kind_of_zip, read_keras, rea
 
 # The largest network here has 0.5 GB of float32 weights; a checkpoint of it with the averages of
 # AdamW and an EMA, in float64, has 4 GB.
-_MOST_BYTES = 2**33
+_MAX_BYTES = 2**33
 
 # By the suffix of an empty or damaged file.
 _SUFFIXES = {
@@ -220,7 +220,7 @@ def read_state_dict(
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise WeightsError(f"sha256 = {sha256!r} is not a checksum of 64 hexadecimal digits")
     try:
-        data = read_bytes(path, min(_MOST_BYTES, host_memory()))
+        data = read_bytes(path, min(_MAX_BYTES, host_memory()))
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # a path with NUL in it

@@ -28,7 +28,7 @@ from resnet_jax.weights.transformers_config import (
 )
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-_MOST_CONFIG = 16 * MIB  # the names of ImageNet-21k's classes have 1 MB
+_MAX_CONFIG = 16 * MIB  # the names of ImageNet-21k's classes have 1 MB
 # Weight files of a repository, in order of preference.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -173,7 +173,7 @@ def _describe_run(workdir: Path) -> Description:
 
 def _read(path: Path) -> Any:
     try:
-        return read_json(path, _MOST_CONFIG)
+        return read_json(path, _MAX_CONFIG)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -17,7 +17,7 @@ from resnet_jax.models.registry import create_model
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.stem import DeepStem, ImageNetStem
 from resnet_jax.weights.description import (
-    MOST_PIXELS,
+    MAX_PIXELS,
     Description,
     as_bool,
     as_count,
@@ -82,8 +82,8 @@ def _timm_preprocessing(
     channels, height, width = fact("input_size", [3, default.image_size, default.image_size])
     channels = channels if in_chans is None else in_chans
     as_count("input_size", channels, 1, MAX_CHANNELS)
-    as_count("input_size", height, 1, MOST_PIXELS)
-    as_count("input_size", width, 1, MOST_PIXELS)
+    as_count("input_size", height, 1, MAX_PIXELS)
+    as_count("input_size", width, 1, MAX_PIXELS)
     if height != width:
         raise ModelError(
             f"input_size = {[channels, height, width]}: images are square here, and those of this "

@@ -14,7 +14,7 @@ from resnet_jax.errors import WeightsError
 from resnet_jax.limits import MAX_CLASSES, MAX_SIDE
 from resnet_jax.models.stem import ImageNetStem
 from resnet_jax.weights.description import (
-    MOST_PIXELS,
+    MAX_PIXELS,
     Description,
     as_bool,
     as_count,
@@ -151,4 +151,4 @@ def _processed_size(config: dict[str, Any], default: Preprocessing) -> tuple[int
 def _side(field: str, size: dict[str, Any]) -> int:
     if size["height"] != size["width"]:
         raise WeightsError(f"{field} = {str(size)[:200]}: images are square here")
-    return as_count(field, size["height"], 1, MOST_PIXELS)
+    return as_count(field, size["height"], 1, MAX_PIXELS)

@@ -46,9 +46,7 @@ def batches_of(batch_size=8, mirror=False):
     return Config(train=Train(batch_size=batch_size), augment=Augment(flip_alternates=mirror))
 
 
-def stream(
-    source, sampler, start, stop, corrupt=None, mirror=False, shard=pipeline.WHOLE, workers=0
-):
+def stream(source, sampler, start, stop, corrupt=None, mirror=False, shard=pipeline.ALL, workers=0):
     config = Data(image_size=8, crop="random_resized", threads=2, prefetch=2, workers=workers)
     corrupt = corrupt or pipeline.CorruptImages(limit=0, log=print)
     dataset = pipeline.StreamedDataset(source, config, corrupt)

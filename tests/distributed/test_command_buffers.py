@@ -78,7 +78,7 @@ def test_a_step_with_options_is_the_same_step():
 
     data, outcomes = data_parallel.replicate(np.ones(3, np.float32)), []
     for options in (None, {"xla_gpu_graph_min_graph_size": "5"}):
-        call = data_parallel.parallel_step(step, whole=1, options=options)
+        call = data_parallel.parallel_step(step, replicated=1, options=options)
         state, steps, traced[:] = data_parallel.replicate(np.float32(0)), [], []
         for index in range(3):
             given = state

@@ -360,7 +360,7 @@ def test_a_network_without_head(format, tmp_path, onnx):
 def test_the_weights_of_a_graph_beside_it(network, images, logits, tmp_path, monkeypatch, onnx):
     from resnet_jax.export import onnx as ours
 
-    monkeypatch.setattr(ours, "MOST_EMBEDDED", 2**20)  # of 2 GiB
+    monkeypatch.setattr(ours, "MAX_EMBEDDED", 2**20)  # of 2 GiB
     with pytest.raises(rj.ExportError, match=r"and one file of ONNX holds 2 GB; give --weights=be"):
         export_network(network, "onnx", tmp_path / "network.onnx")
     assert not list(tmp_path.iterdir())

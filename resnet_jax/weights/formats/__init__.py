@@ -8,8 +8,8 @@ Reading takes a few times the size of the file, and at most a few times `SMALL` 
 # Bounds on what a compressed file may expand to: this multiple of its size, or this many bytes
 # whatever its size. Trained weights hardly compress; zeros, and archives made to exhaust memory,
 # compress a thousand times.
-MOST_UNPACKED = 16
+MAX_UNPACKED = 16
 SMALL = 2**26
 # ResNet-1202, the deepest network here, has 7,000 tensors and a safetensors header of 1 MB.
-MOST_TENSORS = 100_000
-MOST_HEADER = 2**24
+MAX_TENSORS = 100_000
+MAX_HEADER = 2**24

@@ -15,8 +15,8 @@ import numpy as np
 
 from resnet_jax.errors import WeightsError
 
-_MOST_OBJECTS = 1_000_000  # two per tensor; ResNet-1202 and its optimizer make 50,000
-_MOST_DEPTH = 64
+_MAX_OBJECTS = 1_000_000  # two per tensor; ResNet-1202 and its optimizer make 50,000
+_MAX_DEPTH = 64
 _ARRAY, _SCALAR = 1, 3  # Flax's extension types
 
 # First byte -> struct format of its number.
@@ -77,7 +77,7 @@ class _Reader:
 
     def value(self, depth: int = 0) -> Any:
         self.objects += 1
-        if self.objects > _MOST_OBJECTS or depth > _MOST_DEPTH:
+        if self.objects > _MAX_OBJECTS or depth > _MAX_DEPTH:
             raise WeightsError("has more objects, or deeper ones, than any weights")
         first = self.take(1)[0]
         if first < 0x80 or first >= 0xE0:

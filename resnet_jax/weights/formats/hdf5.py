@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.errors import WeightsError, importing, library_errors, one_line
-from resnet_jax.weights.formats import MOST_TENSORS, MOST_UNPACKED, SMALL
+from resnet_jax.weights.formats import MAX_TENSORS, MAX_UNPACKED, SMALL
 
-_MOST_DEPTH = 32
+_MAX_DEPTH = 32
 # Filters of every HDF5 library: gzip, shuffle, checksum.
 _FILTERS = {1, 2, 3}
 # Groups that Keras writes beside the network.
@@ -37,7 +37,7 @@ def read_hdf5(data: bytes, source: str) -> dict[str, np.ndarray]:
 
     arrays: dict[str, np.ndarray] = {}
     with library_errors(broken), h5py.File(io.BytesIO(data), "r") as file:
-        left = max(MOST_UNPACKED * len(data), SMALL)
+        left = max(MAX_UNPACKED * len(data), SMALL)
         for name, dataset in _datasets(h5py, file):
             if dataset.shape is None or dataset.dtype.kind not in "biuf":
                 continue  # strings
@@ -58,7 +58,7 @@ def _datasets(h5py: Any, file: Any) -> Iterator[tuple[str, Any]]:
         for key in group:
             objects += 1
             name = f"{path}/{key}" if path else key
-            if objects > MOST_TENSORS or name.count("/") > _MOST_DEPTH:
+            if objects > MAX_TENSORS or name.count("/") > _MAX_DEPTH:
                 raise WeightsError("has more objects, or deeper ones, than any weights")
             if name in _OPTIMIZERS:
                 continue

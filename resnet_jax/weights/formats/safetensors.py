@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from resnet_jax.errors import WeightsError, reason_of
-from resnet_jax.weights.formats import MOST_HEADER
+from resnet_jax.weights.formats import MAX_HEADER
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -32,7 +32,7 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     import safetensors
 
     header = int.from_bytes(data[:8], "little")
-    if MOST_HEADER < header <= len(data):
+    if MAX_HEADER < header <= len(data):
         raise WeightsError(f"its header has {header:,} bytes, more than any weights need")
     try:
         tensors = safetensors.deserialize(data)

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from resnet_jax.errors import WeightsError, importing, library_errors, reason_of
-from resnet_jax.weights.formats import MOST_HEADER, SMALL
+from resnet_jax.weights.formats import MAX_HEADER, SMALL
 from resnet_jax.weights.formats.zip_archives import open_zip
 from resnet_jax.weights.tensors import is_sparse
 
@@ -27,11 +27,11 @@ _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PICKLES = 5  # in front of its storages
 # Tensors may share numbers under several names, as a network and its average do before the first
 # step. Each name counts towards the size, which may be this multiple of the file's.
-_MOST_SHARED = 4
+_MAX_SHARED = 4
 # PyTorch keeps one list of allowed classes for all threads.
 _LOCK = threading.Lock()
 # How a pickle names the function that makes bytes, and the most bytes of a NumPy scalar.
-_ENCODE, _MOST_SCALAR = b"_codecs\nencode\n", 64
+_ENCODE, _MAX_SCALAR = b"_codecs\nencode\n", 64
 
 
 def is_legacy_torch(data: bytes) -> bool:
@@ -100,7 +100,7 @@ def read_torch(data: bytes, source: str) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"holds a {type(content).__name__}, not a state dict")
     content, size = _plain_copy(torch, content)
-    if size > max(_MOST_SHARED * len(data), SMALL):
+    if size > max(_MAX_SHARED * len(data), SMALL):
         raise WeightsError(
             f"its tensors would be {size:,} bytes, and the file has {len(data):,}; if you "
             "trust it, save each tensor's .clone()"
@@ -133,7 +133,7 @@ def _is_pickle(member: zipfile.ZipInfo) -> bool:
 
 
 def _pickle(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    if member.file_size > MOST_HEADER:
+    if member.file_size > MAX_HEADER:
         size = f"{member.file_size:,} bytes"
         raise WeightsError(f"{member.filename} has {size}, more than any weights need")
     return archive.read(member)
@@ -160,7 +160,7 @@ def _makes_only_short_bytes(data: bytes) -> bool:
             pushed = None
             if name in ("BINGET", "LONG_BINGET"):
                 pushed = memo.get(value)
-            elif name == "BINUNICODE" and len(value) <= _MOST_SCALAR:
+            elif name == "BINUNICODE" and len(value) <= _MAX_SCALAR:
                 pushed = value
             elif name == "GLOBAL" and value == "_codecs encode":
                 pushed = _ENCODE

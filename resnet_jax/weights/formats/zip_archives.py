@@ -9,19 +9,19 @@ import zipfile
 import numpy as np
 
 from resnet_jax.errors import WeightsError, library_errors, reason_of
-from resnet_jax.weights.formats import MOST_TENSORS, MOST_UNPACKED, SMALL
+from resnet_jax.weights.formats import MAX_TENSORS, MAX_UNPACKED, SMALL
 from resnet_jax.weights.formats.hdf5 import read_hdf5
 
 
 def open_zip(data: bytes) -> zipfile.ZipFile:
     """Opens an archive whose members expand to no more than `formats` allows."""
-    if data.count(b"PK\1\2") > MOST_TENSORS:  # entries of its directory
+    if data.count(b"PK\1\2") > MAX_TENSORS:  # entries of its directory
         raise WeightsError(
-            f"has more than {MOST_TENSORS:,} members, more than any weight file needs"
+            f"has more than {MAX_TENSORS:,} members, more than any weight file needs"
         )
     archive = zipfile.ZipFile(io.BytesIO(data))
     size = sum(member.file_size for member in archive.infolist())
-    if size > max(MOST_UNPACKED * len(data), SMALL):
+    if size > max(MAX_UNPACKED * len(data), SMALL):
         raise WeightsError(
             f"{len(data):,} bytes would unpack to {size:,}, more than any weight file needs; "
             "if you trust the file, write it again without compression"
