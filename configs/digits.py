@@ -1,7 +1,7 @@
 """Real handwritten digits (UCI, 1,797 images of 8x8 pixels, from scikit-learn) on a small ResNet.
 
 Command: python train.py
-Hardware: 2 CPU cores. Expected: at least 98% of the 360 test digits, in under two minutes.
+Hardware: 2 CPU cores. Expected: at least 98% of the 360 test digits, in a minute or two.
 """
 
 from resnet_jax.config import (
