@@ -37,6 +37,14 @@ FOR_EVER = (*TRAIN, "--config.train.steps=1000000", "--config.log.every_steps=5"
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": FAST_COMPILE, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.fixture(autouse=True)
+def _not_under_nohup():
+    """The tests' own nohup would be inherited."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @contextlib.contextmanager
 def started(command, **options):
     """A process in a session of its own, which ends with the block."""
@@ -139,6 +147,7 @@ def test_a_signal_in_other_commands(number, wait, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
     with started([*command, "--model=resnet20", "--output=out.zip"], **pipes) as run:
         while not handles(run.pid, signal.SIGHUP):  # the last that gets its own
+            assert run.poll() is None
             time.sleep(0.02)
         time.sleep(wait)
         run.send_signal(number)
