@@ -314,7 +314,7 @@ def test_a_limit_of_processes_that_is_too_low_for_threads():
         ([], r"error: data\.data_dir = '': ~/tensorflow_datasets: there is no home directory.*"),
         (
             ["--workdir=~/run", "--config.data.data_dir=DATA"],
-            r"error: ~/run: there is no such home directory; set HOME, or use a full path\n",
+            "error: ~/run: there is no such home directory; set HOME, or use a full path",
         ),
         (["--workdir=FOLDER/run", "--config.data.data_dir=DATA"], ""),
     ],
