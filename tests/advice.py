@@ -31,7 +31,7 @@ def foreign_flags(words, message):
     parsers = arguments.commands_of(arguments.build_parser())
     command, *typed = words or [""]
     own = {*parsers[command]._option_string_actions} if command in parsers else {"--help"}
-    own |= _READ.get(command, set()) | _ELSEWHERE | {each.partition("=")[0] for each in typed}
+    own |= _READ.get(command, set()) | _ELSEWHERE | {*re.findall(r"--[a-z][\w-]*", " ".join(typed))}
     text = re.sub(rf"\b(?:{'|'.join(parsers)})\b:? [^;)]*", "", message)
     found = {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
     return {flag for flag in found - own if not flag.startswith("--xla")}

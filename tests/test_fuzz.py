@@ -402,7 +402,7 @@ def test_workdirs(examples, tmp_path, monkeypatch):
         lambda: workdir.open_workdir(tmp_path, c.Config(), {"train": "x"}),
         lambda: c.check(c.from_json((tmp_path / "config.json").read_text())),
         lambda: [record["loss"] * record["top1"] for record in read_run(tmp_path).training],
-        lambda: last_evaluation(SimpleNamespace(source=tmp_path, step=1, ema=False)),
+        lambda: last_evaluation(SimpleNamespace(source=tmp_path, step=1, ema=False, config=None)),
         lambda: description.read_class_names(tmp_path),
         lambda: split_at(tmp_path / "metrics.jsonl", 1),
         lambda: _Sums.of(store.records()),

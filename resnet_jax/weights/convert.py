@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from resnet_jax.errors import WeightsError
+from resnet_jax.limits import MAX_CHANNELS
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.weights.channels import with_channels
 from resnet_jax.weights.contents import find_network, is_surplus
@@ -292,7 +293,8 @@ def _channels(model: ResNet, shape: tuple[int, ...]) -> int:
     path, axis, size = _first_kernel(model)
     if not size or len(shape) != len(variable_shapes(model)[path]) or not math.prod(shape):
         return 3  # an empty kernel may claim any shape
-    return max(1, shape[axis] * 3 // size)
+    channels = max(1, shape[axis] * 3 // size)
+    return channels if channels <= MAX_CHANNELS else 3
 
 
 def _channels_of(model: ResNet, leaves: Mapping[ModulePath, np.ndarray]) -> int:

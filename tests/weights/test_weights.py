@@ -196,6 +196,14 @@ def test_any_number_of_image_channels():
     chex.assert_trees_all_equal(rj.from_torch(model, rj.to_torch(model, variables)), variables)
 
 
+def test_more_image_channels_than_any_image_has():
+    """An array may be larger than memory where it repeats one number."""
+    model, variables = network()
+    huge = np.broadcast_to(np.float32(1), (16, 2**30, 3, 3))
+    with pytest.raises(rj.WeightsError, match=r"conv1\.weight.*1073741824"):
+        rj.from_torch(model, {**rj.to_torch(model, variables), "conv1.weight": huge})
+
+
 def test_variables_of_another_model():
     _, variables = network()
     with pytest.raises(rj.WeightsError, match="not this model's"):
