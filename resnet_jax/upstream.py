@@ -98,7 +98,7 @@ def keep_sigterm() -> None:
     """Lets the processes of a group handle SIGTERM themselves, as the training step does.
 
     JAX's preemption service would consume the signal. JAX 0.7 has no setting for it, only a method
-    that starts it. Can go, but for the setting, when the oldest jax allowed has that.
+    that starts it. Remove, but for the setting, when the oldest jax allowed has that.
     """
     setting = "jax_enable_preemption_service"
     if setting in jax.config.values:

@@ -63,7 +63,7 @@ def test_tfds_reads_with_an_older_protobuf_than_its_generated_code(tmp_path):
 def test_every_entry_says_when_it_can_go():
     for name, function in inspect.getmembers(upstream, inspect.isfunction):
         if not name.startswith("_") and function.__module__ == upstream.__name__:
-            assert "Can go" in " ".join(function.__doc__.split()), name
+            assert "Remove" in " ".join(function.__doc__.split()), name
 
 
 def test_private_names_of_jax_are_used_in_one_file():

@@ -108,7 +108,7 @@ def test_loops_have_their_own_compiler_options(steps, monkeypatch):
     monkeypatch.setattr(
         step_program.data_parallel,
         "parallel_step",
-        lambda call, whole, options: given.append((whole, options)),
+        lambda call, replicated, options: given.append((replicated, options)),
     )
     config = c.Config(train=c.Train(steps_per_call=steps))
     images, labels = np.zeros((4, 2, 2, 1), np.uint8), np.zeros(4, np.int32)
