@@ -58,15 +58,17 @@ class Architecture:
         """Of convolutions and head, for one image of `image_size`."""
         return self._summary.multiply_adds
 
-    def is_same(self, other: Architecture) -> bool:
-        """Whether both describe one network, also with partials made by other calls."""
-        fields = {key: _parts(value) for key, value in self.fields.items()}
-        others = {key: _parts(value) for key, value in other.fields.items()}
-        return fields == others and dataclasses.replace(self, fields=other.fields) == other
-
     @functools.cached_property
     def _summary(self) -> Summary:
         return summary(self.constructor(), (1, self.image_size, self.image_size, 3))
+
+
+def _is_same(one: Architecture, other: Architecture) -> bool:
+    """Whether both describe one network, also with partials made by other calls."""
+    fields, others = (
+        {name: _parts(value) for name, value in each.fields.items()} for each in (one, other)
+    )
+    return fields == others and dataclasses.replace(one, fields=other.fields) == other
 
 
 def _parts(value: Any) -> Any:
@@ -136,7 +138,7 @@ def register_model(
         entry.constructor(**fields)
     except TypeError as error:  # a field without a default, or a value of another type
         raise ModelError(f"{name}: {error}") from error
-    if name in TABLE or (not replace and not _ARCHITECTURES.get(name, entry).is_same(entry)):
+    if name in TABLE or (not replace and not _is_same(_ARCHITECTURES.get(name, entry), entry)):
         advice = "choose another" if name in TABLE else "choose another, or pass replace=True"
         raise ModelError(f"name = {name!r}: another network has this name; {advice}")
     _ARCHITECTURES[name] = entry
